@@ -1,0 +1,1413 @@
+"""The objectives: one small pure function each, from summed log-probs to one loss per row.
+
+Every function takes one-dimensional tensors, a number per pair or per completion, and returns the loss of each row; the
+caller reduces (the trainer divides the sum by the rows of the whole optimizer batch). Sums run over response tokens.
+
+    s_w, s_l   logp_w, logp_l   (B,)  summed log π_θ of the chosen / rejected response, nats
+    s̄_w, s̄_l   ref_w, ref_l     (B,)  the same under the frozen reference, no gradient
+    n_w, n_l   len_w, len_l     (B,)  response tokens scored, ≥ 1
+    D_w, D_l   kl_w, kl_l       (B,)  Σ_t KL(π_ref ‖ π_θ) over the response's positions and the whole vocabulary, nats
+    s^old      old_w, old_l     (B,)  summed log-probs under an earlier policy, no gradient
+    s, s̄       logp, ref        (N,)  unpaired objectives: one row per completion
+    s', s̄'     logp_kl, ref_kl  (N,)  unpaired: mismatched completions under policy / reference, no gradient
+
+    a = s/n   average log-prob per token         d = a_w − a_l       average margin
+    u = s − s̄   log-ratio                        Δ = u_w − u_l       log-ratio margin
+    Δ̃ = (u_w/n_w) − (u_l/n_l)   averaged Δ       h                   what the sigmoid sees
+    σ  sigmoid     sg[·]  held constant in the gradient     B pairs, N completions
+
+A gradient g on a sum s is a gradient g on the log-prob of every token in it; averaging enters as the formulas' 1/n.
+All Bradley–Terry losses share ∂L/∂h = −σ(−h), so only ∂h/∂s changes from one to the next.
+
+To use one elsewhere, paste the function with the primitives it names and leave `@checked` behind.
+
+Run `python losses.py` for a table of all objectives, and with matplotlib a gallery of their shapes. The examples below
+share one worked pair: s_w = −12 over 10 tokens, s_l = −24 over 12, reference −14 and −22; so a_w = −1.2, a_l = −2,
+d = 0.8, u_w = 2, u_l = −2, Δ = 4.
+"""
+
+import functools
+import inspect
+import math
+import sys
+import textwrap
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, tensor
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks: the one place where arguments are looked at. The mathematics below does not need it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+LIMITS = {
+    "beta": ("above 0", lambda v: v > 0),
+    "tau": ("above 0", lambda v: v > 0),
+    "temperature": ("above 0", lambda v: v > 0),
+    "label_smoothing": ("in [0, 0.5): at one half a label says nothing", lambda v: 0 <= v < 0.5),
+    "keep": ("in (0, 1], the share of the rows that is used", lambda v: 0 < v <= 1),
+    "clip": ("at least 0 (math.inf for none)", lambda v: v >= 0),
+    "coef": ('other than 1, whose limit is divergence="reverse_kl"', lambda v: v != 1),
+}
+
+
+def checked(objective):
+    """Check an objective's arguments and compute in fp32 or, given float64, in float64; integer lengths become floats.
+
+    Raises ValueError naming the function and the argument: not a tensor, not one-dimensional, another shape or device
+    than the first tensor, `desirable` not bool, log-probs not floating point, a length below 1, a hyper-parameter out
+    of its range.
+    """
+    signature = inspect.signature(objective)
+
+    @functools.wraps(objective)
+    def call(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        hyper = {k for k in bound.arguments if signature.parameters[k].kind is inspect.Parameter.KEYWORD_ONLY}
+        rows = {k: v for k, v in bound.arguments.items() if k not in hyper}
+        first, like = next(iter(rows.items()))
+
+        def refuse(name, problem):
+            raise ValueError(f"{objective.__name__}: `{name}` {problem}")
+
+        for name, x in rows.items():
+            if not isinstance(x, Tensor):
+                refuse(name, f"is a {type(x).__name__}, not a tensor; pass one number per row, shape (B,)")
+            if x.dim() != 1 or not len(x):
+                refuse(name, f"has shape {tuple(x.shape)}; pass one number per row, shape (B,) with B at least 1")
+            if x.shape != like.shape:
+                refuse(name, f"has {len(x)} rows but `{first}` has {len(like)}; pass the same rows in the same order")
+            if x.device != like.device:
+                refuse(name, f"is on {x.device} but `{first}` is on {like.device}; move them to one device")
+            if name == "desirable" and x.dtype != torch.bool:
+                refuse(name, f"has dtype {x.dtype}; pass torch.bool, True for a desirable completion")
+            if name != "desirable" and not (x.is_floating_point() or name.startswith("len_") and x.dtype != torch.bool):
+                refuse(name, f"has dtype {x.dtype}; log-probs are floating point and lengths are numbers")
+            # Values are read on the CPU only: on an accelerator a look would make the host wait for the device.
+            if name.startswith("len_") and x.device.type == "cpu" and not (x >= 1).all():
+                refuse(name, f"holds {x.min().item():g}; lengths count tokens and are at least 1: drop the row")
+        for name in hyper & LIMITS.keys():
+            rule, holds = LIMITS[name]
+            if not holds(bound.arguments[name]):
+                refuse(name, f"is {bound.arguments[name]}; it must be {rule}")
+
+        floats = [x.dtype for x in rows.values() if x.is_floating_point()]
+        dtype = functools.reduce(torch.promote_types, floats, torch.float32)
+        bound.arguments.update({k: x if x.dtype == torch.bool else x.to(dtype) for k, x in rows.items()})
+        return objective(*bound.args, **bound.kwargs)
+
+    return call
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Primitives
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def bradley_terry(h: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """−(1−ε) logσ(h) − ε logσ(−h): the label is wrong with probability ε. ∂/∂h = σ(h) − (1−ε)."""
+    return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+
+
+def log1mexp(a: Tensor) -> Tensor:
+    """log(1 − eᵃ) for a ≤ 0, kept finite by a ≤ −1e-6. ∂/∂a = −eᵃ/(1 − eᵃ), 0 beyond the clamp."""
+    # Each branch gets arguments it can handle: `where` multiplies the unused gradient by 0, and 0 · inf is NaN.
+    near = torch.log(-torch.expm1(a.clamp(max=-1e-6)))
+    far = torch.log1p(-torch.exp(a.clamp(max=-math.log(2))))
+    return torch.where(a > -math.log(2), near, far)
+
+
+def capped_exp(x: Tensor) -> Tensor:
+    """eˣ with x ≤ 40: e⁴⁰ ≈ 2e17 is no loss anyone trains on, and its square still fits fp32. Gradient 0 beyond."""
+    return torch.exp(x.clamp(max=40.0))
+
+
+def moments(x: Tensor, mean=None, std=None) -> tuple[Tensor, Tensor]:
+    """Mean and population standard deviation of x, held constant; `mean=`/`std=` (numbers or tensors) replace them.
+
+    A spread that rounding alone explains is 0: the mean of equal numbers can miss them by one unit in the last place.
+    """
+    if mean is None:
+        mean = x.mean()
+    if std is None:
+        std = x.std(correction=0)
+        std = torch.where(std > 8 * torch.finfo(x.dtype).eps * x.abs().max(), std, 0.0)
+    # new_full, not a copy from the host, so that a number costs no wait on an accelerator.
+    return tuple(m.detach() if isinstance(m, Tensor) else x.new_full((), m) for m in (mean, std))
+
+
+def standardize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(x − mean)/std, and 0 where std is 0 (one row, or all rows equal)."""
+    return torch.where(std > 0, (x - mean) / torch.where(std > 0, std, 1.0), 0.0)
+
+
+def quantile_matched(y: Tensor, x: Tensor) -> Tensor:
+    """y reordered so that its k-th smallest value stands in the row where x has its k-th smallest."""
+    return y.sort(stable=True).values[x.argsort(stable=True).argsort()]
+
+
+def option(name: str, value: str, choices: dict):
+    """choices[value], or a ValueError that lists what `name` may be."""
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+    return choices[value]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One response
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@checked
+def sft(logp_w, len_w):
+    """Raises the likelihood of the chosen response and ignores the rejected one.
+
+        L = −a_w = −s_w/n_w
+
+    Args:
+      logp_w: (B,) summed log-prob of the chosen response, nats.
+      len_w: (B,) its number of tokens.
+
+    Returns: (B,) nats per token.
+    Gradient: ∂L/∂s_w = −1/n_w.
+
+    Libraries often average over the tokens of a microbatch; we average per response, because then the gradient does not
+    depend on how a batch is split. The likelihood terms of `cpo` and `orpo` are this one.
+
+    >>> sft(tensor([-12.0]), tensor([10]))
+    tensor([1.2000])
+    """
+    return -logp_w / len_w
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs, against a reference: the log-ratio is the reward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@checked
+def dpo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, label_smoothing=0.0):
+    """Rewards a chosen response that gained more probability over the reference than the rejected one did.
+
+        L = −(1−ε) logσ(βΔ) − ε logσ(−βΔ)          Δ = (s_w − s̄_w) − (s_l − s̄_l)
+
+    Args:
+      logp_w, logp_l: (B,) summed log-probs of chosen and rejected under the policy, nats.
+      ref_w, ref_l: (B,) the same under the reference.
+      beta: β, the price of leaving the reference.
+      label_smoothing: ε, the probability that a label is wrong (conservative DPO).
+
+    Returns: (B,); log 2 where policy = reference.
+    Gradient: ∂L/∂s_w = β[σ(βΔ) − (1−ε)] = −∂L/∂s_l. With ε > 0 the minimum is at βΔ = logit(1−ε); beyond it the
+    gradient pushes the margin back.
+    Search: β ∈ {0.01, 0.05, 0.1}; 0.01 was best in the SimPO suite.
+
+    >>> dpo(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))  # −logσ(0.4)
+    tensor([0.5130])
+
+    Reference: Rafailov et al., 2023, arXiv 2305.18290.
+    """
+    delta = (logp_w - ref_w) - (logp_l - ref_l)
+    return bradley_terry(beta * delta, label_smoothing)
+
+
+@checked
+def dpo_norm(logp_w, logp_l, ref_w, ref_l, len_w, len_l, *, beta=5.0, label_smoothing=0.0):
+    """DPO per token: rewards the larger *average* gain over the reference, so that length buys no margin.
+
+        L = −(1−ε) logσ(βΔ̃) − ε logσ(−βΔ̃)          Δ̃ = (s_w − s̄_w)/n_w − (s_l − s̄_l)/n_l
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      len_w, len_l: (B,) response tokens.
+      beta: β; some fifty times DPO's, because Δ̃ is a difference of averages.
+      label_smoothing: ε.
+
+    Returns: (B,).
+    Gradient: ∂L/∂s_w = (β/n_w)[σ(βΔ̃) − (1−ε)], ∂L/∂s_l = −(β/n_l)[σ(βΔ̃) − (1−ε)].
+
+    >>> dpo_norm(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]), tensor([10]), tensor([12]))
+    tensor([0.1483])
+
+    Reference: Lambert et al., 2024, "Tülu 3", arXiv 2411.15124.
+    """
+    delta = (logp_w - ref_w) / len_w - (logp_l - ref_l) / len_l
+    return bradley_terry(beta * delta, label_smoothing)
+
+
+@checked
+def robust_dpo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, label_smoothing=0.1):
+    """DPO on labels flipped with a known probability: an unbiased estimate of the loss on clean labels.
+
+        L = [−(1−ε) logσ(βΔ) + ε logσ(−βΔ)] / (1 − 2ε)
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
+      label_smoothing: ε < ½, the flip probability. `dpo` with ε smooths the labels; this inverts the noise.
+
+    Returns: (B,); unbounded below, since a flipped label counts negatively.
+    Gradient: ∂L/∂s_w = −β[(1−ε)σ(−βΔ) + εσ(βΔ)]/(1 − 2ε) = −∂L/∂s_l.
+
+    >>> robust_dpo(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))
+    tensor([0.4630])
+
+    Reference: Chowdhury, Kini and Natarajan, 2024, arXiv 2403.00409.
+    """
+    h = beta * ((logp_w - ref_w) - (logp_l - ref_l))
+    return (-(1 - label_smoothing) * F.logsigmoid(h) + label_smoothing * F.logsigmoid(-h)) / (1 - 2 * label_smoothing)
+
+
+@checked
+def ipo(logp_w, logp_l, ref_w, ref_l, len_w, len_l, *, tau=0.1, average=True):
+    """Regresses the log-ratio margin onto the finite target 1/(2τ), so that certain labels cannot drive it to infinity.
+
+        L = (Δ̃ − 1/(2τ))²          average=False: Δ in place of Δ̃
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      len_w, len_l: (B,) response tokens, used when averaging.
+      tau: τ; not comparable between the two readings, Δ is a sum over tokens and Δ̃ a mean.
+      average: per-token averages instead of sums.
+
+    Returns: (B,) nats²; (1/2τ)² where policy = reference.
+    Gradient: ∂L/∂s_w = (2/n_w)(Δ̃ − 1/2τ), ∂L/∂s_l = −(2/n_l)(Δ̃ − 1/2τ); without 1/n on sums.
+    Search: τ ∈ {0.01, 0.1, 0.5, 1}.
+
+    Paper: sums. Its authors told library maintainers that their results use averages; we average by default, because
+    that is what the published numbers mean, and keep the sums as `average=False`.
+
+    >>> ipo(*map(tensor, ([-12.0], [-24.0], [-14.0], [-22.0], [10], [12])))  # (11/30 − 5)²
+    tensor([21.4678])
+
+    Reference: Azar et al., 2023, arXiv 2310.12036.
+    """
+    n_w, n_l = (len_w, len_l) if average else (1, 1)
+    delta = (logp_w - ref_w) / n_w - (logp_l - ref_l) / n_l
+    return (delta - 1 / (2 * tau)) ** 2
+
+
+@checked
+def rdpo(logp_w, logp_l, ref_w, ref_l, len_w, len_l, *, beta=0.1, alpha=0.01):
+    """DPO that takes out the credit a longer chosen response would earn by its length.
+
+        L = −logσ(βΔ + α(n_w − n_l))
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      len_w, len_l: (B,) response tokens.
+      beta: β.
+      alpha: α, the price of a token.
+
+    Returns: (B,).
+    Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l; the length term only says how much margin is still missing.
+    Search: β ∈ {0.01, 0.05, 0.1}, α ∈ {0.05, 0.1, 0.5, 1}.
+
+    The sign: maximising E[r − α|y|] − β KL gives r = β log(π*/π_ref) + α|y| + const, hence plus. The α-DPO paper's
+    Table 3 prints minus, and the released α-DPO and γ-PO code passes the batch size as both lengths, so that the term
+    vanishes.
+
+    >>> rdpo(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]), tensor([10]), tensor([12]))  # h = 0.38
+    tensor([0.5211])
+
+    Reference: Park et al., 2024, arXiv 2403.19159.
+    """
+    delta = (logp_w - ref_w) - (logp_l - ref_l)
+    return bradley_terry(beta * delta + alpha * (len_w - len_l))
+
+
+@checked
+def rso_hinge(logp_w, logp_l, ref_w, ref_l, *, beta=0.05):
+    """DPO's margin under a hinge: pushes with constant force until βΔ reaches 1, then rests.
+
+        L = max(0, 1 − βΔ)
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β; the hinge rests from Δ = 1/β on.
+
+    Returns: (B,).
+    Gradient: ∂L/∂s_w = −β·1[βΔ < 1] = −∂L/∂s_l.
+
+    >>> rso_hinge(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))  # 1 − 0.05·4
+    tensor([0.8000])
+
+    Reference: Liu et al., 2023, arXiv 2309.06657.
+    """
+    return F.relu(1 - beta * ((logp_w - ref_w) - (logp_l - ref_l)))
+
+
+@checked
+def exo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, label_smoothing=1e-3):
+    """Reverse KL from the policy's preference to the label's: settles on the label instead of covering both.
+
+        L = q[logσ(z) − log(1−ε)] + (1−q)[logσ(−z) − log ε]          q = σ(z), z = βΔ
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
+      label_smoothing: ε > 0, without which the target has no finite KL.
+
+    Returns: (B,) nats; 0 at z = logit(1−ε).
+    Gradient: ∂L/∂s_w = βσ(z)σ(−z)[z − log((1−ε)/ε)] = −∂L/∂s_l; it fades for badly wrong pairs (z → −∞) too.
+
+    >>> exo(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))
+    tensor([2.0992])
+
+    Reference: Ji et al., 2024, arXiv 2402.00856.
+    """
+    if label_smoothing == 0:
+        raise ValueError("exo: `label_smoothing` is 0; it must be above 0, since log 0 is not finite")
+    z = beta * ((logp_w - ref_w) - (logp_l - ref_l))
+    win, lose = math.log(1 - label_smoothing), math.log(label_smoothing)
+    return torch.sigmoid(z) * (F.logsigmoid(z) - win) + torch.sigmoid(-z) * (F.logsigmoid(-z) - lose)
+
+
+@checked
+def nca(logp_w, logp_l, ref_w, ref_l, *, beta=0.01):
+    """Classifies each response against noise by itself, so that the chosen one's likelihood cannot sink along.
+
+        L = −logσ(v_w) − ½ logσ(−v_w) − ½ logσ(−v_l)          v = βu
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
+
+    Returns: (B,); 2 log 2 where policy = reference.
+    Gradient: ∂L/∂s_w = β(1.5σ(v_w) − 1), ∂L/∂s_l = ½βσ(v_l); the chosen reward stops at v_w = log 2.
+
+    >>> nca(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))
+    tensor([1.3764])
+
+    Reference: Chen et al., 2024, arXiv 2402.05369.
+    """
+    v_w, v_l = beta * (logp_w - ref_w), beta * (logp_l - ref_l)
+    return -F.logsigmoid(v_w) - 0.5 * F.logsigmoid(-v_w) - 0.5 * F.logsigmoid(-v_l)
+
+
+@checked
+def sppo(logp_w, logp_l, ref_w, ref_l, *, beta=1e-3):
+    """Self-play against the current policy: regresses each log-ratio onto its win probability, here a sure win or loss.
+
+        L = (u_w − 1/(2β))² + (u_l + 1/(2β))²
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β (1/η in the paper); the targets are ±1/(2β).
+
+    Returns: (B,) nats²; 1/(2β²) where policy = reference.
+    Gradient: ∂L/∂s_w = 2(u_w − 1/2β), ∂L/∂s_l = 2(u_l + 1/2β).
+
+    The authors' code has ½ in front; we have not, as other libraries, so our gradient is twice theirs.
+
+    >>> sppo(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))  # 2·498²
+    tensor([496008.])
+
+    Reference: Wu et al., 2024, arXiv 2405.00675.
+    """
+    return (logp_w - ref_w - 0.5 / beta) ** 2 + (logp_l - ref_l + 0.5 / beta) ** 2
+
+
+@checked
+def apo_zero(logp_w, logp_l, ref_w, ref_l, *, beta=0.1):
+    """Anchors both responses at the reference: chosen up, rejected down. For chosen answers above the model's level.
+
+        L = 1 − σ(βu_w) + σ(βu_l)
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
+
+    Returns: (B,) in (0, 2); 1 where policy = reference.
+    Gradient: ∂L/∂s_w = −βσ(βu_w)σ(−βu_w), ∂L/∂s_l = βσ(βu_l)σ(−βu_l).
+
+    >>> apo_zero(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))  # 2σ(−0.2)
+    tensor([0.9003])
+
+    Reference: D'Oosterlinck et al., 2024, arXiv 2408.06266.
+    """
+    return torch.sigmoid(-beta * (logp_w - ref_w)) + torch.sigmoid(beta * (logp_l - ref_l))
+
+
+@checked
+def apo_down(logp_w, logp_l, ref_w, ref_l, *, beta=0.1):
+    """Pushes both responses down, the rejected one more. For chosen answers below the model's level.
+
+        L = σ(βu_w) + 1 − σ(βΔ)
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
+
+    Returns: (B,) in (0, 2); 1 where policy = reference.
+    Gradient: ∂L/∂s_w = βσ(βu_w)σ(−βu_w) − βσ(βΔ)σ(−βΔ), ∂L/∂s_l = βσ(βΔ)σ(−βΔ). At step 0 the first is exactly 0.
+
+    >>> apo_down(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))  # σ(0.2) + σ(−0.4)
+    tensor([0.9511])
+
+    Reference: D'Oosterlinck et al., 2024, arXiv 2408.06266.
+    """
+    u_w, u_l = logp_w - ref_w, logp_l - ref_l
+    return torch.sigmoid(beta * u_w) + torch.sigmoid(-beta * (u_w - u_l))
+
+
+@checked
+def discopop(logp_w, logp_l, ref_w, ref_l, *, beta=0.05, tau=0.05):
+    """Found by a language model's search: logistic for wrong pairs, exponential for right ones, blended by σ(h/τ).
+
+        L = (1 − m)(−logσ(h)) + m e^{−h}          m = σ(h/τ), h = βΔ
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
+      tau: τ, the width of the blend in units of h.
+
+    Returns: (B,).
+    Gradient: ∂L/∂s_w = β[(m'/τ)(e^{−h} + logσ(h)) − (1−m)σ(−h) − m e^{−h}] = −∂L/∂s_l, with m' = m(1−m). At h = 0 it is
+    positive, +β(¼(1 − log 2)/τ − ¾): there the loss pushes the margin *down*.
+
+    m e^{−h} is one exponential, e^{logσ(h/τ) − h}: apart, the factors are 0 and infinity for badly wrong pairs.
+
+    >>> discopop(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))
+    tensor([0.8148])
+
+    Reference: Lu et al., 2024, arXiv 2406.08414.
+    """
+    h = beta * ((logp_w - ref_w) - (logp_l - ref_l))
+    return -torch.sigmoid(-h / tau) * F.logsigmoid(h) + capped_exp(F.logsigmoid(h / tau) - h)
+
+
+@checked
+def f_dpo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, divergence="reverse_kl", coef=0.5):
+    """DPO with another divergence as the leash to the reference; the reward is f'(π/π_ref) instead of its logarithm.
+
+        L = −logσ(β(g(u_w) − g(u_l)))
+        reverse_kl  g = u  (dpo)          forward_kl  g = −e^{−u}
+        js          g = logσ(u)           alpha       g = e^{(c−1)u}/(c−1)
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
+      divergence: "reverse_kl", "forward_kl", "js" or "alpha".
+      coef: c ≠ 1, for "alpha": c → 1 is reverse_kl, c = 0 is forward_kl. The paper's and trl's α is 1 − c.
+
+    Returns: (B,).
+    Gradient: ∂L/∂s_w = −βσ(−h)g'(u_w), ∂L/∂s_l = βσ(−h)g'(u_l); g' = 1, e^{−u}, σ(−u), e^{(c−1)u}. Exponents are capped
+    at 40, beyond which the gradient is 0.
+
+    >>> f_dpo(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]), divergence="js")  # h = 0.2
+    tensor([0.5981])
+
+    Reference: Wang et al., 2023, arXiv 2309.16240.
+    """
+    g = option("divergence", divergence, {
+        "reverse_kl": lambda u: u,
+        "forward_kl": lambda u: -capped_exp(-u),
+        "js": F.logsigmoid,
+        "alpha": lambda u: capped_exp((coef - 1) * u) / (coef - 1),
+    })  # fmt: skip
+    return bradley_terry(beta * (g(logp_w - ref_w) - g(logp_l - ref_l)))
+
+
+@checked
+def tdpo1(logp_w, logp_l, ref_w, ref_l, kl_w, kl_l, *, beta=0.1):
+    """DPO derived per token, which leaves a difference of sequential KLs in the margin.
+
+        L = −logσ(β[Δ − (D_l − D_w)])
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      kl_w, kl_l: (B,) summed forward KL(π_ref ‖ π_θ) along each response, nats, with gradient.
+      beta: β.
+
+    Returns: (B,).
+    Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l, ∂L/∂D_l = βσ(−h) = −∂L/∂D_w; ∂D/∂logits = π_θ − π_ref at each position.
+
+    >>> tdpo1(*map(tensor, ([-12.0], [-24.0], [-14.0], [-22.0], [0.5], [1.5])))  # D_l − D_w = 1, h = 0.3
+    tensor([0.5544])
+
+    Reference: Zeng et al., 2024, arXiv 2404.11999.
+    """
+    delta = (logp_w - ref_w) - (logp_l - ref_l)
+    return bradley_terry(beta * (delta - (kl_l - kl_w)))
+
+
+@checked
+def tdpo2(logp_w, logp_l, ref_w, ref_l, kl_w, kl_l, *, beta=0.1, alpha=0.5):
+    """TDPO with the KL term scaled and held constant on the chosen side, so that it reins in the rejected one only.
+
+        L = −logσ(β[Δ − α(D_l − sg[D_w])])
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      kl_w, kl_l: (B,) summed forward KL(π_ref ‖ π_θ) along each response, nats.
+      beta: β.
+      alpha: α, the weight of the KL term.
+
+    Returns: (B,).
+    Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l, ∂L/∂D_l = αβσ(−h), ∂L/∂D_w = 0.
+
+    >>> tdpo2(*map(tensor, ([-12.0], [-24.0], [-14.0], [-22.0], [0.5], [1.5])))  # h = 0.1·(4 − 0.5)
+    tensor([0.5334])
+
+    Reference: Zeng et al., 2024, arXiv 2404.11999.
+    """
+    delta = (logp_w - ref_w) - (logp_l - ref_l)
+    return bradley_terry(beta * (delta - alpha * (kl_l - kl_w.detach())))
+
+
+@checked
+def beta_dpo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, a=0.6, keep=0.8, mean=None, std=None, generator=None):
+    """DPO that draws the rows near the typical margin and moves β with the batch: informative pairs get a larger β.
+
+        k = max(1, ⌊ρB⌋) rows drawn without replacement, with weights exp(−½((Δ−m)/v)²)
+        β_b = max(1e-3, β[1 + a(mean of Δ over the drawn rows − m)]),  L = −(B/k) logσ(sg[β_b] Δ) if drawn, else 0
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β, the base.
+      a: how strongly β follows the margin.
+      keep: ρ, the share of rows drawn.
+      mean, std: m, v: a running estimate in units of Δ; None means of this batch. v = 0 draws uniformly.
+      generator: source of the draw; seed it alike on every rank. None is torch's global CPU generator.
+
+    Returns: (B,); the factor B/k makes the caller's mean over B rows the mean over the drawn ones.
+    Gradient: ∂L/∂s_w = −(B/k) β_b σ(−β_bΔ) = −∂L/∂s_l on drawn rows, 0 elsewhere.
+
+    The draw is the top k of −½((Δ−m)/v)² plus Gumbel noise: the same law, and far rows may have weight 0 in floating
+    point, which multinomial sampling refuses.
+
+    >>> beta_dpo(*map(tensor, ([-12.0, -20.0], [-24.0, -20.0], [-14.0, -20.0], [-22.0, -20.0])), a=0.0, keep=1.0)
+    tensor([0.5130, 0.6931])
+
+    Reference: Wu et al., 2024, arXiv 2407.08639.
+    """
+    delta = (logp_w - ref_w) - (logp_l - ref_l)
+    mean, std = moments(delta, mean, std)
+    k = max(1, math.floor(keep * len(delta) + 1e-9))  # 1e-9: 0.29·100 is 28.999999999999996
+    uniform = torch.rand(len(delta), generator=generator, device=generator.device if generator else None)
+    gumbel = -torch.log(-torch.log(uniform)).to(delta)
+    drawn = (gumbel - 0.5 * standardize(delta.detach(), mean, std) ** 2).topk(k).indices
+    beta_b = (beta * (1 + a * (delta.detach()[drawn].mean() - mean))).clamp(min=1e-3)
+    scale = torch.zeros_like(delta).index_fill(0, drawn, len(delta) / k)
+    return scale * bradley_terry(beta_b * delta)
+
+
+@checked
+def aot(logp_w, logp_l, ref_w, ref_l, *, beta=0.01, label_smoothing=0.0):
+    """Alignment by optimal transport: the policy's *distribution* of margins should dominate the reference's.
+
+        L_i = −(1−ε) logσ(βδ_i) − ε logσ(−βδ_i)
+        δ_i = (s_w − s_l)_i − the reference margin s̄_w − s̄_l of the same rank in the batch
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
+      label_smoothing: ε.
+
+    Returns: (B,), in the order of the pairs; sorting only decides which reference margin a pair is compared with.
+    Gradient: ∂L/∂s_w = β[σ(βδ) − (1−ε)] = −∂L/∂s_l.
+
+    >>> aot(*map(tensor, ([-12.0, -20.0], [-24.0, -20.0], [-14.0, -20.0], [-22.0, -20.0])))  # 12 − 8, 0 − 0
+    tensor([0.6733, 0.6931])
+
+    Reference: Melnyk et al., 2024, arXiv 2406.05882.
+    """
+    policy, reference = logp_w - logp_l, ref_w - ref_l
+    return bradley_terry(beta * (policy - quantile_matched(reference, policy)), label_smoothing)
+
+
+@checked
+def aot_unpaired(logp_w, logp_l, ref_w, ref_l, *, beta=0.01, label_smoothing=0.0):
+    """Alignment by optimal transport without pairs: chosen log-ratios, sorted, should exceed rejected ones, sorted.
+
+        L_i = −(1−ε) logσ(βδ_i) − ε logσ(−βδ_i)
+        δ_i = (u_w)_i − the u_l of the same rank in the batch
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats; w and l rows need not belong
+        to one prompt.
+      beta: β.
+      label_smoothing: ε.
+
+    Returns: (B,), in the order of the chosen responses.
+    Gradient: ∂L/∂s_w = β[σ(βδ) − (1−ε)], and the opposite on the s_l it was matched with.
+
+    >>> aot_unpaired(*map(tensor, ([-12.0, -20.0], [-24.0, -20.0], [-14.0, -20.0], [-22.0, -20.0])))  # 2 − 0, 0 − (−2)
+    tensor([0.6832, 0.6832])
+
+    Reference: Melnyk et al., 2024, arXiv 2406.05882.
+    """
+    u_w, u_l = logp_w - ref_w, logp_l - ref_l
+    return bradley_terry(beta * (u_w - quantile_matched(u_l, u_w)), label_smoothing)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs, without a reference: the policy's own log-prob is the reward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@checked
+def cpo(logp_w, logp_l, len_w, *, beta=0.1, lam=1.0):
+    """DPO with a uniform reference, held up by the likelihood of the chosen response.
+
+        L = −logσ(β(s_w − s_l)) − λ s_w/n_w
+
+    Args:
+      logp_w, logp_l: (B,) summed log-probs, nats.
+      len_w: (B,) tokens of the chosen response; the likelihood term is an average, the preference term a sum.
+      beta: β.
+      lam: λ, weight of the likelihood term.
+
+    Returns: (B,).
+    Gradient: ∂L/∂s_w = −βσ(−β(s_w − s_l)) − λ/n_w, ∂L/∂s_l = βσ(−β(s_w − s_l)).
+    Search: β ∈ {0.01, 0.05, 0.1}, λ = 1.
+
+    The α-DPO paper's Table 3 prints the λ term inside logσ: a misplaced bracket.
+
+    >>> cpo(tensor([-12.0]), tensor([-24.0]), tensor([10]))  # −logσ(1.2) + 1.2
+    tensor([1.4633])
+
+    Reference: Xu et al., 2024, arXiv 2401.08417.
+    """
+    return bradley_terry(beta * (logp_w - logp_l)) - lam * logp_w / len_w
+
+
+@checked
+def slic(logp_w, logp_l, *, delta=1.0, lam=0.1):
+    """Calibrates sequence likelihood: a hinge on the summed log-prob margin plus the likelihood of the chosen response.
+
+        L = max(0, δ − s_w + s_l) − λ s_w
+
+    Args:
+      logp_w, logp_l: (B,) summed log-probs, nats.
+      delta: δ, the margin in nats at which the hinge rests.
+      lam: λ, weight of the likelihood term (a sum, so long responses weigh more).
+
+    Returns: (B,) nats.
+    Gradient: with k = 1[δ − s_w + s_l > 0], ∂L/∂s_w = −k − λ, ∂L/∂s_l = k.
+
+    >>> slic(tensor([-12.0]), tensor([-24.0]))  # the hinge rests; 0.1·12
+    tensor([1.2000])
+
+    Reference: Zhao et al., 2023, arXiv 2305.10425.
+    """
+    return F.relu(delta - logp_w + logp_l) - lam * logp_w
+
+
+@checked
+def rrhf(logp_w, logp_l, len_w, len_l, *, lam=1.0):
+    """Ranks by average log-prob without a margin, plus the likelihood of the chosen response (the two-response form).
+
+        L = max(0, a_l − a_w) − λ s_w
+
+    Args:
+      logp_w, logp_l: (B,) summed log-probs, nats.
+      len_w, len_l: (B,) response tokens.
+      lam: λ, weight of the likelihood term (a sum).
+
+    Returns: (B,) nats.
+    Gradient: with k = 1[a_l > a_w], ∂L/∂s_w = −k/n_w − λ, ∂L/∂s_l = k/n_l.
+
+    >>> rrhf(tensor([-12.0]), tensor([-24.0]), tensor([10]), tensor([12]))  # ranked right: 0 + 12
+    tensor([12.])
+
+    Reference: Yuan et al., 2023, arXiv 2304.05302.
+    """
+    return F.relu(logp_l / len_l - logp_w / len_w) - lam * logp_w
+
+
+@checked
+def orpo(logp_w, logp_l, len_w, len_l, *, lam=0.1):
+    """Fine-tuning and preference in one: the likelihood of the chosen response and the odds ratio of the two.
+
+        L = −a_w − λ logσ(o)          o = log odds(e^{a_w}) − log odds(e^{a_l}),  log odds(eᵃ) = a − log(1 − eᵃ)
+
+    Args:
+      logp_w, logp_l: (B,) summed log-probs, nats.
+      len_w, len_l: (B,) response tokens.
+      lam: λ, weight of the odds-ratio term (trl calls it beta).
+
+    Returns: (B,).
+    Gradient: ∂L/∂s_w = −1/n_w − (λ/n_w)σ(−o)/(1 − e^{a_w}), ∂L/∂s_l = (λ/n_l)σ(−o)/(1 − e^{a_l}); for a > −1e-6 the
+    clamp of `log1mexp` leaves 1 in place of 1/(1 − eᵃ).
+    Search: λ ∈ {0.1, 0.5, 1, 2}.
+
+    The authors' code takes the likelihood over prompt and response by default; we over the response, as the formula.
+
+    >>> orpo(tensor([-12.0]), tensor([-24.0]), tensor([10]), tensor([12]))
+    tensor([1.2310])
+
+    Reference: Hong, Lee and Thorne, 2024, arXiv 2403.07691.
+    """
+    a_w, a_l = logp_w / len_w, logp_l / len_l
+    odds_ratio = (a_w - a_l) - (log1mexp(a_w) - log1mexp(a_l))
+    return -a_w + lam * bradley_terry(odds_ratio)
+
+
+@checked
+def simpo(logp_w, logp_l, len_w, len_l, *, beta=2.0, gamma=1.0, label_smoothing=0.0, average=True):
+    """Rewards the average log-prob, the quantity that decoding maximises, and asks for a fixed margin.
+
+        L = −(1−ε) logσ(h) − ε logσ(−h)          h = βd − γ
+
+    Args:
+      logp_w, logp_l: (B,) summed log-probs, nats.
+      len_w, len_l: (B,) response tokens.
+      beta: β.
+      gamma: γ, the target margin inside the sigmoid.
+      label_smoothing: ε.
+      average: False drops the length normalisation: sums in place of averages.
+
+    Returns: (B,).
+    Gradient: ∂L/∂s_w = (β/n_w)[σ(h) − (1−ε)], ∂L/∂s_l = −(β/n_l)[σ(h) − (1−ε)]; without 1/n on sums.
+    Search: β ∈ {2, 4, 6, 8}, γ ∈ {0.3, 0.5, 1, 1.2, 1.4, 1.6}; 2.5–10 for instruct models.
+
+    Paper: γ. The released configs give `gamma_beta_ratio` = γ/β; we take γ, as the paper's formula.
+
+    >>> simpo(tensor([-12.0]), tensor([-24.0]), tensor([10]), tensor([12]))  # −logσ(2·0.8 − 1)
+    tensor([0.4375])
+
+    Reference: Meng, Xia and Chen, 2024, arXiv 2405.14734; eq. 5 of arXiv 2410.10148.
+    """
+    n_w, n_l = (len_w, len_l) if average else (1, 1)
+    return bradley_terry(beta * (logp_w / n_w - logp_l / n_l) - gamma, label_smoothing)
+
+
+@checked
+def repo(logp_w, logp_l, len_w, len_l, *, gamma=0.5):
+    """SimPO under a ReLU: pairs with enough average margin are dropped, all others weigh the same. No β.
+
+        L = max(0, γ − d)
+
+    Args:
+      logp_w, logp_l: (B,) summed log-probs, nats.
+      len_w, len_l: (B,) response tokens.
+      gamma: γ, the margin to reach, nats per token (SimPO's γ/β).
+
+    Returns: (B,) nats per token.
+    Gradient: with k = 1[d < γ], ∂L/∂s_w = −k/n_w, ∂L/∂s_l = k/n_l: the limit β → ∞ of SimPO's, divided by β.
+
+    >>> repo(tensor([-12.0]), tensor([-24.0]), tensor([10]), tensor([12]), gamma=1.0)  # 1 − 0.8
+    tensor([0.2000])
+
+    Reference: Wu et al., 2025, arXiv 2503.07426.
+    """
+    return F.relu(gamma - (logp_w / len_w - logp_l / len_l))
+
+
+@checked
+def simper(logp_w, logp_l, len_w, len_l):
+    """Maximises the inverse perplexity of the chosen response and minimises that of the rejected one. Nothing to tune.
+
+        L = −e^{a_w} + e^{a_l}
+
+    Args:
+      logp_w, logp_l: (B,) summed log-probs, nats.
+      len_w, len_l: (B,) response tokens.
+
+    Returns: (B,) in (−1, 1).
+    Gradient: ∂L/∂s_w = −e^{a_w}/n_w, ∂L/∂s_l = e^{a_l}/n_l. An untrained model has a ≈ −log V and hardly any gradient:
+    start from a fine-tuned one.
+
+    >>> simper(tensor([-12.0]), tensor([-24.0]), tensor([10]), tensor([12]))  # −e^−1.2 + e^−2
+    tensor([-0.1659])
+
+    Reference: Xiao et al., 2025, arXiv 2502.00883.
+    """
+    return -torch.exp(logp_w / len_w) + torch.exp(logp_l / len_l)
+
+
+@checked
+def alphapo(logp_w, logp_l, len_w, len_l, *, beta=2.5, gamma=0.25, alpha=0.25):
+    """SimPO with a bent reward: α > 0 rewards getting out of low likelihood more than climbing in high likelihood.
+
+        L = −logσ(r_w − r_l − γ)          r = β(1 − e^{−αa})/α,  α = 0: r = βa
+
+    Args:
+      logp_w, logp_l: (B,) summed log-probs, nats.
+      len_w, len_l: (B,) response tokens.
+      beta: β.
+      gamma: γ, the target margin inside the sigmoid.
+      alpha: α, the bend; 0 is SimPO.
+
+    Returns: (B,).
+    Gradient: ∂L/∂s_w = −(β/n_w)e^{−αa_w}σ(−h), ∂L/∂s_l = (β/n_l)e^{−αa_l}σ(−h). The exponent −αa is capped at 40,
+    beyond which the gradient is 0.
+
+    1 − e^{−αa} is −expm1(−αa): a power of the probability would cancel for small α.
+
+    >>> alphapo(tensor([-12.0]), tensor([-24.0]), tensor([10]), tensor([12]))
+    tensor([0.0627])
+
+    Reference: Gupta et al., 2025, arXiv 2501.03884.
+    """
+
+    def reward(a):
+        return -beta * torch.expm1((-alpha * a).clamp(max=40.0)) / alpha if alpha else beta * a
+
+    return bradley_terry(reward(logp_w / len_w) - reward(logp_l / len_l) - gamma)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs, with a margin of their own
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@checked
+def alpha_dpo(logp_w, logp_l, ref_w, ref_l, len_w, len_l, *, beta=10.0, gamma=4.0, alpha=0.5, margin="ratio",
+              normalize=True, stop_gradient=True, average=True, mean=None, std=None):
+    """SimPO whose target margin follows the pair: more is asked where the policy already left the reference further.
+
+        L = −logσ(u − sg[γ + αM*])          u = βd,  M = β·Δ̃,  M* = (M − μ)/σ_M
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      len_w, len_l: (B,) response tokens.
+      beta, gamma, alpha: β, γ, α in the paper's units.
+      margin: where M comes from, the implicit reference model of Table 2: "ratio" U(π_θ/π_ref)^α; "policy" Uπ_θ^α,
+        M = βd; "reference" Uπ_ref^α, M = β(ā_w − ā_l); "inverse_reference" U(1/π_ref)^α, minus that.
+      normalize: False uses M itself ("w/o normalization").
+      stop_gradient: False lets the gradient through M but not through μ and σ_M ("w/o sg").
+      average: False drops the length normalisation from u and M alike (Appendix B.2).
+      mean, std: μ, σ_M in units of M; None means of this batch, population standard deviation.
+
+    Returns: (B,).
+    Gradient: ∂L/∂s_w = −(β/n_w)σ(−h), ∂L/∂s_l = (β/n_l)σ(−h). With stop_gradient=False and a margin that holds the
+    policy both get the factor 1 − α/σ_M (1 − α without normalisation): for α > σ_M training runs backwards.
+    Search: β ∈ {2.5, 10}, γ/β ∈ {0.1, 0.3, 0.5}, α/β ∈ {0.01, 0.05, 0.1, 0.2}.
+
+    Paper: μ, σ_M over the training set. Code: a moving average (0.9) over microbatches that starts at 0 without bias
+    correction, and γ, α multiplied by β (its "γ 0.4, α 0.05" at β = 10 is 4 and 0.5). We: the whole optimizer batch,
+    because that does not depend on how it is split; equal M (one row, or policy = reference) give M* = 0.
+
+    >>> pairs = [[-12.0, -20.0], [-24.0, -20.0], [-14.0, -20.0], [-22.0, -20.0], [10, 10], [12, 10]]
+    >>> alpha_dpo(*map(tensor, pairs))  # M* = 1, −1: h = 8 − 4.5, 0 − 3.5
+    tensor([0.0298, 3.5298])
+
+    Reference: Wu et al., 2024, arXiv 2410.10148, eqs. 8–12 and Table 2.
+    """
+    n_w, n_l = (len_w, len_l) if average else (1, 1)
+    u = beta * (logp_w / n_w - logp_l / n_l)
+    ref = beta * (ref_w / n_w - ref_l / n_l)
+    m = option("margin", margin, {"ratio": u - ref, "policy": u, "reference": ref, "inverse_reference": -ref})
+    m = m.detach() if stop_gradient else m
+    m = standardize(m, *moments(m, mean, std)) if normalize else m
+    return bradley_terry(u - gamma - alpha * m)
+
+
+@checked
+def alpha_dpo_kl(logp_w, logp_l, len_w, len_l, kl_w, kl_l, *, beta=10.0, gamma=4.0, alpha=0.5, mean=None, std=None):
+    """α-DPO with TDPO's difference of sequential KLs as the margin: token-level where α-DPO is sequence-level.
+
+        L = −logσ(βd − sg[γ + αδ*])          δ = β(D_l − D_w),  δ* = (δ − μ)/σ_δ
+
+    Args:
+      logp_w, logp_l: (B,) summed log-probs, nats.
+      len_w, len_l: (B,) response tokens.
+      kl_w, kl_l: (B,) summed forward KL(π_ref ‖ π_θ) along each response, nats; no gradient flows into them.
+      beta, gamma, alpha: β, γ, α in the paper's units.
+      mean, std: μ, σ_δ in units of δ; None means of this batch.
+
+    Returns: (B,).
+    Gradient: ∂L/∂s_w = −(β/n_w)σ(−h), ∂L/∂s_l = (β/n_l)σ(−h), ∂L/∂D = 0.
+
+    Paper: δ ≈ M by D ≈ −u (Lemma 4.3; its appendix writes D ≈ +u and then loses the sign). We take δ as eq. 18 has it,
+    sums over positions.
+
+    >>> pairs = [[-12.0, -20.0], [-24.0, -20.0], [10, 10], [12, 10], [0.5, 0.0], [1.5, 0.0]]
+    >>> alpha_dpo_kl(*map(tensor, pairs))  # δ* = 1, −1
+    tensor([0.0298, 3.5298])
+
+    Reference: Wu et al., 2024, arXiv 2410.10148, eq. 18 and Table 6.
+    """
+    m = beta * (kl_l - kl_w).detach()
+    m = standardize(m, *moments(m, mean, std))
+    return bradley_terry(beta * (logp_w / len_w - logp_l / len_l) - gamma - alpha * m)
+
+
+@checked
+def online_simpo(logp_w, logp_l, ref_w, ref_l, old_w, old_l, len_w, len_l, *, beta=2.0, gamma=1.0, corrected=True,
+                 clip=5.0, self_normalize=False):
+    """SimPO as if the pairs had been sampled from an earlier policy: each pair weighted by how likely it finds them.
+
+        L = sg[w] · (−logσ(βd − γ))
+        corrected: log w = (s^old_w − s̄_w) − (s^old_l − s̄_l)          else: log w = (s^old_w − s̄_w) + (s^old_l − s̄_l)
+
+    Args:
+      logp_w, logp_l: (B,) summed log-probs under the policy, nats.
+      ref_w, ref_l: (B,) under the policy that sampled the pairs.
+      old_w, old_l: (B,) under the earlier policy.
+      len_w, len_l: (B,) response tokens.
+      beta, gamma: β, γ of SimPO.
+      corrected: eq. 16, which divides by the rejected ratio; False is plain importance sampling, eq. 15.
+      clip: |log w| ≤ clip, in nats. A sum over hundreds of tokens makes w 0 or infinity; math.inf for none.
+      self_normalize: divide w by its mean over the batch.
+
+    Returns: (B,).
+    Gradient: ∂L/∂s_w = −w(β/n_w)σ(−h), ∂L/∂s_l = w(β/n_l)σ(−h).
+
+    Paper: a yardstick for α-DPO's theory (Lemma 4.2), not an experiment; clip and self_normalize are ours.
+
+    >>> online_simpo(*map(tensor, ([-12.0], [-24.0], [-14.0], [-22.0], [-13.5], [-22.5], [10], [12])))  # e¹ · simpo
+    tensor([1.1892])
+
+    Reference: Wu et al., 2024, arXiv 2410.10148, eqs. 13–16.
+    """
+    ratio_w, ratio_l = (old_w - ref_w).detach(), (old_l - ref_l).detach()
+    log_weight = (ratio_w - ratio_l if corrected else ratio_w + ratio_l).clamp(-clip, clip)
+    weight = log_weight.softmax(0) * len(log_weight) if self_normalize else log_weight.exp()
+    return weight * bradley_terry(beta * (logp_w / len_w - logp_l / len_l) - gamma)
+
+
+def gamma_margins(r: Tensor, gamma: float, tau: float) -> Tensor:
+    """γ-PO's margins: γ_i = γ₀Np_i with p on the simplex minimising τ Σ p log(Np) + (1/N) Σ −logσ(r_i − γ_i).
+
+    The minimum is the fixed point p_i ∝ exp(−(γ₀/τ) σ(γ_i − r_i)). Each step goes the share 1/(1+k) of the way to its
+    right side, in log p; with k half the largest slope of that side the error shrinks by k/(1+k), to a quarter or
+    less at γ₀ = 4, τ = 10.
+
+    Authors: 20 exponentiated-gradient steps of min(0.5/τ, 1), which for τ ≥ ½ is the same iteration at the share ½ and
+    leaves about 1e-6 (and swings for γ₀ = 4, τ ≤ 2). We: 40 steps, which end at the fixed point to rounding where
+    γ₀ ≤ τ and within 1e-4 γ₀ far beyond, because that is what the paper defines.
+
+    >>> gamma_margins(tensor([0.0, 8.0]), gamma=4.0, tau=10.0)
+    tensor([3.2671, 4.7329])
+    """
+    n, c = len(r), gamma / tau
+    log_np = torch.zeros_like(r)
+    for _ in range(40):
+        g = gamma * log_np.exp()
+        missed = torch.sigmoid(g - r)
+        k = 0.5 * (c * g * missed * (1 - missed)).max()
+        log_np = (k * log_np - c * missed) / (1 + k)
+        log_np = log_np - log_np.logsumexp(0) + math.log(n)
+    return gamma * log_np.exp()
+
+
+@checked
+def gamma_dpo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, gamma=1.0, tau=10.0):
+    """DPO with γ-PO's margins, centred: confident pairs are asked for more, doubtful ones for less.
+
+        L = −logσ(r − sg[γ_i − γ₀])          r = βΔ, γ_i from `gamma_margins`
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
+      gamma: γ₀, the mean of the γ_i.
+      tau: τ; large keeps all γ_i near γ₀, and τ → ∞ is dpo.
+
+    Returns: (B,).
+    Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l.
+
+    >>> gamma_dpo(*map(tensor, ([-12.0, -20.0], [-24.0, -20.0], [-14.0, -20.0], [-22.0, -20.0])))  # γ_i − 1 = ±0.004
+    tensor([0.5147, 0.6911])
+
+    Reference: Sun et al., 2025, "γ-PO", arXiv 2506.03690.
+    """
+    r = beta * ((logp_w - ref_w) - (logp_l - ref_l))
+    return bradley_terry(r - (gamma_margins(r.detach(), gamma, tau) - gamma))
+
+
+@checked
+def gamma_simpo(logp_w, logp_l, len_w, len_l, *, beta=10.0, gamma=4.0, tau=10.0):
+    """SimPO with γ-PO's margins: the mean margin stays γ₀, confident pairs are asked for more, doubtful ones for less.
+
+        L = −logσ(r − sg[γ_i])          r = βd, γ_i from `gamma_margins`
+
+    Args:
+      logp_w, logp_l: (B,) summed log-probs, nats.
+      len_w, len_l: (B,) response tokens.
+      beta: β.
+      gamma: γ₀, the mean of the γ_i.
+      tau: τ; large keeps all γ_i near γ₀, and τ → ∞ is simpo.
+
+    Returns: (B,).
+    Gradient: ∂L/∂s_w = −(β/n_w)σ(−h), ∂L/∂s_l = (β/n_l)σ(−h).
+    Published: β 2.5–10, γ₀ 0.375–4, τ 10–20.
+
+    >>> gamma_simpo(*map(tensor, ([-12.0, -20.0], [-24.0, -20.0], [10, 10], [12, 10])))  # γ_i = 4.733, 3.267
+    tensor([0.0374, 3.3045])
+
+    Reference: Sun et al., 2025, "γ-PO", arXiv 2506.03690.
+    """
+    r = beta * (logp_w / len_w - logp_l / len_l)
+    return bradley_terry(r - gamma_margins(r.detach(), gamma, tau))
+
+
+@checked
+def amapo(logp_w, logp_l, len_w, len_l, *, beta=2.5, paper=False):
+    """SimPO that adds a margin to the pairs below the batch's mean and none to those above.
+
+        L = −logσ(βd − sg[m])          code: m = β exp(((μ − d)/s)·μ) where d < μ, else 0
+
+    Args:
+      logp_w, logp_l: (B,) summed log-probs, nats.
+      len_w, len_l: (B,) response tokens.
+      beta: β.
+      paper: the formula of the text, in units of r = βd: m = exp(e), e = ((μ_r − r)/s_r)·μ_r = β((μ − d)/s)μ, where
+        e > 0, else 0.
+
+    Returns: (B,).
+    Gradient: ∂L/∂s_w = −(β/n_w)σ(−h), ∂L/∂s_l = (β/n_l)σ(−h).
+    Published: β 2–3.
+
+    Paper: β inside the exponent; code: in front of it, and the rows by d < μ. The two put the margin on opposite pairs
+    when μ < 0. We follow the code by default, because the results come from it. μ, s are those of the batch (population
+    s); s = 0 gives no margin, and the exponent is capped at 20.
+
+    >>> amapo(*map(tensor, ([-12.0, -20.0], [-24.0, -20.0], [10, 10], [12, 10])))  # μ = s = 0.4, m = 0, 2.5 e^0.4
+    tensor([0.1269, 3.7533])
+
+    Reference: Deng et al., 2025, arXiv 2511.09385.
+    """
+    d = logp_w / len_w - logp_l / len_l
+    r = beta * d.detach() if paper else d.detach()
+    mean, std = moments(r)
+    z = standardize(r, mean, std)
+    exponent = (-z * mean).clamp(max=20.0)
+    m = torch.where(exponent > 0, exponent.exp(), 0.0) if paper else torch.where(z < 0, beta * exponent.exp(), 0.0)
+    return bradley_terry(beta * d - m)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Unpaired: one row per completion, and a label
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@checked
+def kto(logp, ref, desirable, logp_kl, ref_kl, *, beta=0.1, lambda_d=1.0, lambda_u=1.0):
+    """Values a completion's log-ratio like a human values gains and losses, measured from the policy's average drift.
+
+        z = sg[max(0, mean(s' − s̄'))],  v = β(s − s̄ − z)
+        L = λ_d(1 − σ(v)) if desirable, λ_u(1 − σ(−v)) if not
+
+    Args:
+      logp, ref: (N,) summed log-probs of the completions under policy and reference, nats.
+      desirable: (N,) bool.
+      logp_kl, ref_kl: (N,) the same for prompts paired with *another* prompt's completion; they only estimate z.
+      beta: β.
+      lambda_d, lambda_u: weights of desirable and undesirable rows; balance them when the labels are not balanced.
+
+    Returns: (N,) in (0, λ).
+    Gradient: ∂L/∂s = −λ_d βσ(v)σ(−v) if desirable, +λ_u βσ(v)σ(−v) if not; none through z.
+    Search: β ∈ {0.01, 0.05, 0.1}.
+
+    "kto_pair" of older code (matched pairs, gradient through z) is another loss, and the α-DPO paper's Table 3 has the
+    sign of the λ_l term wrong.
+
+    >>> kto(*map(tensor, ([-12.0, -24.0], [-14.0, -22.0], [True, False], [-30.0, -28.0], [-31.0, -29.0])))  # z = 1
+    tensor([0.4750, 0.4256])
+
+    Reference: Ethayarajh et al., 2024, arXiv 2402.01306.
+    """
+    z = (logp_kl - ref_kl).mean().clamp(min=0).detach()
+    v = beta * (logp - ref - z)
+    return torch.where(desirable, lambda_d * torch.sigmoid(-v), lambda_u * torch.sigmoid(v))
+
+
+@checked
+def bco(logp, ref, desirable, *, beta=0.1, delta=None):
+    """A classifier whose logit is the reward, shifted by the mean reward so that the shift need not be learned.
+
+        L = −logσ(r − δ) if desirable, −logσ(δ − r) if not          r = β(s − s̄)
+
+    Args:
+      logp, ref: (N,) summed log-probs under policy and reference, nats.
+      desirable: (N,) bool.
+      beta: β.
+      delta: δ in units of r, e.g. a running mean; None means the mean of r over this batch.
+
+    Returns: (N,).
+    Gradient: ∂L/∂s = −βσ(−(r − δ)) if desirable, +βσ(r − δ) if not; none through δ.
+
+    >>> bco(tensor([-12.0, -24.0]), tensor([-14.0, -22.0]), tensor([True, False]))  # r = 0.2, −0.2, δ = 0
+    tensor([0.5981, 0.5981])
+
+    Reference: Jung et al., 2024, arXiv 2404.04656.
+    """
+    r = beta * (logp - ref)
+    delta = r.detach().mean() if delta is None else delta
+    return bradley_terry(torch.where(desirable, r - delta, delta - r))
+
+
+@checked
+def uapo(logp, ref, desirable, *, beta=0.1, anchor=None, temperature=1.0):
+    """RECONSTRUCTED. Compares each completion with a utility anchor instead of with a partner.
+
+        L = −logσ(r − b) if desirable, −logσ(b − r) if not          r = β(s − s̄)/T
+
+    Args:
+      logp, ref: (N,) summed log-probs under policy and reference, nats. Reference-free: pass s/n as logp and 0 as ref.
+      desirable: (N,) bool.
+      beta: β.
+      anchor: b in units of r; None means the mean of r over this batch, held constant.
+      temperature: T, the uncertainty: larger trusts the labels less.
+
+    Returns: (N,).
+    Gradient: ∂L/∂s = −(β/T)σ(−(r − b)) if desirable, +(β/T)σ(r − b) if not; none through b.
+
+    Public text fixes only this much: an anchor, each response compared with it, unpaired data allowed. The mean as
+    anchor and the form of the temperature are ours; at T = 1 the result is `bco`.
+
+    >>> uapo(*map(tensor, ([-12.0, -24.0], [-14.0, -22.0], [True, False])), anchor=0.1)  # −logσ(0.1), −logσ(0.3)
+    tensor([0.6444, 0.5544])
+
+    Reference: Wang et al., 2025, arXiv 2509.10515.
+    """
+    r = beta * (logp - ref) / temperature
+    anchor = r.detach().mean() if anchor is None else anchor
+    return bradley_terry(torch.where(desirable, r - anchor, anchor - r))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the trainer reads
+# ---------------------------------------------------------------------------------------------------------------------
+
+OBJECTIVES: dict[str, Callable] = {
+    "sft": sft,
+    "dpo": dpo,
+    "dpo_norm": dpo_norm,
+    "robust_dpo": robust_dpo,
+    "ipo": ipo,
+    "rdpo": rdpo,
+    "rso_hinge": rso_hinge,
+    "exo": exo,
+    "nca": nca,
+    "sppo": sppo,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "discopop": discopop,
+    "f_dpo": f_dpo,
+    "tdpo1": tdpo1,
+    "tdpo2": tdpo2,
+    "beta_dpo": beta_dpo,
+    "aot": aot,
+    "aot_unpaired": aot_unpaired,
+    "cpo": cpo,
+    "slic": slic,
+    "rrhf": rrhf,
+    "orpo": orpo,
+    "simpo": simpo,
+    "repo": repo,
+    "simper": simper,
+    "alphapo": alphapo,
+    "alpha_dpo": alpha_dpo,
+    "alpha_dpo_kl": alpha_dpo_kl,
+    "online_simpo": online_simpo,
+    "gamma_dpo": gamma_dpo,
+    "gamma_simpo": gamma_simpo,
+    "amapo": amapo,
+    "kto": kto,
+    "bco": bco,
+    "uapo": uapo,
+}
+
+# Objectives whose rows depend on each other, so that they must see the whole optimizer batch at once → the switch that
+# couples them; None: always.
+BATCH_COUPLED: dict[str, str | None] = {
+    "beta_dpo": None,
+    "aot": None,
+    "aot_unpaired": None,
+    "alpha_dpo": None,
+    "alpha_dpo_kl": None,
+    "online_simpo": "self_normalize",
+    "gamma_dpo": None,
+    "gamma_simpo": None,
+    "amapo": None,
+    "kto": None,
+    "bco": None,
+    "uapo": None,
+}
+
+
+# Rewards as each paper defines them, without β, from (summed log-prob, reference, length); `ref` is not read where the
+# reward has none. An objective called with average=False is the same reward at length 1.
+def log_ratio(logp, ref, length):
+    return logp - ref
+
+
+def average_log_ratio(logp, ref, length):
+    return (logp - ref) / length
+
+
+def average_logp(logp, ref, length):
+    return logp / length
+
+
+def sum_logp(logp, ref, length):
+    return logp
+
+
+def likelihood(logp, ref, length):
+    return torch.exp(logp / length)
+
+
+REWARDS: dict[str, Callable] = {
+    "sft": average_logp,
+    "dpo": log_ratio,
+    "dpo_norm": average_log_ratio,
+    "robust_dpo": log_ratio,
+    "ipo": average_log_ratio,
+    "rdpo": log_ratio,
+    "rso_hinge": log_ratio,
+    "exo": log_ratio,
+    "nca": log_ratio,
+    "sppo": log_ratio,
+    "apo_zero": log_ratio,
+    "apo_down": log_ratio,
+    "discopop": log_ratio,
+    "f_dpo": log_ratio,
+    "tdpo1": log_ratio,
+    "tdpo2": log_ratio,
+    "beta_dpo": log_ratio,
+    "aot": log_ratio,
+    "aot_unpaired": log_ratio,
+    "cpo": sum_logp,
+    "slic": sum_logp,
+    "rrhf": average_logp,
+    "orpo": average_logp,
+    "simpo": average_logp,
+    "repo": average_logp,
+    "simper": likelihood,
+    "alphapo": average_logp,
+    "alpha_dpo": average_logp,
+    "alpha_dpo_kl": average_logp,
+    "online_simpo": average_logp,
+    "gamma_dpo": log_ratio,
+    "gamma_simpo": average_logp,
+    "amapo": average_logp,
+    "kto": log_ratio,
+    "bco": log_ratio,
+    "uapo": log_ratio,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python losses.py [PICTURE.png]: the table and the gallery
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Two pairs, chosen and rejected; the second has no margin, so that batch statistics are not empty.
+PAIRS = {
+    "logp_w": [-12.0, -20.0], "logp_l": [-24.0, -20.0], "ref_w": [-14.0, -20.0], "ref_l": [-22.0, -20.0],
+    "len_w": [10, 10], "len_l": [12, 10], "kl_w": [0.5, 0.0], "kl_l": [1.5, 0.0],
+    "old_w": [-13.5, -20.0], "old_l": [-22.5, -20.0],
+}  # fmt: skip
+# The first pair as two rows, and two mismatched completions.
+ROWS = {"logp": [-12.0, -24.0], "ref": [-14.0, -22.0], "logp_kl": [-30.0, -28.0], "ref_kl": [-31.0, -29.0]}
+
+
+def needs(objective) -> tuple[list[str], dict]:
+    """The tensors an objective asks for, and its hyper-parameters with their defaults."""
+    parameters = inspect.signature(objective).parameters.values()
+    hyper = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY], hyper
+
+
+def table() -> str:
+    """One line per objective: what it asks for, loss and gradient of the first worked row, settings with defaults."""
+    head = f"{'objective':<13} data  ref kl  batch-coupled  {'loss':>11} {'gradient':>9}  settings with their defaults"
+    lines = [head, "─" * 132]
+    for name, objective in OBJECTIVES.items():
+        names, hyper = needs(objective)
+        inputs = {k: tensor([True, False]) if k == "desirable" else tensor((PAIRS | ROWS)[k]) for k in names}
+        draw = {"generator": torch.Generator().manual_seed(1)} if "generator" in hyper else {}
+        policy = inputs[names[0]].requires_grad_()
+        loss = objective(**inputs, **draw)
+        (slope,) = torch.autograd.grad(loss.sum(), policy)
+        data = "rows" if "desirable" in names else "pairs"
+        ref = "yes" if {"ref", "ref_w", "kl_w"} & {*names} else "–"
+        kl = "yes" if "kl_w" in names else "–"
+        coupled = (BATCH_COUPLED[name] or "yes") if name in BATCH_COUPLED else "–"
+        settings = textwrap.wrap(" ".join(f"{k}={v}" for k, v in hyper.items()) or "–", 64)
+        numbers = f"{loss[0].item():>11.4f} {slope[0].item() + 0.0:>9.4f}"
+        start = f"{name:<13} {data:<5} {ref:<3} {kl:<3} {coupled:<14} {numbers}  "
+        lines += [start + settings[0]] + [" " * len(start) + line for line in settings[1:]]
+    return "\n".join(lines)
+
+
+def curve(objective, margin: Tensor, **hyper) -> tuple[Tensor, Tensor]:
+    """Loss and −∂L/∂s_w along the margin, one token per response: a_w, a_l = −2 ± margin/2, the reference at −2.
+
+    The drawn margins are the batch of a batch-coupled objective. Unpaired: `margin` is the log-ratio of one completion.
+    """
+    names, _ = needs(objective)
+    level = torch.full_like(margin, -2.0)
+    chosen, rejected = (level + margin / 2).requires_grad_(), level - margin / 2
+    if "logp" in names:
+        chosen = (level + margin).requires_grad_()
+    values = {"logp": chosen, "logp_w": chosen, "logp_l": rejected, "old_w": chosen, "old_l": rejected}
+    values["desirable"] = torch.full_like(margin, hyper.pop("desirable", True)).bool()
+    ones = torch.ones_like(margin)
+    loss = objective(*(values.get(k, ones if k.startswith("len") else level) for k in names), **hyper)
+    (slope,) = torch.autograd.grad(loss.sum(), chosen)
+    return loss.detach(), -slope
+
+
+LETTERS = {"label_smoothing": "ε", "tau": "τ", "gamma": "γ", "lam": "λ"}
+SIDE = {True: "desirable", False: "undesirable"}
+
+
+def gallery(path: str) -> None:
+    """Draw loss (above) and gradient weight (below) against the margin, family by family, mostly at β = 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    one = {"beta": 1.0}
+    families = {
+        "log-ratio, logistic": [
+            (dpo, one), (dpo, {**one, "label_smoothing": 0.1}), (robust_dpo, {**one, "label_smoothing": 0.1}),
+            (exo, {**one, "label_smoothing": 0.1}), (nca, one), (discopop, {**one, "tau": 0.5}),
+        ],
+        "log-ratio, other": [
+            (ipo, {"tau": 0.5}), (sppo, {"beta": 0.5}), (rso_hinge, one), (apo_zero, one), (apo_down, one),
+        ],
+        "divergence (f_dpo)": [
+            (f_dpo, {**one, "divergence": kind}) for kind in ("reverse_kl", "forward_kl", "js", "alpha")
+        ],
+        "no reference": [
+            (simpo, one), (repo, {"gamma": 1.0}), (alphapo, {**one, "gamma": 1.0}),
+            (cpo, one), (orpo, {"lam": 1.0}), (simper, {}),
+        ],
+        "own margins": [
+            (simpo, one), (alpha_dpo, {**one, "gamma": 1.0}), (gamma_simpo, {**one, "gamma": 1.0, "tau": 0.5}),
+            (amapo, one), (online_simpo, one),
+        ],
+        "unpaired": [(loss, {**one, "desirable": label}) for loss in (kto, bco) for label in (True, False)],
+    }  # fmt: skip
+    margin = torch.linspace(-3.5, 3.5, 281)
+    figure, axes = plt.subplots(4, 3, figsize=(12, 13.5), layout="constrained", height_ratios=(1, 0.9, 1, 0.9))
+    for i, (title, members) in enumerate(families.items()):
+        above, below = axes[2 * (i // 3) : 2 * (i // 3) + 2, i % 3]
+        for objective, hyper in members:
+            said = [f"{LETTERS[k]}={v}" if k in LETTERS else SIDE.get(v, v) for k, v in hyper.items() if k != "beta"]
+            loss, weight = curve(objective, margin, **hyper)
+            above.plot(margin, loss)
+            below.plot(margin, weight, label=" ".join([objective.__name__, *said]))
+        above.set(title=title, ylim=(-1.2, 5.2), ylabel="" if i % 3 else "loss")
+        below.set(ylim=(-1.3, 2.6), ylabel="" if i % 3 else "push on s_w:  −∂L/∂s_w")
+        below.set_xlabel("log-ratio u" if title == "unpaired" else "margin")
+        below.legend(fontsize=8.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+        for axis in (above, below):
+            axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+            axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+            axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    print(
+        "Worked pair: s_w = −12 over 10 tokens, s_l = −24 over 12, reference −14 and −22, KL 0.5 and 1.5, earlier\n"
+        "policy −13.5 and −22.5. Batch-coupled objectives see a second pair, of no margin (−20 over 10 tokens, KL 0).\n"
+        "Unpaired: this pair as two rows, mismatched log-ratio 1. Loss of row 1; gradient ∂L/∂s_w, ∂L/∂s of the sum.\n"
+    )
+    print(table())
+    picture = sys.argv[1] if len(sys.argv) > 1 else ".github/objectives.png"
+    try:
+        gallery(picture)
+        print(f"\nGallery: {picture}")
+    except ImportError:
+        print("\nFor the gallery of curves: pip install matplotlib")

@@ -1,0 +1,1513 @@
+"""The objectives from five sides: hand-worked values, finite differences, closed-form gradients, identities, extremes.
+
+TABLE holds one line per objective and interesting variant: inputs, settings, the expected losses by hand, and
+∂L/∂(input) in closed form. Everything that can be asked of all objectives is asked of every line. All of it in float64,
+except where the type is the point.
+
+The three pairs, and what follows from them (n: tokens, a = s/n, u = s − s̄):
+
+    pair   s_w  s_l   s̄_w   s̄_l  n_w n_l    u_w   u_l     Δ      a_w    a_l      d       Δ̃         D_l − D_w
+     1     −12  −24   −14   −22   10  12     2    −2      4     −1.2   −2      0.8     11/30          1
+     2     −30   −8   −27    −9   20   8    −3     1     −4     −1.5   −1     −0.5     −0.275        −1
+     3      −9  −10   −9.5  −12    5   4    0.5    2     −1.5   −1.8   −2.5    0.7     −0.4          0.5
+
+The four rows of the unpaired objectives: u = 2, −2, −3, 0.5; desirable, not, desirable, not; mismatched log-ratios
+3, −1, 2, 0 with mean 1.
+"""
+
+import ast
+import doctest
+import importlib.util
+import inspect
+import math
+import runpy
+import statistics
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import tensor
+from torch.testing import assert_close
+
+import losses
+from losses import BATCH_COUPLED, OBJECTIVES, REWARDS
+
+F64 = torch.float64
+PAIRS = {
+    "logp_w": [-12.0, -30.0, -9.0], "logp_l": [-24.0, -8.0, -10.0],
+    "ref_w": [-14.0, -27.0, -9.5], "ref_l": [-22.0, -9.0, -12.0],
+    "old_w": [-13.0, -28.0, -9.25], "old_l": [-23.0, -8.5, -11.0],
+    "len_w": [10, 20, 5], "len_l": [12, 8, 4],
+    "kl_w": [0.5, 2.0, 0.25], "kl_l": [1.5, 1.0, 0.75],
+}  # fmt: skip
+ROWS = {
+    "logp": [-12.0, -24.0, -30.0, -9.0], "ref": [-14.0, -22.0, -27.0, -9.5], "desirable": [True, False, True, False],
+    "logp_kl": [-20.0, -21.0, -22.0, -23.0], "ref_kl": [-23.0, -20.0, -24.0, -23.0],
+}  # fmt: skip
+POLICY = ("logp_w", "logp_l", "kl_w", "kl_l", "logp", "logp_kl")  # what the policy's weights reach
+
+
+def softplus(x):
+    """−logσ(−x), by Python's own log and exp."""
+    return max(x, 0) + math.log1p(math.exp(-abs(x)))
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def bt(h):
+    return [softplus(-x) for x in h]
+
+
+def z_scores(x):
+    return [(v - statistics.fmean(x)) / statistics.pstdev(x) for v in x]
+
+
+def gamma_by_bisection(r, gamma, tau):
+    """γ-PO's margins from its optimality condition, without iterating the fixed point.
+
+    With x = log Np the condition is x_i + (γ/τ) σ(γ e^{x_i} − r_i) = λ for one λ: increasing in x_i, so bisect for x_i;
+    Σ e^{x_i} = N increases with λ, so bisect for λ.
+    """
+    c = gamma / tau
+
+    def solve(f, low, high):
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if f(middle) < 0 else (low, middle)
+        return low
+
+    def np(level, ri):
+        return math.exp(solve(lambda x: x + c * sigmoid(gamma * math.exp(x) - ri) - level, level - c, level))
+
+    level = solve(lambda lam: sum(np(lam, ri) for ri in r) - len(r), -c, c + 1)
+    return [gamma * np(level, ri) for ri in r]
+
+
+# Derived columns of the docstring's table, by hand.
+DELTA = [4.0, -4.0, -1.5]
+AVERAGE_DELTA = [11 / 30, -0.275, -0.4]
+A_W, A_L, D = [-1.2, -1.5, -1.8], [-2.0, -1.0, -2.5], [0.8, -0.5, 0.7]
+U_W, U_L = [2.0, -3.0, 0.5], [-2.0, 1.0, 2.0]
+REF_D = [-1.4 + 22 / 12, -1.35 + 9 / 8, -1.9 + 3.0]  # ā_w − ā_l
+
+
+# --- closed forms: v holds the inputs as float64 tensors -------------------------------------------------------------
+
+sig = torch.sigmoid
+
+
+def pair(h, w=1.0, r=1.0, eps=0.0):
+    """Gradients of the Bradley–Terry loss of h, with ∂h/∂s_w = w and ∂h/∂s_l = −r."""
+    force = sig(h) - (1 - eps)
+    return {"logp_w": force * w, "logp_l": -force * r}
+
+
+def gap(v):
+    return (v.logp_w - v.ref_w) - (v.logp_l - v.ref_l)
+
+
+def average_gap(v):
+    return (v.logp_w - v.ref_w) / v.len_w - (v.logp_l - v.ref_l) / v.len_l
+
+
+def averages(v, beta):
+    return beta * (v.logp_w / v.len_w - v.logp_l / v.len_l)
+
+
+def per_token(h, v, beta, factor=1.0):
+    """Bradley–Terry in averages: ∂h/∂s = ±β/n."""
+    return pair(h, factor * beta / v.len_w, factor * beta / v.len_l)
+
+
+def scores(x):
+    """z-scores with the population standard deviation."""
+    return (x - x.mean()) / ((x - x.mean()) ** 2).mean().sqrt()
+
+
+def spread(x):
+    return ((x - x.mean()) ** 2).mean().sqrt()
+
+
+def exo_slope(v, eps):
+    z = 0.1 * gap(v)
+    g = 0.1 * sig(z) * sig(-z) * (z - math.log((1 - eps) / eps))
+    return {"logp_w": g, "logp_l": -g}
+
+
+def discopop_slope(v, beta, tau):
+    h = beta * gap(v)
+    m = sig(h / tau)
+    # d/dh of (1−m)(−logσ(h)) + m e^{−h}, with dm/dh = m(1−m)/τ
+    g = beta * (m * (1 - m) / tau * (torch.exp(-h) + torch.log(sig(h))) - (1 - m) * sig(-h) - m * torch.exp(-h))
+    return {"logp_w": g, "logp_l": -g}
+
+
+def f_slope(v, g, slope):
+    u_w, u_l = v.logp_w - v.ref_w, v.logp_l - v.ref_l
+    return pair(0.1 * (g(u_w) - g(u_l)), 0.1 * slope(u_w), 0.1 * slope(u_l))
+
+
+def orpo_slope(v, lam):
+    p_w, p_l = torch.exp(v.logp_w / v.len_w), torch.exp(v.logp_l / v.len_l)
+    o = torch.log(p_w / (1 - p_w) / (p_l / (1 - p_l)))
+    return {
+        "logp_w": -1 / v.len_w - lam / v.len_w * sig(-o) / (1 - p_w),
+        "logp_l": lam / v.len_l * sig(-o) / (1 - p_l),
+    }
+
+
+def alphapo_slope(v, beta, gamma, alpha):
+    a_w, a_l = v.logp_w / v.len_w, v.logp_l / v.len_l
+    h = beta * ((1 - torch.exp(-alpha * a_w)) - (1 - torch.exp(-alpha * a_l))) / alpha - gamma
+    return pair(h, beta * torch.exp(-alpha * a_w) / v.len_w, beta * torch.exp(-alpha * a_l) / v.len_l)
+
+
+def alpha_slope(v, m, factor=1.0, gamma=4.0, alpha=0.5, beta=10.0):
+    """α-DPO: σ(−h) at h = u − γ − αM*, times β/n, times what the missing stop-gradient leaves."""
+    return per_token(averages(v, beta) - gamma - alpha * m, v, beta, factor)
+
+
+def amapo_slope(v, beta, margin):
+    return per_token(averages(v, beta) - tensor(margin, dtype=F64), v, beta)
+
+
+def labelled(v, up, down):
+    """−up on desirable rows, +down on the others."""
+    return {"logp": torch.where(v.desirable, -up, down)}
+
+
+class Case(NamedTuple):
+    objective: str
+    settings: dict
+    expected: list
+    gradient: object  # v → {input: ∂(Σ L)/∂input}; a policy input it does not name has gradient 0
+    inputs: dict = {}  # in place of the common ones
+
+
+def weighted_simpo(log_w, v):
+    w = torch.exp(tensor(log_w, dtype=F64))
+    return {k: w * g for k, g in per_token(averages(v, 2.0) - 1.0, v, 2.0).items()}
+
+
+SIMPO = bt([0.6, -2.0, 0.4])  # h = 2d − 1
+RATIO = [10 * x for x in AVERAGE_DELTA]  # M = βΔ̃ at β = 10
+POLICY_M, REFERENCE_M = [8.0, -5.0, 7.0], [10 * x for x in REF_D]
+KL_M = [10.0, -10.0, 5.0]  # β(D_l − D_w)
+SWAPPED = {"logp_w": PAIRS["logp_l"], "logp_l": PAIRS["logp_w"], "len_w": PAIRS["len_l"], "len_l": PAIRS["len_w"]}
+# AMaPO: μ = (0.8 − 0.5 + 0.7)/3 = 1/3, and only pair 2 lies below it.
+MU, S = 1 / 3, statistics.pstdev(D)
+# Reference margins 8, −18, 10 against policy margins 12, −22, 1: by rank (−22, 1, 12) meets (−18, 8, 10).
+CROSSED = {"ref_w": [-14.0, -27.0, -2.0]}
+
+
+def alpha_h(m, gamma=4.0, alpha=0.5):
+    """h = u − γ − αM with u = βd = 8, −5, 7."""
+    return [u - gamma - alpha * x for u, x in zip(POLICY_M, m)]
+
+
+TABLE = [
+    Case("sft", {}, [1.2, 1.5, 1.8], lambda v: {"logp_w": -1 / v.len_w}),
+    # h = βΔ = 0.4, −0.4, −0.15
+    Case("dpo", {}, bt([0.4, -0.4, -0.15]), lambda v: pair(0.1 * gap(v), 0.1, 0.1)),
+    Case(
+        "dpo", {"label_smoothing": 0.1}, [0.9 * softplus(-h) + 0.1 * softplus(h) for h in (0.4, -0.4, -0.15)],
+        lambda v: pair(0.1 * gap(v), 0.1, 0.1, eps=0.1),
+    ),
+    # h = 5Δ̃
+    Case("dpo_norm", {}, bt([11 / 6, -1.375, -2.0]), lambda v: per_token(5 * average_gap(v), v, 5.0)),
+    Case(
+        "robust_dpo", {}, [(0.9 * softplus(-h) - 0.1 * softplus(h)) / 0.8 for h in (0.4, -0.4, -0.15)],
+        lambda v: {
+            "logp_w": -0.1 * (0.9 * sig(-0.1 * gap(v)) + 0.1 * sig(0.1 * gap(v))) / 0.8,
+            "logp_l": 0.1 * (0.9 * sig(-0.1 * gap(v)) + 0.1 * sig(0.1 * gap(v))) / 0.8,
+        },
+    ),
+    # (Δ̃ − 5)²
+    Case(
+        "ipo", {}, [(139 / 30) ** 2, 5.275**2, 5.4**2],
+        lambda v: {"logp_w": 2 / v.len_w * (average_gap(v) - 5), "logp_l": -2 / v.len_l * (average_gap(v) - 5)},
+    ),
+    # (4 − 5)², (−4 − 5)², (−1.5 − 5)²
+    Case(
+        "ipo", {"average": False}, [1.0, 81.0, 42.25],
+        lambda v: {"logp_w": 2 * (gap(v) - 5), "logp_l": -2 * (gap(v) - 5)},
+    ),
+    # n_w − n_l = −2, 12, 1: h = 0.4 − 0.02, −0.4 + 0.12, −0.15 + 0.01
+    Case(
+        "rdpo", {}, bt([0.38, -0.28, -0.14]),
+        lambda v: pair(0.1 * gap(v) + 0.01 * (v.len_w - v.len_l), 0.1, 0.1),
+    ),
+    Case("rso_hinge", {}, [0.8, 1.2, 1.075], lambda v: {"logp_w": -0.05 + 0 * v.ref_w, "logp_l": 0.05 + 0 * v.ref_w}),
+    # β = 1: pair 1 has Δ = 4 and rests
+    Case(
+        "rso_hinge", {"beta": 1.0}, [0.0, 5.0, 2.5],
+        lambda v: {"logp_w": tensor([0.0, -1.0, -1.0]), "logp_l": tensor([0.0, 1.0, 1.0])},
+    ),
+    # KL of the coin q = σ(z) from the coin 1 − ε
+    Case(
+        "exo", {},
+        [q * math.log(q / 0.999) + (1 - q) * math.log((1 - q) / 0.001) for q in map(sigmoid, (0.4, -0.4, -0.15))],
+        lambda v: exo_slope(v, 1e-3),
+    ),
+    # v = u at β = 1
+    Case(
+        "nca", {"beta": 1.0},
+        [softplus(-w) + 0.5 * softplus(w) + 0.5 * softplus(r) for w, r in zip(U_W, U_L)],
+        lambda v: {"logp_w": 1.5 * sig(v.logp_w - v.ref_w) - 1, "logp_l": 0.5 * sig(v.logp_l - v.ref_l)},
+    ),
+    Case(
+        "nca", {}, [softplus(-w / 100) + 0.5 * softplus(w / 100) + 0.5 * softplus(r / 100) for w, r in zip(U_W, U_L)],
+        lambda v: {
+            "logp_w": 0.01 * (1.5 * sig(0.01 * (v.logp_w - v.ref_w)) - 1),
+            "logp_l": 0.005 * sig(0.01 * (v.logp_l - v.ref_l)),
+        },
+    ),
+    # 1/(2β) = 5: (2−5)² + (−2+5)², (−3−5)² + (1+5)², (0.5−5)² + (2+5)²
+    Case(
+        "sppo", {"beta": 0.1}, [18.0, 100.0, 69.25],
+        lambda v: {"logp_w": 2 * (v.logp_w - v.ref_w - 5), "logp_l": 2 * (v.logp_l - v.ref_l + 5)},
+    ),
+    Case(
+        "apo_zero", {}, [1 - sigmoid(0.1 * w) + sigmoid(0.1 * r) for w, r in zip(U_W, U_L)],
+        lambda v: {
+            "logp_w": -0.1 * sig(0.1 * (v.logp_w - v.ref_w)) * (1 - sig(0.1 * (v.logp_w - v.ref_w))),
+            "logp_l": 0.1 * sig(0.1 * (v.logp_l - v.ref_l)) * (1 - sig(0.1 * (v.logp_l - v.ref_l))),
+        },
+    ),
+    Case(
+        "apo_down", {}, [sigmoid(0.1 * w) + 1 - sigmoid(0.1 * (w - r)) for w, r in zip(U_W, U_L)],
+        lambda v: {
+            "logp_w": 0.1 * sig(0.1 * (v.logp_w - v.ref_w)) * (1 - sig(0.1 * (v.logp_w - v.ref_w)))
+            - 0.1 * sig(0.1 * gap(v)) * (1 - sig(0.1 * gap(v))),
+            "logp_l": 0.1 * sig(0.1 * gap(v)) * (1 - sig(0.1 * gap(v))),
+        },
+    ),
+    # h = 0.05Δ = 0.2, −0.2, −0.075 and h/τ = 4, −4, −1.5
+    Case(
+        "discopop", {},
+        [
+            (1 - sigmoid(m)) * softplus(-h) + sigmoid(m) * math.exp(-h)
+            for h, m in ((0.2, 4), (-0.2, -4), (-0.075, -1.5))
+        ],
+        lambda v: discopop_slope(v, 0.05, 0.05),
+    ),
+    Case(
+        "discopop", {"beta": 1.0, "tau": 2.0},
+        [(1 - sigmoid(h / 2)) * softplus(-h) + sigmoid(h / 2) * math.exp(-h) for h in DELTA],
+        lambda v: discopop_slope(v, 1.0, 2.0),
+    ),
+    Case("f_dpo", {}, bt([0.4, -0.4, -0.15]), lambda v: pair(0.1 * gap(v), 0.1, 0.1)),
+    Case(
+        "f_dpo", {"divergence": "forward_kl"}, bt([0.1 * (math.exp(-r) - math.exp(-w)) for w, r in zip(U_W, U_L)]),
+        lambda v: f_slope(v, lambda u: -torch.exp(-u), lambda u: torch.exp(-u)),
+    ),
+    Case(
+        "f_dpo", {"divergence": "js"}, bt([0.1 * (softplus(-r) - softplus(-w)) for w, r in zip(U_W, U_L)]),
+        lambda v: f_slope(v, lambda u: torch.log(sig(u)), lambda u: 1 - sig(u)),
+    ),
+    # c = ½: g = −2e^{−u/2}
+    Case(
+        "f_dpo", {"divergence": "alpha"}, bt([0.2 * (math.exp(-r / 2) - math.exp(-w / 2)) for w, r in zip(U_W, U_L)]),
+        lambda v: f_slope(v, lambda u: -2 * torch.exp(-u / 2), lambda u: torch.exp(-u / 2)),
+    ),
+    # c = 2: g = e^u
+    Case(
+        "f_dpo", {"divergence": "alpha", "coef": 2.0},
+        bt([0.1 * (math.exp(w) - math.exp(r)) for w, r in zip(U_W, U_L)]),
+        lambda v: f_slope(v, torch.exp, torch.exp),
+    ),
+    # Δ − (D_l − D_w) = 3, −3, −2
+    Case(
+        "tdpo1", {}, bt([0.3, -0.3, -0.2]),
+        lambda v: pair(0.1 * (gap(v) - v.kl_l + v.kl_w), 0.1, 0.1)
+        | {
+            "kl_l": 0.1 * sig(-0.1 * (gap(v) - v.kl_l + v.kl_w)),
+            "kl_w": -0.1 * sig(-0.1 * (gap(v) - v.kl_l + v.kl_w)),
+        },
+    ),
+    # Δ − ½(D_l − D_w) = 3.5, −3.5, −1.75
+    Case(
+        "tdpo2", {}, bt([0.35, -0.35, -0.175]),
+        lambda v: pair(0.1 * (gap(v) - 0.5 * (v.kl_l - v.kl_w)), 0.1, 0.1)
+        | {"kl_l": 0.05 * sig(-0.1 * (gap(v) - 0.5 * (v.kl_l - v.kl_w)))},
+    ),
+    # All rows drawn: their mean is m, so β_b = β
+    Case("beta_dpo", {"keep": 1.0}, bt([0.4, -0.4, -0.15]), lambda v: pair(0.1 * gap(v), 0.1, 0.1)),
+    # mean Δ = −0.5, m = 0.5: β_b = 0.1(1 − 0.6) = 0.04
+    Case(
+        "beta_dpo", {"keep": 1.0, "mean": 0.5, "std": 2.0}, bt([0.16, -0.16, -0.06]),
+        lambda v: pair(0.04 * gap(v), 0.04, 0.04),
+    ),
+    # m = 5: 1 − 0.6 · 5.5 < 0, so β_b stops at 0.001
+    Case(
+        "beta_dpo", {"keep": 1.0, "mean": 5.0}, bt([0.004, -0.004, -0.0015]),
+        lambda v: pair(0.001 * gap(v), 0.001, 0.001),
+    ),
+    # δ = 12 − 10, −22 + 18, 1 − 8
+    Case(
+        "aot", {"beta": 0.1}, bt([0.2, -0.4, -0.7]),
+        lambda v: pair(tensor([0.2, -0.4, -0.7], dtype=F64), 0.1, 0.1), CROSSED,
+    ),
+    Case(
+        "aot", {"beta": 0.1, "label_smoothing": 0.2},
+        [0.8 * softplus(-h) + 0.2 * softplus(h) for h in (0.2, -0.4, -0.7)],
+        lambda v: pair(tensor([0.2, -0.4, -0.7], dtype=F64), 0.1, 0.1, eps=0.2), CROSSED,
+    ),
+    # u_w = 2, −3, 0.5 meets u_l = −2, 1, 2 by rank: (2, 2), (−3, −2), (0.5, 1); so s_l of pairs 1, 2, 3 is matched with
+    # s_w of pairs 2, 3, 1
+    Case(
+        "aot_unpaired", {"beta": 0.1}, bt([0.0, -0.1, -0.05]),
+        lambda v: {
+            "logp_w": -0.1 * tensor([sigmoid(0), sigmoid(0.1), sigmoid(0.05)], dtype=F64),
+            "logp_l": 0.1 * tensor([sigmoid(0.1), sigmoid(0.05), sigmoid(0)], dtype=F64),
+        },
+    ),
+    # s_w − s_l = 12, −22, 1
+    Case(
+        "cpo", {}, [softplus(-1.2) + 1.2, softplus(2.2) + 1.5, softplus(-0.1) + 1.8],
+        lambda v: {
+            "logp_w": -0.1 * sig(-0.1 * (v.logp_w - v.logp_l)) - 1 / v.len_w,
+            "logp_l": 0.1 * sig(-0.1 * (v.logp_w - v.logp_l)),
+        },
+    ),
+    # δ − (s_w − s_l) = −10, 24, 1, plus 0.1 · 12, 30, 9
+    Case(
+        "slic", {"delta": 2.0}, [1.2, 27.0, 1.9],
+        lambda v: {"logp_w": tensor([-0.1, -1.1, -1.1]), "logp_l": tensor([0.0, 1.0, 1.0])},
+    ),
+    # −d = −0.8, 0.5, −0.7, plus 12, 30, 9
+    Case(
+        "rrhf", {}, [12.0, 30.5, 9.0],
+        lambda v: {"logp_w": tensor([-1.0, -1.05, -1.0]), "logp_l": tensor([0.0, 0.125, 0.0])},
+    ),
+    Case(
+        "orpo", {},
+        [
+            -w + 0.1 * softplus(math.log(math.exp(r) / (1 - math.exp(r))) - math.log(math.exp(w) / (1 - math.exp(w))))
+            for w, r in zip(A_W, A_L)
+        ],
+        lambda v: orpo_slope(v, 0.1),
+    ),
+    Case("simpo", {}, SIMPO, lambda v: per_token(averages(v, 2.0) - 1.0, v, 2.0)),
+    Case(
+        "simpo", {"label_smoothing": 0.1}, [0.9 * softplus(-h) + 0.1 * softplus(h) for h in (0.6, -2.0, 0.4)],
+        lambda v: pair(averages(v, 2.0) - 1.0, 2 / v.len_w, 2 / v.len_l, eps=0.1),
+    ),
+    # 0.1 · (12, −22, 1) − 1
+    Case(
+        "simpo", {"average": False, "beta": 0.1}, bt([0.2, -3.2, -0.9]),
+        lambda v: pair(0.1 * (v.logp_w - v.logp_l) - 1, 0.1, 0.1),
+    ),
+    # γ − d, pairs 1 and 3 rest
+    Case("repo", {}, [0.0, 1.0, 0.0], lambda v: {"logp_w": tensor([0, -0.05, 0]), "logp_l": tensor([0, 0.125, 0])}),
+    Case("repo", {"gamma": 1.0}, [0.2, 1.5, 0.3], lambda v: {"logp_w": -1 / v.len_w, "logp_l": 1 / v.len_l}),
+    Case(
+        "simper", {}, [math.exp(r) - math.exp(w) for w, r in zip(A_W, A_L)],
+        lambda v: {
+            "logp_w": -torch.exp(v.logp_w / v.len_w) / v.len_w,
+            "logp_l": torch.exp(v.logp_l / v.len_l) / v.len_l,
+        },
+    ),
+    # r = 10(1 − e^{−a/4}), so r_w − r_l = 10(e^{−a_l/4} − e^{−a_w/4})
+    Case(
+        "alphapo", {}, bt([10 * (math.exp(-r / 4) - math.exp(-w / 4)) - 0.25 for w, r in zip(A_W, A_L)]),
+        lambda v: alphapo_slope(v, 2.5, 0.25, 0.25),
+    ),
+    Case(
+        "alphapo", {"alpha": -1.0}, bt([2.5 * (math.exp(w) - math.exp(r)) - 0.25 for w, r in zip(A_W, A_L)]),
+        lambda v: alphapo_slope(v, 2.5, 0.25, -1.0),
+    ),
+    # α-DPO and each line of the paper's Table 2
+    Case("alpha_dpo", {}, bt(alpha_h(z_scores(RATIO))), lambda v: alpha_slope(v, scores(average_gap(v)))),
+    Case("alpha_dpo", {"alpha": 0.0}, bt([4.0, -9.0, 3.0]), lambda v: alpha_slope(v, 0, alpha=0)),
+    Case(
+        "alpha_dpo", {"gamma": 0.0}, bt(alpha_h(z_scores(RATIO), gamma=0)),
+        lambda v: alpha_slope(v, scores(average_gap(v)), gamma=0),
+    ),
+    Case("alpha_dpo", {"normalize": False}, bt(alpha_h(RATIO)), lambda v: alpha_slope(v, 10 * average_gap(v))),
+    Case(
+        "alpha_dpo", {"stop_gradient": False}, bt(alpha_h(z_scores(RATIO))),
+        lambda v: alpha_slope(v, scores(average_gap(v)), factor=1 - 0.5 / spread(10 * average_gap(v))),
+    ),
+    Case(
+        "alpha_dpo", {"stop_gradient": False, "normalize": False}, bt(alpha_h(RATIO)),
+        lambda v: alpha_slope(v, 10 * average_gap(v), factor=0.5),
+    ),
+    Case(
+        "alpha_dpo", {"margin": "policy"}, bt(alpha_h(z_scores(POLICY_M))),
+        lambda v: alpha_slope(v, scores(averages(v, 1.0))),
+    ),
+    Case(
+        "alpha_dpo", {"margin": "policy", "stop_gradient": False}, bt(alpha_h(z_scores(POLICY_M))),
+        lambda v: alpha_slope(v, scores(averages(v, 1.0)), factor=1 - 0.5 / spread(averages(v, 10.0))),
+    ),
+    Case(
+        "alpha_dpo", {"margin": "reference"}, bt(alpha_h(z_scores(REFERENCE_M))),
+        lambda v: alpha_slope(v, scores(v.ref_w / v.len_w - v.ref_l / v.len_l)),
+    ),
+    Case(
+        "alpha_dpo", {"margin": "inverse_reference"}, bt(alpha_h([-x for x in z_scores(REFERENCE_M)])),
+        lambda v: alpha_slope(v, -scores(v.ref_w / v.len_w - v.ref_l / v.len_l)),
+    ),
+    # Sums everywhere, β = 0.1: u = 1.2, −2.2, 0.1 and M = 0.1Δ
+    Case(
+        "alpha_dpo", {"average": False, "beta": 0.1, "gamma": 1.0},
+        bt([u - 1 - 0.5 * m for u, m in zip((1.2, -2.2, 0.1), z_scores(DELTA))]),
+        lambda v: pair(0.1 * (v.logp_w - v.logp_l) - 1 - 0.5 * scores(gap(v)), 0.1, 0.1),
+    ),
+    # M = 10Δ̃ with μ = 1, σ = 2 from outside
+    Case(
+        "alpha_dpo", {"mean": 1.0, "std": 2.0}, bt(alpha_h([(m - 1) / 2 for m in RATIO])),
+        lambda v: alpha_slope(v, (10 * average_gap(v) - 1) / 2),
+    ),
+    Case("alpha_dpo_kl", {}, bt(alpha_h(z_scores(KL_M))), lambda v: alpha_slope(v, scores(v.kl_l - v.kl_w))),
+    Case(
+        "alpha_dpo_kl", {"mean": tensor(0.0), "std": tensor(10.0)}, bt(alpha_h([1.0, -1.0, 0.5])),
+        lambda v: alpha_slope(v, v.kl_l - v.kl_w),
+    ),
+    # s_old − s̄ = 1, −1, 0.25 chosen and −1, 0.5, 1 rejected
+    Case(
+        "online_simpo", {}, [math.exp(w) * x for w, x in zip((2, -1.5, -0.75), SIMPO)],
+        lambda v: weighted_simpo([2, -1.5, -0.75], v),
+    ),
+    Case(
+        "online_simpo", {"corrected": False}, [math.exp(w) * x for w, x in zip((0, -0.5, 1.25), SIMPO)],
+        lambda v: weighted_simpo([0, -0.5, 1.25], v),
+    ),
+    Case(
+        "online_simpo", {"clip": 1.0}, [math.exp(w) * x for w, x in zip((1, -1, -0.75), SIMPO)],
+        lambda v: weighted_simpo([1, -1, -0.75], v),
+    ),
+    Case(
+        "online_simpo", {"self_normalize": True},
+        [
+            3 * math.exp(w) / (math.exp(2) + math.exp(-1.5) + math.exp(-0.75)) * x
+            for w, x in zip((2, -1.5, -0.75), SIMPO)
+        ],
+        lambda v: {
+            k: 3 * g / (math.exp(2) + math.exp(-1.5) + math.exp(-0.75))
+            for k, g in weighted_simpo([2, -1.5, -0.75], v).items()
+        },
+    ),
+    # r = βΔ = 0.4, −0.4, −0.15 and γ₀ = 1
+    Case(
+        "gamma_dpo", {},
+        bt([r - g + 1 for r, g in zip((0.4, -0.4, -0.15), gamma_by_bisection((0.4, -0.4, -0.15), 1.0, 10.0))]),
+        lambda v: pair(
+            0.1 * gap(v) + 1 - tensor(gamma_by_bisection((0.4, -0.4, -0.15), 1.0, 10.0), dtype=F64), 0.1, 0.1
+        ),
+    ),
+    # r = βd = 8, −5, 7 and γ₀ = 4
+    Case(
+        "gamma_simpo", {}, bt([r - g for r, g in zip(POLICY_M, gamma_by_bisection(POLICY_M, 4.0, 10.0))]),
+        lambda v: per_token(averages(v, 10.0) - tensor(gamma_by_bisection(POLICY_M, 4.0, 10.0), dtype=F64), v, 10.0),
+    ),
+    # code: margin 2.5 exp(((μ + 0.5)/s)μ) on pair 2; βd = 2, −1.25, 1.75
+    Case(
+        "amapo", {}, bt([2.0, -1.25 - 2.5 * math.exp((MU + 0.5) / S * MU), 1.75]),
+        lambda v: amapo_slope(v, 2.5, [0, 2.5 * math.exp((MU + 0.5) / S * MU), 0]),
+    ),
+    # text: β inside the exponent
+    Case(
+        "amapo", {"paper": True}, bt([2.0, -1.25 - math.exp(2.5 * (MU + 0.5) / S * MU), 1.75]),
+        lambda v: amapo_slope(v, 2.5, [0, math.exp(2.5 * (MU + 0.5) / S * MU), 0]),
+    ),
+    # Chosen and rejected exchanged: d = −0.8, 0.5, −0.7, μ = −1/3. Code: pairs 1 and 3; text: pair 2.
+    Case(
+        "amapo", {},
+        bt([-2 - 2.5 * math.exp((-MU + 0.8) / S * -MU), 1.25, -1.75 - 2.5 * math.exp((-MU + 0.7) / S * -MU)]),
+        lambda v: amapo_slope(
+            v, 2.5, [2.5 * math.exp((-MU + 0.8) / S * -MU), 0, 2.5 * math.exp((-MU + 0.7) / S * -MU)]
+        ),
+        SWAPPED,
+    ),
+    Case(
+        "amapo", {"paper": True}, bt([-2.0, 1.25 - math.exp(2.5 * (-MU - 0.5) / S * -MU), -1.75]),
+        lambda v: amapo_slope(v, 2.5, [0, math.exp(2.5 * (-MU - 0.5) / S * -MU), 0]), SWAPPED,
+    ),
+    # z = 1: v = 0.1(u − 1) = 0.1, −0.3, −0.4, −0.05
+    Case(
+        "kto", {"lambda_d": 1.5, "lambda_u": 0.5},
+        [1.5 * (1 - sigmoid(0.1)), 0.5 * (1 - sigmoid(0.3)), 1.5 * (1 - sigmoid(-0.4)), 0.5 * (1 - sigmoid(0.05))],
+        lambda v: labelled(
+            v,
+            0.15 * sig(0.1 * (v.logp - v.ref - 1)) * sig(-0.1 * (v.logp - v.ref - 1)),
+            0.05 * sig(0.1 * (v.logp - v.ref - 1)) * sig(-0.1 * (v.logp - v.ref - 1)),
+        ),
+    ),
+    # Mean mismatched log-ratio −1: z = 0
+    Case(
+        "kto", {}, [1 - sigmoid(0.2), 1 - sigmoid(0.2), 1 - sigmoid(-0.3), 1 - sigmoid(-0.05)],
+        lambda v: labelled(v, *2 * [0.1 * sig(0.1 * (v.logp - v.ref)) * sig(-0.1 * (v.logp - v.ref))]),
+        {"ref_kl": [-19.0, -20.0, -21.0, -22.0]},
+    ),
+    # r = 0.2, −0.2, −0.3, 0.05, mean −0.0625
+    Case(
+        "bco", {}, [softplus(-0.2625), softplus(-0.1375), softplus(0.2375), softplus(0.1125)],
+        lambda v: labelled(
+            v, 0.1 * sig(-0.1 * (v.logp - v.ref) - 0.0625), 0.1 * sig(0.1 * (v.logp - v.ref) + 0.0625)
+        ),
+    ),
+    Case(
+        "bco", {"delta": 0.1}, [softplus(-0.1), softplus(-0.3), softplus(0.4), softplus(-0.05)],
+        lambda v: labelled(v, 0.1 * sig(0.1 - 0.1 * (v.logp - v.ref)), 0.1 * sig(0.1 * (v.logp - v.ref) - 0.1)),
+    ),
+    # T = 2: r = 0.1, −0.1, −0.15, 0.025, mean −0.03125
+    Case(
+        "uapo", {"temperature": 2.0}, [softplus(-0.13125), softplus(-0.06875), softplus(0.11875), softplus(0.05625)],
+        lambda v: labelled(
+            v, 0.05 * sig(-0.05 * (v.logp - v.ref) - 0.03125), 0.05 * sig(0.05 * (v.logp - v.ref) + 0.03125)
+        ),
+    ),
+    Case(
+        "uapo", {"anchor": 0.1}, [softplus(-0.1), softplus(-0.3), softplus(0.4), softplus(-0.05)],
+        lambda v: labelled(v, 0.1 * sig(0.1 - 0.1 * (v.logp - v.ref)), 0.1 * sig(0.1 * (v.logp - v.ref) - 0.1)),
+    ),
+]  # fmt: skip
+
+every_case = pytest.mark.parametrize(
+    "case", TABLE, ids=lambda c: "-".join([c.objective, *(f"{k}={v}" for k, v in c.settings.items()), *c.inputs])
+)
+every_objective = pytest.mark.parametrize("name", OBJECTIVES)
+
+
+# --- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def tensors(name, inputs=None, dtype=F64, device="cpu"):
+    """The inputs an objective asks for, as leaves; the policy's require gradients."""
+    given = PAIRS | ROWS | (inputs or {})
+    made = {}
+    for k in inspect.signature(OBJECTIVES[name]).parameters:
+        if k in given:
+            kind = torch.bool if k == "desirable" else torch.int64 if k.startswith("len_") else dtype
+            made[k] = tensor(given[k], dtype=kind, device=device).requires_grad_(k in POLICY)
+    return made
+
+
+def run(case, dtype=F64):
+    inputs = tensors(case.objective, case.inputs, dtype)
+    return inputs, OBJECTIVES[case.objective](**inputs, **case.settings)
+
+
+def gradients(inputs, loss):
+    """∂(Σ loss)/∂input for every policy input; 0 where the loss does not reach it."""
+    leaves = {k: x for k, x in inputs.items() if x.requires_grad}
+    found = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
+    return {k: torch.zeros_like(x) if g is None else g for (k, x), g in zip(leaves.items(), found)}
+
+
+@contextmanager
+def held(recorded, monkeypatch):
+    """Everything detached inside keeps the value it had the first time: sg[·] as finite differences must see it."""
+    first, calls, detach = not recorded, iter(list(recorded)), torch.Tensor.detach
+
+    def stand_in(x):
+        if first:
+            recorded.append(detach(x).clone())
+            return recorded[-1]
+        return next(calls)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "detach", stand_in)
+        yield
+
+
+def value(name, *args, **settings):
+    """An objective of plain numbers, in float64; lists become rows."""
+    made = [
+        tensor(a) if isinstance(a[0], bool) else tensor(a, dtype=F64)
+        for a in (a if isinstance(a, list) else [a] for a in args)
+    ]
+    return OBJECTIVES[name](*made, **settings)
+
+
+def random_pairs(name, rows=16, seed=0):
+    """Plausible random inputs for a paired objective, in float64."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(mean, std):
+        return mean + std * torch.randn(rows, generator=g, dtype=F64)
+
+    lengths = {k: torch.randint(5, 60, (rows,), generator=g) for k in ("len_w", "len_l")}
+    sums = {f"logp_{x}": -lengths[f"len_{x}"] * normal(1.0, 0.2).abs() for x in "wl"}
+    refs = {f"ref_{x}": sums[f"logp_{x}"] + normal(0, 3) for x in "wl"}
+    olds = {f"old_{x}": sums[f"logp_{x}"] + normal(0, 1) for x in "wl"}
+    kls = {f"kl_{x}": normal(2, 1).abs() for x in "wl"}
+    pool = lengths | sums | refs | olds | kls
+    return {k: pool[k] for k in inspect.signature(OBJECTIVES[name]).parameters if k in pool}
+
+
+def call(name, inputs, **settings):
+    """The objective on those of the inputs that it asks for."""
+    wanted = inspect.signature(OBJECTIVES[name]).parameters
+    return OBJECTIVES[name](**{k: x for k, x in inputs.items() if k in wanted}, **settings)
+
+
+# --- the registry ----------------------------------------------------------------------------------------------------
+
+
+def test_every_objective_is_in_every_table():
+    """A new objective must bring its line here, its reward and, if its rows depend on each other, its coupling."""
+    assert {case.objective for case in TABLE} == set(OBJECTIVES)
+    assert set(REWARDS) == set(OBJECTIVES)
+    assert set(BATCH_COUPLED) <= set(OBJECTIVES)
+    assert all(f.__name__ == name for name, f in OBJECTIVES.items())
+
+
+CONTRACT = """
+sft(logp_w, len_w)
+dpo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, label_smoothing=0.0)
+dpo_norm(logp_w, logp_l, ref_w, ref_l, len_w, len_l, *, beta=5.0, label_smoothing=0.0)
+robust_dpo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, label_smoothing=0.1)
+ipo(logp_w, logp_l, ref_w, ref_l, len_w, len_l, *, tau=0.1, average=True)
+cpo(logp_w, logp_l, len_w, *, beta=0.1, lam=1.0)
+slic(logp_w, logp_l, *, delta=1.0, lam=0.1)
+rrhf(logp_w, logp_l, len_w, len_l, *, lam=1.0)
+orpo(logp_w, logp_l, len_w, len_l, *, lam=0.1)
+rdpo(logp_w, logp_l, ref_w, ref_l, len_w, len_l, *, beta=0.1, alpha=0.01)
+simpo(logp_w, logp_l, len_w, len_l, *, beta=2.0, gamma=1.0, label_smoothing=0.0, average=True)
+simper(logp_w, logp_l, len_w, len_l)
+alpha_dpo(logp_w, logp_l, ref_w, ref_l, len_w, len_l, *, beta=10.0, gamma=4.0, alpha=0.5, margin="ratio", \
+normalize=True, stop_gradient=True, average=True, mean=None, std=None)
+alpha_dpo_kl(logp_w, logp_l, len_w, len_l, kl_w, kl_l, *, beta=10.0, gamma=4.0, alpha=0.5, mean=None, std=None)
+tdpo1(logp_w, logp_l, ref_w, ref_l, kl_w, kl_l, *, beta=0.1)
+tdpo2(logp_w, logp_l, ref_w, ref_l, kl_w, kl_l, *, beta=0.1, alpha=0.5)
+online_simpo(logp_w, logp_l, ref_w, ref_l, old_w, old_l, len_w, len_l, *, beta=2.0, gamma=1.0, corrected=True, \
+clip=5.0, self_normalize=False)
+beta_dpo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, a=0.6, keep=0.8, mean=None, std=None, generator=None)
+gamma_dpo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, gamma=1.0, tau=10.0)
+gamma_simpo(logp_w, logp_l, len_w, len_l, *, beta=10.0, gamma=4.0, tau=10.0)
+amapo(logp_w, logp_l, len_w, len_l, *, beta=2.5, paper=False)
+exo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, label_smoothing=1e-3)
+nca(logp_w, logp_l, ref_w, ref_l, *, beta=0.01)
+sppo(logp_w, logp_l, ref_w, ref_l, *, beta=1e-3)
+apo_zero(logp_w, logp_l, ref_w, ref_l, *, beta=0.1)
+apo_down(logp_w, logp_l, ref_w, ref_l, *, beta=0.1)
+rso_hinge(logp_w, logp_l, ref_w, ref_l, *, beta=0.05)
+aot(logp_w, logp_l, ref_w, ref_l, *, beta=0.01, label_smoothing=0.0)
+aot_unpaired(logp_w, logp_l, ref_w, ref_l, *, beta=0.01, label_smoothing=0.0)
+discopop(logp_w, logp_l, ref_w, ref_l, *, beta=0.05, tau=0.05)
+alphapo(logp_w, logp_l, len_w, len_l, *, beta=2.5, gamma=0.25, alpha=0.25)
+f_dpo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, divergence="reverse_kl", coef=0.5)
+repo(logp_w, logp_l, len_w, len_l, *, gamma=0.5)
+kto(logp, ref, desirable, logp_kl, ref_kl, *, beta=0.1, lambda_d=1.0, lambda_u=1.0)
+bco(logp, ref, desirable, *, beta=0.1, delta=None)
+uapo(logp, ref, desirable, *, beta=0.1, anchor=None, temperature=1.0)
+"""
+
+
+def test_names_arguments_and_defaults_are_the_contract():
+    def parsed(signature):
+        return ast.dump(ast.parse(f"def {signature}: ...").body[0].args)
+
+    promised = {line.split("(")[0]: parsed(line) for line in CONTRACT.strip().splitlines()}
+    offered = {name: parsed(f"{name}{inspect.signature(f)}") for name, f in OBJECTIVES.items()}
+    assert offered == promised
+
+
+# --- 1. values -------------------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_value_by_hand(case):
+    _, loss = run(case)
+    assert_close(loss, tensor(case.expected, dtype=F64), rtol=1e-11, atol=1e-13)
+
+
+def test_docstring_examples():
+    assert all(">>> " in f.__doc__ for f in OBJECTIVES.values())
+    result = doctest.testmod(losses)
+    assert result.attempted >= len(OBJECTIVES) and result.failed == 0
+
+
+# --- 2. finite differences -------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_gradient_is_the_finite_difference(case, monkeypatch):
+    """Central differences in float64, with everything under sg[·] held at its value."""
+    inputs, loss = run(case)
+    leaves = {k: x for k, x in inputs.items() if x.requires_grad}
+    recorded = []
+
+    def frozen(*values):
+        with held(recorded, monkeypatch):
+            return OBJECTIVES[case.objective](**inputs | dict(zip(leaves, values)), **case.settings)
+
+    first = frozen(*leaves.values())
+    assert torch.equal(first, loss)
+    assert torch.autograd.gradcheck(frozen, tuple(leaves.values()), atol=1e-7, rtol=1e-5)
+    assert_close(gradients(inputs, first), gradients(inputs, loss))
+
+
+# --- 3. closed forms -------------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_gradient_in_closed_form(case):
+    inputs, loss = run(case)
+    plain = {k: x.detach() if k == "desirable" else x.detach().to(F64) for k, x in inputs.items()}
+    expected = case.gradient(SimpleNamespace(**plain))
+    for k, found in gradients(inputs, loss).items():
+        wanted = torch.as_tensor(expected.get(k, 0.0), dtype=F64).expand_as(found)
+        assert_close(found, wanted, rtol=1e-6, atol=1e-10, msg=lambda m, k=k: f"∂L/∂{k}: {m}")
+
+
+def test_conservative_dpo_turns_at_the_logit_of_its_confidence():
+    """ε = 0.1: the minimum is at βΔ = log 9; the push changes sign there."""
+    case = Case("dpo", {"label_smoothing": 0.1, "beta": 1.0}, [], None)
+    turn = math.log(9)
+    inputs = {"logp_w": [turn - 0.1, turn, turn + 0.1], "logp_l": [0.0] * 3, "ref_w": [0.0] * 3, "ref_l": [0.0] * 3}
+    found = gradients(*run(case._replace(inputs=inputs)))["logp_w"]
+    assert found[0] < -1e-3 and abs(found[1]) < 1e-12 and found[2] > 1e-3
+
+
+def test_apo_down_starts_with_the_chosen_response_at_rest():
+    zero = {k: [-5.0] for k in ("logp_w", "logp_l", "ref_w", "ref_l")}
+    found = gradients(*run(Case("apo_down", {}, [], None, zero)))
+    assert found["logp_w"].item() == 0 and found["logp_l"].item() == pytest.approx(0.025)
+
+
+def test_discopop_pushes_a_zero_margin_down():
+    """∂L/∂h at 0 is ¼(1 − log 2)/τ − ¾ > 0."""
+    zero = {k: [-5.0] for k in ("logp_w", "logp_l", "ref_w", "ref_l")}
+    found = gradients(*run(Case("discopop", {}, [], None, zero)))["logp_w"].item()
+    assert found == pytest.approx(0.05 * (0.25 * (1 - math.log(2)) / 0.05 - 0.75)) and found > 0
+
+
+# --- 4. identities ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("robust_dpo", {"label_smoothing": 0.0}), ("f_dpo", {}), ("beta_dpo", {"a": 0.0, "keep": 1.0}),
+        ("rdpo", {"alpha": 0.0}), ("tdpo2", {"alpha": 0.0}),
+    ],
+)  # fmt: skip
+def test_is_dpo(name, settings):
+    inputs = random_pairs("dpo") | random_pairs(name)
+    assert_close(call(name, inputs, beta=0.1, **settings), call("dpo", inputs, beta=0.1))
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_optimal_transport_of_one_pair_is_dpo(name):
+    for seed in range(5):
+        inputs = random_pairs("dpo", rows=1, seed=seed)
+        assert_close(call(name, inputs, beta=0.1), call("dpo", inputs, beta=0.1))
+
+
+def test_optimal_transport_compares_sorted_values():
+    """The multiset of losses is that of the two sorted lists, whatever the order of the rows."""
+    x = random_pairs("dpo")
+    policy, reference = x["logp_w"] - x["logp_l"], x["ref_w"] - x["ref_l"]
+    plain = -torch.log(sig(0.1 * (policy.sort().values - reference.sort().values)))
+    assert_close(call("aot", x, beta=0.1).sort().values, plain.sort().values)
+    u_w, u_l = x["logp_w"] - x["ref_w"], x["logp_l"] - x["ref_l"]
+    plain = -torch.log(sig(0.1 * (u_w.sort().values - u_l.sort().values)))
+    assert_close(call("aot_unpaired", x, beta=0.1).sort().values, plain.sort().values)
+
+
+@pytest.mark.parametrize(
+    "name, settings, rtol",
+    [
+        ("alpha_dpo", {"alpha": 0.0}, 1e-12), ("gamma_simpo", {"tau": 1e9}, 1e-7), ("alphapo", {"alpha": 0.0}, 1e-12),
+        ("alphapo", {"alpha": 1e-7}, 1e-5), ("alphapo", {"alpha": -1e-7}, 1e-5),
+    ],
+)  # fmt: skip
+def test_is_simpo(name, settings, rtol):
+    inputs = random_pairs("simpo") | random_pairs(name)
+    expected = call("simpo", inputs, beta=3.0, gamma=0.7)
+    assert_close(call(name, inputs, beta=3.0, gamma=0.7, **settings), expected, rtol=rtol, atol=1e-9)
+
+
+def test_alphapo_keeps_its_digits_for_a_small_bend():
+    """In fp32, e^{−αa}/α would lose them to the 1/α that cancels between chosen and rejected; expm1 has none."""
+    a_w, a_l, one = tensor([-0.5]), tensor([-1.5]), tensor([1])
+    expected = tensor([softplus(-(2.5 - 0.25))])
+    assert_close(losses.alphapo(a_w, a_l, one, one, alpha=1e-5), expected, rtol=1e-4, atol=0)
+
+
+def test_alpha_dpo_without_lengths_is_simpo_without_lengths():
+    x = random_pairs("alpha_dpo")
+    settings = {"beta": 0.2, "gamma": 0.7, "average": False}
+    assert_close(call("alpha_dpo", x, alpha=0.0, **settings), call("simpo", x, **settings))
+
+
+@pytest.mark.parametrize("settings", [{}, {"self_normalize": True}, {"corrected": False}, {"clip": 0.0}])
+def test_online_simpo_of_the_sampling_policy_is_simpo(settings):
+    x = random_pairs("online_simpo")
+    if "clip" not in settings:  # no width for the weights: w = 1 whatever the earlier policy
+        x |= {"old_w": x["ref_w"], "old_l": x["ref_l"]}
+    assert_close(call("online_simpo", x, **settings), call("simpo", x))
+
+
+def test_online_simpo_with_the_policy_as_its_own_past_gets_no_gradient_through_the_weight():
+    x = tensors("online_simpo")
+    x |= {"old_w": x["logp_w"], "old_l": x["logp_l"]}
+    loss = call("online_simpo", x, clip=math.inf)
+    log_w = [u - v for u, v in zip(U_W, U_L)]
+    expected = weighted_simpo(log_w, SimpleNamespace(**{k: v.detach().to(F64) for k, v in x.items()}))
+    found = gradients({k: x[k] for k in ("logp_w", "logp_l")}, loss)
+    assert_close(found, expected)
+
+
+def test_simpo_on_equal_lengths_is_dpo_without_reference():
+    x = random_pairs("dpo") | {"len_w": torch.full((16,), 7), "len_l": torch.full((16,), 7)}
+    x |= {"ref_w": torch.zeros(16, dtype=F64), "ref_l": torch.zeros(16, dtype=F64)}
+    assert_close(call("simpo", x, beta=2.0, gamma=0.0), call("dpo", x, beta=2 / 7))
+
+
+def test_cpo_without_likelihood_is_dpo_without_reference():
+    x = random_pairs("cpo")
+    zero = {"ref_w": torch.zeros(16, dtype=F64), "ref_l": torch.zeros(16, dtype=F64)}
+    assert_close(call("cpo", x, lam=0.0), call("dpo", x | zero))
+    assert_close(call("cpo", x, lam=1.0) - call("cpo", x, lam=0.0), call("sft", x))
+
+
+def test_repo_is_the_hard_limit_of_simpo():
+    x = random_pairs("simpo")
+    assert_close(call("repo", x, gamma=0.3), call("simpo", x, beta=1e5, gamma=0.3e5) / 1e5, rtol=0, atol=1e-5)
+
+
+def test_forward_kl_is_the_alpha_divergence_at_zero_and_reverse_kl_its_limit():
+    x = random_pairs("f_dpo")
+    forward = call("f_dpo", x, divergence="forward_kl")
+    assert_close(call("f_dpo", x, divergence="alpha", coef=0.0), forward)
+    near = call("f_dpo", x, divergence="alpha", coef=1 + 1e-7)
+    assert_close(near, call("dpo", x), rtol=1e-4, atol=1e-6)
+
+
+def test_robust_dpo_is_unbiased():
+    """Flipping a label with probability ε, the expected robust loss is the clean loss."""
+    x = random_pairs("dpo")
+    flipped = {"logp_w": x["logp_l"], "logp_l": x["logp_w"], "ref_w": x["ref_l"], "ref_l": x["ref_w"]}
+    mean = 0.8 * call("robust_dpo", x, label_smoothing=0.2) + 0.2 * call("robust_dpo", flipped, label_smoothing=0.2)
+    assert_close(mean, call("dpo", x))
+
+
+def test_exo_vanishes_at_its_target():
+    assert abs(value("exo", math.log(9), 0.0, 0.0, 0.0, beta=1.0, label_smoothing=0.1).item()) < 1e-12
+
+
+def test_bco_of_a_pair_and_nca():
+    """bco at δ = 0 is −logσ(v_w) and −logσ(−v_l); nca halves it and adds half of −logσ(v_w) − logσ(−v_w)."""
+    x = random_pairs("nca")
+    yes, no = torch.ones(16, dtype=torch.bool), torch.zeros(16, dtype=torch.bool)
+    chosen, rejected = (
+        {"logp": x["logp_w"], "ref": x["ref_w"]},
+        {"logp": x["logp_l"], "ref": x["ref_l"]},
+    )
+    b_w = call("bco", chosen | {"desirable": yes}, delta=0.0)
+    b_l = call("bco", rejected | {"desirable": no}, delta=0.0)
+    assert_close(b_w, -torch.log(sig(0.1 * (x["logp_w"] - x["ref_w"]))))
+    assert_close(b_l, -torch.log(sig(-0.1 * (x["logp_l"] - x["ref_l"]))))
+    turned = call("bco", chosen | {"desirable": no}, delta=0.0)
+    assert_close(call("nca", x, beta=0.1), (b_w + b_l) / 2 + (b_w + turned) / 2)
+
+
+def test_uapo_is_bco_at_temperature_one():
+    rows = tensors("uapo")
+    assert_close(call("uapo", rows), call("bco", rows))
+    assert_close(call("uapo", rows, beta=0.1, temperature=4.0), call("bco", rows, beta=0.025))
+
+
+def test_kto_values_a_gain_like_the_opposite_loss():
+    """Desirable at v is undesirable at −v; with z = 1 the mirror of u is 2 − u."""
+    label = [True, True, False]
+    x = value("kto", [3.0, -1.0, 2.5], [0.0] * 3, label, [1.0] * 3, [0.0] * 3)
+    mirrored = value("kto", [-1.0, 3.0, -0.5], [0.0] * 3, [not y for y in label], [1.0] * 3, [0.0] * 3)
+    assert_close(x, mirrored)
+
+
+def test_kto_measures_from_the_mean_drift_but_never_from_below_zero():
+    args = [2.0, -1.0], [0.0, 0.0], [True, False]
+    at = {z: value("kto", *args, [z + 1, z - 1], [0.0, 0.0]) for z in (-3.0, 0.0, 3.0)}
+    assert_close(at[-3.0], at[0.0])
+    assert_close(at[3.0], value("kto", [-1.0, -4.0], *args[1:], [0.0, 0.0], [0.0, 0.0]))
+
+
+# With γ = 0 and the pair exchanged, h changes its sign, so the loss grows by h.
+SWAPS = [
+    ("dpo", {}), ("dpo_norm", {}), ("rdpo", {}), ("f_dpo", {}), ("f_dpo", {"divergence": "forward_kl"}),
+    ("f_dpo", {"divergence": "js"}), ("f_dpo", {"divergence": "alpha"}), ("tdpo1", {}),
+    ("aot", {}), ("aot_unpaired", {}), ("simpo", {"gamma": 0.0}),
+    ("alphapo", {"gamma": 0.0}), ("alpha_dpo", {"gamma": 0.0, "beta": 1.0}),
+    ("alpha_dpo", {"gamma": 0.0, "beta": 1.0, "margin": "reference"}), ("alpha_dpo_kl", {"gamma": 0.0, "beta": 1.0}),
+    ("cpo", {"lam": 0.0}), ("online_simpo", {"gamma": 0.0, "clip": 0.0}), ("beta_dpo", {"a": 0.0, "keep": 1.0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, settings", SWAPS)
+def test_exchanging_chosen_and_rejected_turns_the_sign(name, settings):
+    x = random_pairs(name, rows=8) | {"len_l": random_pairs("simpo", rows=8)["len_l"]}
+    swapped = {k[:-1] + ("l" if k.endswith("w") else "w"): v for k, v in x.items()}
+    loss, back = call(name, x, **settings), call(name, swapped, **settings)
+    h = -torch.log(torch.expm1(loss))  # L = log(1 + e^{−h})
+    # aot_unpaired gives the rows of the other list, so compare as a set there and row by row elsewhere
+    order = torch.sort if name == "aot_unpaired" else lambda v: SimpleNamespace(values=v)
+    assert_close(order(back).values, order(loss + h).values, rtol=1e-9, atol=1e-9)
+
+
+@every_objective
+def test_rows_follow_a_permutation_of_the_batch(name):
+    """Shuffling the rows shuffles the losses: coupling runs through the batch's statistics, not through its order."""
+    inputs = {k: x.detach() for k, x in tensors(name).items()}
+    settings = {"keep": 1.0} if name == "beta_dpo" else {}
+    order = torch.randperm(len(inputs[next(iter(inputs))]), generator=torch.Generator().manual_seed(1))
+    shuffled = OBJECTIVES[name](**{k: x[order] for k, x in inputs.items()}, **settings)
+    assert_close(shuffled, OBJECTIVES[name](**inputs, **settings)[order])
+
+
+# --- the α-DPO paper's claims ----------------------------------------------------------------------------------------
+
+
+def test_uniform_reference_is_what_theorem_3_1_says_and_no_more():
+    """DPO against U(y) = V^{−n} is SimPO on sums with γ = −β(n_w − n_l) log V: a margin of its own for each pair.
+
+    The theorem calls γ a constant. That holds where n_w − n_l is the same for all pairs; for equal lengths γ is 0 and
+    the loss is DPO without reference. The per-token form (eq. 7) is then a second change, not a consequence.
+    """
+    log_v = math.log(50)
+    x = {k: v.to(F64) for k, v in random_pairs("dpo_norm").items()}
+    uniform = x | {"ref_w": -x["len_w"] * log_v, "ref_l": -x["len_l"] * log_v}
+    loss = call("dpo", uniform, beta=0.1)
+    gamma = -0.1 * (x["len_w"] - x["len_l"]) * log_v
+    assert gamma.unique().numel() > 5  # no constant here
+    for i in range(len(loss)):
+        row = {k: v[i : i + 1] for k, v in x.items()}
+        assert_close(loss[i : i + 1], call("simpo", row, beta=0.1, gamma=gamma[i].item(), average=False))
+    equal = uniform | {"ref_w": uniform["ref_l"]}
+    zero = {"ref_w": torch.zeros(16, dtype=F64), "ref_l": torch.zeros(16, dtype=F64)}
+    assert_close(call("dpo", equal, beta=0.1), call("dpo", x | zero, beta=0.1))
+
+
+def lemma_terms(a, b, alpha):
+    """Per pair: α-DPO, online SimPO and the lemma's correction, from the library, at A = a and log-ratio margin B = b.
+
+    One token per response and β = 1, γ = 0, so that A = s_w − s_l and B = Δ; the earlier policy is the proof's
+    log π_old = log π_ref + α log(π_θ/π_ref), so that log w = αB. The margin is not normalised, as in the proof.
+    """
+    a, b = (torch.as_tensor(x, dtype=F64) for x in (a, b))
+    one, zero = torch.ones_like(a), torch.zeros_like(a)
+    x = {"logp_w": a / 2, "logp_l": -a / 2, "ref_w": a / 2 - b / 2, "ref_l": b / 2 - a / 2, "len_w": one, "len_l": one}
+    x |= {f"old_{k}": x[f"ref_{k}"] + alpha * (x[f"logp_{k}"] - x[f"ref_{k}"]) for k in "wl"}
+    ours = call("alpha_dpo", x, beta=1.0, gamma=0.0, alpha=alpha, normalize=False)
+    online = call("online_simpo", x, beta=1.0, gamma=0.0, clip=math.inf)
+    correction = alpha * b * (torch.nn.functional.logsigmoid(a) - sig(a) + 1)
+    return ours, online, correction + zero
+
+
+GRID = torch.cartesian_prod(torch.linspace(-6, 6, 25, dtype=F64), torch.linspace(-6, 6, 24, dtype=F64)).T
+
+
+def test_lemma_4_2_is_exact_to_first_order():
+    """α-DPO = online SimPO + correction + O(α²): halving α quarters what is left, and its second-order coefficient is
+    ½B²[σ(A)σ(−A) + logσ(A)] ≤ 0, which is what makes the lemma an inequality (the paper's proof stops at ≈)."""
+    a, b = GRID
+    rest = {}
+    for alpha in (1e-2, 5e-3, 2.5e-3):
+        ours, online, correction = lemma_terms(a, b, alpha)
+        rest[alpha] = ours - online - correction
+        quadratic = 0.5 * b**2 * (sig(a) * sig(-a) + torch.nn.functional.logsigmoid(a))
+        assert (quadratic < 0).all()
+        assert_close(rest[alpha] / alpha**2, quadratic, rtol=0, atol=alpha * 250)
+    ratio = rest[5e-3].abs().sum() / rest[2.5e-3].abs().sum()
+    assert 3.9 < ratio < 4.1
+
+
+def test_lemma_4_2_holds_with_its_correction_for_every_alpha():
+    """L_α ≤ L_online + αB(logσ(A) − σ(A) + 1), pair by pair and for large α too, under the proof's assumptions (log w
+    = αB, margin not normalised). With x = αB the difference has its only maximum, 0, at x = 0."""
+    for alpha in (1e-3, 0.05, 0.5, 1.0, 3.0):
+        ours, online, correction = lemma_terms(*GRID, alpha)
+        assert (ours <= online + correction + 1e-9).all()
+
+
+def test_lemma_4_2_gives_no_lower_bound_without_its_correction():
+    """logσ(A) − σ(A) + 1 is never positive, so the correction has the sign of −B: α-DPO lies below online SimPO where
+    B > 0, and above it where B < 0 and α is small. "Lower bound" is true of pairs that the policy already prefers."""
+    ours, online, _ = lemma_terms(*GRID, 1e-3)
+    b = GRID[1]
+    assert (ours < online)[b > 0].all()
+    assert (ours > online)[(b < 0) & (GRID[0] < 4)].all()
+
+
+def test_alpha_dpo_does_not_see_the_scale_or_the_origin_of_its_margin():
+    """M* is a z-score: shifting every M (a longer lead of all chosen responses in the reference) or scaling it changes
+    no loss."""
+    x = random_pairs("alpha_dpo") | {"len_w": torch.full((16,), 10), "len_l": torch.full((16,), 10)}
+    base = call("alpha_dpo", x)
+    assert_close(call("alpha_dpo", x | {"ref_w": x["ref_w"] + 3.0}), base)
+    u_w, u_l = x["logp_w"] - x["ref_w"], x["logp_l"] - x["ref_l"]
+    assert_close(call("alpha_dpo", x | {"ref_w": x["logp_w"] - 5 * u_w, "ref_l": x["logp_l"] - 5 * u_l}), base)
+    assert not torch.allclose(call("alpha_dpo", x | {"ref_w": x["ref_w"] + 3.0}, normalize=False), base)
+
+
+def test_alpha_dpo_at_step_zero_is_simpo():
+    """Policy = reference: all M are 0, so M* = 0; without normalisation M = 0 as well."""
+    x = random_pairs("alpha_dpo")
+    x |= {"ref_w": x["logp_w"], "ref_l": x["logp_l"]}
+    for normalize in (True, False):
+        assert_close(call("alpha_dpo", x, normalize=normalize), call("simpo", x, beta=10.0, gamma=4.0))
+
+
+def test_alpha_dpo_asks_more_of_pairs_that_left_the_reference_further():
+    x = random_pairs("alpha_dpo")
+    h = -torch.log(torch.expm1(call("alpha_dpo", x, beta=1.0, gamma=1.0)))
+    target = (x["logp_w"] / x["len_w"] - x["logp_l"] / x["len_l"]) - h
+    m = (x["logp_w"] - x["ref_w"]) / x["len_w"] - (x["logp_l"] - x["ref_l"]) / x["len_l"]
+    assert (target[m.argsort()].diff() > 0).all()
+    assert target.mean().item() == pytest.approx(1.0) and target.std(correction=0).item() == pytest.approx(0.5)
+
+
+def test_without_stop_gradient_a_small_spread_turns_alpha_dpo_around():
+    """The factor 1 − α/σ_M is negative for σ_M < α: chosen responses are pushed down (Table 2's "w/o sg")."""
+    for spread_of_m, sign in ((2.0, -1), (0.1, 1)):
+        case = Case("alpha_dpo", {"stop_gradient": False, "mean": 0.0, "std": spread_of_m}, [], None)
+        assert (gradients(*run(case))["logp_w"].sign() == sign).all()
+
+
+def test_tables_reference_margins_are_opposites_and_ratio_is_their_difference():
+    """Without normalisation: h of "ratio" = h of "policy" + h of "inverse_reference" − (u − γ)."""
+    x = random_pairs("alpha_dpo")
+    kinds = "ratio", "policy", "reference", "inverse_reference"
+    h = {
+        k: -torch.log(torch.expm1(call("alpha_dpo", x, beta=1.0, gamma=0.0, margin=k, normalize=False))) for k in kinds
+    }
+    u = x["logp_w"] / x["len_w"] - x["logp_l"] / x["len_l"]
+    assert_close(h["reference"] + h["inverse_reference"], 2 * u)
+    assert_close(h["ratio"] + u, h["policy"] + h["inverse_reference"])
+
+
+# --- γ-PO ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma, tau", [(4.0, 10.0), (1.0, 10.0), (4.0, 20.0), (0.375, 10.0), (1.0, 1.0), (0.5, 0.25)])
+@pytest.mark.parametrize("rows", [1, 2, 7, 64])
+def test_gamma_margins_are_the_fixed_point(gamma, tau, rows):
+    r = torch.randn(rows, generator=torch.Generator().manual_seed(rows), dtype=F64) * 4
+    margins = losses.gamma_margins(r, gamma, tau)
+    p = torch.softmax(-(gamma / tau) * sig(margins - r), 0)
+    assert_close(margins, gamma * rows * p, rtol=1e-8, atol=0)
+    assert margins.mean().item() == pytest.approx(gamma, rel=1e-12)
+    ratio = margins / gamma
+    assert ratio.max() <= math.exp(gamma / tau) and ratio.min() >= math.exp(-gamma / tau)
+    assert (margins[r.argsort()].diff() > 0).all()
+    assert_close(margins, tensor(gamma_by_bisection(r.tolist(), gamma, tau), dtype=F64), rtol=1e-8, atol=0)
+
+
+def test_gamma_margins_minimise_their_objective():
+    """No move on the simplex lowers τ Σ p log(Np) + (1/N) Σ −logσ(r − γNp)."""
+    r = tensor([3.0, -2.0, 0.5, 6.0], dtype=F64)
+
+    def objective(p):
+        return 10 * (p * torch.log(4 * p)).sum() - torch.log(sig(r - 4 * 4 * p)).mean()
+
+    p = losses.gamma_margins(r, 4.0, 10.0) / 16
+    best = objective(p)
+    for i in range(4):
+        for j in range(4):
+            step = torch.zeros(4, dtype=F64)
+            step[i] += 1e-3
+            step[j] -= 1e-3
+            assert objective(p + step) >= best - 1e-13
+
+
+def authors_margins(r, gamma, tau):
+    """20 exponentiated-gradient steps of min(0.5/τ, 1) from the uniform p, as the authors' code takes them."""
+    step, x = min(0.5 / tau, 1.0), torch.zeros_like(r)
+    for _ in range(20):
+        x = (1 - step * tau) * x - step * gamma * sig(gamma * x.exp() - r)
+        x = x - torch.logsumexp(x, 0) + math.log(len(r))
+    return gamma * x.exp()
+
+
+@pytest.mark.parametrize("gamma, tau", [(4.0, 2.0), (4.0, 1.0), (4.0, 0.5)])
+def test_gamma_margins_settle_where_the_authors_steps_swing(gamma, tau):
+    """Far from the published settings, where a step of one half overshoots, 40 steps still end within 1e-4 γ₀."""
+    r = torch.randn(32, generator=torch.Generator().manual_seed(1), dtype=F64) * 5
+    exact = tensor(gamma_by_bisection(r.tolist(), gamma, tau), dtype=F64)
+    assert (authors_margins(r, gamma, tau) - exact).abs().max() > 0.3 * gamma
+    assert (losses.gamma_margins(r, gamma, tau) - exact).abs().max() < 1e-4 * gamma
+
+
+def test_authors_twenty_steps_are_a_millionth_off_at_the_published_settings():
+    r = torch.linspace(-8, 8, 64, dtype=F64)
+    exact = tensor(gamma_by_bisection(r.tolist(), 4.0, 10.0), dtype=F64)
+    assert 1e-9 < (authors_margins(r, 4.0, 10.0) - exact).abs().max() < 1e-5
+    assert (losses.gamma_margins(r, 4.0, 10.0) - exact).abs().max() < 1e-13
+
+
+def test_gamma_margins_become_uniform_for_large_tau():
+    r = tensor([-5.0, 0.0, 5.0], dtype=F64)
+    assert_close(losses.gamma_margins(r, 4.0, 1e9), torch.full((3,), 4.0, dtype=F64), rtol=1e-8, atol=0)
+    assert_close(losses.gamma_margins(r, 0.0, 1.0), torch.zeros(3, dtype=F64))
+
+
+# --- β-DPO -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows, keep, kept", [(10, 0.8, 8), (9, 0.8, 7), (1, 0.8, 1), (3, 0.1, 1), (100, 0.29, 29)])
+def test_beta_dpo_averages_over_the_rows_it_draws(rows, keep, kept):
+    """⌊ρB⌋ rows, at least one, are left; the mean over all B is the mean over them of −logσ(β_bΔ)."""
+    x = random_pairs("beta_dpo", rows=rows)
+    loss = call("beta_dpo", x, keep=keep, generator=torch.Generator().manual_seed(3))
+    drawn = loss != 0
+    assert drawn.sum() == kept
+    delta = (x["logp_w"] - x["ref_w"]) - (x["logp_l"] - x["ref_l"])
+    beta_b = max(1e-3, 0.1 * (1 + 0.6 * (delta[drawn].mean() - delta.mean()).item()))
+    assert_close(loss.mean(), -torch.log(sig(beta_b * delta[drawn])).mean())
+
+
+def test_beta_dpo_draws_with_its_weights_and_its_generator():
+    """One of three rows with z = 0, 1, 2 (mean, std given): shares exp(−z²/2) = 1, 0.607, 0.135 of their sum 1.742.
+
+    4000 draws: the standard error of a share is below 0.008.
+    """
+    x = {k: torch.zeros(3, dtype=F64) for k in ("logp_w", "logp_l", "ref_w", "ref_l")}
+    x["logp_w"] += tensor([1.0, 2.0, 3.0])
+    g = torch.Generator().manual_seed(0)
+    counts = torch.zeros(3)
+    for _ in range(4000):
+        counts += call("beta_dpo", x, keep=0.4, mean=1.0, std=1.0, generator=g) != 0
+    weights = torch.exp(-0.5 * tensor([0.0, 1.0, 4.0]))
+    assert_close(counts / 4000, weights / weights.sum(), rtol=0, atol=0.035)
+    again = [call("beta_dpo", x, generator=torch.Generator().manual_seed(s)) for s in (5, 5)]
+    assert torch.equal(*again)
+
+
+def test_beta_dpo_draws_rows_that_are_too_far_for_a_weight():
+    """exp(−½·400²) is 0 in floating point; the row is still drawn when nothing else is left."""
+    x = {k: torch.zeros(2, dtype=F64) for k in ("logp_w", "logp_l", "ref_w", "ref_l")}
+    x["logp_w"] += tensor([400.0, 401.0])
+    loss = call("beta_dpo", x, keep=1.0, mean=0.0, std=1.0)
+    assert (loss >= 0).all() and torch.isfinite(loss).all()
+    assert (call("beta_dpo", x, keep=0.5, a=-1e-3, mean=0.0, std=1.0, beta=1e-3) != 0).sum() == 1
+
+
+def test_beta_dpo_with_equal_margins_draws_uniformly():
+    x = {k: torch.zeros(4, dtype=F64) for k in ("logp_w", "logp_l", "ref_w", "ref_l")}
+    g = torch.Generator().manual_seed(0)
+    counts = sum((call("beta_dpo", x, keep=0.5, generator=g) != 0).float() for _ in range(2000))
+    assert_close(counts / 2000, torch.full((4,), 0.5), rtol=0, atol=0.05)
+
+
+# --- coupling and rewards --------------------------------------------------------------------------------------------
+
+
+def row_zero_sees_the_others(name, **settings):
+    """Does changing every other row (sums and KLs, in several ways) change the loss of row 0?"""
+    inputs = {k: x.detach() for k, x in tensors(name).items()}
+    moved = []
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        changed = dict(inputs)
+        for k, x in inputs.items():
+            if x.dtype == F64:
+                shift = torch.randn(len(x), generator=g, dtype=F64) * 20
+                shift[0] = 0
+                changed[k] = x + shift
+        extra = {"generator": torch.Generator().manual_seed(7)} if name == "beta_dpo" else {}
+        before = OBJECTIVES[name](**inputs, **settings, **extra)[0]
+        extra = {"generator": torch.Generator().manual_seed(7)} if name == "beta_dpo" else {}
+        moved.append(OBJECTIVES[name](**changed, **settings, **extra)[0] != before)
+    return any(moved)
+
+
+@every_objective
+def test_coupling_is_declared_as_it_is(name):
+    switch = BATCH_COUPLED.get(name)
+    assert row_zero_sees_the_others(name) == (name in BATCH_COUPLED and switch is None)
+    if switch:
+        assert row_zero_sees_the_others(name, **{switch: True})
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("alpha_dpo", {"mean": 0.0, "std": 1.0}), ("alpha_dpo", {"normalize": False}),
+        ("alpha_dpo_kl", {"mean": 0.0, "std": 1.0}), ("bco", {"delta": 0.0}), ("uapo", {"anchor": 0.0}),
+    ],
+)  # fmt: skip
+def test_given_statistics_uncouple_the_rows(name, settings):
+    assert not row_zero_sees_the_others(name, **settings)
+
+
+# s = −6, s̄ = −8, n = 4: log-ratio 2 (average 0.5), sum −6 (average −1.5), likelihood e^−1.5
+REWARD = {
+    2.0: "dpo robust_dpo rdpo rso_hinge exo nca sppo apo_zero apo_down discopop f_dpo tdpo1 tdpo2 beta_dpo aot "
+    "aot_unpaired gamma_dpo kto bco uapo",
+    0.5: "dpo_norm ipo",
+    -1.5: "sft rrhf orpo simpo repo alphapo alpha_dpo alpha_dpo_kl online_simpo gamma_simpo amapo",
+    -6.0: "cpo slic",
+    math.exp(-1.5): "simper",
+}
+
+
+def test_rewards_are_those_of_the_papers():
+    assert sorted(" ".join(REWARD.values()).split()) == sorted(REWARDS)
+    for expected, names in REWARD.items():
+        for name in names.split():
+            reward = REWARDS[name](tensor([-6.0], dtype=F64), tensor([-8.0], dtype=F64), tensor([4.0], dtype=F64))
+            assert reward.item() == pytest.approx(expected), name
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in REWARDS if not {"ref", "ref_w"} & {*inspect.signature(OBJECTIVES[n]).parameters}]
+)
+def test_reference_free_rewards_read_no_reference(name):
+    assert REWARDS[name](tensor([-6.0]), None, tensor([4.0])).shape == (1,)
+
+
+# --- 5. extremes -----------------------------------------------------------------------------------------------------
+
+
+def everywhere(s_w, s_l, ref_w=-50.0, ref_l=-50.0, n_w=10, n_l=10, kl=0.0, old=None):
+    return {
+        "logp_w": s_w, "logp_l": s_l, "ref_w": ref_w, "ref_l": ref_l, "len_w": n_w, "len_l": n_l,
+        "kl_w": kl, "kl_l": kl, "old_w": ref_w if old is None else old, "old_l": ref_l,
+        "logp": s_w, "ref": ref_w, "logp_kl": s_l, "ref_kl": ref_l, "desirable": True,
+    }  # fmt: skip
+
+
+ORDINARY = everywhere(-12.0, -24.0, -14.0, -22.0, kl=0.5)
+EXTREMES = {
+    "certain": [everywhere(0.0, 0.0)],
+    "nearly certain": [everywhere(-1e-9, -1e-7), everywhere(-1e-3, 0.0)],
+    "certain beside ordinary": [everywhere(0.0, -20.0), ORDINARY, everywhere(-20.0, 0.0)],
+    "200 nats per token": [everywhere(-2000.0, -2000.0), everywhere(-2000.0, -1.0), everywhere(-1.0, -2000.0)],
+    "margin of 1e4, right": [everywhere(-1.0, -10001.0, -1.0, -1.0)],
+    "margin of 1e4, wrong": [everywhere(-10001.0, -1.0, -1.0, -1.0)],
+    "margin of 1e4, one token": [everywhere(-1e4, 0.0, 0.0, 0.0, 1, 1), everywhere(0.0, -1e4, 0.0, 0.0, 1, 1)],
+    "reference 1e4 away": [everywhere(-10.0, -12.0, -1e4, -1.0), everywhere(-10.0, -12.0, -1.0, -1e4)],
+    "earlier policy 1e4 away": [everywhere(-10.0, -12.0, old=1e4), everywhere(-10.0, -12.0, old=-1e4)],
+    "1e4 beside ordinary": [everywhere(-1e4, 0.0, n_w=7), ORDINARY, ORDINARY],
+    "one token": [everywhere(-0.5, -3.0, -1.0, -1.0, 1, 1)],
+    "identical responses": [everywhere(-33.3, -33.3, -31.1, -31.1)] * 3,
+    "one pair": [ORDINARY],
+    "all margins equal": [everywhere(-0.1 * 7, -0.3 * 7, -0.7, -0.9, 7, 7, 0.3)] * 3,
+    "policy = reference": [everywhere(-12.3, -24.7, -12.3, -24.7), everywhere(-9.9, -3.1, -9.9, -3.1)],
+    "large KL": [ORDINARY | {"kl_w": 1e4, "kl_l": 0.0}, ORDINARY | {"kl_w": 0.0, "kl_l": 1e4}],
+    "one label": [ORDINARY | {"desirable": False}] * 2,
+    "both labels": [ORDINARY, ORDINARY | {"desirable": False}],
+}
+
+
+def columns(rows):
+    return {k: [row[k] for row in rows] for k in rows[0]}
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extremes_are_finite(case, dtype):
+    for what, rows in EXTREMES.items():
+        for label in (True, False):
+            inputs = columns(rows if label else [row | {"desirable": False} for row in rows])
+            inputs, loss = run(case._replace(inputs=inputs), dtype)
+            assert loss.dtype == torch.float32 and torch.isfinite(loss).all(), (what, loss)
+            for k, g in gradients(inputs, loss).items():
+                assert torch.isfinite(g).all(), (what, k, g)
+
+
+# Policy = reference, average log-prob −1 and −2 on ten tokens each. With log(2) for σ(0) and no margin anywhere.
+STEP_ZERO = {
+    "dpo": math.log(2), "dpo_norm": math.log(2), "robust_dpo": math.log(2), "rdpo": math.log(2), "f_dpo": math.log(2),
+    "tdpo1": math.log(2), "tdpo2": math.log(2), "beta_dpo": math.log(2), "gamma_dpo": math.log(2),
+    "aot": math.log(2), "aot_unpaired": math.log(2), "ipo": 25.0, "rso_hinge": 1.0, "nca": 2 * math.log(2), "sppo": 5e5,
+    "apo_zero": 1.0, "apo_down": 1.0, "discopop": (math.log(2) + 1) / 2, "kto": 0.5, "bco": math.log(2),
+    "uapo": math.log(2), "exo": 0.5 * math.log(0.25 / (0.999 * 0.001)), "alpha_dpo": softplus(-6),
+    "alpha_dpo_kl": softplus(-6), "online_simpo": softplus(-1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STEP_ZERO)
+def test_step_zero(name):
+    """exo: KL of a fair coin from 0.999; α-DPO: h = 10 · 1 − 4; online SimPO: h = 2 · 1 − 1."""
+    rows = columns([everywhere(-10.0, -20.0, -10.0, -20.0)] * 2)
+    settings = {"keep": 1.0} if name == "beta_dpo" else {}
+    _, loss = run(Case(name, settings, [], None, rows))
+    assert_close(loss, torch.full((2,), STEP_ZERO[name], dtype=F64))
+
+
+def test_step_zero_covers_every_objective_with_a_reference():
+    with_reference = {n for n, f in OBJECTIVES.items() if {"ref", "ref_w", "kl_w"} & {*inspect.signature(f).parameters}}
+    assert set(STEP_ZERO) == with_reference
+
+
+def test_large_margins_cost_what_they_should():
+    """No clamp shows where none is needed: a right margin of 1e4 costs 0, a wrong one h exactly."""
+    right, wrong = [1e4], [-1e4]
+    zero = [0.0]
+    assert value("dpo", right, zero, zero, zero).item() == 0
+    assert value("dpo", wrong, zero, zero, zero).item() == pytest.approx(1000.0)
+    assert value("rdpo", wrong, zero, zero, zero, [10.0], [10.0]).item() == pytest.approx(1000.0)
+    assert value("simpo", wrong, zero, [1.0], [1.0]).item() == pytest.approx(20001.0)
+    assert value("discopop", wrong, zero, zero, zero).item() == pytest.approx(500.0)
+    assert value("discopop", right, zero, zero, zero).item() == pytest.approx(0.0, abs=1e-200)
+    assert value("exo", wrong, zero, zero, zero).item() == pytest.approx(-math.log(1e-3), rel=1e-6)
+
+
+@pytest.mark.parametrize("a", [-1e-5, -1e-3, -0.1, -math.log(2), -0.7, -3.0, -50.0, -200.0])
+def test_log1mexp(a):
+    """Against the series log(1 − e^a) = −Σ e^{ka}/k where it converges fast, and log(−a) + a/2 + a²/24 near 0."""
+    x = tensor(a, dtype=F64, requires_grad=True)
+    y = losses.log1mexp(x)
+    if a < -0.05:
+        expected = -sum(math.exp(k * a) / k for k in range(1, 800))
+    else:
+        expected = math.log(-a) + a / 2 + a * a / 24
+    assert y.item() == pytest.approx(expected, rel=1e-9, abs=1e-300)
+    (slope,) = torch.autograd.grad(y, x)
+    assert slope.item() == pytest.approx(1 / (1 - math.exp(-a)) if a > -100 else 0.0, rel=1e-6, abs=1e-21)
+
+
+def test_log1mexp_is_finite_at_zero():
+    x = tensor([0.0, -1e-30, 1e-9], requires_grad=True)
+    y = losses.log1mexp(x)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    assert torch.isfinite(y).all() and torch.equal(slope, torch.zeros(3))
+
+
+def test_equal_numbers_have_no_spread():
+    """The fp32 mean of equal numbers can miss them by a rounding; z-scores must not blow that up to ±1."""
+    for n in range(1, 40):
+        x = torch.full((n,), 0.3) * torch.full((n,), 1.1)
+        mean, std = losses.moments(x)
+        assert std == 0 and torch.equal(losses.standardize(x, mean, std), torch.zeros(n))
+    x = tensor([1.0, 1.001])
+    assert_close(losses.standardize(x, *losses.moments(x)), tensor([-1.0, 1.0]), rtol=1e-3, atol=0)
+
+
+# --- types, devices, arguments ---------------------------------------------------------------------------------------
+
+
+@every_objective
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_fp32(name, dtype):
+    settings = {"keep": 1.0} if name == "beta_dpo" else {}
+    half = {k: x.detach() for k, x in tensors(name, dtype=dtype).items()}
+    single = {k: x.float() if x.dtype == dtype else x for k, x in half.items()}
+    loss = OBJECTIVES[name](**half, **settings)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, OBJECTIVES[name](**single, **settings))
+
+
+@every_objective
+def test_float64_stays_and_one_loss_comes_back_per_row(name):
+    inputs = tensors(name)
+    loss = OBJECTIVES[name](**inputs)
+    assert loss.dtype == F64 and loss.shape == next(iter(inputs.values())).shape
+
+
+@every_objective
+def test_pasted_without_its_checks_it_is_the_same_function(name):
+    inputs = {k: x.detach() for k, x in tensors(name).items()}
+    settings = {"keep": 1.0} if name == "beta_dpo" else {}
+    assert_close(inspect.unwrap(OBJECTIVES[name])(**inputs, **settings), OBJECTIVES[name](**inputs, **settings))
+
+
+@every_objective
+def test_no_value_is_read_from_an_accelerator(name):
+    """On the meta device there are no values: any look at one, which on a GPU would wait for it, raises."""
+    inputs = tensors(name, device="meta")
+    loss = OBJECTIVES[name](**inputs)
+    loss.sum().backward()
+    assert loss.device.type == "meta" and loss.shape == next(iter(inputs.values())).shape
+
+
+def broken(name, **changes):
+    """A call with some arguments replaced, and the message of the ValueError it raises."""
+    with pytest.raises(ValueError) as caught:
+        OBJECTIVES[name](**{k: x.detach() for k, x in tensors(name).items()} | changes)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, argument, bad, said",
+    [
+        ("dpo", "ref_w", torch.zeros(2, dtype=F64), "2 rows"),
+        ("dpo", "ref_l", torch.zeros(3, 1, dtype=F64), "(3, 1)"),
+        ("dpo", "logp_w", tensor(-3.0), "()"),
+        ("dpo", "logp_w", torch.zeros(0), "(0,)"),
+        ("dpo", "logp_l", [-1.0, -2.0, -3.0], "list"),
+        ("dpo", "ref_w", torch.zeros(3, device="meta"), "meta"),
+        ("dpo", "logp_l", torch.zeros(3, dtype=torch.int64), "int64"),
+        ("simpo", "len_w", tensor([3, 0, 2]), "0"),
+        ("simpo", "len_l", tensor([3.0, 0.5, 2.0]), "0.5"),
+        ("simpo", "len_l", tensor([3.0, math.nan, 2.0]), "nan"),
+        ("simpo", "len_l", tensor([True, True, True]), "bool"),
+        ("kto", "desirable", tensor([1, 0, 1, 0]), "bool"),
+        ("bco", "desirable", tensor([1.0, 0.0, 1.0, 0.0]), "bool"),
+        ("kto", "logp_kl", torch.zeros(3, dtype=F64), "3 rows"),
+        ("kto", "ref_kl", torch.zeros(5, dtype=F64), "5 rows"),
+        ("dpo", "beta", 0.0, "above 0"),
+        ("simpo", "beta", -1.0, "above 0"),
+        ("ipo", "tau", 0.0, "above 0"),
+        ("gamma_simpo", "tau", 0.0, "above 0"),
+        ("discopop", "tau", -0.1, "above 0"),
+        ("uapo", "temperature", 0.0, "above 0"),
+        ("robust_dpo", "label_smoothing", 0.5, "[0, 0.5)"),
+        ("dpo", "label_smoothing", -0.1, "[0, 0.5)"),
+        ("exo", "label_smoothing", 0.0, "above 0"),
+        ("beta_dpo", "keep", 0.0, "(0, 1]"),
+        ("beta_dpo", "keep", 1.1, "(0, 1]"),
+        ("online_simpo", "clip", -1.0, "at least 0"),
+        ("f_dpo", "coef", 1.0, "reverse_kl"),
+        ("f_dpo", "divergence", "kl", "'reverse_kl', 'forward_kl', 'js', 'alpha'"),
+        ("alpha_dpo", "margin", "ref", "'ratio', 'policy', 'reference', 'inverse_reference'"),
+    ],
+)
+def test_a_bad_argument_is_named(name, argument, bad, said):
+    message = broken(name, **{argument: bad})
+    assert f"`{argument}`" in message and said in message
+
+
+def test_the_message_names_the_function():
+    assert broken("simpo", beta=0.0).startswith("simpo: ")
+    assert broken("rrhf", len_w=tensor([0, 1, 1])).startswith("rrhf: ")
+
+
+def test_a_forgotten_argument_is_a_type_error():
+    with pytest.raises(TypeError, match="ref_l"):
+        losses.dpo(tensor([-1.0]), tensor([-2.0]), tensor([-1.0]))
+
+
+# --- python losses.py ------------------------------------------------------------------------------------------------
+
+
+def test_table_names_every_objective_and_fits_the_screen():
+    lines = losses.table().splitlines()
+    assert [line.split()[0] for line in lines[2:] if not line.startswith(" ")] == list(OBJECTIVES)
+    assert max(map(len, lines)) <= 140
+
+
+def test_table_shows_the_worked_pair():
+    """dpo: −logσ(0.4) and −0.1σ(−0.4); sppo: 2 · 498² and −2 · 498; orpo free of reference, tdpo1 with KL."""
+    cells = {line.split()[0]: line.split() for line in losses.table().splitlines()}
+    assert cells["dpo"][5:7] == [f"{softplus(-0.4):.4f}", f"{-0.1 * sigmoid(-0.4):.4f}"]
+    assert cells["sppo"][5:7] == ["496008.0000", "-996.0000"]
+    assert cells["orpo"][2] == "–" and cells["tdpo1"][2:4] == ["yes", "yes"] and cells["kto"][1] == "rows"
+    assert cells["online_simpo"][4] == "self_normalize" and cells["amapo"][4] == "yes" and cells["dpo"][4] == "–"
+
+
+def test_script_prints_the_table_and_draws_if_it_can(tmp_path, monkeypatch, capsys):
+    picture = tmp_path / "objectives.png"
+    monkeypatch.setattr(sys, "argv", ["losses.py", str(picture)])
+    runpy.run_path(losses.__file__, run_name="__main__")
+    said = capsys.readouterr().out
+    assert "alpha_dpo" in said
+    assert picture.exists() == bool(importlib.util.find_spec("matplotlib"))
+
+
+def test_script_without_matplotlib_says_how_to_get_the_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(sys, "argv", ["losses.py", str(tmp_path / "objectives.png")])
+    runpy.run_path(losses.__file__, run_name="__main__")
+    assert "pip install matplotlib" in capsys.readouterr().out and not list(tmp_path.iterdir())
