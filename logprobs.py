@@ -1,0 +1,276 @@
+"""From hidden states to the log-probability of a response.
+
+A causal language model gives a hidden state per position; the state at position t predicts the token at t + 1. This file
+scores exactly the positions that predict a response token, in chunks, so that the (tokens × vocabulary) logits of a batch
+never exist at once, and sums the token log-probs over each response. It knows no data format and no loss.
+
+    policy = ResponseLogProbs(model)           # any transformers causal language model
+    policy.use_layout("packed")                # or "padded"; must match the batches
+    logp, kl = policy(batch)                   # (R,) fp32 sums in nats, one per response; kl is None
+
+Shape letters: B pairs · R responses (2B for pairs) · T tokens of a batch · N scored tokens · D hidden · V vocabulary · H heads.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+
+CHUNK_ELEMENTS = 2**25  # logits alive at once, tokens × vocabulary: 128 MiB in fp32
+
+
+class Head(NamedTuple):
+    """The map from hidden states to logits: logits = softcap · tanh(scale · (hidden · weightᵀ + bias) / softcap)."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None = None  # (V,)
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def head_of(model: nn.Module) -> Head:
+    """The head of a transformers model, with the logit scale (Cohere multiplies, Granite divides) and soft-cap (Gemma) of its config.
+
+    A model that does anything else between hidden state and logits is found out by `check_head`, not guessed at here.
+    """
+    linear, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return Head(linear.weight, getattr(linear, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+
+
+def logits_of(hidden: Tensor, head: Head) -> Tensor:
+    """(N, D) hidden states → (N, V) logits in at least fp32; the product itself runs in the dtype of `hidden`."""
+    bias = None if head.bias is None else head.bias.to(hidden.dtype)
+    logits = F.linear(hidden, head.weight.to(hidden.dtype), bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if head.scale != 1.0:
+        logits = logits * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return logits
+
+
+class _ChunkedLogProb(torch.autograd.Function):
+    """log softmax(logits)[target] per token; logits are made chunk by chunk and made again in backward.
+
+    With p = softmax(logits):  ∂logp/∂logits = onehot(target) − p. Through the soft-cap z = c·tanh(x/c) comes 1 − (z/c)².
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, scale, softcap, chunk):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logp, log_z = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
+        narrow = weight.to(hidden.dtype)  # once per batch, not once per chunk
+        for i in range(0, len(hidden), chunk):
+            logits = logits_of(hidden[i : i + chunk], Head(narrow, bias, scale, softcap))
+            log_z[i : i + chunk] = logits.logsumexp(-1)
+            logp[i : i + chunk] = logits.gather(-1, targets[i : i + chunk, None]).squeeze(-1) - log_z[i : i + chunk]
+        ctx.save_for_backward(hidden, weight, bias, targets, log_z)
+        ctx.scale, ctx.softcap, ctx.chunk = scale, softcap, chunk
+        return logp
+
+    @staticmethod
+    def backward(ctx, grad_logp):
+        hidden, weight, bias, targets, log_z = ctx.saved_tensors
+        narrow = weight.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        for i in range(0, len(hidden), ctx.chunk):
+            h, rows = hidden[i : i + ctx.chunk], slice(i, i + ctx.chunk)
+            logits = logits_of(h, Head(narrow, bias, ctx.scale, ctx.softcap))
+            slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
+            grad = logits.sub_(log_z[rows, None]).exp_().neg_()
+            grad.scatter_add_(-1, targets[rows, None], torch.ones_like(grad[:, :1]))
+            grad *= (grad_logp[rows] * ctx.scale)[:, None]
+            if slope is not None:
+                grad *= slope
+            if grad_bias is not None:
+                grad_bias += grad.sum(0).to(bias.dtype)
+            grad = grad.to(h.dtype)
+            grad_hidden[rows] = grad @ narrow
+            if grad_weight is not None:  # fp32 in one call; bf16 products are added up in fp32
+                grad_weight.addmm_(grad.T, h) if h.dtype == weight.dtype else grad_weight.add_(grad.T @ h)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def _chunk_rows(chunk: int | None, vocabulary: int) -> int:
+    return chunk or max(1, CHUNK_ELEMENTS // vocabulary)
+
+
+def _as_computed(hidden: Tensor) -> Tensor:
+    """`hidden` in the dtype that matmuls use here: bf16 under autocast, else its own."""
+    kind = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
+
+
+def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, chunk: int | None = None) -> Tensor:
+    """Log-probability of each target token.
+
+    Args:
+        hidden: (N, D) states at the positions that predict the targets.
+        head: the output layer.
+        targets: (N,) token ids.
+        chunk: tokens whose logits exist at once; None picks CHUNK_ELEMENTS / V.
+    Returns:
+        (N,) log-probs in nats, fp32 (fp64 for fp64 input). Gradients reach hidden, head.weight and head.bias.
+    """
+    hidden = _as_computed(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _ChunkedLogProb.apply(
+            hidden, head.weight, head.bias, targets, head.scale, head.softcap, _chunk_rows(chunk, len(head.weight))
+        )
+
+
+def _kl_rows(hidden: Tensor, ref_hidden: Tensor, head: Head, ref_head: Head) -> Tensor:
+    logp, ref = logits_of(hidden, head).log_softmax(-1), logits_of(ref_hidden, ref_head).log_softmax(-1)
+    return (ref.exp() * (ref - logp)).sum(-1)
+
+
+def token_kl(hidden: Tensor, ref_hidden: Tensor, head: Head, ref_head: Head, chunk: int | None = None) -> Tensor:
+    """KL(π_ref ‖ π_θ) over the whole vocabulary at each position, the D of TDPO (Zeng et al. 2024, arXiv 2404.11999).
+
+    D = Σ_v π_ref(v) (log π_ref(v) − log π_θ(v)), from two log-softmaxes in fp32; ∂D/∂logits = π_θ − π_ref.
+
+    Args:
+        hidden, ref_hidden: (N, D) policy and reference states at the same positions; no gradient reaches the reference.
+        head, ref_head: their output layers.
+        chunk: positions whose logits exist at once; each chunk is computed again in backward.
+    Returns:
+        (N,) nats, fp32 (fp64 for fp64 input).
+    """
+    hidden, ref_hidden = _as_computed(hidden), _as_computed(ref_hidden.detach())
+    rows = _chunk_rows(chunk, 2 * len(head.weight))
+    ref_head = Head(ref_head.weight.detach(), *ref_head[1:])
+    with torch.autocast(hidden.device.type, enabled=False):
+        parts = [
+            checkpoint(_kl_rows, h, r, head, ref_head, use_reentrant=False)
+            for h, r in zip(hidden.split(rows), ref_hidden.split(rows))
+        ]
+    return torch.cat(parts)
+
+
+# ---- attention over packed trees -------------------------------------------------------------------------------------
+
+
+QUERY_BLOCK = 256  # queries attended at once in the matmul form; keys later than the block are skipped
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None) -> Tensor:
+    """Attention of the last q of k tokens of one sequence over all k: token i sees j with i − window < j ≤ i.
+
+    (1, H, q, d), (1, G, k, d), (1, G, k, d) → (1, H, q, d), with H a multiple of G (grouped queries).
+    torch's fused kernel where it is the faster one; written out as matmuls for the soft-cap, and for bf16 on CPUs, where the
+    fused backward takes twice as long up to some 400 tokens.
+    """
+    heads, groups, q, k = query.shape[1], key.shape[1], query.shape[2], key.shape[2]
+    if window is not None and window >= k:
+        window = None
+    by_hand = softcap is not None or (query.dtype == torch.bfloat16 and query.device.type == "cpu")
+    if by_hand and q > QUERY_BLOCK:
+        ends = range(k - q + QUERY_BLOCK, k + QUERY_BLOCK, QUERY_BLOCK)
+        blocks = zip(query.split(QUERY_BLOCK, dim=2), ends)
+        return torch.cat([_attend(b, key[:, :, :end], value[:, :, :end], scaling, window, softcap) for b, end in blocks], dim=2)
+    causal = q == k and window is None
+    mask = None if causal and not by_hand else torch.ones(q, k, dtype=torch.bool, device=query.device).tril(k - q)
+    if window is not None:
+        mask = mask.triu(k - q - window + 1)
+    if not by_hand:
+        key, value = (x.repeat_interleave(heads // groups, dim=1) for x in (key, value))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
+    scores = (query.reshape(groups, -1, query.shape[3]) @ key[0].transpose(1, 2)).view(heads, q, k).float() * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(value.dtype)
+    return (weights.view(groups, -1, k) @ value[0]).view(1, heads, q, -1)
+
+
+def tree_attention(
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, tree=None, **kwargs
+):
+    """Attention over a packed tree, in the form transformers' AttentionInterface calls: (1, H, T, d) → (1, T, H, d).
+
+    A query sees the keys of its own pair that come earlier, in the prompt or in its own response. Each pair is attended to
+    on its own, so no (T × T) mask exists: prompt + first response is an ordinary causal sequence, each further response
+    attends to the prompt's keys followed by its own. `tree` lists (prompt length, [response lengths]) in packing order.
+    """
+    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise ValueError("packed layout: attention sinks and position biases are not supported; use --layout padded")
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings leave them in fp32
+    sizes = [n for prompt, (first, *others) in tree for n in (prompt + first, *others)]
+    pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)))  # split, as its backward is one concatenation
+    out = []
+    for prompt, (_, *others) in tree:
+        q, trunk_k, trunk_v = next(pieces)
+        out.append(_attend(q, trunk_k, trunk_v, scaling, sliding_window, softcap))
+        for _ in others:
+            q, k, v = next(pieces)
+            k, v = torch.cat([trunk_k[:, :, :prompt], k], dim=2), torch.cat([trunk_v[:, :, :prompt], v], dim=2)
+            out.append(_attend(q, k, v, scaling, sliding_window, softcap))
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("packed_tree", tree_attention)
+
+
+# ---- the policy ------------------------------------------------------------------------------------------------------
+
+
+class ResponseLogProbs(nn.Module):
+    """A causal language model that answers a batch with one summed log-prob per response instead of logits.
+
+    Args:
+        model: a transformers causal language model.
+        reference: a second one, frozen, only for objectives that need the token KL.
+        chunk: see `token_logprobs`.
+    """
+
+    def __init__(self, model: nn.Module, reference: nn.Module | None = None, chunk: int | None = None):
+        super().__init__()
+        self.model, self.reference, self.chunk = model, reference, chunk
+        self.native_attention = model.config._attn_implementation
+
+    def use_layout(self, layout: str) -> None:
+        """Attention for "packed" or "padded" batches ("padded" is the model's own, which generation needs too)."""
+        for model in filter(None, (self.model, self.reference)):
+            model.set_attn_implementation("packed_tree" if layout == "packed" else self.native_attention)
+
+    @staticmethod
+    def states(model: nn.Module, batch) -> Tensor:
+        """Hidden states at the scored positions, (N, D). `batch.tree` is None for the padded layout."""
+        extra = {} if batch.tree is None else {"tree": batch.tree}
+        # no padding mask: padding is on the right, where a causal position never looks
+        out = model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **extra)
+        return out.last_hidden_state.flatten(0, 1)[batch.index]
+
+    def forward(self, batch, with_kl: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Sums over each response: log-probs (R,) and, with `with_kl`, Σ_t KL(π_ref ‖ π_θ) (R,); nats, fp32."""
+        hidden, head = self.states(self.model, batch), head_of(self.model)
+        logp = token_logprobs(hidden, head, batch.targets, self.chunk)
+        total = torch.zeros(batch.responses, dtype=logp.dtype, device=logp.device)
+        if not with_kl:
+            return total.index_add(0, batch.response, logp), None
+        with torch.no_grad():
+            ref_hidden = self.states(self.reference, batch)
+        kl = token_kl(hidden, ref_hidden, head, head_of(self.reference), self.chunk)
+        return total.index_add(0, batch.response, logp), total.index_add(0, batch.response, kl)
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, input_ids: Tensor, tolerance: float) -> float:
+    """Largest difference between the model's own log-softmax and ours on `input_ids` (1, T); ValueError above `tolerance`."""
+    own = model(input_ids=input_ids, use_cache=False).logits[0].float().log_softmax(-1)
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0]
+    ours = logits_of(_as_computed(hidden), head_of(model)).log_softmax(-1)
+    worst = (own - ours).abs().max().item()
+    if not worst <= tolerance:
+        raise ValueError(
+            f"{type(model).__name__}: our log-probs differ from the model's own by {worst:.3g} nats (bound {tolerance:g}); "
+            "its head does more than weight, bias, logit scale and soft-cap, so plainpo cannot train it"
+        )
+    return worst

@@ -1,0 +1,870 @@
+"""Train a language model on preferences.
+
+    python train.py                                                        # the embedded world: no download, no GPU
+    python train.py --model MODEL --dataset PAIRS.jsonl --objective "simpo(beta=2.5, gamma=0.5)" --lr 1e-6
+    python train.py settings.yaml --lr 5e-7                                # a file of settings; the command line wins
+
+Reads top to bottom: settings → objective → scoring → one step → evaluation → the run. Rows are preference pairs, or single
+completions for unpaired objectives. All losses are means over the rows of the whole optimizer batch, so the gradient of a step
+does not depend on how the batch is cut into microbatches.
+"""
+
+import ast
+import contextlib
+import inspect
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Callable, NamedTuple, Optional
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaConfig, LlamaForCausalLM
+
+import data
+import distributed as dist
+from data import DataError, Example
+from logprobs import ResponseLogProbs, check_head
+from losses import BATCH_COUPLED, OBJECTIVES, REWARDS
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+def option(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Settings:
+    model: str = option("tiny", 'folder or hub name of a causal language model; "tiny" builds one for the embedded world')
+    dataset: str = option("tiny", "file, folder or hub name of preferences, with an optional slice: pairs.jsonl[:1000]")
+    eval_dataset: Optional[str] = option(None, "held-out preferences; without it, eval_size rows are taken out of dataset")
+    eval_size: int = option(200, "rows held out of dataset for evaluation (0: none)")
+    objective: str = option("simpo(beta=2.0, gamma=1.0)", "a function of losses.py, written as the call it is")
+    out: Optional[str] = option(None, "output folder; without it, a fresh one under runs/")
+    overwrite: bool = option(False, "delete what is in out")
+    resume: bool = option(False, "continue the run in out from its newest complete checkpoint")
+    lr: Optional[float] = option(None, "peak learning rate; without it 1e-6, or 1e-3 for the embedded world")
+    batch_size: int = option(32, "rows of one optimizer step (pairs, or completions when unpaired), all ranks together")
+    tokens_per_microbatch: int = option(2048, "token budget of one forward and backward pass")
+    layout: str = option("packed", "packed (the prompt computed once, no padding) or padded (the textbook batch)")
+    epochs: int = option(1, "passes over the training rows")
+    max_steps: Optional[int] = option(None, "stop after this many optimizer steps; the schedule ends there")
+    warmup_ratio: float = option(0.1, "share of the steps in which the learning rate rises to lr")
+    weight_decay: float = option(0.0, "AdamW weight decay, on matrices only")
+    max_grad_norm: float = option(1.0, "gradients are scaled to at most this global norm (0: never)")
+    seed: int = option(0, "order of rows, held-out rows, and everything random in the embedded world")
+    max_length: int = option(2048, "tokens of prompt + response; a longer response is cut")
+    max_prompt_length: Optional[int] = option(None, "longer prompts lose their oldest tokens; without it 7/8 of max_length")
+    max_drop_fraction: float = option(0.1, "more invalid rows than this share is an error")
+    dtype: str = option("auto", "arithmetic: fp32, bf16 (autocast; weights stay fp32) or auto (bf16 where it is in hardware)")
+    export_dtype: str = option("auto", "weights of out/model: fp32, bf16, or auto (as the model came)")
+    gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, a third more work")
+    eval_every: int = option(0, "evaluate every so many steps (always before and after)")
+    save_every: int = option(0, "write a checkpoint every so many steps")
+    keep: int = option(2, "complete checkpoints to keep")
+    samples: int = option(4, "held-out prompts whose greedy completions are recorded before and after")
+    sample_tokens: int = option(64, "length limit of those completions")
+    log_to: Optional[str] = option(None, "also send the metrics to tensorboard or wandb, if installed")
+    device: str = option("auto", "cpu, cuda, or auto")
+    trust_remote_code: bool = option(False, "allow a model folder to bring Python code that is then run")
+
+
+class SettingsError(Exception):
+    """A setting that its owner can mend; the message says which, why and how."""
+
+
+CHOICES = {
+    "layout": ("packed", "padded"),
+    "dtype": ("auto", "fp32", "bf16"),
+    "export_dtype": ("auto", "fp32", "bf16"),
+    "log_to": (None, "tensorboard", "wandb"),
+}
+
+
+def parse_settings(argv: list[str]) -> Settings:
+    """Command line, or one YAML/JSON file (first argument), or both: then the command line wins."""
+    parser = HfArgumentParser(Settings, description=__doc__, formatter_class=transformers.hf_argparser.ArgumentDefaultsHelpFormatter)
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        parser.set_defaults(**_settings_file(Path(argv[0])))
+        argv = argv[1:]
+    (settings,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    check_settings(settings)
+    return settings
+
+
+def _settings_file(path: Path) -> dict:
+    import yaml  # transformers brings it; YAML contains JSON
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path}: cannot be read as settings ({error})") from error
+    if not isinstance(values, dict):
+        raise SettingsError(f"{path}: holds a {type(values).__name__}, not settings as key: value")
+    values = {str(k).replace("-", "_"): v for k, v in values.items()}
+    known = {f.name: f.type for f in fields(Settings)}
+    for key, value in values.items():
+        if key not in known:
+            raise SettingsError(f"{path}: unknown setting {key!r}; known are {', '.join(known)}")
+        is_bool = isinstance(value, bool)
+        if (known[key] is bool) != is_bool and not (value is None):
+            raise SettingsError(f"{path}: {key} is {value!r}, which is not a {'yes or no' if known[key] is bool else 'fitting'} value")
+    # argparse converts defaults given as text with the setting's own type, so "5e-7" (text in YAML) becomes a number
+    return {k: v if isinstance(v, bool) or v is None else str(v) for k, v in values.items()}
+
+
+def check_settings(s: Settings) -> None:
+    for name, accepted in CHOICES.items():
+        if getattr(s, name) not in accepted:
+            raise SettingsError(f"{name} is {getattr(s, name)!r}; accepted are {', '.join(str(a) for a in accepted if a)}")
+    for name in ("batch_size", "tokens_per_microbatch", "epochs", "keep"):
+        if getattr(s, name) < 1:
+            raise SettingsError(f"{name} is {getattr(s, name)}; it must be at least 1")
+    for name in ("eval_size", "eval_every", "save_every", "weight_decay", "max_grad_norm", "samples", "seed"):
+        if getattr(s, name) < 0:
+            raise SettingsError(f"{name} is {getattr(s, name)}; it must not be negative")
+    if s.lr is not None and not (0 < s.lr < math.inf):
+        raise SettingsError(f"lr is {s.lr}; a learning rate must be positive")
+    if s.max_steps is not None and s.max_steps < 1:
+        raise SettingsError(f"max_steps is {s.max_steps}; it must be at least 1")
+    if not 0 <= s.warmup_ratio <= 1 or not 0 <= s.max_drop_fraction <= 1:
+        raise SettingsError("warmup_ratio and max_drop_fraction are shares between 0 and 1")
+    longest_prompt = s.max_prompt_length if s.max_prompt_length is not None else s.max_length * 7 // 8
+    if s.max_length < 2 or not 1 <= longest_prompt < s.max_length:
+        raise SettingsError(
+            f"max_length {s.max_length} with max_prompt_length {longest_prompt} leaves no room for a prompt and a response; "
+            "raise max_length or lower max_prompt_length"
+        )
+    if s.overwrite and s.resume:
+        raise SettingsError("overwrite and resume exclude each other")
+    if (s.overwrite or s.resume) and s.out is None:
+        raise SettingsError("overwrite and resume need --out, the folder of the earlier run")
+    if (s.model == "tiny") != (s.dataset == "tiny"):
+        raise SettingsError('the embedded world needs both model "tiny" and dataset "tiny"; give a real model and a real dataset')
+
+
+# ---- the objective ---------------------------------------------------------------------------------------------------
+
+
+class Objective(NamedTuple):
+    """A function of losses.py with its hyper-parameters; what it needs is read off its signature."""
+
+    name: str
+    function: Callable[..., Tensor]
+    hyper: dict
+    tensors: tuple[str, ...]
+
+    def needs(self, prefix: str) -> bool:
+        return any(t.startswith(prefix) for t in self.tensors)
+
+    @property
+    def unpaired(self) -> bool:
+        return "desirable" in self.tensors
+
+    @property
+    def responses(self) -> int:
+        """Responses of an example that are scored: 2, or 1 for unpaired and chosen-only objectives."""
+        return 2 if "logp_l" in self.tensors else 1
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the rows of a batch depend on each other, so that the loss needs the whole batch at once."""
+        switch = BATCH_COUPLED.get(self.name, False)
+        return switch is None or bool(switch and self.setting(switch))
+
+    def setting(self, name: str, otherwise=None):
+        """The value of a hyper-parameter: given, default, or `otherwise` where the function has none of that name."""
+        parameter = inspect.signature(self.function).parameters.get(name)
+        return otherwise if parameter is None else self.hyper.get(name, parameter.default)
+
+    def reward(self, logp: Tensor, ref: Tensor, length: Tensor) -> Tensor:
+        """The reward of the objective's own paper, β included; (R,) → (R,)."""
+        if self.setting("average") is False:
+            length = torch.ones_like(length)
+        return self.setting("beta", 1.0) * REWARDS[self.name](logp, ref, length)
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.hyper.items())})"
+
+
+def parse_objective(text: str) -> Objective:
+    """'simpo(beta=2.5, gamma=0.5)' or 'simpo' → Objective. Only a name and constants are understood; nothing is run."""
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        if not isinstance(call.func, ast.Name) or call.args or any(k.arg is None for k in call.keywords):
+            raise ValueError
+        name, hyper = call.func.id, {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    except (ValueError, SyntaxError, TypeError):
+        raise SettingsError(f'objective is {text!r}; write it as a call with named constants, such as "simpo(beta=2.5, gamma=0.5)"') from None
+    if name not in OBJECTIVES:
+        raise SettingsError(f"unknown objective {name!r}; known are {', '.join(OBJECTIVES)}")
+    parameters = inspect.signature(OBJECTIVES[name]).parameters
+    tensors = tuple(k for k, p in parameters.items() if p.kind is not p.KEYWORD_ONLY)
+    known = [k for k in parameters if k not in tensors and k != "generator"]
+    signature = f"{name}({', '.join(f'{k}={parameters[k].default!r}' for k in known)})"
+    for key, value in hyper.items():
+        if key not in known:
+            raise SettingsError(f"objective {name} has no argument {key!r}; its signature is {signature}")
+        default = parameters[key].default
+        fits = isinstance(value, type(default)) if isinstance(default, (bool, str)) else isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not fits and value is not default:
+            raise SettingsError(f"objective {name}: {key}={value!r} is of the wrong kind; its signature is {signature}")
+    return Objective(name, OBJECTIVES[name], hyper, tensors)
+
+
+def try_objective(objective: Objective) -> None:
+    """Call the function once on small numbers, so that a value out of range is found before anything is loaded."""
+    values = {"desirable": torch.tensor([True, False])}
+    values |= {t: torch.tensor([4, 5]) for t in objective.tensors if t.startswith("len")}
+    values |= {t: torch.tensor([-3.0, -4.0]) for t in objective.tensors if t not in values}
+    try:
+        call(objective, {t: values[t] for t in objective.tensors}, seed=[0])
+    except ValueError as error:
+        raise SettingsError(f"objective {objective}: {error}") from error
+
+
+# ---- scoring ---------------------------------------------------------------------------------------------------------
+
+
+def call(objective: Objective, tensors: dict[str, Tensor], seed: list[int]) -> Tensor:
+    """Loss per row; functions that draw at random get a generator that depends on `seed` alone."""
+    extra = {}
+    if "generator" in inspect.signature(objective.function).parameters:
+        extra["generator"] = torch.Generator().manual_seed(int(sum(x * 1_000_003**i for i, x in enumerate(seed)) % 2**63))
+    return objective.function(*(tensors[t] for t in objective.tensors), **objective.hyper, **extra)
+
+
+class Scores(NamedTuple):
+    """Sums over responses of a set of n examples with k responses each; all (n, k) in nats, None where not needed."""
+
+    length: Tensor
+    logp: Tensor | None = None
+    ref: Tensor | None = None
+    kl: Tensor | None = None
+    logp_mismatch: Tensor | None = None  # (n·k,): KTO's mismatched completions, under the policy
+    ref_mismatch: Tensor | None = None  # (n·k,): and under the reference
+    label: Tensor | None = None  # (n, k) bool
+
+    def at(self, rows: Tensor) -> "Scores":
+        return Scores(*(None if x is None else x[rows] for x in self))
+
+    def by_name(self, objective: Objective) -> dict[str, Tensor]:
+        """The tensors that the objective's signature asks for. `old_*` is the policy as it is at the start of the step."""
+        sources = {"logp": self.logp, "len": self.length, "ref": self.ref, "kl": self.kl, "old": self.logp.detach()}
+        named = {"desirable": self.label, "logp_kl": self.logp_mismatch, "ref_kl": self.ref_mismatch}
+        for source, values in sources.items():
+            if values is not None:
+                named |= {source: values, f"{source}_w": values[:, 0], f"{source}_l": values[:, -1]}
+        return {t: named[t].flatten() for t in objective.tensors}
+
+
+class Run(NamedTuple):
+    """What scoring and stepping share."""
+
+    policy: ResponseLogProbs
+    objective: Objective
+    settings: Settings
+    device: torch.device
+
+    def arithmetic(self):
+        """bf16 autocast or nothing. One context spans one kind of pass, so weights are cast once in it."""
+        kind = self.device.type
+        return torch.autocast(kind, torch.bfloat16) if uses_bf16(self.settings, self.device) else contextlib.nullcontext()
+
+    def microbatches(self, examples: list[Example]) -> list[tuple[list[int], data.Batch]]:
+        """This rank's share of the examples: (indices, batch), as many on every rank; cut by token count."""
+        groups = data.split_by_tokens([data.tokens_of(e) for e in examples], self.settings.tokens_per_microbatch, dist.world_size())
+        mine = groups[dist.rank() :: dist.world_size()]
+        make = data.LAYOUTS[self.settings.layout]
+        return [(group, make([examples[i] for i in group]).to(self.device)) for group in mine]
+
+
+@torch.no_grad()
+def score(run: Run, examples: list[Example], with_kl: bool = False, progress: str | None = None) -> tuple[Tensor, Tensor | None]:
+    """Summed log-probs, and token KLs, of all responses without gradient: (n, k) each, on every rank."""
+    logps, kls = {}, {}
+    batches = run.microbatches(examples) if progress is None else _lazily(run, examples)
+    with run.arithmetic():
+        for group, batch in tqdm(batches, desc=progress, unit=" batches", leave=False, disable=progress is None or not dist.is_main()):
+            logp, kl = run.policy(batch, with_kl)
+            logps |= zip(group, logp.view(len(group), -1))
+            if with_kl:
+                kls |= zip(group, kl.view(len(group), -1))
+    return dist.gather_rows(logps, len(examples)), dist.gather_rows(kls, len(examples)) if with_kl else None
+
+
+def _lazily(run: Run, examples: list[Example]):
+    """Microbatches of a whole dataset, made some hundred examples at a time, longest first within each."""
+    for start in range(0, len(examples), 256):
+        for group, batch in run.microbatches(examples[start : start + 256]):
+            yield [start + i for i in group], batch
+
+
+def uses_bf16(s: Settings, device: torch.device) -> bool:
+    if s.dtype != "auto":
+        return s.dtype == "bf16"
+    if device.type == "cpu":
+        flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def mismatched(examples: list[Example]) -> list[Example]:
+    """For KTO: each row's prompt with a completion that answers another prompt, the next such one in the batch, in a circle."""
+    flat = [(e.prompt, r) for e in examples for r in e.responses]
+    found = []
+    for i, (prompt, _) in enumerate(flat):
+        others = (flat[(i + j) % len(flat)] for j in range(1, len(flat)))
+        other = next((o for o in others if o[0] != prompt), None)
+        if other is None:
+            raise DataError("kto needs at least two different prompts in every optimizer batch; raise batch_size or mix the data")
+        found.append(Example(prompt, [other[1]], where=examples[0].where))
+    return found
+
+
+# ---- one step --------------------------------------------------------------------------------------------------------
+
+
+def coefficients(objective: Objective, scores: Scores, seed: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss per row (rows,) and the gradient of their sum with respect to every log-prob and KL, (n, k) each."""
+    leaves = scores._replace(
+        logp=scores.logp.detach().requires_grad_(), kl=None if scores.kl is None else scores.kl.detach().requires_grad_()
+    )
+    loss = call(objective, leaves.by_name(objective), seed)
+    inputs = [leaves.logp] if leaves.kl is None else [leaves.logp, leaves.kl]
+    grads = torch.autograd.grad(loss.sum(), inputs, allow_unused=True, materialize_grads=True)
+    return loss.detach(), grads[0], grads[1] if len(grads) > 1 else None
+
+
+def accumulate_gradients(run: Run, examples: list[Example], known: Scores, seed: list[int]) -> tuple[Scores, Tensor]:
+    """Put the gradient of the mean loss over `examples` into the policy's parameters.
+
+    The gradient of a microbatch is Σ (∂L/∂logp) · ∂logp/∂θ. The factors ∂L/∂logp come from the microbatch itself, or, where the
+    objective couples the rows, from a first pass that scores the whole batch without gradient. A coupled batch that is a
+    single microbatch on every rank needs no first pass: its own log-probs are gathered and then differentiated.
+
+    Args:
+        known: what does not depend on the policy: lengths, reference, labels, mismatches.
+    Returns:
+        the scores of the whole batch, and its loss per row; on every rank.
+    """
+    objective, with_kl = run.objective, run.objective.needs("kl_")
+    batches, rows = run.microbatches(examples), len(examples) * (known.length.shape[1] if objective.unpaired else 1)
+    whole, kept = None, None
+    if objective.coupled and len(batches) > 1:
+        logp, kl = score(run, examples, with_kl)
+        whole = coefficients(objective, known._replace(logp=logp, kl=kl), seed)
+    losses, logps, kls = {}, {}, {}
+    with run.arithmetic():
+        for i, (group, batch) in enumerate(batches):
+            dist.sync_gradients(run.policy, last=i == len(batches) - 1)
+            logp, kl = run.policy(batch, with_kl)
+            logp, kl = logp.view(len(group), -1), kl.view(len(group), -1) if with_kl else None
+            logps |= zip(group, logp.detach())
+            if with_kl:
+                kls |= zip(group, kl.detach())
+            at = torch.tensor(group, dtype=torch.long)
+            if objective.coupled and whole is None:
+                kept = dist.gather_rows(logps, len(examples)), dist.gather_rows(kls, len(examples)) if with_kl else None
+                whole = coefficients(objective, known._replace(logp=kept[0], kl=kept[1]), seed)
+            if whole is None:
+                loss, d_logp, d_kl = coefficients(objective, known.at(at)._replace(logp=logp, kl=kl), seed)
+                losses |= zip(group, loss.view(len(group), -1))
+            else:
+                loss, d_logp, d_kl = whole[0], whole[1][at], whole[2][at] if with_kl else None
+            heads, grads = ([logp, kl], [d_logp, d_kl]) if with_kl else ([logp], [d_logp])
+            torch.autograd.backward(heads, [g / rows for g in grads])
+    everything = known._replace(logp=dist.gather_rows(logps, len(examples)))
+    return everything, whole[0] if whole is not None else dist.gather_rows(losses, len(examples)).flatten()
+
+
+def learning_rate(step: int, steps: int, s: Settings) -> float:
+    """Linear warm-up over warmup_ratio of the steps, then a half cosine down to zero. `step` counts from 0."""
+    warmup = max(1, round(s.warmup_ratio * steps))
+    if step < warmup:
+        return s.lr * (step + 1) / warmup
+    return s.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def measures(objective: Objective, scores: Scores, loss: Tensor) -> dict[str, float]:
+    """Loss and rewards of a batch.
+
+    Pairs: reward_margin is the mean of r_w − r_l, reward_accuracy the share of pairs with r_w > r_l (a tie counts ½).
+    Unpaired rows: the difference of mean rewards, desirable minus undesirable, and the share of all (desirable, undesirable)
+    couples in the right order. Log-probs per token are Σ logp / Σ tokens over the chosen (desirable) and rejected ones.
+    """
+    ref = scores.ref if scores.ref is not None else torch.zeros_like(scores.logp)
+    reward = objective.reward(scores.logp, ref, scores.length)
+    label, found = scores.label, {"loss": loss.mean().item()}
+    good, bad = reward[label], reward[~label]
+    if len(good) and len(bad):
+        paired = reward.shape[1] == 2
+        difference = (reward[:, 0] - reward[:, 1]) if paired else (good[:, None] - bad[None, :]).flatten()
+        found["reward_margin"] = difference.mean().item()
+        found["reward_accuracy"] = (0.5 * (1 + difference.sign())).mean().item()
+    for side, mask in (("w", label), ("l", ~label)):
+        if mask.any():
+            found[f"logp_{side}_per_token"] = (scores.logp[mask].sum() / scores.length[mask].sum()).item()
+    return found
+
+
+def stop_if_not_finite(examples: list[Example], scores: Scores, loss: Tensor, grad_norm: float) -> None:
+    """End the run before the weights are touched, naming the rows whose loss or log-prob is not a finite number."""
+    bad = ~torch.isfinite(loss.view(len(examples), -1)).all(-1) | ~torch.isfinite(scores.logp).all(-1)
+    if not bad.any() and math.isfinite(grad_norm):
+        return
+    rows = [e.where for e, b in zip(examples, bad.tolist()) if b] or [e.where for e in examples]
+    what = "loss" if bad.any() else "gradient"
+    raise SettingsError(
+        f"the {what} is not finite; the weights were left as they were before this step. Rows: {'; '.join(rows[:8])}"
+        f"{' …' if len(rows) > 8 else ''}. Look at them with `python data.py show`; if they are sound, lower lr"
+    )
+
+
+# ---- model and data --------------------------------------------------------------------------------------------------
+
+
+def load_model(name: str, device: torch.device, vocabulary: int, s: Settings) -> torch.nn.Module:
+    """A transformers model with fp32 weights and dropout off; "tiny" builds a Llama of about 350,000 parameters."""
+    if name == "tiny":
+        torch.manual_seed(s.seed)
+        config = LlamaConfig(
+            vocab_size=vocabulary, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+            max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None, eos_token_id=3, pad_token_id=3,
+        )  # fmt: skip
+        return LlamaForCausalLM(config).to(device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=s.trust_remote_code
+        )
+    except Exception as error:  # transformers raises many kinds; all mean that there is no loadable model
+        raise SettingsError(f"{name}: no loadable causal language model there ({str(error).strip().splitlines()[0]})") from error
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        for key in [k for k in config.to_dict() if "dropout" in k or k.endswith("pdrop")]:
+            if isinstance(getattr(config, key), float):
+                setattr(config, key, 0.0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model.to(device)
+
+
+NOT_ATTENTION = ("mamba", "rwkv", "deltanet", "linearattention", "shortconv", "recurrentblock", "griffin", "xlstm", "mlstm")
+
+
+def refuse_packed(model: torch.nn.Module) -> None:
+    """The packed layout needs every layer to mix tokens by masked attention only; others are refused by name."""
+    for module in model.modules():
+        kind = type(module).__name__
+        if any(word in kind.lower() for word in NOT_ATTENTION):
+            raise SettingsError(f"{type(model).__name__} has {kind} layers, which carry state across tokens; use --layout padded")
+
+
+def load_rows(s: Settings, tokenizer, objective: Objective) -> tuple[list[Example], list[Example], dict]:
+    """(training examples, held-out examples, report) in the form the objective trains on."""
+    length = dict(max_length=s.max_length, max_prompt_length=s.max_prompt_length, max_drop_fraction=s.max_drop_fraction)
+    examples, report = data.load(s.dataset, tokenizer, **length)
+    say(f"data: {report}")
+    reports = {"dataset": report._asdict()}
+    if s.eval_dataset:
+        held_out, eval_report = data.load(s.eval_dataset, tokenizer, **length)
+        say(f"held-out data: {eval_report}")
+        reports["eval_dataset"] = eval_report._asdict()
+    else:
+        if s.eval_size >= len(examples):
+            raise SettingsError(f"eval_size {s.eval_size} leaves no training rows of {len(examples)}; lower it")
+        examples, held_out = data.split_held_out(examples, s.eval_size, s.seed)
+    for e in (*examples[:1], *held_out[:1]):
+        if e.desirable is not None and not objective.unpaired:
+            raise SettingsError(f"{objective.name} compares pairs, but {e.where} is a single labelled completion; use kto, bco or uapo")
+    return [_fit(e, objective) for e in examples], [_fit(e, objective) for e in held_out], reports
+
+
+def _fit(e: Example, objective: Objective) -> Example:
+    """A pair keeps both responses for paired and unpaired objectives, its chosen one where only that is scored."""
+    return e if objective.unpaired or len(e.responses) == objective.responses else e._replace(responses=e.responses[:1])
+
+
+def known_scores(examples: list[Example], ref: Tensor | None, ref_mismatch: Tensor | None, device) -> Scores:
+    """What a batch's scores consist of before the policy is asked."""
+    length = torch.tensor([[len(r) for r in e.responses] for e in examples], device=device)
+    label = [[e.desirable] if e.desirable is not None else [True, False][: len(e.responses)] for e in examples]
+    return Scores(length, ref=ref, ref_mismatch=ref_mismatch, label=torch.tensor(label, device=device))
+
+
+# ---- record ----------------------------------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    if dist.is_main():
+        tqdm.write(text, file=sys.stderr)
+
+
+@torch.no_grad()
+def complete(policy: ResponseLogProbs, tokenizer, prompts: list[list[int]], tokens: int) -> list[str]:
+    """Greedy completions of prompts given as token ids, with the model's own attention."""
+    model, texts = policy.model, []
+    layout, was_training = model.config._attn_implementation, model.training
+    policy.use_layout("padded")
+    model.eval()
+    for i in range(0, len(prompts), 32):
+        part = prompts[i : i + 32]
+        width = max(map(len, part))
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in part], device=model.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=model.device)
+        stop = model.generation_config.eos_token_id or tokenizer.eos_token_id
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, eos_token_id=stop, pad_token_id=pad,
+            temperature=None, top_p=None, top_k=None,
+        )  # fmt: skip
+        texts += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    model.train(was_training)
+    model.set_attn_implementation(layout)
+    return [t.strip() for t in texts]
+
+
+def draw_curves(lines: list[dict], path: Path, title: str) -> None:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return say('no curves.png: matplotlib is missing (pip install "plainpo[plot]")')
+    panels = [("loss", ["loss"]), ("reward margin", ["reward_margin"]), ("reward accuracy", ["reward_accuracy"]),
+              ("log-prob per token (nats)", ["logp_w_per_token", "logp_l_per_token"])]  # fmt: skip
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), constrained_layout=True)
+    for axis, (name, keys) in zip(axes, panels):
+        for colour, key in enumerate(keys):
+            label = {"logp_w_per_token": "chosen", "logp_l_per_token": "rejected"}.get(key, "training")
+            for prefix, style in (("", dict(alpha=0.55, lw=1.2)), ("eval_", dict(marker="o", ls="--"))):
+                points = [(line["step"], line[prefix + key]) for line in lines if prefix + key in line]
+                if points:
+                    suffix = ", held out" if prefix else ""
+                    axis.plot(*zip(*points), color=f"C{colour}", label=label + suffix, **style)
+        axis.set(title=name, xlabel="step")
+        if axis.lines:
+            axis.legend(fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def open_log(s: Settings, out: Path) -> Callable[[dict], None]:
+    """A function that sends one metrics line to tensorboard or wandb, or nowhere."""
+    if s.log_to is None or not dist.is_main():
+        return lambda line: None
+    try:
+        if s.log_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(out / "tensorboard"))
+            return lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in line.items() if k != "step"] and writer.flush()
+        import wandb
+
+        wandb.init(project="plainpo", config=asdict(s), dir=str(out))
+        return lambda line: wandb.log(line, step=line["step"])
+    except ImportError as error:
+        raise SettingsError(f"log_to {s.log_to}: it is not installed (pip install {s.log_to})") from error
+
+
+def prepare_out(s: Settings) -> Path:
+    """The output folder; one that already holds a run is refused unless overwrite or resume was asked for."""
+    if s.out is None:
+        stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{s.objective.partition('(')[0].strip()}"
+        out, n = Path("runs") / stamp, 1
+        while out.exists():
+            out, n = Path("runs") / f"{stamp}-{n + 1}", n + 1
+    else:
+        out = Path(s.out)
+    if out.exists() and not out.is_dir():
+        raise SettingsError(f"out {out} is a file, not a folder")
+    holds_run = (out / "settings.json").exists()
+    if s.resume and not holds_run:
+        raise SettingsError(f"out {out} holds no run to resume")
+    if s.overwrite and out.exists() and any(out.iterdir()) and not holds_run:
+        raise SettingsError(f"out {out} holds files but no run of plainpo; overwrite would delete them. Choose another folder")
+    if out.exists() and any(out.iterdir()) and not (s.overwrite or s.resume):
+        raise SettingsError(f"out {out} already holds {'a run' if holds_run else 'files'}; use --resume, --overwrite or another folder")
+    if s.overwrite and out.exists():
+        shutil.rmtree(out)
+    try:
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (out / ".probe").write_text("")
+        (out / ".probe").unlink()
+    except OSError as error:
+        raise SettingsError(f"out {out} cannot be written ({error})") from error
+    return out
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def evaluate(run: Run, held_out: list[Example], known: Scores) -> dict[str, float]:
+    """Measures of the held-out examples as one batch, each name with eval_ in front."""
+    logp, kl = score(run, held_out, run.objective.needs("kl_"), progress="evaluate")
+    scores = known._replace(logp=logp, kl=kl)
+    if run.objective.needs("logp_kl"):
+        scores = scores._replace(logp_mismatch=score(run, mismatched(held_out))[0].flatten())
+    loss = call(run.objective, scores.by_name(run.objective), seed=[run.settings.seed])
+    return {f"eval_{k}": v for k, v in measures(run.objective, scores, loss).items()}
+
+
+def supervised_start(run: Run, demonstrations: list[Example]) -> float:
+    """A short supervised training of the embedded world's model, in place; returns the last loss."""
+    s, steps = run.settings, 400
+    optimizer = torch.optim.AdamW(run.policy.parameters(), lr=0.0)
+    plan = [rows for epoch in range(64) for rows in data.step_plan(len(demonstrations), 64, s.seed, epoch)][:steps]
+    bar = tqdm(plan, desc="supervised start", unit=" steps", leave=False, disable=not dist.is_main())
+    for step, rows in enumerate(bar):
+        examples = [demonstrations[i] for i in rows]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, s)
+        _, loss = accumulate_gradients(run, examples, known_scores(examples, None, None, run.device), [s.seed, step])
+        dist.clip_gradients(run.policy, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.mean():.3f}")
+    return loss.mean().item()
+
+
+def compare_layouts(run: Run, examples: list[Example], bound: float) -> None:
+    """Score the first examples in the packed and in the padded layout; they must agree per token within `bound` nats."""
+    if run.settings.layout != "packed":
+        return
+    padded = Run(run.policy, run.objective, Settings(**{**asdict(run.settings), "layout": "padded"}), run.device)
+    with_packed, _ = score(run, examples)
+    run.policy.use_layout("padded")
+    with_padded, _ = score(padded, examples)
+    run.policy.use_layout("packed")
+    lengths = torch.tensor([[len(r) for r in e.responses] for e in examples], device=with_packed.device)
+    worst = ((with_packed - with_padded).abs() / lengths).max().item()
+    say(f"layouts: packed and padded differ by at most {worst:.2g} nats per token on {len(examples)} examples (bound {bound:g})")
+    if not worst <= bound:
+        raise SettingsError(f"the packed layout disagrees with the padded one by {worst:.3g} nats per token; use --layout padded")
+
+
+def train(s: Settings) -> dict:
+    """One run from settings to exported model; returns the summary that is also written to out/summary.json."""
+    started = time.time()
+    # objective and output first: a mistake there should cost no loading
+    objective = parse_objective(s.objective)
+    try_objective(objective)
+    device = dist.setup(s.device)
+    s.lr = s.lr if s.lr is not None else (1e-3 if s.model == "tiny" else 1e-6)
+    out = prepare_out(s)
+    s.out = str(out)
+    log = open_log(s, out)
+    say("settings: " + json.dumps(asdict(s)))
+
+    # data
+    if s.dataset == "tiny":
+        tokenizer, demonstrations, pairs = data.tiny_world(s.seed)
+        coded = lambda rows: [data.encode(r, tokenizer, s.max_length, s.max_length)[0]._replace(where=f"world row {i}") for i, r in enumerate(rows, 1)]  # noqa: E731, E501
+        examples, held_out = data.split_held_out(coded(pairs), s.eval_size, s.seed)
+        examples, held_out, report = [_fit(e, objective) for e in examples], [_fit(e, objective) for e in held_out], {}
+    else:
+        tokenizer = data.load_tokenizer(s.model, s.trust_remote_code)
+        examples, held_out, report = load_rows(s, tokenizer, objective)
+
+    # model: fp32 weights; the reference of an objective is the model as it is before the first step
+    model = load_model(s.model, device, len(tokenizer), s)
+    largest = max(max(e.prompt + sum(e.responses, [])) for e in examples + held_out)
+    if largest >= model.get_input_embeddings().num_embeddings:
+        raise SettingsError(f"the tokenizer gives id {largest}, but the model has {model.get_input_embeddings().num_embeddings} embeddings")
+    policy = ResponseLogProbs(model)
+    run = Run(policy, objective, s, device)
+    if s.layout == "packed":
+        refuse_packed(model)
+    policy.use_layout(s.layout)
+    policy.train()
+    if s.model == "tiny":
+        sft = Run(policy, parse_objective("sft"), Settings(**{**asdict(s), "lr": 3e-3, "dtype": "fp32"}), device)
+        loss = supervised_start(sft, coded(demonstrations))
+        say(f"supervised start: 400 steps on noisy demonstrations, last loss {loss:.3f}")
+    if s.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    # checks that cost one small pass each
+    exact = not uses_bf16(s, device)
+    few = examples[: max(1, min(4, len(examples)))]
+    policy.use_layout("padded")
+    with run.arithmetic():
+        check_head(model, torch.tensor([few[0].prompt[-32:]], device=device), 1e-3 if exact else 0.5)
+    policy.use_layout(s.layout)
+    compare_layouts(run, few, 1e-4 if exact else 0.1)
+
+    # the whole plan of the run, and what the reference says of every row in it
+    epochs = [[r.tolist() for r in data.step_plan(len(examples), s.batch_size, s.seed, e)] for e in range(s.epochs)]
+    plan = [rows for epoch in epochs for rows in epoch][: s.max_steps]
+    ref = ref_eval = ref_mismatch = None
+    if objective.needs("ref"):
+        ref, _ = score(run, examples, progress="reference")
+        ref_eval = score(run, held_out, progress="reference")[0] if held_out else None
+    mismatch_eval = None
+    if objective.needs("ref_kl"):
+        ref_mismatch = [score(run, mismatched([examples[i] for i in rows]))[0].flatten() for rows in tqdm(plan, desc="reference", leave=False)]
+        mismatch_eval = score(run, mismatched(held_out))[0].flatten() if held_out else None
+    if objective.needs("kl_w"):
+        policy.reference = load_model(s.model, device, len(tokenizer), s).requires_grad_(False).eval()
+        policy.reference.load_state_dict(model.state_dict())
+        policy.use_layout(s.layout)
+    known_eval = known_scores(held_out, ref_eval, mismatch_eval, device) if held_out else None
+
+    # optimizer; resume
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    first, metrics = 0, out / "metrics.jsonl"
+    if s.resume and (found := dist.complete_checkpoints(out / "checkpoints")):
+        state = dist.load_checkpoint(found[-1], model, optimizer)
+        first = state["step"]
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        metrics.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= first))
+        say(f"resumed after step {first} from {found[-1]}")
+    (out / "settings.json").write_text(json.dumps(asdict(s), indent=2) + "\n")
+    (out / "data.json").write_text(json.dumps(report, indent=2) + "\n")
+    recorder = open(metrics, "a", buffering=1)
+
+    def record(line: dict) -> None:
+        recorder.write(json.dumps(line) + "\n")
+        log(line)
+
+    # before
+    say(f"{objective}: {len(examples)} rows, {len(held_out)} held out, {len(plan)} steps of {s.batch_size}, {'bf16' if not exact else 'fp32'}, {device}")
+    prompts = [e.prompt for e in held_out[: s.samples]]
+    world_prompts = [e.prompt for e in held_out] if s.dataset == "tiny" else []
+    before, quality_before = complete(policy, tokenizer, prompts, s.sample_tokens), world_score(policy, tokenizer, world_prompts)
+    evaluation = {}
+    if held_out and first == 0:
+        record({"step": 0, **(evaluation := evaluate(run, held_out, known_eval))})
+        say(f"before: {brief(evaluation)}")
+
+    # the loop
+    loop_started, rows_done, tokens_done = time.time(), 0, 0
+    bar = tqdm(range(first, len(plan)), desc="train", unit=" steps", initial=first, total=len(plan), disable=not dist.is_main())
+    for step in bar:
+        tick = time.time()
+        batch = [examples[i] for i in plan[step]]
+        known = known_scores(batch, None if ref is None else ref[plan[step]], None if ref_mismatch is None else ref_mismatch[step], device)
+        if objective.needs("logp_kl"):
+            known = known._replace(logp_mismatch=score(run, mismatched(batch))[0].flatten())
+        scores, loss = accumulate_gradients(run, batch, known, [s.seed, step])
+        grad_norm = float(dist.clip_gradients(policy, s.max_grad_norm))
+        stop_if_not_finite(batch, scores, loss, grad_norm)
+        if step == 0 and ref is not None:
+            check_step_zero(scores, 1e-3 if exact else 0.1)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, len(plan), s)
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens = sum(map(data.tokens_of, batch))
+        rows_done, tokens_done, seconds = rows_done + len(loss), tokens_done + tokens, time.time() - tick
+        line = {"step": step + 1, **measures(objective, scores, loss), "grad_norm": grad_norm, "lr": learning_rate(step, len(plan), s)}
+        line |= {"pairs": len(loss), "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        record(line)
+        shown = {"loss": "loss", "reward_margin": "margin", "reward_accuracy": "accuracy"}
+        bar.set_postfix({v: f"{line[k]:.3f}" for k, v in shown.items() if k in line} | {"tok/s": f"{tokens / seconds:.0f}"})
+        if held_out and (step + 1 == len(plan) or s.eval_every and (step + 1) % s.eval_every == 0):
+            record({"step": step + 1, **(evaluation := evaluate(run, held_out, known_eval))})
+            say(f"step {step + 1}: {brief(evaluation)}")
+        if s.save_every and (step + 1) % s.save_every == 0:
+            dist.save_checkpoint(out / "checkpoints", model, optimizer, {"step": step + 1}, s.keep)
+    loop_seconds = time.time() - loop_started
+    recorder.close()
+
+    # after: samples, model, curves, summary
+    after, quality_after = complete(policy, tokenizer, prompts, s.sample_tokens), world_score(policy, tokenizer, world_prompts)
+    texts = zip((tokenizer.decode(p) for p in prompts), before, after)
+    samples = [{"prompt": p, "before": b, "after": a} for p, b, a in texts]
+    (out / "samples.jsonl").write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in samples))
+    policy.use_layout("padded")
+    came_in = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.float32
+    dist.export(model, tokenizer, out / "model", {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": came_in}[s.export_dtype])
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    draw_curves(lines, out / "curves.png", f"{objective} on {Path(s.dataset).name}")
+    start = next((x for x in lines if x["step"] == 0), {})
+    summary = {
+        "objective": str(objective), "steps": len(plan), "rows": len(examples), "held_out": len(held_out),
+        "before": {k: v for k, v in start.items() if k != "step"}, "after": evaluation,
+        **({"quality_before": quality_before, "quality_after": quality_after} if world_prompts else {}),
+        "pairs_per_second": rows_done / loop_seconds, "tokens_per_second": tokens_done / loop_seconds,
+        "train_seconds": loop_seconds, "seconds": time.time() - started, "peak_memory_gib": peak_memory(device),
+        "dtype": "fp32" if exact else "bf16", "device": str(device), "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "out": str(out),
+    }  # fmt: skip
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    report_end(summary, samples)
+    return summary
+
+
+def world_score(policy, tokenizer, prompts: list[list[int]]) -> float | None:
+    """Mean true quality of greedy completions in the embedded world, at most 1."""
+    if not prompts:
+        return None
+    texts = complete(policy, tokenizer, prompts, 32)
+    asked = [tokenizer.decode(p, skip_special_tokens=True).strip() for p in prompts]
+    return sum(map(data.world_quality, asked, texts)) / len(texts)
+
+
+def check_step_zero(scores: Scores, bound: float) -> None:
+    """Before the first update policy and reference are the same model: every log-ratio, so every reward, must be 0."""
+    worst = ((scores.logp - scores.ref).abs() / scores.length).max().item()
+    say(f"step 0: policy and reference differ by at most {worst:.2g} nats per token (bound {bound:g})")
+    if not worst <= bound:
+        raise SettingsError(f"step 0: policy and reference differ by {worst:.3g} nats per token; the reference is not this model's")
+
+
+def peak_memory(device: torch.device) -> float:
+    """Highest memory in use so far, GiB: of the GPU, or resident memory of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def brief(evaluation: dict) -> str:
+    return ", ".join(f"{k} {v:.4f}" for k, v in evaluation.items())
+
+
+def report_end(summary: dict, samples: list[dict]) -> None:
+    for sample in samples[:3]:
+        say(f"  prompt  {sample['prompt'][-160:]!r}\n  before  {sample['before'][:160]!r}\n  after   {sample['after'][:160]!r}")
+    before, after = summary["before"], summary["after"]
+    n = max(1, summary["held_out"])
+    for key, name in (("eval_reward_accuracy", "held-out accuracy"), ("eval_reward_margin", "held-out margin"), ("eval_loss", "held-out loss")):
+        if key in before and key in after:
+            error = f" (± {math.sqrt(max(after[key] * (1 - after[key]), 0) / n):.3f} standard error)" if "accuracy" in key else ""
+            say(f"{name}: {before[key]:.4f} → {after[key]:.4f}{error}")
+    if "quality_before" in summary:
+        say(f"true quality of greedy answers: {summary['quality_before']:.3f} → {summary['quality_after']:.3f} (1 is perfect)")
+    say(f"{summary['pairs_per_second']:.2f} rows/s, {summary['seconds']:.0f} s in all, peak memory {summary['peak_memory_gib']:.2f} GiB")
+    say(f"everything is in {summary['out']}; the model is in {summary['out']}/model")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """The command line as a function; returns the summary. What the user can mend ends with a message and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return train(parse_settings(sys.argv[1:] if argv is None else argv))
+    except (DataError, SettingsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
