@@ -4,24 +4,38 @@ A row of any accepted format becomes prompt messages and one or more responses (
 as the chat template renders it with the generation prompt, and for each response exactly the ids that generation would have
 to produce after it, terminator included. What does not fit is dropped, counted and reported with its file and row number.
 
-    python data.py show --model MODEL --dataset FILE -n 3       # look at rows as coloured tokens
+    python data.py show  --model MODEL --dataset FILE -n 3      # rows as coloured tokens
+    python data.py stats --model MODEL --dataset FILE           # lengths, length bias, duplicates, what is dropped and why
 
 Shape letters: B examples · R responses · T tokens of a batch · N scored tokens.
 """
 
 import argparse
+import functools
+import glob
 import gzip
+import hashlib
 import heapq
+import inspect
+import io
+import itertools
 import json
+import math
+import multiprocessing
 import os
+import random
 import re
 import sys
+import zlib
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,13 +43,21 @@ SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 
 PLAIN_TEMPLATE = (  # for tokenizers without a chat template; saved with the exported model, so that generation uses it too
     "{{ bos_token }}{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
 
+PRIVATE = re.compile("[\U000f0000-\U000ffffd]")
+MARK = "\ue000"  # a private-use character: stands for a response to see what a template writes after it
+
+
 class DataError(Exception):
     """Something about the data that its owner can mend; the message says what, where and how."""
+
+
+def _brief(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class Row(NamedTuple):
@@ -44,6 +66,7 @@ class Row(NamedTuple):
     prompt: list[dict]  # messages {role, content}
     responses: list[str]
     desirable: bool | None = None  # None for pairs
+    margin: float | None = None  # score of chosen less score of rejected, where the data has scores
 
 
 class Example(NamedTuple):
@@ -59,32 +82,57 @@ class Example(NamedTuple):
 
 
 def read(dataset: str) -> Iterator[tuple[str, dict | Exception]]:
-    """Yield (where, row) from a file, a folder of files, or a hub dataset; an unreadable row is yielded as its error.
+    """Yield (where, row) from one source of rows; an unreadable row is yielded as its error.
 
     Args:
-        dataset: a path ending in .json, .jsonl, either with .gz, or .parquet; a folder holding such files; or a hub name,
-            optionally with a split, "org/name:split" (default train). A slice takes some of the rows: "pairs.jsonl[:1000]".
+        dataset: a path ending in .json, .jsonl, either with .gz, or .parquet; a folder of such files; a pattern, "data/*.jsonl";
+            "-" for JSON lines on standard input; or a hub name, "org/name", "org/name:split" or "org/name:config:split"
+            (the split is train if not given). A slice takes some of the rows: "pairs.jsonl[:1000]".
     Raises:
         DataError: nothing there, or a file that cannot be read at all.
     """
-    name, cut = re.fullmatch(r"(.*?)(\[-?\d*:-?\d*\])?", dataset).groups()
-    rows = _read_path(Path(name)) if Path(name).exists() else _read_hub(name)
+    name, cut = _cut(dataset)
+    files = _files(name)
+    rows = _read_hub(name) if files is None else itertools.chain.from_iterable(map(_read_file, files))
     if cut is None:
         return rows
     first, last = (int(x) if x else None for x in cut[1:-1].split(":"))
-    return iter(list(rows)[first:last])
+    if min(first or 0, last or 0) < 0:
+        return iter(list(rows)[first:last])
+    return itertools.islice(rows, first, last)
 
 
-def _read_path(path: Path) -> Iterator[tuple[str, dict | Exception]]:
-    files = [path]
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
-        if not files:
-            raise DataError(f"{path}: no data file in this folder; looked for {', '.join(SUFFIXES)}")
-    for file in files:
-        if not file.name.endswith(SUFFIXES):
-            raise DataError(f"{file}: unknown kind of file; accepted are {', '.join(SUFFIXES)}")
-        yield from _read_parquet(file) if file.suffix == ".parquet" else _read_json(file)
+def _cut(dataset: str) -> tuple[str, str | None]:
+    return re.fullmatch(r"(.*?)(\[-?\d*:-?\d*\])?", dataset, re.DOTALL).groups()
+
+
+def _files(name: str) -> list[Path] | None:
+    """The files that a name stands for, or None if it can only be a hub name."""
+    path = Path(name).expanduser()
+    try:
+        if name == "-" or path.is_file():
+            return [Path(name) if name == "-" else path]
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
+            if not files:
+                raise DataError(f"{path}: no data file in this folder; looked for {', '.join(SUFFIXES)}")
+            return files
+        if glob.has_magic(name):
+            files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+            if not files:
+                raise DataError(f"{name}: no file matches this pattern")
+            return files
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise DataError(f"{name[:200]}: no such file or folder ({_brief(error)})") from error
+    if name.startswith((".", "/", "~")) or name.endswith(SUFFIXES):
+        raise DataError(f"{name}: no such file or folder")
+    return None
+
+
+def _read_file(file: Path) -> Iterator[tuple[str, dict | Exception]]:
+    if str(file) != "-" and not file.name.endswith(SUFFIXES):
+        raise DataError(f"{file}: unknown kind of file; accepted are {', '.join(SUFFIXES)}")
+    return _read_parquet(file) if file.suffix == ".parquet" else _read_json(file)
 
 
 def _read_parquet(file: Path):
@@ -95,48 +143,80 @@ def _read_parquet(file: Path):
         rows = (row for batch in batches for row in batch.to_pylist())
         for number, row in enumerate(rows, 1):
             yield f"{file} row {number}", row
-    except (OSError, ArrowException) as error:
-        raise DataError(f"{file}: not a readable parquet file ({error})") from error
+    except (OSError, ValueError, ArrowException) as error:
+        raise DataError(f"{file}: not a readable parquet file ({_brief(error)})") from error
+
+
+def _open(file: Path):
+    # bytes that are not UTF-8 become lone surrogates, which _text reports for the row that holds them
+    how = dict(mode="rt", encoding="utf-8-sig", errors="surrogateescape")
+    if str(file) == "-":
+        return io.TextIOWrapper(sys.stdin.buffer, encoding=how["encoding"], errors=how["errors"])
+    return gzip.open(file, **how) if file.suffix == ".gz" else open(file, **how)
 
 
 def _read_json(file: Path):
-    lines = ".jsonl" in file.suffixes
+    name, number = "standard input" if str(file) == "-" else str(file), 0
     try:
-        with gzip.open(file, "rt", encoding="utf-8-sig") if file.suffix == ".gz" else open(file, encoding="utf-8-sig") as f:
-            if not lines:
-                rows = json.load(f)
-                if not isinstance(rows, list):
-                    raise DataError(f"{file}: holds a JSON {type(rows).__name__}, not a list of rows")
-                for number, row in enumerate(rows, 1):
-                    yield f"{file} row {number}", row
-                return
-            for number, line in enumerate(f, 1):
+        with _open(file) as lines:
+            if ".json" in file.suffixes:
+                text = lines.read()
+                try:
+                    rows = json.loads(text)
+                except json.JSONDecodeError as error:
+                    if not error.msg.startswith("Extra data"):
+                        raise
+                    lines = io.StringIO(text)  # JSON lines under another name
+                else:
+                    if not isinstance(rows, list):
+                        raise DataError(f"{name}: holds a JSON {type(rows).__name__}, not a list of rows")
+                    yield from ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
+                    return
+            for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:
-                        yield f"{file} row {number}", json.loads(line)
-                    except ValueError as error:
-                        yield f"{file} row {number}", DataError(f"not valid JSON ({error})")
-    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{file}: cannot be read ({error})") from error
+                        yield f"{name} row {number}", json.loads(line)
+                    except (ValueError, RecursionError) as error:
+                        yield f"{name} row {number}", DataError(f"not valid JSON ({error})")
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        raise DataError(f"{name}: cannot be read{f' after row {number}' if number else ''} ({error})") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _hub(name: str):
+    from datasets import load_dataset
+
+    path, *rest = name.split(":")
+    config, split = ([None] + rest)[-2:] if rest else (None, "train")
+    try:
+        return load_dataset(path, config, split=split or "train")
+    except Exception as error:  # the hub client raises many kinds; all mean that the name gives no rows
+        raise DataError(f"{name}: no such file or folder, and not loadable from the hub ({_brief(error)})") from error
 
 
 def _read_hub(name: str):
-    from datasets import load_dataset
-
-    if name.startswith((".", "/", "~")) or name.endswith(SUFFIXES):
-        raise DataError(f"{name}: no such file or folder")
-    path, _, split = name.partition(":")
-    try:
-        rows = load_dataset(path, split=split or "train")
-    except Exception as error:  # the hub client raises many kinds; all mean that the name gives no rows
-        raise DataError(f"{name}: no such file or folder, and not loadable from the hub ({str(error).splitlines()[0]})") from error
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(_hub(name), 1):
         yield f"{name} row {number}", row
+
+
+def _sources(dataset: str) -> list[tuple[str, float]]:
+    """ "a.jsonl, org/name:split@0.5" → [("a.jsonl", 1.0), ("org/name:split", 0.5)]."""
+    sources = []
+    for part in [dataset] if os.path.exists(dataset) else dataset.split(","):
+        name, weight = re.fullmatch(r"(.*?)(?:@(\d+(?:\.\d+)?))?", part.strip(), re.DOTALL).groups()
+        if not name or weight is not None and float(weight) == 0:
+            raise DataError(
+                f"dataset is {dataset!r}: write sources with commas between, each with an optional weight above 0: a.jsonl, b.jsonl@0.5"
+            )
+        sources.append((name, float(weight or 1)))
+    return sources
 
 
 # ---- checking: any format → Row --------------------------------------------------------------------------------------
 
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+ROLES |= {"function_call": "assistant", "observation": "tool", "function": "tool"}
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def _text(value, what: str) -> str:
@@ -147,7 +227,7 @@ def _text(value, what: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise DataError(f"{what} is not valid unicode (a lone surrogate)") from None
+        raise DataError(f"{what} is not valid unicode (a lone surrogate, or bytes that are not UTF-8)") from None
     return value
 
 
@@ -164,6 +244,10 @@ def _messages(value, what: str) -> list[dict]:
         role = m.get("role", m.get("from"))
         if not isinstance(role, str) or not role:
             raise DataError(f"{what} message {i} has no role")
+        if ROLES.get(role, role) not in KNOWN_ROLES:
+            raise DataError(
+                f"{what} message {i} has the unknown role {role[:40]!r}; known are {', '.join((*KNOWN_ROLES, *ROLES))}"
+            )
         content = _text(m.get("content", m.get("value")), f"{what} message {i}")
         messages.append({"role": ROLES.get(role, role), "content": content})
     return messages
@@ -179,6 +263,12 @@ def _response(value, what: str) -> str:
     return messages[0]["content"]
 
 
+def _row(prompt: list[dict], responses: list[str], **more) -> Row:
+    if prompt[-1]["role"] == "assistant":
+        raise DataError("the prompt ends with an assistant turn, so there is nothing to answer")
+    return Row(prompt, responses, **more)
+
+
 def _hh_messages(text: str, what: str) -> list[dict]:
     parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + _text(text, what).lstrip())
     if parts[0].strip() or len(parts) < 3:
@@ -189,7 +279,7 @@ def _hh_messages(text: str, what: str) -> list[dict]:
     ]
 
 
-def _implied(chosen: list[dict], rejected: list[dict]) -> Row:
+def _last_turns(chosen: list[dict], rejected: list[dict], **more) -> Row:
     """Two whole conversations that differ in the last, assistant, turn only."""
     for what, messages in (("chosen", chosen), ("rejected", rejected)):
         if messages[-1]["role"] != "assistant":
@@ -198,21 +288,72 @@ def _implied(chosen: list[dict], rejected: list[dict]) -> Row:
             raise DataError(f"{what} has no prompt before the response")
     if chosen[:-1] != rejected[:-1]:
         raise DataError("chosen and rejected answer different prompts")
-    return Row(chosen[:-1], [chosen[-1]["content"], rejected[-1]["content"]])
+    return _row(chosen[:-1], [chosen[-1]["content"], rejected[-1]["content"]], **more)
+
+
+def _score(value, what: str) -> float:
+    try:
+        if not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        pass
+    raise DataError(f"{what} is {str(value)[:40]!r}, not a finite number")
+
+
+def _scores(value, what: str, count: int | None = None) -> list[float]:
+    if not isinstance(value, (list, tuple)) or len(value) < 2 or count not in (None, len(value)):
+        raise DataError(f"{what} is not a list of {count or 'two or more'} numbers")
+    return [_score(v, what) for v in value]
+
+
+def _margin(row: dict) -> float | None:
+    """How much better the chosen response was scored, if the row says so."""
+    if row.get("score_chosen") is not None and row.get("score_rejected") is not None:
+        return _score(row["score_chosen"], "score_chosen") - _score(row["score_rejected"], "score_rejected")
+    if row.get("all_rm_scores") is not None:
+        scores = _scores(row["all_rm_scores"], "all_rm_scores")
+        return max(scores) - min(scores)
+    return None
 
 
 def from_pair(row: dict) -> Row:
-    """{prompt, chosen, rejected}: text, messages, or responses that repeat the whole conversation (UltraFeedback)."""
-    sides = row.get("chosen"), row.get("rejected")
+    """{prompt, chosen, rejected}: text or messages; responses may repeat the whole conversation (UltraFeedback, SimPO's sets).
+
+    Scores, if there, give the margin: {score_chosen, score_rejected}, or {all_rm_scores} of which these are best and worst.
+    """
+    sides, margin = [row.get("chosen"), row.get("rejected")], _margin(row)
     if all(isinstance(s, (list, tuple)) and len(s) > 1 for s in sides):
-        return _implied(_messages(sides[0], "chosen"), _messages(sides[1], "rejected"))
-    return Row(_messages(row.get("prompt"), "prompt"), [_response(s, w) for s, w in zip(sides, ("chosen", "rejected"))])
+        sides, prompt = [_messages(s, w) for s, w in zip(sides, ("chosen", "rejected"))], row.get("prompt")
+        if prompt is not None and (not isinstance(prompt, str) or sides[0][0]["role"] == "assistant"):
+            prompt = _messages(prompt, "prompt")
+            sides = [s if s[: len(prompt)] == prompt else prompt + s for s in sides]  # responses of several turns
+        return _last_turns(*sides, margin=margin)
+    prompt = _messages(row.get("prompt"), "prompt")
+    return _row(prompt, [_response(s, w) for s, w in zip(sides, ("chosen", "rejected"))], margin=margin)
+
+
+def from_hh(row: dict) -> Row:
+    """{chosen, rejected}: Anthropic-HH transcripts of "Human:" and "Assistant:" turns that share all but the last."""
+    return _last_turns(*(_hh_messages(row.get(side), side) for side in ("chosen", "rejected")))
 
 
 def from_implied(row: dict) -> Row:
-    """{chosen, rejected}: whole conversations, as messages or as Anthropic-HH transcripts."""
-    read_one = _hh_messages if isinstance(row.get("chosen"), str) else _messages
-    return _implied(*(read_one(row.get(side), side) for side in ("chosen", "rejected")))
+    """{chosen, rejected}: whole conversations as messages; or texts, whose common beginning, up to a space, is the prompt."""
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        for value, what in ((chosen, "chosen"), (rejected, "rejected")):
+            if isinstance(value, str):
+                raise DataError(f"{what} is text and the other side is not")
+        return _last_turns(_messages(chosen, "chosen"), _messages(rejected, "rejected"), margin=_margin(row))
+    shared = os.path.commonprefix([_text(chosen, "chosen"), _text(rejected, "rejected")])
+    start = max((m.end() for m in re.finditer(r"\s+", shared)), default=0)
+    if not shared[:start].strip():
+        raise DataError("chosen and rejected do not begin with the same words, so there is no prompt")
+    responses = [
+        _text(chosen[start:], "what chosen adds to the prompt"),
+        _text(rejected[start:], "what rejected adds to the prompt"),
+    ]
+    return _row([{"role": "user", "content": shared[:start].rstrip()}], responses, margin=_margin(row))
 
 
 def from_sharegpt(row: dict) -> Row:
@@ -220,18 +361,33 @@ def from_sharegpt(row: dict) -> Row:
     prompt = _messages(row.get("conversations"), "conversations")
     if row.get("system"):
         prompt = [{"role": "system", "content": _text(row["system"], "system")}] + prompt
-    return Row(prompt, [_response(row.get(side), side) for side in ("chosen", "rejected")])
+    return _row(prompt, [_response(row.get(side), side) for side in ("chosen", "rejected")], margin=_margin(row))
+
+
+def from_scored(row: dict) -> Row:
+    """{prompt, responses, scores}, or SimPO's {prompt, all_generated_responses, all_rm_scores}: best against worst."""
+    texts, scores = ("responses", "scores") if "responses" in row else ("all_generated_responses", "all_rm_scores")
+    if not isinstance(row.get(texts), (list, tuple)):
+        raise DataError(f"{texts} is not a list")
+    responses = [_response(r, f"{texts} {i}") for i, r in enumerate(row[texts], 1)]
+    values = _scores(row.get(scores), scores, len(responses) if len(responses) > 1 else None)
+    best, worst = values.index(max(values)), values.index(min(values))
+    if best == worst:
+        raise DataError(TIE)
+    prompt = _messages(row.get("prompt"), "prompt")
+    return _row(prompt, [responses[best], responses[worst]], margin=values[best] - values[worst])
 
 
 def _label(value) -> bool:
     if not isinstance(value, bool):
-        raise DataError(f"label is {value!r}, not true or false")
+        raise DataError(f"label is {str(value)[:40]!r}, not true or false")
     return value
 
 
 def from_unpaired(row: dict) -> Row:
     """{prompt, completion, label}."""
-    return Row(_messages(row.get("prompt"), "prompt"), [_response(row.get("completion"), "completion")], _label(row.get("label")))
+    prompt, completion = _messages(row.get("prompt"), "prompt"), _response(row.get("completion"), "completion")
+    return _row(prompt, [completion], desirable=_label(row.get("label")))
 
 
 def from_unpaired_messages(row: dict) -> Row:
@@ -239,26 +395,41 @@ def from_unpaired_messages(row: dict) -> Row:
     messages = _messages(row.get("messages"), "messages")
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise DataError("messages do not end with an assistant turn after a prompt")
-    return Row(messages[:-1], [messages[-1]["content"]], _label(row.get("label")))
+    return _row(messages[:-1], [messages[-1]["content"]], desirable=_label(row.get("label")))
 
 
-FORMATS: list[tuple[tuple[str, ...], Callable[[dict], Row]]] = [  # the first whose columns are all there is taken
-    (("conversations", "chosen", "rejected"), from_sharegpt),
-    (("prompt", "chosen", "rejected"), from_pair),
-    (("chosen", "rejected"), from_implied),
-    (("prompt", "completion", "label"), from_unpaired),
-    (("messages", "label"), from_unpaired_messages),
-]
+def _is_hh(row: dict) -> bool:
+    return isinstance(row["chosen"], str) and row["chosen"].lstrip().startswith(("Human:", "Assistant:"))
 
 
-def format_of(columns: Iterable[str], where: str) -> Callable[[dict], Row]:
-    """The reader for rows with these columns, or a DataError that says what was seen and what is accepted."""
-    columns = set(columns)
-    for needed, reader in FORMATS:
-        if columns.issuperset(needed):
-            return reader
-    accepted = "; ".join("{" + ", ".join(needed) + "}" for needed, _ in FORMATS)
-    raise DataError(f"{where}: unknown shape of dataset: its columns are {sorted(columns)}; accepted are {accepted}")
+TIE = "a tie: every response has the same score"
+FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict], Row]]] = {  # the first that fits the first row is taken
+    "sharegpt": (("conversations", "chosen", "rejected"), from_sharegpt),
+    "pairs": (("prompt", "chosen", "rejected"), from_pair),
+    "hh": (("chosen", "rejected"), from_hh),
+    "implied": (("chosen", "rejected"), from_implied),
+    "scored": (("prompt", "responses", "scores"), from_scored),
+    "on_policy": (("prompt", "all_generated_responses", "all_rm_scores"), from_scored),
+    "unpaired": (("prompt", "completion", "label"), from_unpaired),
+    "unpaired_messages": (("messages", "label"), from_unpaired_messages),
+}
+
+
+def format_of(row: dict, where: str, name: str = "auto") -> tuple[Callable[[dict], Row], str]:
+    """(reader, why it was taken) for a dataset that begins with this row, or a DataError that says what is accepted."""
+    accepted = "; ".join(f"{name} {{{', '.join(needed)}}}" for name, (needed, _) in FORMATS.items())
+    if name != "auto":
+        if name not in FORMATS:
+            raise DataError(f"format is {name!r}; accepted are auto, {', '.join(FORMATS)}")
+        return FORMATS[name][1], f"format {name}, as asked for"
+    for found, (needed, reader) in FORMATS.items():
+        if set(needed) <= set(row) and (found != "hh" or _is_hh(row)):
+            why = f"format {found}, because there are columns {', '.join(needed)}"
+            return reader, why + (' and chosen is a transcript with "Human:" turns' if found == "hh" else "")
+    columns = sorted(map(str, row))
+    raise DataError(
+        f"{where}: unknown shape of dataset: its columns are {columns}; accepted are {accepted} (--columns renames)"
+    )
 
 
 # ---- token ids -------------------------------------------------------------------------------------------------------
@@ -271,7 +442,7 @@ def load_tokenizer(model: str, trust_remote_code: bool = False):
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds; all mean that there is no usable tokenizer
-        raise DataError(f"{model}: no usable tokenizer there ({str(error).strip().splitlines()[0]})") from error
+        raise DataError(f"{model}: no usable tokenizer there ({_brief(error)})") from error
     if len(tokenizer) == 0:
         raise DataError(f"{model}: no usable tokenizer there (its vocabulary is empty)")
     if tokenizer.chat_template is None:
@@ -281,9 +452,50 @@ def load_tokenizer(model: str, trust_remote_code: bool = False):
     return tokenizer
 
 
+def _render(tokenizer, messages: list[dict], generation_prompt: bool = False) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    except Exception as error:  # templates raise what they like, most often jinja2's TemplateError
+        raise DataError(f"the chat template refuses this row ({_brief(error)})") from error
+
+
 def _ids(tokenizer, text: str) -> list[int]:
     # the template has already written BOS and every other special token, so none is added here
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _any_of(words) -> re.Pattern:
+    return re.compile(
+        "|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)"
+    )  # the longest first; none: never
+
+
+@functools.lru_cache(maxsize=4)
+def _stand_ins(tokenizer):
+    """For text that spells a special token: (pattern of these, exchange of each with a private-use character, reader of them).
+
+    The tokenizer is a copy in which every special token goes by its private-use character, so its old name is ordinary text.
+    """
+    special = sorted(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+    names = {token: chr(0xF0000 + i) for i, token in enumerate(special)}
+    swap = names | {char: token for token, char in names.items()}
+    either = _any_of(swap)
+    exchange = functools.partial(either.sub, lambda match: swap[match[0]])
+    if not getattr(tokenizer, "is_fast", False):
+        return _any_of(names), exchange, None
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in state["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model, vocab = state["model"], state["model"]["vocab"]
+    by_name = isinstance(vocab, dict)
+    model["vocab"] = {names.get(k, k): v for k, v in vocab.items()} if by_name else [[names.get(k, k), v] for k, v in vocab]
+    model["unk_token"] = names.get(model.get("unk_token"), model.get("unk_token"))
+    state["post_processor"] = None
+    return _any_of(names), exchange, Tokenizer.from_str(json.dumps(state))
+
+
+def _texts(row: Row) -> list[str]:
+    return [m["content"] for m in row.prompt] + row.responses
 
 
 def _common(a: list[int], b: list[int]) -> int:
@@ -293,7 +505,9 @@ def _common(a: list[int], b: list[int]) -> int:
     return n
 
 
-def encode(row: Row, tokenizer, max_length: int, max_prompt_length: int) -> tuple[Example, list[str]]:
+def encode(
+    row: Row, tokenizer, max_length: int, max_prompt_length: int, control_tokens: bool = False
+) -> tuple[Example, list[str]]:
     """Row → token ids, by the common-prefix rule.
 
     prompt = ids of template(prompt, generation prompt); whole = ids of template(prompt + response), without the whitespace
@@ -301,37 +515,94 @@ def encode(row: Row, tokenizer, max_length: int, max_prompt_length: int) -> tupl
     prefix that it shares with `prompt`; where the tokenizer merges across the boundary, the merged token is the response's
     and the stored prompt ends before it, for all responses of the row alike.
 
+    A special token that is spelled in a message ("<|im_end|>" typed by a user) is encoded as the text it is and cannot end
+    a turn, unless `control_tokens`.
+
     Lengths: a prompt above `max_prompt_length` loses its oldest tokens; a response is then cut so that prompt + response ≤
     `max_length`, and a cut response has no terminator. Both cuts are named in the second value.
 
     Raises:
         DataError: the template refuses the row, or its prompt is not a prefix of the whole, or there is no room.
     """
-    try:
-        prompt_text = tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True)
-        texts = []
-        for response in row.responses:
-            turn = {"role": "assistant", "content": response}
-            text = tokenizer.apply_chat_template([*row.prompt, turn], tokenize=False)
-            end = text.rfind(response.strip()) + len(response.strip())
-            texts.append(text.rstrip() if text[end:].strip() else text)
-    except Exception as error:  # templates raise what they like, most often jinja2's TemplateError
-        raise DataError(f"the chat template refuses this row ({error})") from error
-    prompt, wholes = _ids(tokenizer, prompt_text), [_ids(tokenizer, t) for t in texts]
+    ids, cuts = functools.partial(_ids, tokenizer), []
+    spelled, exchange, reader = _stand_ins(tokenizer)
+    if not control_tokens and any(map(spelled.search, _texts(row))):
+        if reader is None or any(PRIVATE.search(x) for x in _texts(row)):
+            raise DataError("it spells a special token, which cannot be told from a real one here")
+        ids = lambda text: reader.encode(exchange(text), add_special_tokens=False).ids  # noqa: E731
+        prompt = [{**m, "content": exchange(m["content"])} for m in row.prompt]
+        row = row._replace(prompt=prompt, responses=list(map(exchange, row.responses)))
+        cuts.append("with a special token as plain text")
+    prompt_text, wholes = _render(tokenizer, row.prompt, generation_prompt=True), []
+    after = _render(tokenizer, [*row.prompt, {"role": "assistant", "content": MARK}]).rpartition(MARK)[2]
+    for response in row.responses:
+        text = _render(tokenizer, [*row.prompt, {"role": "assistant", "content": response}])
+        if not text.startswith(prompt_text.rstrip()):
+            raise DataError("the chat template renders the prompt differently once a response follows")
+        if after.strip() and text.endswith(after):
+            text = text[: len(text) - len(after) + len(after.rstrip())]
+        wholes.append(ids(text))
+    prompt = ids(prompt_text)
     shared = min(_common(prompt, whole) for whole in wholes)
-    if len(prompt) - shared > 8:
-        raise DataError("the chat template renders the prompt differently once a response follows")
     if shared == 0:
         raise DataError("the prompt has no token from which the first response token could be predicted")
-    prompt, responses, cuts = prompt[:shared], [whole[shared:] for whole in wholes], []
+    prompt, responses = prompt[:shared], [whole[shared:] for whole in wholes]
     if len(prompt) > max_prompt_length:
-        prompt, cuts = prompt[-max_prompt_length:], ["prompt cut"]
+        prompt, cuts = prompt[-max_prompt_length:], [*cuts, "prompt cut"]
     room = max_length - len(prompt)
     if room < 1 or not all(responses):
         raise DataError(f"no response token is left within max_length {max_length}")
     if any(len(r) > room for r in responses):
         responses, cuts = [r[:room] for r in responses], [*cuts, "response cut"]
     return Example(prompt, responses, row.desirable), cuts
+
+
+def encode_simpo(row: Row, tokenizer, max_length: int, max_prompt_length: int) -> tuple[Example, list[str]]:
+    """Row → token ids as the released SimPO code builds them, to reproduce published numbers; our own rule is `encode`.
+
+    The prompt is rendered without the generation prompt and the assistant's turn alone, less a BOS text, so the assistant's
+    header is scored as part of the response. A template that speaks of "system" gets an empty system turn if there is none. A
+    BOS id goes in front and an EOS id at the end where they are missing. If prompt + longest response > max_length, the prompt
+    keeps its last max_prompt_length tokens (published: 1800 of 2048); if that is not enough, both responses are cut to
+    max_length − max_prompt_length tokens, however short the prompt is. (For Mistral the code also replaces the chat template;
+    give the tokenizer that template.)
+    """
+    prompt, bos, eos = row.prompt, tokenizer.bos_token, tokenizer.eos_token_id
+    if prompt[0]["role"] != "system" and re.search(r"system|<\|im_start\|>", tokenizer.chat_template):
+        prompt = [{"role": "system", "content": ""}, *prompt]
+    prompt_text, wholes = _render(tokenizer, prompt), []
+    for response in row.responses:
+        text = _render(tokenizer, [{"role": "assistant", "content": response}])
+        wholes.append(_ids(tokenizer, prompt_text + (text.removeprefix(bos) if bos else text)))
+    ids = _ids(tokenizer, prompt_text)
+    shared = min(_common(ids, whole) for whole in wholes)
+    prompt, responses, cuts = ids[:shared], [whole[shared:] for whole in wholes], []
+    if bos and prompt[:1] != [tokenizer.bos_token_id]:
+        prompt = [tokenizer.bos_token_id, *prompt]
+    responses = [r if eos is None or r[-1:] == [eos] else [*r, eos] for r in responses]
+    longest = max(map(len, responses))
+    if len(prompt) + longest > max_length:
+        if len(prompt) > max_prompt_length:
+            prompt, cuts = prompt[-max_prompt_length:], ["prompt cut"]
+        if len(prompt) + longest > max_length:
+            responses, cuts = [r[: max_length - max_prompt_length] for r in responses], [*cuts, "response cut"]
+    if not prompt or not all(responses):
+        raise DataError(f"no response token is left within max_length {max_length}")
+    return Example(prompt, responses, row.desirable), cuts
+
+
+def to_equal_length(example: Example, fraction: float = 1.0, seed: int = 0) -> Example:
+    """POET: both responses cut to the length of the shorter one, which keeps its terminator (Xiao 2025, arXiv 2506.09457).
+
+    Done after every other cut, to this share of the pairs: which ones is decided by the seed and the token ids alone.
+    """
+    shortest = min(map(len, example.responses))
+    if fraction < 1 and random.Random(f"{seed} {example.prompt} {example.responses}").random() >= fraction:
+        return example
+    return example._replace(responses=[r[:shortest] for r in example.responses])
+
+
+# ---- a dataset -------------------------------------------------------------------------------------------------------
 
 
 class Report(NamedTuple):
@@ -341,59 +612,273 @@ class Report(NamedTuple):
     kept: int
     dropped: dict[str, int]  # reason → rows
     first: list[str]  # the first few dropped rows, "file row n: reason"
-    cut: dict[str, int]  # "prompt cut" / "response cut" → rows
+    cut: dict[str, int]  # "prompt cut" / "response cut" / … → rows
+    formats: list[str]  # per source: name, format and the reason for it
+    quality: dict[str, int]  # "duplicates" / "identical responses" / "conflicts" → rows, dropped or not
 
     def __str__(self) -> str:
         lines = [f"{self.kept} of {self.rows} rows kept" + "".join(f", {n} {what}" for what, n in self.cut.items())]
+        lines += [f"  {line}" for line in self.formats]
+        lines += [f"  {n} {what}" for what, n in self.quality.items() if n]
         lines += [f"  dropped {n}: {reason}" for reason, n in self.dropped.items()]
         return "\n".join(lines + [f"    {line}" for line in self.first])
 
 
+class Examples(Sequence):
+    """Examples of a large dataset, kept on disk and memory-mapped: an item is read when it is asked for."""
+
+    def __init__(self, table, rows: np.ndarray, change: Callable[[Example], Example] | None = None):
+        self.table, self.rows, self.change = table, rows, change
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return Examples(self.table, self.rows[i], self.change)
+        example = _example(self.table[int(self.rows[i])])
+        return self.change(example) if self.change else example
+
+
+def _example(item: dict) -> Example:
+    return Example(item["prompt"], item["responses"], item["desirable"], item["where"])
+
+
+def mapped(examples: Sequence, change: Callable[[Example], Example]) -> Sequence:
+    """`change` applied to every example: now for a list, on access for Examples."""
+    if isinstance(examples, Examples):
+        return Examples(examples.table, examples.rows, change)
+    return [change(e) for e in examples]
+
+
 def load(
-    dataset: str, tokenizer, max_length: int = 2048, max_prompt_length: int | None = None, max_drop_fraction: float = 0.1
-) -> tuple[list[Example], Report]:
+    dataset: str,
+    tokenizer,
+    max_length: int = 2048,
+    max_prompt_length: int | None = None,
+    max_drop_fraction: float = 0.1,
+    *,
+    format: str = "auto",
+    columns: str = "",
+    compat: str | None = None,
+    control_tokens: bool = False,
+    equal_length: float = 0.0,
+    drop_duplicates: bool = False,
+    drop_identical: bool = False,
+    drop_conflicts: bool = False,
+    min_score_margin: float = 0.0,
+    seed: int = 0,
+) -> tuple[Sequence[Example], Report]:
     """Read, check and tokenise a dataset. Order is kept; the report says what was dropped and why.
 
+    A source of PARALLEL_FROM rows or more is tokenised by all cores and kept, memory-mapped, in the cache folder
+    ($PLAINPO_CACHE, else ~/.cache/plainpo) under a hash of everything it depends on.
+
     Args:
+        dataset: one or several sources (see `read`) with commas between. "@w" after a source takes it w times: 2 repeats every
+            row, 0.5 takes a random half.
         max_length: tokens of prompt + response. max_prompt_length: None means seven eighths of it.
-        max_drop_fraction: more dropped rows than this share is an error.
+        max_drop_fraction: more invalid rows than this share is an error. Ties and rows that the switches below drop are valid.
+        format: a key of FORMATS, or "auto": by the columns of the source's first row.
+        columns: "prompt=question, chosen=good": new=old names, applied before anything else.
+        compat: "simpo" tokenises by `encode_simpo`.
+        control_tokens: special tokens spelled in messages become real ones.
+        equal_length: share of the pairs whose responses are cut to the same length (POET).
+        drop_duplicates: of rows with the same texts, only the first is kept. drop_identical: pairs of equal responses go.
+        drop_conflicts: rows that say the opposite of another row go, both. All three are counted in the report anyway.
+        min_score_margin: pairs whose scores differ by less go.
+    Returns:
+        the examples, a list or Examples, and the Report.
     Raises:
-        DataError: unreadable source, unknown columns, no valid rows, or too many dropped.
+        DataError: unreadable source, unknown columns, no valid rows, too many dropped, or a setting that does not fit.
     """
-    max_prompt_length = max_prompt_length or max_length * 7 // 8
-    rows = iter(read(dataset))
-    return _encode_all(rows, dataset, tokenizer, max_length, max_prompt_length, max_drop_fraction)
-
-
-def _encode_all(rows, dataset, tokenizer, max_length, max_prompt_length, max_drop_fraction):
-    examples, total, dropped, first, cut, reader = [], 0, Counter(), [], Counter(), None
-    for where, raw in tqdm(rows, desc="tokenise", unit=" rows", leave=False, disable=not sys.stderr.isatty()):
-        total += 1
-        try:
-            if isinstance(raw, Exception):
-                raise raw
-            if not isinstance(raw, dict):
-                raise DataError(f"the row is a {type(raw).__name__}, not an object with columns")
-            reader = reader or format_of(raw, where)
-        except DataError as error:
-            if isinstance(raw, dict):
-                raise
-            dropped[str(error)] += 1
-            first.append(f"{where}: {error}")
-            continue
-        try:
-            example, cuts = encode(reader(raw), tokenizer, max_length, max_prompt_length)
-            examples.append(example._replace(where=where))
-            cut.update(cuts)
-        except DataError as error:
-            dropped[str(error)] += 1
-            first.append(f"{where}: {error}")
-    report = Report(total, len(examples), dict(dropped.most_common()), first[:5], dict(cut))
-    if not examples:
+    if compat not in (None, "", "simpo"):
+        raise DataError(f"compat is {compat!r}; accepted is simpo")
+    if not 0 <= equal_length <= 1:
+        raise DataError(f"equal_length is {equal_length}; it is a share between 0 and 1")
+    lengths = dict(max_length=max_length, max_prompt_length=max_prompt_length or max_length * 7 // 8)
+    own = functools.partial(encode, **lengths, control_tokens=control_tokens)
+    rule = functools.partial(encode_simpo, **lengths) if compat else own
+    job = functools.partial(
+        _outcome, tokenizer=tokenizer, rule=rule, renamed=_renamed(columns), equal_length=equal_length, seed=seed
+    )
+    tables, formats, weights = [], [], []
+    for source, weight in _sources(dataset):
+        table, why = _outcomes(source, job, format)
+        tables.append(table)
+        formats.append(f"{source}{f' × {weight:g}' if weight != 1 else ''}: {why}")
+        weights += [weight] * len(table)
+    table = tables[0] if len(tables) == 1 else _concatenated(tables)
+    where, problems, margins = (list(_column(table, name)) for name in ("where", "dropped", "margin"))
+    total, invalid = len(problems), sum(p not in (None, TIE) for p in problems)
+    quality = _quality(_column(table, "keys"), problems)
+    switches = {"duplicates": drop_duplicates, "identical responses": drop_identical, "conflicts": drop_conflicts}
+    for name, rows in quality.items():
+        for i in rows if switches[name] else []:
+            problems[i] = problems[i] or f"{name} (drop_{name.split()[0]})"
+    if min_score_margin > 0:
+        if all(m is None for m in margins):
+            raise DataError(f"{dataset}: min_score_margin needs scores, and no row has any")
+        for i, margin in enumerate(margins):
+            if margin is not None and margin < min_score_margin:
+                problems[i] = problems[i] or f"score margin below {min_score_margin:g}"
+    kept = [i for i, problem in enumerate(problems) if problem is None]
+    dropped = Counter(p for p in problems if p is not None)
+    first = [f"{w}: {p}" for w, p in zip(where, problems) if p is not None][:5]
+    cut = Counter(itertools.chain.from_iterable(_column(table, "cuts")))
+    counts = {name: len(rows) for name, rows in quality.items()}
+    report = Report(total, len(kept), dict(dropped.most_common()), first, dict(cut), formats, counts)
+    if not kept:
         raise DataError(f"{dataset}: no valid rows\n{report}")
-    if total - len(examples) > max_drop_fraction * total:
-        raise DataError(f"{dataset}: more than {max_drop_fraction:.0%} of the rows were dropped (--max_drop_fraction)\n{report}")
-    return examples, report
+    if invalid > max_drop_fraction * total:
+        raise DataError(
+            f"{dataset}: more than {max_drop_fraction:.0%} of the rows were dropped as invalid (--max_drop_fraction)\n{report}"
+        )
+    rows = kept if set(weights) == {1} else _weighted(kept, weights, seed)
+    if not isinstance(table, list):
+        return Examples(table, np.array(rows)), report
+    made = {i: _example(table[i]) for i in rows}  # repeats of a row are one object, by which split_held_out knows them
+    return [made[i] for i in rows], report
+
+
+def _renamed(columns: str) -> dict[str, str]:
+    pairs = [[side.strip() for side in part.split("=")] for part in columns.split(",") if part.strip()]
+    if not all(len(p) == 2 and all(p) for p in pairs):
+        raise DataError(f"columns is {columns!r}: write new=old with commas between, such as prompt=question,chosen=good")
+    return dict(pairs)
+
+
+def _outcome(item, reader, tokenizer, rule, renamed, equal_length, seed) -> dict:
+    """What becomes of one row: its token ids, or the reason for which it is dropped; a line of SCHEMA."""
+    where, raw = item
+    found = dict.fromkeys(SCHEMA.names) | {"where": where, "cuts": [], "keys": []}
+    try:
+        if isinstance(raw, Exception):
+            raise raw
+        if not isinstance(raw, dict):
+            raise DataError(f"the row is a {type(raw).__name__}, not an object with columns")
+        row = reader(raw | {new: raw.get(old) for new, old in renamed.items()})
+        example, cuts = rule(row, tokenizer)
+        equal = to_equal_length(example, equal_length, seed) if equal_length else example
+    except DataError as error:
+        return found | {"dropped": str(error)}
+    keys = [json.dumps(row.prompt), *row.responses, *([] if row.desirable is None else [LABELS[row.desirable]])]
+    return found | {
+        "prompt": example.prompt,
+        "responses": equal.responses,
+        "desirable": row.desirable,
+        "margin": row.margin,
+        "cuts": cuts + ["made equally long"] * (equal != example),
+        "keys": [_key(k) for k in keys],
+    }
+
+
+def _key(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+IDS = pa.list_(pa.int32())
+SCHEMA = pa.schema({
+    "where": pa.string(), "prompt": IDS, "responses": pa.list_(IDS), "desirable": pa.bool_(), "margin": pa.float64(),
+    "dropped": pa.string(), "cuts": pa.list_(pa.string()), "keys": pa.list_(pa.int64()),
+})  # fmt: skip
+LABELS = {True: "desirable", False: "undesirable"}  # in the place of a second response
+PARALLEL_FROM = 20_000  # rows
+
+
+def _outcomes(source: str, job: Callable, format: str) -> tuple[Sequence[dict], str]:
+    """The outcomes of all rows of a source, in order, a list or a memory-mapped table; and the reason for the format."""
+    rows = read(source)
+    head = list(itertools.islice(rows, PARALLEL_FROM))
+    renamed = job.keywords["renamed"]
+    where, first = next(((w, raw) for w, raw in head if isinstance(raw, dict)), (source, None))
+    reader, why = None, "no row"
+    if first is not None:
+        if missing := [old for old in renamed.values() if old not in first]:
+            raise DataError(f"{where}: --columns names {', '.join(missing)}, but its columns are {sorted(map(str, first))}")
+        reader, why = format_of(first | {new: first[old] for new, old in renamed.items()}, where, format)
+    job = functools.partial(job, reader=reader)
+    show = dict(desc="tokenise", unit=" rows", leave=False, disable=not sys.stderr.isatty())
+    if len(head) < PARALLEL_FROM:
+        return [job(item) for item in tqdm(head, **show)], why
+    return _cached(tqdm(itertools.chain(head, rows), **show), job, _cache_file(source, job)), why
+
+
+def _cache_file(source: str, job: Callable) -> Path:
+    """Where a large source's table is kept, by everything that it depends on: source, tokenizer, settings, this file."""
+    name, _ = _cut(source)
+    files, tokenizer = _files(name), job.keywords["tokenizer"]
+    if files is None:
+        origin = [_hub(name)._fingerprint]
+    else:
+        origin = [os.urandom(8) if name == "-" else (str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    spelling = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
+    settings = {k: v for k, v in job.keywords.items() if k not in ("tokenizer", "rule", "reader")}
+    rule = (job.keywords["rule"].func.__name__, job.keywords["rule"].keywords, job.keywords["reader"].__name__)
+    key = repr((source, origin, spelling, tokenizer.chat_template, settings, rule, Path(__file__).read_text()))
+    folder = Path(os.environ.get("PLAINPO_CACHE", "~/.cache/plainpo")).expanduser()
+    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
+
+
+def _work(item) -> dict:
+    return _work.job(item)  # set in every worker process by the pool's initializer
+
+
+def _cached(rows: Iterator, job: Callable, file: Path):
+    """The table of `file`, written first by all cores if it is not there; of several processes one writes and the rest wait."""
+    from datasets import Dataset
+    from filelock import FileLock
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            unfinished = file.with_suffix(".unfinished")
+            with (
+                multiprocessing.Pool(initializer=functools.partial(setattr, _work, "job"), initargs=(job,)) as pool,
+                pa.OSFile(str(unfinished), "wb") as sink,
+                pa.ipc.new_stream(sink, SCHEMA) as writer,
+            ):
+                while part := list(itertools.islice(rows, PARALLEL_FROM)):
+                    writer.write_batch(pa.RecordBatch.from_pylist(pool.map(_work, part, chunksize=256), SCHEMA))
+            unfinished.replace(file)
+    return Dataset.from_file(str(file))
+
+
+def _column(table: Sequence[dict], name: str) -> list:
+    return [line[name] for line in table] if isinstance(table, list) else table.data.column(name).to_pylist()
+
+
+def _concatenated(tables: list[Sequence[dict]]) -> Sequence[dict]:
+    if all(isinstance(t, list) for t in tables):
+        return list(itertools.chain(*tables))
+    from datasets import Dataset, concatenate_datasets
+
+    return concatenate_datasets([Dataset(pa.Table.from_pylist(t, SCHEMA)) if isinstance(t, list) else t for t in tables])
+
+
+def _quality(keys: list[list[int]], problems: list[str | None]) -> dict[str, list[int]]:
+    """Valid rows that say the same as an earlier one, compare a response with itself, or say the opposite of another row."""
+    valid = [(i, tuple(k)) for i, (k, problem) in enumerate(zip(keys, problems)) if problem is None]
+    said, seen = {k for _, k in valid}, set()
+    opposite_label = {_key(LABELS[True]): _key(LABELS[False]), _key(LABELS[False]): _key(LABELS[True])}
+    found = {"duplicates": [], "identical responses": [], "conflicts": []}
+    for i, (prompt, first, second) in valid:
+        unpaired = second in opposite_label
+        opposite = (prompt, first, opposite_label[second]) if unpaired else (prompt, second, first)
+        if (prompt, first, second) in seen:
+            found["duplicates"].append(i)
+        if not unpaired and first == second:
+            found["identical responses"].append(i)
+        elif opposite in said:
+            found["conflicts"].append(i)
+        seen.add((prompt, first, second))
+    return found
+
+
+def _weighted(rows: list[int], weights: list[float], seed: int) -> list[int]:
+    """Every row as often as its weight says; the fraction is a chance, drawn with the seed."""
+    chance = np.random.default_rng([seed, 2**31 + 1]).random(len(rows))
+    return [i for i, c in zip(rows, chance) for _ in range(int(weights[i]) + (c < weights[i] % 1))]
 
 
 # ---- step plan and microbatches --------------------------------------------------------------------------------------
@@ -408,10 +893,21 @@ def step_plan(examples: int, batch_size: int, seed: int, epoch: int) -> list[np.
     return [order[i : i + batch_size] for i in range(0, examples, batch_size)]
 
 
-def split_held_out(examples: list, held_out: int, seed: int) -> tuple[list, list]:
-    """(train, held out): `held_out` examples drawn with the seed, both parts in the order of the file."""
-    chosen = set(np.random.default_rng([seed, 2**31]).permutation(len(examples))[:held_out].tolist())
-    return [e for i, e in enumerate(examples) if i not in chosen], [e for i, e in enumerate(examples) if i in chosen]
+def split_held_out(examples: Sequence, held_out: int, seed: int) -> tuple[Sequence, Sequence]:
+    """(train, held out): `held_out` examples drawn with the seed, both parts in their order.
+
+    A row that is there several times (a source with a weight) is held out once and then not trained on.
+    """
+    lazy = isinstance(examples, Examples)
+    same, drawn, held = examples.rows.tolist() if lazy else list(map(id, examples)), set(), []
+    for i in np.random.default_rng([seed, 2**31]).permutation(len(examples)).tolist():
+        if len(held) < held_out and same[i] not in drawn:
+            drawn.add(same[i])
+            held.append(i)
+    parts = [i for i in range(len(same)) if same[i] not in drawn], sorted(held)
+    if lazy:
+        return tuple(Examples(examples.table, examples.rows[part], examples.change) for part in parts)
+    return tuple([examples[i] for i in part] for part in parts)
 
 
 def tokens_of(example: Example) -> int:
@@ -426,7 +922,8 @@ def split_by_tokens(sizes: list[int], budget: int, ranks: int = 1) -> list[list[
     some groups may be empty. An item above the budget gets a group of its own. Nothing is dropped or repeated.
     """
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
-    count = -(-max(1, -(-sum(sizes) // budget)) // ranks) * ranks
+    count = max(1, min(len(sizes), -(-sum(sizes) // budget)))
+    count = -(-count // ranks) * ranks
     while True:
         heap, groups, load = [(0, g) for g in range(count)], [[] for _ in range(count)], [0] * count
         for i in order:
@@ -519,7 +1016,7 @@ KIND_OF = {word: kind for kind, words in KINDS.items() for word in words.split()
 
 def world_tokenizer():
     """A word-level tokenizer with a chat template for the embedded world: one token a word."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<unk>", "<user>", "<assistant>", "<end>"]
@@ -607,28 +1104,88 @@ def show(example: Example, tokenizer, colour: bool = True) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
+def stats(examples: Sequence[Example], report: Report) -> str:
+    """Lengths in tokens with a histogram, length bias, and the report, as text."""
+    names = ["prompt", "completion"] if examples[0].desirable is not None else ["prompt", "chosen", "rejected"]
+    sizes = np.array([[len(e.prompt), *map(len, e.responses)] for e in examples])
+    lines = [str(report), "", f"{'tokens':<12}{'mean':>8}{'p50':>8}{'p90':>8}{'p99':>8}{'max':>8}{'sum':>12}"]
+    for name, size in zip(names, sizes.T):
+        quantiles = "".join(f"{q:>8.0f}" for q in np.percentile(size, [50, 90, 99, 100]))
+        lines.append(f"{name:<12}{size.mean():>8.1f}{quantiles}{size.sum():>12}")
+    bins = np.floor(np.log2(sizes)).astype(int)  # bin k holds lengths of 2ᵏ … 2ᵏ⁺¹ − 1 tokens
+    counts = np.array([np.bincount(column, minlength=bins.max() + 1) for column in bins.T])
+    lines += ["", " " * 16 + "".join(f"{name:<26}" for name in names)]
+    for k in range(bins.min(), bins.max() + 1):
+        bars = "".join(f"{'█' * math.ceil(18 * n / counts.max())} {n or ''}".ljust(26) for n in counts[:, k])
+        lines.append(f"{2**k:>6} –{2 ** (k + 1) - 1:>6}  {bars}".rstrip())
+    if len(names) == 3:
+        longer = sizes[:, 1] - sizes[:, 2]
+        shares = [(longer > 0).mean(), (longer == 0).mean(), (longer < 0).mean()]
+        lines.append("\nchosen is longer in {:.1%} of the pairs, as long in {:.1%}, shorter in {:.1%}; ".format(*shares))
+        lines[-1] += f"by {longer.mean():+.1f} tokens on average"
+    else:
+        lines.append(f"\n{np.mean([e.desirable for e in examples]):.1%} of the rows are desirable")
+    return "\n".join(lines)
+
+
+LOAD_HELP = {
+    "max_length": (int, "tokens of prompt + response; a longer response is cut"),
+    "max_prompt_length": (int, "longer prompts lose their oldest tokens; without it 7/8 of max_length"),
+    "format": (str, f"auto, or one of {', '.join(FORMATS)}"),
+    "columns": (str, "columns to rename, new=old: prompt=question,chosen=good"),
+    "compat": (str, "simpo: tokenise and cut as the released SimPO code does"),
+    "control_tokens": (bool, "special tokens spelled in messages become real ones"),
+    "equal_length": (float, "share of the pairs whose responses are cut to the same length (POET)"),
+    "drop_duplicates": (bool, "keep only the first of rows with the same texts"),
+    "drop_identical": (bool, "drop pairs whose responses are the same"),
+    "drop_conflicts": (bool, "drop rows that say the opposite of another row"),
+    "min_score_margin": (float, "drop pairs whose scores differ by less"),
+    "seed": (int, "for everything random"),
+}
+
+
+def _add_options(command: argparse.ArgumentParser, options: dict[str, tuple], defaults: Callable) -> None:
+    """`--name` and `--na-me` for keyword arguments of the function `defaults`, with its default values."""
+    for name, (kind, text) in options.items():
+        default = inspect.signature(defaults).parameters[name].default
+        how = dict(action="store_true") if kind is bool else dict(type=kind, default=default)
+        command.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), help=f"{text} ({default})", **how)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Look at preference data as the trainer sees it.")
     commands = parser.add_subparsers(dest="command", required=True)
-    cmd = commands.add_parser("show", help="print rows as coloured tokens: prompt dim, scored response bright")
-    cmd.add_argument("--model", required=True, help="folder or hub name whose tokenizer and chat template to use")
-    cmd.add_argument("--dataset", required=True, help="file, folder or hub name; a slice may follow: pairs.jsonl[10:20]")
-    cmd.add_argument("-n", type=int, default=3, help="rows to print")
-    cmd.add_argument("--max_length", "--max-length", type=int, default=2048)
-    cmd.add_argument("--max_prompt_length", "--max-prompt-length", type=int, default=None)
-    args = parser.parse_args(argv)
-    tokenizer = load_tokenizer(args.model)
-    examples, report = load(args.dataset, tokenizer, args.max_length, args.max_prompt_length, max_drop_fraction=1.0)
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ or "FORCE_COLOR" in os.environ
-    print("\n\n".join(show(e, tokenizer, colour) for e in examples[: args.n]))
-    print(f"\n{report}")
+    for name, text in (
+        ("show", "print rows as coloured tokens: prompt dim, scored response bright"),
+        ("stats", "print lengths with a histogram, length bias, duplicates, conflicts, what is cut or dropped and why"),
+    ):
+        cmd = commands.add_parser(name, help=text)
+        cmd.add_argument("--model", required=True, help="folder or hub name whose tokenizer and chat template to use")
+        cmd.add_argument("--dataset", required=True, help="sources: files, folders, patterns, -, hub names; see the README")
+        if name == "show":
+            cmd.add_argument("-n", type=int, default=3, help="rows to print (3)")
+        _add_options(cmd, LOAD_HELP, load)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line as a function. What the user can mend ends with a message and exit code 2."""
+    args = _parser().parse_args(argv)
+    try:
+        tokenizer = load_tokenizer(args.model)
+        settings = {name: getattr(args, name) for name in LOAD_HELP}
+        examples, report = load(args.dataset, tokenizer, max_drop_fraction=1.0, **settings)
+        if args.command == "stats":
+            return print(stats(examples, report))
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ or "FORCE_COLOR" in os.environ
+        print("\n\n".join(show(examples[i], tokenizer, colour) for i in range(min(args.n, len(examples)))))
+        print(f"\n{report}")
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        sys.exit(0)
+    main()

@@ -1,110 +1,640 @@
-"""Ranks, checkpoints and export: the only file that knows how many processes there are.
+"""Ranks, sharding, checkpoints, export and "will it fit?": the only file that knows how many processes there are.
 
-In one process every helper here is the identity or a plain file operation, so train.py takes the same path everywhere.
+    torchrun --nproc-per-node 8 train.py --recipe gemma-2-9b-it-simpo --save-every 100     # one machine
+    python distributed.py export runs/…/checkpoints/step-000400 OUT --dtype bf16           # checkpoint → transformers folder
+    python distributed.py plan --model MODEL --gpus 8 --gpu-memory 80                      # bytes, token budget and hours
 
-A checkpoint is a folder `checkpoints/step-000120` with `state.safetensors` (weights and Adam moments) and `step.json`. It is
-written beside as `….part`, renamed, and marked with an empty file `complete` last; only marked folders are ever resumed.
+Started without torchrun there is one process and no process group; every helper is then the identity or a plain file
+operation, so train.py takes the same path everywhere.
+
+A checkpoint is a folder `step-000120`: weights and Adam moments as safetensors, one file per rank, each tensor cut by rows;
+`step.json`; the configuration and tokenizer. It is written beside as `….part`, flushed to disk, renamed, and marked last
+with a file `complete` that holds the size and checksum of every other file. Only marked folders that check out are resumed.
 """
 
+import argparse
+import contextlib
+import functools
+import hashlib
 import json
 import os
+import re
 import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+import torch.distributed as group
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint as recompute
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from data import DataError
+
+FILE_LIMIT = 5 * 10**9  # bytes of one file of an exported model
+
+# ---- ranks -----------------------------------------------------------------------------------------------------------
 
 
 def setup(device: str) -> torch.device:
-    """The device to compute on: `device` itself, or for "auto" a CUDA GPU if there is one, else the CPU."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    """Join the process group if torchrun started us; returns the device to compute on ("auto": a GPU if there is one).
+
+    A rank that fails prints its error and leaves at once, without waiting for anybody; torchrun then ends the others.
+    """
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
+        return torch.device(kind)
+    place = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+    if not group.is_initialized():
+        if kind == "cuda":
+            torch.cuda.set_device(place)
+        group.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        sys.excepthook = _leave
+    return place
+
+
+def _leave(kind, error, trace) -> None:
+    if re.search("connection|peer", str(error), re.IGNORECASE):
+        time.sleep(5)  # another rank is gone: its message comes first, and torchrun ends us meanwhile
+    sys.__excepthook__(kind, error, trace)
+    sys.stderr.flush()
+    os._exit(1)  # the interpreter's own way out waits for communication that will never happen
+
+
+def fail(error: Exception) -> None:
+    """End the run with a message for its owner and exit code 2. Where every rank fails alike, the first one speaks."""
+    if world_size() > 1 and not is_main():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)  # torchrun ends us here if rank 0 failed too
+    print(f"error: {error}" if is_main() else f"error on rank {rank()}: {error}", file=sys.stderr, flush=True)
+    if world_size() > 1:
+        os._exit(2)
+    raise SystemExit(2)
+
+
+def finish() -> None:
+    """Leave the process group, if there is one."""
+    if group.is_initialized():
+        group.destroy_process_group()
 
 
 def rank() -> int:
-    return 0
+    return group.get_rank() if group.is_initialized() else 0
 
 
 def world_size() -> int:
-    return 1
+    return group.get_world_size() if group.is_initialized() else 1
 
 
 def is_main() -> bool:
     return rank() == 0
 
 
-def shard(policy: nn.Module) -> nn.Module:
-    return policy
+def on_main(function: Callable, *args):
+    """function(…) called on rank 0 only; every rank gets its result, or its DataError or OSError."""
+    outcome = [None, None]
+    if is_main():
+        try:
+            outcome[0] = function(*args)
+        except Exception as error:
+            if world_size() == 1:
+                raise
+            outcome[1] = error
+    if world_size() > 1:
+        group.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
-def sync_gradients(policy: nn.Module, last: bool) -> None:
-    """Tell the policy whether the coming backward is the last of the step (only then gradients travel between ranks)."""
+def gather_objects(value) -> list:
+    """A small value of every rank, in the order of ranks."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        group.all_gather_object(values, value)
+    return values
 
 
 def gather_rows(rows: dict[int, Tensor], total: int) -> Tensor:
-    """Rows computed on this rank {index: values} → (total, …) with the rows of all ranks; every row must have come once."""
-    if sorted(rows) != list(range(total)):
-        raise RuntimeError(f"{total - len(rows)} of {total} rows were not scored")
-    return torch.stack([rows[i] for i in range(total)]) if rows else torch.zeros(0)
+    """Rows computed on this rank {index: values (k,)} → (total, k) with the rows of all ranks, on all ranks.
+
+    Rows are added up next to a count of how often each came, so that a value is exact (x + 0) and a row that is missing or
+    came twice is an error, never a zero.
+    """
+    one = next(iter(rows.values()), torch.zeros(0))
+    if world_size() == 1:
+        count = [int(i in rows) for i in range(total)]
+        found = torch.stack([rows[i] for i in range(total)]) if rows and all(count) else one[None]
+    else:
+        place = torch.device("cuda", torch.cuda.current_device()) if "nccl" in group.get_backend() else torch.device("cpu")
+        width = torch.tensor(one.numel(), device=place)
+        group.all_reduce(width, group.ReduceOp.MAX)
+        table = torch.zeros(total, int(width) + 1, device=place, dtype=one.dtype)
+        for i, values in rows.items():
+            table[i] = torch.cat([values.to(place), table.new_ones(1)])
+        group.all_reduce(table)
+        found, count = table[:, :-1], table[:, -1].tolist()
+    if any(c != 1 for c in count) or len(rows) > total:
+        raise RuntimeError(f"{sum(c != 1 for c in count)} of {total} rows were not scored exactly once")
+    return found
+
+
+# ---- sharding --------------------------------------------------------------------------------------------------------
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a transformer: the list of modules that holds the most parameters."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=[]))
+
+
+def shard(policy: nn.Module, mesh: str | None = None, bf16: bool = False, checkpointing: bool = False) -> nn.Module:
+    """Cut a ResponseLogProbs over all ranks, in place; in one process without torchrun only the first line does anything.
+
+    Args:
+        mesh: "RxS", R copies of a model that is cut into S parts (R·S ranks); None: one copy, cut over all ranks.
+        bf16: gather weights and compute in bf16; weights, reductions and moments stay fp32.
+        checkpointing: recompute the activations of a decoder block in backward.
+    """
+    blocks = decoder_blocks(policy.model)
+    # 1. recomputation innermost: a block is gathered once in backward, and recomputed with the weights already there
+    for block in blocks if checkpointing else ():
+        block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
+    if not group.is_initialized():
+        return policy
+    precision = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32)
+    options = dict(mesh=_mesh(mesh), mp_policy=precision)
+    # 2. each block: at most this one and the next are whole at a time; a reference is cut the same way
+    for block in blocks + (decoder_blocks(policy.reference) if policy.reference is not None else []):
+        fully_shard(block, **options)
+    # 3. the root, last, takes what is left: embeddings, final norm and head. It is the module whose forward runs the chunked
+    #    head, so these are gathered once per microbatch, and a tied weight is one parameter of one group
+    fully_shard(policy, **options)
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):  # our losses are divided by the rows of all ranks: gradients add up, no average
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(policy, "within")
+    return policy
+
+
+def _mesh(text: str | None) -> DeviceMesh:
+    kind = "cuda" if "nccl" in group.get_backend() else "cpu"
+    if text is None:
+        return init_device_mesh(kind, (world_size(),), mesh_dim_names=("shard",))
+    parts = re.fullmatch(r"(\d+)x(\d+)", text)
+    if parts is None or int(parts[1]) * int(parts[2]) != world_size():
+        raise DataError(f'mesh is {text!r}; write copies x parts, such as "2x4", whose product is the {world_size()} ranks')
+    return init_device_mesh(kind, (int(parts[1]), int(parts[2])), mesh_dim_names=("replicate", "shard"))
+
+
+def sync_gradients(policy: nn.Module, last: bool) -> None:
+    """Before each backward: only the last one of a step reduces gradients over ranks; until then each rank adds up its own."""
+    if isinstance(policy, FSDPModule):
+        policy.set_requires_gradient_sync(last)
 
 
 def clip_gradients(policy: nn.Module, limit: float) -> Tensor:
     """Scale all gradients so that their global 2-norm is at most `limit` (0: no limit); returns the norm before."""
-    return nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.grad is not None], limit or float("inf"))
+    norm = nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.grad is not None], limit or float("inf"))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder; a folder with other weights only is refused."""
+    files = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter"))
+    if not files and any(p for s in ("bin", "pt", "pth", "ckpt") for p in folder.glob(f"*.{s}")):
+        raise DataError(f"{folder}: .bin or .pt weights only, a format that can run code; convert them to safetensors")
+    if not files:
+        raise DataError(f"{folder}: no *.safetensors file in this folder")
+    return files
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have parameters with a shape and no memory, and real buffers.
+
+    Buffers such as rotary frequencies are computed by constructors and are in no file; on meta they would be lost.
+    """
+    register = nn.Module.register_parameter
+
+    def on_meta(module, name, parameter):
+        if parameter is not None and not parameter.is_meta:  # a tied parameter stays the object it is
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def build_model(name: str, trust_remote_code: bool = False) -> nn.Module:
+    """A causal language model in fp32: loaded, or, when it is going to be sharded, without weights until `load_weights`."""
+    if Path(name).is_dir():
+        weight_files(Path(name))
+    if not group.is_initialized():
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    came_in = config.dtype
+    with _parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model.config.dtype = came_in  # as from_pretrained leaves it: what the file has
+    return model
+
+
+def load_weights(model: nn.Module, name: str, device: torch.device) -> None:
+    """Give a model of `build_model`, sharded meanwhile, its weights: each rank reads the rows it owns, tensor by tensor.
+
+    Raises:
+        DataError: weights missing, unexpected or of another shape, each by name.
+    """
+    if not any(p.is_meta for p in model.parameters()):
+        model.to(device)
+        return
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    model.to_empty(device=device)
+    for n, b in model.named_buffers():
+        b.copy_(buffers[n])
+    folder = Path(name) if Path(name).is_dir() else on_main(_download, name)
+    places, missing = _tensors(model, tied=True), {id(t): n for n, t in _tensors(model).items()}
+    prefix, wrong, unexpected = model.base_model_prefix + ".", [], []
+    ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), r"rotary_emb\.inv_freq$"]
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as saved:
+            for key in saved.keys():
+                target = places.get(key, places.get(prefix + key))
+                if target is None:
+                    unexpected += [] if any(re.search(p, key) for p in ignored) else [key]
+                elif (shape := tuple(saved.get_slice(key).get_shape())) != tuple(target.shape):
+                    wrong.append(f"{key} is {shape}, the model has {tuple(target.shape)}")
+                else:
+                    _copy_rows(target, saved, key)
+                    missing.pop(id(target), None)
+    for what, names in (("missing", sorted(missing.values())), ("unexpected", unexpected), ("of another shape", wrong)):
+        if names:
+            raise DataError(f"{folder}: {len(names)} weights are {what}: {', '.join(names[:8])}{' …' * (len(names) > 8)}")
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+
+
+@torch.no_grad()
+def _copy_rows(target: Tensor, saved, key: str) -> None:
+    if not isinstance(target, DTensor):
+        target.copy_(saved.get_tensor(key))
+        return
+    mesh, local = target.device_mesh["shard"], target.to_local()
+    first = mesh.get_local_rank() * -(-target.shape[0] // mesh.size())  # rows are cut like torch.chunk does
+    if len(local):
+        local.copy_(saved.get_slice(key)[first : first + len(local)])
+
+
+def _tensors(model: nn.Module, tied: bool = False) -> dict[str, Tensor]:
+    """What a file of the model holds: parameters and persistent buffers; a tied parameter once, or under each name."""
+    parameters, buffers = model.named_parameters(remove_duplicate=not tied), dict(model.named_buffers())
+    return dict(parameters) | {n: buffers[n] for n in model.state_dict() if n in buffers}
+
+
+# ---- numbers kept between runs ---------------------------------------------------------------------------------------
+
+
+def hash_weights(model: nn.Module) -> list[str]:
+    """A digest of every weight's name and bytes, one per rank of its own shards; equal on all ranks."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        digest.update(name.encode())
+        digest.update(local.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return gather_objects(digest.hexdigest())
+
+
+def save_tensor(tensor: Tensor, file: Path) -> None:
+    """Write one tensor as safetensors, whole or not at all; a folder that cannot be written is no reason to stop."""
+    if not is_main():
+        return
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"tensor": tensor.contiguous().cpu()}, part)
+        os.replace(part, file)
+    except (OSError, SafetensorError):
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def load_tensor(file: Path) -> Tensor | None:
+    """What save_tensor wrote, as rank 0 reads it; None if there is no such file or it is damaged."""
+
+    def read() -> Tensor | None:
+        try:
+            with safe_open(file, "pt") as opened:
+                return opened.get_tensor("tensor")
+        except (OSError, SafetensorError):
+            return None
+
+    return on_main(read)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All rows of a tensor that may be cut over ranks."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def _named(model: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(model.named_parameters())  # a tied parameter appears once
+class StopOnSignal:
+    """From now on SIGTERM and Ctrl-C only raise a hand, until `release`; `requested` asks whether any rank's hand is up."""
+
+    def __init__(self):
+        self.raised, self.before = False, {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {n: signal.signal(n, self._raise_hand) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def _raise_hand(self, number, frame) -> None:
+        if self.raised and world_size() == 1:  # asked twice: now. torchrun passes on a Ctrl-C that we have had already
+            self.release()
+            os.kill(os.getpid(), number)
+        self.raised = True
+
+    def requested(self) -> bool:
+        return any(gather_objects(self.raised))
+
+    def release(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, keep: int) -> None:
-    """Write step-N of `state["step"]` and delete all but the newest `keep` complete ones."""
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sums(folder: Path) -> dict[str, list[int]]:
+    """{file: [bytes, CRC-32]} of this rank's share of a checkpoint's files, all but the marker."""
+    sums, files = {}, sorted(p for p in folder.iterdir() if p.name != "complete")
+    for path in files[rank() :: world_size()]:
+        crc, size = 0, 0
+        with open(path, "rb") as file:
+            while piece := file.read(2**22):
+                crc, size = zlib.crc32(piece, crc), size + len(piece)
+        sums[path.name] = [size, crc]
+    return sums
+
+
+def flaw(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be trusted, or None; asked by all ranks together."""
+    try:
+        expected = json.loads((checkpoint / "complete").read_text())
+        assert isinstance(expected, dict) and expected
+    except FileNotFoundError:
+        return "it was not finished"
+    except (OSError, ValueError, AssertionError):
+        return "its marker is damaged"
+    found = {k: v for part in gather_objects(_sums(checkpoint)) for k, v in part.items()}
+    for name, (size, crc) in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != [size, crc]:
+            return f"{name} is {'cut short' if found[name][0] < size else 'damaged'}"
+    return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():  # "torch.distributed is not initialized": that is how one process works here
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def _everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All tensors of a checkpoint: `weight.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`."""
+    tensors = {f"weight.{n}": t.detach() for n, t in _tensors(model).items()}
+    for name, parameter in model.named_parameters():
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key in optimizer.state.get(parameter, {}):
+                tensors[f"{key}.{name}"] = optimizer.state[parameter][key]
+    return tensors
+
+
+def save_checkpoint(folder: Path, model: nn.Module, optimizer, state: dict, keep: int, tokenizer=None) -> bool:
+    """Write step-N of `state["step"]`, then delete all but the newest `keep` complete ones.
+
+    Returns:
+        whether it is there; when it cannot be written (a full disk) the reason is printed and older ones are left alone.
+    """
     final = folder / f"step-{state['step']:06d}"
     part = final.with_suffix(".part")
-    for old in (part, final):
+    if on_main(final.exists) and flaw(final) is None:
+        return True  # resumed from it and stopped before the next
+    adam = [float(s["step"]) for s in optimizer.state.values() if "step" in s]
+    trouble, sums = None, {}
+    try:
+        on_main(_start_part, part, final)
+        with _quiet():
+            writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
+            dcp.save(_everything(model, optimizer), storage_writer=writer, no_dist=world_size() == 1)
+        state = {**state, "adam_step": adam[0] if adam else 0.0}
+        on_main((part / "step.json").write_text, json.dumps(state))
+        on_main(_describe, part, model, tokenizer)
+        sums = _sums(part)
+        for name in sums:
+            _flush(part / name)
+    except (Exception, dcp.CheckpointException) as error:
+        trouble = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    everyone = gather_objects((trouble, sums))
+    troubles = [t for t, _ in everyone if t]
+    if not troubles:
+        try:
+            on_main(_publish, part, final, {k: v for _, sums in everyone for k, v in sums.items()}, keep)
+            return True
+        except OSError as error:
+            troubles = [str(error)]
+    if is_main():
+        shutil.rmtree(part, ignore_errors=True)
+        print(f"checkpoint {final} could not be written ({troubles[0]}); earlier ones are untouched", file=sys.stderr)
+    return False
+
+
+def _start_part(part: Path, final: Path) -> None:
+    for old in (part, final):  # an earlier `final` is incomplete or damaged
         shutil.rmtree(old, ignore_errors=True)
     part.mkdir(parents=True)
-    tensors = {}
-    for name, parameter in _named(model).items():
-        tensors[f"weight.{name}"] = parameter.detach()
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = value
-    save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, part / "state.safetensors")
-    (part / "step.json").write_text(json.dumps(state))
+
+
+def _describe(folder: Path, model: nn.Module, tokenizer) -> None:
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _publish(part: Path, final: Path, sums: dict, keep: int) -> None:
+    _flush(part)
     os.rename(part, final)
-    (final / "complete").touch()
-    for old in complete_checkpoints(folder)[:-keep]:
+    _flush(final.parent)
+    marker = final / "complete"
+    marker.write_text(json.dumps(sums))
+    _flush(marker)
+    _flush(final)
+    for old in complete_checkpoints(final.parent)[:-keep]:
+        (old / "complete").unlink()  # first the marker, so that a half-deleted one is not taken for a whole one
         shutil.rmtree(old)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
+    """Checkpoints with a marker, oldest first."""
     return sorted(p.parent for p in folder.glob("step-*/complete"))
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Put weights and moments back in place; returns the saved state (step, …)."""
-    with safe_open(checkpoint / "state.safetensors", "pt") as file, torch.no_grad():
-        saved = set(file.keys())
-        for name, parameter in _named(model).items():
-            parameter.copy_(file.get_tensor(f"weight.{name}"))
-            keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in saved]
-            values = {k: file.get_tensor(f"{k}.{name}") for k in keys}
-            optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in values.items()}
-    return json.loads((checkpoint / "step.json").read_text())
+def newest_checkpoint(folder: Path, say: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint that checks out, or None; says which newer ones were passed over, and why."""
+    for candidate in on_main(lambda: sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)):
+        reason = flaw(candidate)
+        if reason is None:
+            return candidate
+        say(f"skipped {candidate}: {reason}")
+    return None
+
+
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, run: dict | None = None) -> dict:
+    """Put weights and moments back in place, for any number of ranks; returns the saved state (step, …).
+
+    Args:
+        run: what makes this run the one that was saved, {name: value}; compared with `state["run"]`.
+    Raises:
+        DataError: it is another run's, by name of what differs.
+    """
+    state = json.loads((checkpoint / "step.json").read_text())
+    saved = state.get("run", {})
+    differs = [f"{k} is {v!r} here and {saved.get(k)!r} there" for k, v in (run or {}).items() if saved.get(k) != v]
+    if differs:
+        raise DataError(f"{checkpoint} belongs to another run: {'; '.join(differs)}")
+    if state["adam_step"]:
+        for p in (p for g in optimizer.param_groups for p in g["params"]):
+            step = torch.tensor(state["adam_step"], device=p.device)
+            optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    with _quiet():
+        reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+        dcp.load(_everything(model, optimizer), storage_reader=reader, no_dist=world_size() == 1)
+    return state
 
 
 # ---- export ----------------------------------------------------------------------------------------------------------
 
 
-def export(model: nn.Module, tokenizer, folder: Path, dtype: torch.dtype) -> None:
-    """Write a `transformers` folder (safetensors, config, tokenizer, chat template, generation config) in `dtype`."""
-    state = {k: v.to(dtype) for k, v in model.state_dict().items()}
+def _write_model(folder: Path, sizes: dict[str, torch.Size], fetch: Callable, dtype: torch.dtype, limit: int) -> None:
+    """Write tensors as safetensors files of at most `limit` bytes and their index; a rank's memory holds one file at most."""
+    width = torch.empty(0, dtype=dtype).element_size()
+    files, room = [[]], limit
+    for name, shape in sizes.items():
+        if files[-1] and shape.numel() * width > room:
+            files, room = [*files, []], limit
+        files[-1].append(name)
+        room -= shape.numel() * width
+    names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    names = ["model.safetensors"] if len(files) == 1 else names
+    for file, members in zip(names, files):
+        tensors = {}
+        for name in members:
+            value = fetch(name)
+            if is_main():
+                tensors[name] = value.to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
+        on_main(save_file, tensors, folder / file, {"format": "pt"})
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(s.numel() * width for s in sizes.values())}}
+        index["weight_map"] = {name: file for file, members in zip(names, files) for name in members}
+        on_main((folder / "model.safetensors.index.json").write_text, json.dumps(index, indent=2))
+
+
+def export(model: nn.Module, tokenizer, folder: Path, dtype: torch.dtype, card: str = "", limit: int = FILE_LIMIT) -> None:
+    """Write a `transformers` folder: weights in `dtype`, config, tokenizer, chat template, generation config, model card.
+
+    A tied weight is written once. Tensors are gathered one at a time; rank 0 holds one file of at most `limit` bytes.
+    """
+    part = folder.with_suffix(".part")
+    on_main(_start_part, part, folder)
+    tensors = _tensors(model)
+    _write_model(part, {n: t.shape for n, t in tensors.items()}, lambda name: _whole(tensors[name]), dtype, limit)
+    on_main(_finish_export, part, folder, model, tokenizer, dtype, card)
+
+
+def _finish_export(part: Path, folder: Path, model: nn.Module, tokenizer, dtype: torch.dtype, card: str) -> None:
     kept, model.config.dtype = model.config.dtype, dtype
-    model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
+    _describe(part, model, tokenizer)
     model.config.dtype = kept
-    tokenizer.save_pretrained(folder)
+    if card:
+        (part / "README.md").write_text(card)
+    for path in part.iterdir():
+        _flush(path)
+    os.rename(part, folder)
+
+
+def model_card(title: str, settings: dict, metrics: dict) -> str:
+    """README.md of an exported model: the settings of its run and what was measured."""
+
+    def table(head: str, rows: dict) -> list[str]:
+        return [f"| {head} | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items() if v is not None), ""]
+
+    front = ["---", "library_name: transformers", "---", "", f"# {title}", ""]
+    what = f"`{settings.get('model')}` trained on the preferences of `{settings.get('dataset')}` with `{settings.get('objective')}`."
+    numbers = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in metrics.items()}
+    return "\n".join([*front, what, "", *table("measured", numbers), *table("setting", settings)])
+
+
+def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, limit: int = FILE_LIMIT) -> None:
+    """The model of a checkpoint as a `transformers` folder, file by file; the whole model is never in memory."""
+    if (reason := flaw(checkpoint)) is not None:
+        raise DataError(f"{checkpoint} cannot be exported: {reason}")
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise DataError(f"{out} exists already; choose another folder")
+    state = json.loads((checkpoint / "step.json").read_text())
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+    saved = reader.read_metadata().state_dict_metadata
+    sizes = {n.removeprefix("weight."): m.size for n, m in saved.items() if n.startswith("weight.")}
+
+    def fetch(name: str) -> Tensor:
+        key = f"weight.{name}"
+        one = {key: torch.empty(saved[key].size, dtype=saved[key].properties.dtype)}
+        with _quiet():
+            dcp.load(one, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+        return one[key]
+
+    part = out.with_suffix(".part")
+    _start_part(part, out)
+    _write_model(part, sizes, fetch, dtype, limit)
+    for path in checkpoint.iterdir():
+        if path.name not in ("complete", "step.json") and path.suffix != ".safetensors":
+            shutil.copy(path, part)
+    config = json.loads((part / "config.json").read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
+    (part / "config.json").write_text(json.dumps(config, indent=2))
+    (part / "README.md").write_text(model_card(out.name, state.get("run", {}), {"step": state["step"]}))
+    os.rename(part, out)

@@ -32,7 +32,7 @@ class Head(NamedTuple):
 
 
 def head_of(model: nn.Module) -> Head:
-    """The head of a transformers model, with the logit scale (Cohere multiplies, Granite divides) and soft-cap (Gemma) of its config.
+    """The head of a transformers model, with its config's logit scale (Cohere multiplies, Granite divides) and soft-cap.
 
     A model that does anything else between hidden state and logits is found out by `check_head`, not guessed at here.
     """
@@ -77,7 +77,8 @@ class _ChunkedLogProb(torch.autograd.Function):
         hidden, weight, bias, targets, log_z = ctx.saved_tensors
         narrow = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         for i in range(0, len(hidden), ctx.chunk):
             h, rows = hidden[i : i + ctx.chunk], slice(i, i + ctx.chunk)
@@ -93,7 +94,8 @@ class _ChunkedLogProb(torch.autograd.Function):
             grad = grad.to(h.dtype)
             grad_hidden[rows] = grad @ narrow
             if grad_weight is not None:  # fp32 in one call; bf16 products are added up in fp32
-                grad_weight.addmm_(grad.T, h) if h.dtype == weight.dtype else grad_weight.add_(grad.T @ h)
+                grad_weight.addmm_(grad.T, h) if h.dtype == wide else grad_weight.add_(grad.T @ h)
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
@@ -197,6 +199,8 @@ def tree_attention(
     on its own, so no (T × T) mask exists: prompt + first response is an ordinary causal sequence, each further response
     attends to the prompt's keys followed by its own. `tree` lists (prompt length, [response lengths]) in packing order.
     """
+    if tree is None:
+        raise ValueError('attention is set to packed trees, but this batch has none; call use_layout("padded") first')
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise ValueError("packed layout: attention sinks and position biases are not supported; use --layout padded")
     if scaling is None:
@@ -239,6 +243,10 @@ class ResponseLogProbs(nn.Module):
         """Attention for "packed" or "padded" batches ("padded" is the model's own, which generation needs too)."""
         for model in filter(None, (self.model, self.reference)):
             model.set_attn_implementation("packed_tree" if layout == "packed" else self.native_attention)
+
+    def within(self, function, *args, **kwargs):
+        """function(model, …) as part of this module: where it is sharded, what only its forward gathers is whole meanwhile."""
+        return function(self.model, *args, **kwargs)
 
     @staticmethod
     def states(model: nn.Module, batch) -> Tensor:

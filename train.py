@@ -11,6 +11,8 @@ does not depend on how the batch is cut into microbatches.
 
 import ast
 import contextlib
+import errno
+import hashlib
 import inspect
 import json
 import math
@@ -20,15 +22,17 @@ import resource
 import shutil
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Callable, NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import transformers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaConfig, LlamaForCausalLM
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 import data
 import distributed as dist
@@ -47,35 +51,38 @@ def option(default, text: str):
 class Settings:
     model: str = option("tiny", 'folder or hub name of a causal language model; "tiny" builds one for the embedded world')
     dataset: str = option("tiny", "file, folder or hub name of preferences, with an optional slice: pairs.jsonl[:1000]")
-    eval_dataset: Optional[str] = option(None, "held-out preferences; without it, eval_size rows are taken out of dataset")
+    eval_dataset: str | None = option(None, "held-out preferences; without it, eval_size rows are taken out of dataset")
     eval_size: int = option(200, "rows held out of dataset for evaluation (0: none)")
     objective: str = option("simpo(beta=2.0, gamma=1.0)", "a function of losses.py, written as the call it is")
-    out: Optional[str] = option(None, "output folder; without it, a fresh one under runs/")
+    out: str | None = option(None, "output folder; without it, a fresh one under runs/")
     overwrite: bool = option(False, "delete what is in out")
     resume: bool = option(False, "continue the run in out from its newest complete checkpoint")
-    lr: Optional[float] = option(None, "peak learning rate; without it 1e-6, or 1e-3 for the embedded world")
+    lr: float | None = option(None, "peak learning rate; without it 1e-6, or 1e-3 for the embedded world")
     batch_size: int = option(32, "rows of one optimizer step (pairs, or completions when unpaired), all ranks together")
     tokens_per_microbatch: int = option(2048, "token budget of one forward and backward pass")
     layout: str = option("packed", "packed (the prompt computed once, no padding) or padded (the textbook batch)")
     epochs: int = option(1, "passes over the training rows")
-    max_steps: Optional[int] = option(None, "stop after this many optimizer steps; the schedule ends there")
+    max_steps: int | None = option(None, "stop after this many optimizer steps; the schedule ends there")
     warmup_ratio: float = option(0.1, "share of the steps in which the learning rate rises to lr")
     weight_decay: float = option(0.0, "AdamW weight decay, on matrices only")
     max_grad_norm: float = option(1.0, "gradients are scaled to at most this global norm (0: never)")
     seed: int = option(0, "order of rows, held-out rows, and everything random in the embedded world")
     max_length: int = option(2048, "tokens of prompt + response; a longer response is cut")
-    max_prompt_length: Optional[int] = option(None, "longer prompts lose their oldest tokens; without it 7/8 of max_length")
+    max_prompt_length: int | None = option(None, "longer prompts lose their oldest tokens; without it 7/8 of max_length")
     max_drop_fraction: float = option(0.1, "more invalid rows than this share is an error")
     dtype: str = option("auto", "arithmetic: fp32, bf16 (autocast; weights stay fp32) or auto (bf16 where it is in hardware)")
     export_dtype: str = option("auto", "weights of out/model: fp32, bf16, or auto (as the model came)")
     gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, a third more work")
     eval_every: int = option(0, "evaluate every so many steps (always before and after)")
-    save_every: int = option(0, "write a checkpoint every so many steps")
+    save_every: int = option(0, "write a checkpoint every so many steps (always when stopped by SIGTERM or Ctrl-C)")
     keep: int = option(2, "complete checkpoints to keep")
     samples: int = option(4, "held-out prompts whose greedy completions are recorded before and after")
     sample_tokens: int = option(64, "length limit of those completions")
-    log_to: Optional[str] = option(None, "also send the metrics to tensorboard or wandb, if installed")
+    cache: str = option("~/.cache/plainpo", "folder for reference log-probs, found again by a hash of all they depend on")
+    compile: bool = option(False, "torch.compile the decoder (CUDA)")
+    log_to: str | None = option(None, "also send the metrics to tensorboard or wandb, if installed")
     device: str = option("auto", "cpu, cuda, or auto")
+    mesh: str | None = option(None, "under torchrun: copies x parts, such as 2x4; without it one copy cut over all ranks")
     trust_remote_code: bool = option(False, "allow a model folder to bring Python code that is then run")
 
 
@@ -93,11 +100,15 @@ CHOICES = {
 
 def parse_settings(argv: list[str]) -> Settings:
     """Command line, or one YAML/JSON file (first argument), or both: then the command line wins."""
-    parser = HfArgumentParser(Settings, description=__doc__, formatter_class=transformers.hf_argparser.ArgumentDefaultsHelpFormatter)
+    parser = HfArgumentParser(
+        Settings, description=__doc__, formatter_class=transformers.hf_argparser.ArgumentDefaultsHelpFormatter
+    )
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         parser.set_defaults(**_settings_file(Path(argv[0])))
         argv = argv[1:]
-    (settings,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    settings, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+    if unknown:
+        raise SettingsError(f"unknown setting {' '.join(unknown)}; `python train.py --help` lists all of them")
     check_settings(settings)
     return settings
 
@@ -117,8 +128,10 @@ def _settings_file(path: Path) -> dict:
         if key not in known:
             raise SettingsError(f"{path}: unknown setting {key!r}; known are {', '.join(known)}")
         is_bool = isinstance(value, bool)
-        if (known[key] is bool) != is_bool and not (value is None):
-            raise SettingsError(f"{path}: {key} is {value!r}, which is not a {'yes or no' if known[key] is bool else 'fitting'} value")
+        if (known[key] is bool) != is_bool and value is not None:
+            raise SettingsError(
+                f"{path}: {key} is {value!r}, which is not a {'yes or no' if known[key] is bool else 'fitting'} value"
+            )
     # argparse converts defaults given as text with the setting's own type, so "5e-7" (text in YAML) becomes a number
     return {k: v if isinstance(v, bool) or v is None else str(v) for k, v in values.items()}
 
@@ -150,7 +163,9 @@ def check_settings(s: Settings) -> None:
     if (s.overwrite or s.resume) and s.out is None:
         raise SettingsError("overwrite and resume need --out, the folder of the earlier run")
     if (s.model == "tiny") != (s.dataset == "tiny"):
-        raise SettingsError('the embedded world needs both model "tiny" and dataset "tiny"; give a real model and a real dataset')
+        raise SettingsError(
+            'the embedded world needs both model "tiny" and dataset "tiny"; give a real model and a real dataset'
+        )
 
 
 # ---- the objective ---------------------------------------------------------------------------------------------------
@@ -206,7 +221,9 @@ def parse_objective(text: str) -> Objective:
             raise ValueError
         name, hyper = call.func.id, {k.arg: ast.literal_eval(k.value) for k in call.keywords}
     except (ValueError, SyntaxError, TypeError):
-        raise SettingsError(f'objective is {text!r}; write it as a call with named constants, such as "simpo(beta=2.5, gamma=0.5)"') from None
+        raise SettingsError(
+            f'objective is {text!r}; write it as a call with named constants, such as "simpo(beta=2.5, gamma=0.5)"'
+        ) from None
     if name not in OBJECTIVES:
         raise SettingsError(f"unknown objective {name!r}; known are {', '.join(OBJECTIVES)}")
     parameters = inspect.signature(OBJECTIVES[name]).parameters
@@ -217,7 +234,11 @@ def parse_objective(text: str) -> Objective:
         if key not in known:
             raise SettingsError(f"objective {name} has no argument {key!r}; its signature is {signature}")
         default = parameters[key].default
-        fits = isinstance(value, type(default)) if isinstance(default, (bool, str)) else isinstance(value, (int, float)) and not isinstance(value, bool)
+        fits = (
+            isinstance(value, type(default))
+            if isinstance(default, (bool, str))
+            else isinstance(value, (int, float)) and not isinstance(value, bool)
+        )
         if not fits and value is not default:
             raise SettingsError(f"objective {name}: {key}={value!r} is of the wrong kind; its signature is {signature}")
     return Objective(name, OBJECTIVES[name], hyper, tensors)
@@ -282,25 +303,46 @@ class Run(NamedTuple):
         kind = self.device.type
         return torch.autocast(kind, torch.bfloat16) if uses_bf16(self.settings, self.device) else contextlib.nullcontext()
 
+    def groups(self, examples: list[Example]) -> list[list[int]]:
+        """The examples cut into microbatches by token count, as many for every rank: rank r takes groups r, r + ranks, …"""
+        return data.split_by_tokens(
+            [data.tokens_of(e) for e in examples], self.settings.tokens_per_microbatch, dist.world_size()
+        )
+
     def microbatches(self, examples: list[Example]) -> list[tuple[list[int], data.Batch]]:
-        """This rank's share of the examples: (indices, batch), as many on every rank; cut by token count."""
-        groups = data.split_by_tokens([data.tokens_of(e) for e in examples], self.settings.tokens_per_microbatch, dist.world_size())
-        mine = groups[dist.rank() :: dist.world_size()]
-        make = data.LAYOUTS[self.settings.layout]
+        """This rank's share of the examples: (indices, batch)."""
+        mine, make = self.groups(examples)[dist.rank() :: dist.world_size()], data.LAYOUTS[self.settings.layout]
         return [(group, make([examples[i] for i in group]).to(self.device)) for group in mine]
+
+    def balance(self, examples: list[Example]) -> dict[str, float]:
+        """How a step is cut up: its microbatches, the heaviest over the mean one, and the share of computed positions that is
+        padding or a prompt repeated."""
+        loads, cells = [], 0
+        for group in self.groups(examples):
+            rows = [len(examples[i].prompt) + len(r) for i in group for r in examples[i].responses]
+            loads.append(sum(data.tokens_of(examples[i]) for i in group))
+            cells += loads[-1] if self.settings.layout == "packed" else len(rows) * max(rows, default=0)
+        return {
+            "microbatches": len(loads),
+            "imbalance": max(loads) * len(loads) / sum(loads),
+            "padding": 1 - sum(loads) / cells,
+        }
 
 
 @torch.no_grad()
-def score(run: Run, examples: list[Example], with_kl: bool = False, progress: str | None = None) -> tuple[Tensor, Tensor | None]:
+def score(
+    run: Run, examples: list[Example], with_kl: bool = False, progress: str | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Summed log-probs, and token KLs, of all responses without gradient: (n, k) each, on every rank."""
-    logps, kls = {}, {}
-    batches = run.microbatches(examples) if progress is None else _lazily(run, examples)
+    logps, kls, k = {}, {}, len(examples[0].responses)
     with run.arithmetic():
-        for group, batch in tqdm(batches, desc=progress, unit=" batches", leave=False, disable=progress is None or not dist.is_main()):
+        for group, batch in tqdm(
+            _lazily(run, examples), desc=progress, unit=" batches", leave=False, disable=progress is None or not dist.is_main()
+        ):
             logp, kl = run.policy(batch, with_kl)
-            logps |= zip(group, logp.view(len(group), -1))
+            logps |= zip(group, logp.view(len(group), k))
             if with_kl:
-                kls |= zip(group, kl.view(len(group), -1))
+                kls |= zip(group, kl.view(len(group), k))
     return dist.gather_rows(logps, len(examples)), dist.gather_rows(kls, len(examples)) if with_kl else None
 
 
@@ -320,6 +362,29 @@ def uses_bf16(s: Settings, device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def reference_scores(run: Run, examples: list[Example], what: str) -> Tensor | None:
+    """Reference log-probs (n, k) of `examples`: the policy's own, before it has learnt anything, kept as numbers.
+
+    Cached as safetensors under a hash of everything that they depend on: weights, token ids (so tokenizer, template, data
+    and truncation), arithmetic and layout. A file that is not complete and finite is not used.
+    """
+    if not examples:
+        return None
+    s, key = run.settings, hashlib.sha256()
+    key.update(json.dumps(["1", s.layout, uses_bf16(s, run.device), run.device.type, s.tokens_per_microbatch]).encode())
+    key.update(json.dumps(dist.hash_weights(run.policy.model)).encode())
+    for e in examples:
+        key.update(json.dumps([e.prompt, e.responses]).encode())
+    file = Path(s.cache).expanduser() / f"reference-{key.hexdigest()[:32]}.safetensors"
+    ref = dist.load_tensor(file)
+    if ref is not None and ref.shape == (len(examples), len(examples[0].responses)) and torch.isfinite(ref).all():
+        say(f"reference log-probs of {len(examples)} {what} from {file}")
+        return ref.to(run.device)
+    ref, _ = score(run, examples, progress=f"reference, {what}")
+    dist.save_tensor(ref, file)
+    return ref
+
+
 def mismatched(examples: list[Example]) -> list[Example]:
     """For KTO: each row's prompt with a completion that answers another prompt, the next such one in the batch, in a circle."""
     flat = [(e.prompt, r) for e in examples for r in e.responses]
@@ -328,7 +393,9 @@ def mismatched(examples: list[Example]) -> list[Example]:
         others = (flat[(i + j) % len(flat)] for j in range(1, len(flat)))
         other = next((o for o in others if o[0] != prompt), None)
         if other is None:
-            raise DataError("kto needs at least two different prompts in every optimizer batch; raise batch_size or mix the data")
+            raise DataError(
+                "kto needs at least two different prompts in every optimizer batch; raise batch_size or mix the data"
+            )
         found.append(Example(prompt, [other[1]], where=examples[0].where))
     return found
 
@@ -347,7 +414,9 @@ def coefficients(objective: Objective, scores: Scores, seed: list[int]) -> tuple
     return loss.detach(), grads[0], grads[1] if len(grads) > 1 else None
 
 
-def accumulate_gradients(run: Run, examples: list[Example], known: Scores, seed: list[int]) -> tuple[Scores, Tensor]:
+def accumulate_gradients(
+    run: Run, examples: list[Example], known: Scores, seed: list[int], batches=None
+) -> tuple[Scores, Tensor]:
     """Put the gradient of the mean loss over `examples` into the policy's parameters.
 
     The gradient of a microbatch is Σ (∂L/∂logp) · ∂logp/∂θ. The factors ∂L/∂logp come from the microbatch itself, or, where the
@@ -356,11 +425,13 @@ def accumulate_gradients(run: Run, examples: list[Example], known: Scores, seed:
 
     Args:
         known: what does not depend on the policy: lengths, reference, labels, mismatches.
+        batches: run.microbatches(examples), if they were made ahead of time.
     Returns:
         the scores of the whole batch, and its loss per row; on every rank.
     """
     objective, with_kl = run.objective, run.objective.needs("kl_")
-    batches, rows = run.microbatches(examples), len(examples) * (known.length.shape[1] if objective.unpaired else 1)
+    k = known.length.shape[1]  # responses per example
+    batches, rows = batches or run.microbatches(examples), len(examples) * (k if objective.unpaired else 1)
     whole, kept = None, None
     if objective.coupled and len(batches) > 1:
         logp, kl = score(run, examples, with_kl)
@@ -370,7 +441,7 @@ def accumulate_gradients(run: Run, examples: list[Example], known: Scores, seed:
         for i, (group, batch) in enumerate(batches):
             dist.sync_gradients(run.policy, last=i == len(batches) - 1)
             logp, kl = run.policy(batch, with_kl)
-            logp, kl = logp.view(len(group), -1), kl.view(len(group), -1) if with_kl else None
+            logp, kl = logp.view(len(group), k), kl.view(len(group), k) if with_kl else None
             logps |= zip(group, logp.detach())
             if with_kl:
                 kls |= zip(group, kl.detach())
@@ -380,7 +451,7 @@ def accumulate_gradients(run: Run, examples: list[Example], known: Scores, seed:
                 whole = coefficients(objective, known._replace(logp=kept[0], kl=kept[1]), seed)
             if whole is None:
                 loss, d_logp, d_kl = coefficients(objective, known.at(at)._replace(logp=logp, kl=kl), seed)
-                losses |= zip(group, loss.view(len(group), -1))
+                losses |= zip(group, loss.view(len(group), k if objective.unpaired else 1))
             else:
                 loss, d_logp, d_kl = whole[0], whole[1][at], whole[2][at] if with_kl else None
             heads, grads = ([logp, kl], [d_logp, d_kl]) if with_kl else ([logp], [d_logp])
@@ -436,7 +507,10 @@ def stop_if_not_finite(examples: list[Example], scores: Scores, loss: Tensor, gr
 
 
 def load_model(name: str, device: torch.device, vocabulary: int, s: Settings) -> torch.nn.Module:
-    """A transformers model with fp32 weights and dropout off; "tiny" builds a Llama of about 350,000 parameters."""
+    """A transformers model with fp32 weights and dropout off; "tiny" builds a Llama of about 350,000 parameters.
+
+    Under torchrun the weights of a folder come later, when the model has been cut up: see `distributed.load_weights`.
+    """
     if name == "tiny":
         torch.manual_seed(s.seed)
         config = LlamaConfig(
@@ -445,11 +519,13 @@ def load_model(name: str, device: torch.device, vocabulary: int, s: Settings) ->
         )  # fmt: skip
         return LlamaForCausalLM(config).to(device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=s.trust_remote_code
-        )
+        model = dist.build_model(name, s.trust_remote_code)
+    except DataError:
+        raise
     except Exception as error:  # transformers raises many kinds; all mean that there is no loadable model
-        raise SettingsError(f"{name}: no loadable causal language model there ({str(error).strip().splitlines()[0]})") from error
+        raise SettingsError(
+            f"{name}: no loadable causal language model there ({str(error).strip().splitlines()[0]})"
+        ) from error
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         for key in [k for k in config.to_dict() if "dropout" in k or k.endswith("pdrop")]:
             if isinstance(getattr(config, key), float):
@@ -457,7 +533,7 @@ def load_model(name: str, device: torch.device, vocabulary: int, s: Settings) ->
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    return model.to(device)
+    return model
 
 
 NOT_ATTENTION = ("mamba", "rwkv", "deltanet", "linearattention", "shortconv", "recurrentblock", "griffin", "xlstm", "mlstm")
@@ -468,7 +544,9 @@ def refuse_packed(model: torch.nn.Module) -> None:
     for module in model.modules():
         kind = type(module).__name__
         if any(word in kind.lower() for word in NOT_ATTENTION):
-            raise SettingsError(f"{type(model).__name__} has {kind} layers, which carry state across tokens; use --layout padded")
+            raise SettingsError(
+                f"{type(model).__name__} has {kind} layers, which carry state across tokens; use --layout padded"
+            )
 
 
 def load_rows(s: Settings, tokenizer, objective: Objective) -> tuple[list[Example], list[Example], dict]:
@@ -487,8 +565,15 @@ def load_rows(s: Settings, tokenizer, objective: Objective) -> tuple[list[Exampl
         examples, held_out = data.split_held_out(examples, s.eval_size, s.seed)
     for e in (*examples[:1], *held_out[:1]):
         if e.desirable is not None and not objective.unpaired:
-            raise SettingsError(f"{objective.name} compares pairs, but {e.where} is a single labelled completion; use kto, bco or uapo")
+            raise SettingsError(
+                f"{objective.name} compares pairs, but {e.where} is a single labelled completion; use kto, bco or uapo"
+            )
     return [_fit(e, objective) for e in examples], [_fit(e, objective) for e in held_out], reports
+
+
+def world_examples(rows: list[data.Row], tokenizer, s: Settings) -> list[Example]:
+    coded = [data.encode(row, tokenizer, s.max_length, s.max_length)[0] for row in rows]
+    return [e._replace(where=f"world row {i}") for i, e in enumerate(coded, 1)]
 
 
 def _fit(e: Example, objective: Objective) -> Example:
@@ -501,6 +586,64 @@ def known_scores(examples: list[Example], ref: Tensor | None, ref_mismatch: Tens
     length = torch.tensor([[len(r) for r in e.responses] for e in examples], device=device)
     label = [[e.desirable] if e.desirable is not None else [True, False][: len(e.responses)] for e in examples]
     return Scores(length, ref=ref, ref_mismatch=ref_mismatch, label=torch.tensor(label, device=device))
+
+
+# ---- accounting ------------------------------------------------------------------------------------------------------
+
+
+def windows_of(config) -> list[int | None]:
+    """The attention window of each layer, None where a layer sees everything."""
+    layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    return [window if "sliding" in kind else None for kind in kinds]
+
+
+def seen_keys(first: int, count: int, window: int | None) -> int:
+    """Keys that `count` causal queries at positions first, first + 1, … see in all: Σ min(position + 1, window)."""
+    full = max(0, min(count, window - 1 - first)) if window else count
+    return full * first + full * (full + 1) // 2 + (count - full) * (window or 0)
+
+
+def model_flops(model: torch.nn.Module, examples: list[Example]) -> float:
+    """Floating-point operations that one forward and backward over `examples` has to do, each prompt counted once.
+
+    Body: 6 per weight and token. Head: 6·V·D per scored token. Attention: 12·heads·head_dim per layer and (query, key) pair
+    that the mask lets through. What is done twice (checkpointing, the head's second pass, padding) is not counted.
+    """
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings().weight.numel()
+    embeddings = {id(p) for p in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
+    body = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    scored = sum(len(r) for e in examples for r in e.responses)
+    attention = 0
+    for window, layers in Counter(windows_of(config)).items():
+        for e in examples:
+            p = len(e.prompt)
+            keys = seen_keys(0, p, window) + sum(seen_keys(p, len(r), window) for r in e.responses)
+            attention += 12.0 * width * layers * keys
+    return 6.0 * body * sum(map(data.tokens_of, examples)) + 6.0 * head * scored + attention
+
+
+def matmul_rate(model: torch.nn.Module, run: Run) -> float:
+    """Best floating-point operations per second of a few products: 2,048 tokens through the model's MLP, and 2,048³."""
+    config = model.config.get_text_config()
+    hidden, mlp = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    dtype = torch.bfloat16 if uses_bf16(run.settings, run.device) else torch.float32
+    best = 0.0
+    for n, k, m in ((2048, hidden, mlp), (2048, mlp, hidden), (2048, 2048, 2048)):
+        a, b = (torch.randn(shape, device=run.device).to(dtype) for shape in ((n, k), (k, m)))
+        for _ in range(4):
+            if run.device.type == "cuda":
+                torch.cuda.synchronize()
+            tick = time.perf_counter()
+            a @ b
+            if run.device.type == "cuda":
+                torch.cuda.synchronize()
+            best = max(best, 2.0 * n * k * m / (time.perf_counter() - tick))
+    return best
 
 
 # ---- record ----------------------------------------------------------------------------------------------------------
@@ -525,8 +668,8 @@ def complete(policy: ResponseLogProbs, tokenizer, prompts: list[list[int]], toke
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in part], device=model.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=model.device)
         stop = model.generation_config.eos_token_id or tokenizer.eos_token_id
-        out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, eos_token_id=stop, pad_token_id=pad,
+        out = policy.within(
+            type(model).generate, input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, eos_token_id=stop, pad_token_id=pad,
             temperature=None, top_p=None, top_k=None,
         )  # fmt: skip
         texts += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
@@ -571,7 +714,9 @@ def open_log(s: Settings, out: Path) -> Callable[[dict], None]:
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(str(out / "tensorboard"))
-            return lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in line.items() if k != "step"] and writer.flush()
+            return lambda line: (
+                [writer.add_scalar(k, v, line["step"]) for k, v in line.items() if k != "step"] and writer.flush()
+            )
         import wandb
 
         wandb.init(project="plainpo", config=asdict(s), dir=str(out))
@@ -591,15 +736,15 @@ def prepare_out(s: Settings) -> Path:
         out = Path(s.out)
     if out.exists() and not out.is_dir():
         raise SettingsError(f"out {out} is a file, not a folder")
-    holds_run = (out / "settings.json").exists()
+    holds_run = (out / "settings.json").exists() or (out / "checkpoints").is_dir()
     if s.resume and not holds_run:
         raise SettingsError(f"out {out} holds no run to resume")
     if s.overwrite and out.exists() and any(out.iterdir()) and not holds_run:
         raise SettingsError(f"out {out} holds files but no run of plainpo; overwrite would delete them. Choose another folder")
     if out.exists() and any(out.iterdir()) and not (s.overwrite or s.resume):
-        raise SettingsError(f"out {out} already holds {'a run' if holds_run else 'files'}; use --resume, --overwrite or another folder")
-    if s.overwrite and out.exists():
-        shutil.rmtree(out)
+        raise SettingsError(
+            f"out {out} already holds {'a run' if holds_run else 'files'}; use --resume, --overwrite or another folder"
+        )
     try:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
         (out / ".probe").write_text("")
@@ -651,9 +796,13 @@ def compare_layouts(run: Run, examples: list[Example], bound: float) -> None:
     run.policy.use_layout("packed")
     lengths = torch.tensor([[len(r) for r in e.responses] for e in examples], device=with_packed.device)
     worst = ((with_packed - with_padded).abs() / lengths).max().item()
-    say(f"layouts: packed and padded differ by at most {worst:.2g} nats per token on {len(examples)} examples (bound {bound:g})")
+    say(
+        f"layouts: packed and padded differ by at most {worst:.2g} nats per token on {len(examples)} examples (bound {bound:g})"
+    )
     if not worst <= bound:
-        raise SettingsError(f"the packed layout disagrees with the padded one by {worst:.3g} nats per token; use --layout padded")
+        raise SettingsError(
+            f"the packed layout disagrees with the padded one by {worst:.3g} nats per token; use --layout padded"
+        )
 
 
 def train(s: Settings) -> dict:
@@ -664,7 +813,7 @@ def train(s: Settings) -> dict:
     try_objective(objective)
     device = dist.setup(s.device)
     s.lr = s.lr if s.lr is not None else (1e-3 if s.model == "tiny" else 1e-6)
-    out = prepare_out(s)
+    out = dist.on_main(prepare_out, s)
     s.out = str(out)
     log = open_log(s, out)
     say("settings: " + json.dumps(asdict(s)))
@@ -672,8 +821,7 @@ def train(s: Settings) -> dict:
     # data
     if s.dataset == "tiny":
         tokenizer, demonstrations, pairs = data.tiny_world(s.seed)
-        coded = lambda rows: [data.encode(r, tokenizer, s.max_length, s.max_length)[0]._replace(where=f"world row {i}") for i, r in enumerate(rows, 1)]  # noqa: E731, E501
-        examples, held_out = data.split_held_out(coded(pairs), s.eval_size, s.seed)
+        examples, held_out = data.split_held_out(world_examples(pairs, tokenizer, s), s.eval_size, s.seed)
         examples, held_out, report = [_fit(e, objective) for e in examples], [_fit(e, objective) for e in held_out], {}
     else:
         tokenizer = data.load_tokenizer(s.model, s.trust_remote_code)
@@ -683,26 +831,31 @@ def train(s: Settings) -> dict:
     model = load_model(s.model, device, len(tokenizer), s)
     largest = max(max(e.prompt + sum(e.responses, [])) for e in examples + held_out)
     if largest >= model.get_input_embeddings().num_embeddings:
-        raise SettingsError(f"the tokenizer gives id {largest}, but the model has {model.get_input_embeddings().num_embeddings} embeddings")
-    policy = ResponseLogProbs(model)
-    run = Run(policy, objective, s, device)
+        raise SettingsError(
+            f"the tokenizer gives id {largest}, but the model has {model.get_input_embeddings().num_embeddings} embeddings"
+        )
     if s.layout == "packed":
         refuse_packed(model)
+    exact = not uses_bf16(s, device)
+    reference = load_model(s.model, device, len(tokenizer), s).requires_grad_(False).eval() if objective.needs("kl_w") else None
+    policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, not exact, s.gradient_checkpointing)
+    for part in (model, reference) if reference is not None else (model,):
+        dist.load_weights(part, s.model, device)
+    run = Run(policy, objective, s, device)
     policy.use_layout(s.layout)
-    policy.train()
+    model.train()
     if s.model == "tiny":
         sft = Run(policy, parse_objective("sft"), Settings(**{**asdict(s), "lr": 3e-3, "dtype": "fp32"}), device)
-        loss = supervised_start(sft, coded(demonstrations))
+        loss = supervised_start(sft, world_examples(demonstrations, tokenizer, s))
         say(f"supervised start: 400 steps on noisy demonstrations, last loss {loss:.3f}")
-    if s.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if s.compile:
+        model.base_model.compile(dynamic=True)
 
     # checks that cost one small pass each
-    exact = not uses_bf16(s, device)
     few = examples[: max(1, min(4, len(examples)))]
     policy.use_layout("padded")
     with run.arithmetic():
-        check_head(model, torch.tensor([few[0].prompt[-32:]], device=device), 1e-3 if exact else 0.5)
+        policy.within(check_head, torch.tensor([few[0].prompt[-32:]], device=device), 1e-3 if exact else 0.5)
     policy.use_layout(s.layout)
     compare_layouts(run, few, 1e-4 if exact else 0.1)
 
@@ -711,17 +864,24 @@ def train(s: Settings) -> dict:
     plan = [rows for epoch in epochs for rows in epoch][: s.max_steps]
     ref = ref_eval = ref_mismatch = None
     if objective.needs("ref"):
-        ref, _ = score(run, examples, progress="reference")
-        ref_eval = score(run, held_out, progress="reference")[0] if held_out else None
+        ref, ref_eval = reference_scores(run, examples, "rows"), reference_scores(run, held_out, "held-out rows")
     mismatch_eval = None
     if objective.needs("ref_kl"):
-        ref_mismatch = [score(run, mismatched([examples[i] for i in rows]))[0].flatten() for rows in tqdm(plan, desc="reference", leave=False)]
-        mismatch_eval = score(run, mismatched(held_out))[0].flatten() if held_out else None
-    if objective.needs("kl_w"):
-        policy.reference = load_model(s.model, device, len(tokenizer), s).requires_grad_(False).eval()
-        policy.reference.load_state_dict(model.state_dict())
-        policy.use_layout(s.layout)
+        rows = [mismatched([examples[i] for i in step]) for step in plan]
+        flat = reference_scores(run, [e for step in rows for e in step], "mismatched rows").flatten()
+        ref_mismatch = flat.split([len(step) for step in rows])
+        mismatch_eval = reference_scores(run, mismatched(held_out), "mismatched held-out rows").flatten() if held_out else None
+    if reference is not None:
+        reference.load_state_dict(model.state_dict())  # the embedded world's has had its supervised start
     known_eval = known_scores(held_out, ref_eval, mismatch_eval, device) if held_out else None
+
+    # what the model answers before the first step, also of a run that is resumed
+    prompts = [e.prompt for e in held_out[: s.samples]]
+    world_prompts = [e.prompt for e in held_out] if s.dataset == "tiny" else []
+    before, quality_before = (
+        complete(policy, tokenizer, prompts, s.sample_tokens),
+        world_score(policy, tokenizer, world_prompts),
+    )
 
     # optimizer; resume
     matrices = [p for p in model.parameters() if p.ndim >= 2]
@@ -729,40 +889,43 @@ def train(s: Settings) -> dict:
     groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
     first, metrics = 0, out / "metrics.jsonl"
-    if s.resume and (found := dist.complete_checkpoints(out / "checkpoints")):
-        state = dist.load_checkpoint(found[-1], model, optimizer)
-        first = state["step"]
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-        metrics.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= first))
-        say(f"resumed after step {first} from {found[-1]}")
-    (out / "settings.json").write_text(json.dumps(asdict(s), indent=2) + "\n")
-    (out / "data.json").write_text(json.dumps(report, indent=2) + "\n")
-    recorder = open(metrics, "a", buffering=1)
+    same_run = identity(s, objective, examples)
+    if s.resume and (found := dist.newest_checkpoint(out / "checkpoints", say)):
+        first = dist.load_checkpoint(found, model, optimizer, same_run)["step"]
+        say(f"resumed after step {first} from {found}")
+    dist.on_main(open_records, s, out, first, report)
+    recorder = open(metrics if dist.is_main() else os.devnull, "a", buffering=1)
 
     def record(line: dict) -> None:
         recorder.write(json.dumps(line) + "\n")
         log(line)
 
     # before
-    say(f"{objective}: {len(examples)} rows, {len(held_out)} held out, {len(plan)} steps of {s.batch_size}, {'bf16' if not exact else 'fp32'}, {device}")
-    prompts = [e.prompt for e in held_out[: s.samples]]
-    world_prompts = [e.prompt for e in held_out] if s.dataset == "tiny" else []
-    before, quality_before = complete(policy, tokenizer, prompts, s.sample_tokens), world_score(policy, tokenizer, world_prompts)
+    say(
+        f"{objective}: {len(examples)} rows, {len(held_out)} held out, {len(plan)} steps of {s.batch_size}, "
+        f"{'fp32' if exact else 'bf16'}, {device}"
+    )
     evaluation = {}
     if held_out and first == 0:
         record({"step": 0, **(evaluation := evaluate(run, held_out, known_eval))})
         say(f"before: {brief(evaluation)}")
 
     # the loop
-    loop_started, rows_done, tokens_done = time.time(), 0, 0
+    loop_started, rows_done, tokens_done, flops_done = time.time(), 0, 0, 0.0
+    rate = matmul_rate(model, run) * dist.world_size()
+    ahead = run.microbatches([examples[i] for i in plan[first]]) if first < len(plan) else []
     bar = tqdm(range(first, len(plan)), desc="train", unit=" steps", initial=first, total=len(plan), disable=not dist.is_main())
+    stop = dist.StopOnSignal()
     for step in bar:
         tick = time.time()
         batch = [examples[i] for i in plan[step]]
-        known = known_scores(batch, None if ref is None else ref[plan[step]], None if ref_mismatch is None else ref_mismatch[step], device)
+        known = known_scores(
+            batch, None if ref is None else ref[plan[step]], None if ref_mismatch is None else ref_mismatch[step], device
+        )
         if objective.needs("logp_kl"):
             known = known._replace(logp_mismatch=score(run, mismatched(batch))[0].flatten())
-        scores, loss = accumulate_gradients(run, batch, known, [s.seed, step])
+        scores, loss = accumulate_gradients(run, batch, known, [s.seed, step], ahead)
+        ahead = run.microbatches([examples[i] for i in plan[step + 1]]) if step + 1 < len(plan) else []  # while a GPU works
         grad_norm = float(dist.clip_gradients(policy, s.max_grad_norm))
         stop_if_not_finite(batch, scores, loss, grad_norm)
         if step == 0 and ref is not None:
@@ -773,16 +936,32 @@ def train(s: Settings) -> dict:
         optimizer.zero_grad()
         tokens = sum(map(data.tokens_of, batch))
         rows_done, tokens_done, seconds = rows_done + len(loss), tokens_done + tokens, time.time() - tick
-        line = {"step": step + 1, **measures(objective, scores, loss), "grad_norm": grad_norm, "lr": learning_rate(step, len(plan), s)}
+        line = {
+            "step": step + 1,
+            **measures(objective, scores, loss),
+            "grad_norm": grad_norm,
+            "lr": learning_rate(step, len(plan), s),
+        }
+        flops = model_flops(model, batch)
+        flops_done += flops
         line |= {"pairs": len(loss), "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        line |= {"flops": flops, "mfu": flops / seconds / rate, **run.balance(batch)}
         record(line)
         shown = {"loss": "loss", "reward_margin": "margin", "reward_accuracy": "accuracy"}
         bar.set_postfix({v: f"{line[k]:.3f}" for k, v in shown.items() if k in line} | {"tok/s": f"{tokens / seconds:.0f}"})
         if held_out and (step + 1 == len(plan) or s.eval_every and (step + 1) % s.eval_every == 0):
             record({"step": step + 1, **(evaluation := evaluate(run, held_out, known_eval))})
             say(f"step {step + 1}: {brief(evaluation)}")
-        if s.save_every and (step + 1) % s.save_every == 0:
-            dist.save_checkpoint(out / "checkpoints", model, optimizer, {"step": step + 1}, s.keep)
+        stopping = stop.requested()
+        if stopping or s.save_every and (step + 1) % s.save_every == 0:
+            state = {"step": step + 1, "run": same_run}
+            saved = dist.save_checkpoint(out / "checkpoints", model, optimizer, state, s.keep, tokenizer)
+        if stopping:
+            if not saved:
+                raise SettingsError(f"stopped after step {step + 1} without a checkpoint of it; --resume goes on from an earlier one")
+            say(f"stopped after step {step + 1}; go on with --resume --out {out}")
+            raise SystemExit(0)
+    stop.release()
     loop_seconds = time.time() - loop_started
     recorder.close()
 
@@ -790,24 +969,29 @@ def train(s: Settings) -> dict:
     after, quality_after = complete(policy, tokenizer, prompts, s.sample_tokens), world_score(policy, tokenizer, world_prompts)
     texts = zip((tokenizer.decode(p) for p in prompts), before, after)
     samples = [{"prompt": p, "before": b, "after": a} for p, b, a in texts]
-    (out / "samples.jsonl").write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in samples))
+    dist.on_main((out / "samples.jsonl").write_text, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in samples))
     policy.use_layout("padded")
     came_in = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.float32
-    dist.export(model, tokenizer, out / "model", {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": came_in}[s.export_dtype])
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    draw_curves(lines, out / "curves.png", f"{objective} on {Path(s.dataset).name}")
+    lines = dist.on_main(read_metrics, metrics)
+    measured = {k: v for line in lines[-2:] for k, v in line.items()}
+    card = dist.model_card(out.name, {**asdict(s), "objective": str(objective)}, measured)
+    export_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": came_in}[s.export_dtype]
+    dist.export(model, tokenizer, out / "model", export_dtype, card)
+    dist.on_main(draw_curves, lines, out / "curves.png", f"{objective} on {Path(s.dataset).name}")
     start = next((x for x in lines if x["step"] == 0), {})
+    evaluation = evaluation or {k: v for x in lines for k, v in x.items() if k.startswith("eval_")}  # resumed at the end
     summary = {
         "objective": str(objective), "steps": len(plan), "rows": len(examples), "held_out": len(held_out),
         "before": {k: v for k, v in start.items() if k != "step"}, "after": evaluation,
         **({"quality_before": quality_before, "quality_after": quality_after} if world_prompts else {}),
         "pairs_per_second": rows_done / loop_seconds, "tokens_per_second": tokens_done / loop_seconds,
+        "mfu": flops_done / loop_seconds / rate, "matmul_flops_per_second": rate,
         "train_seconds": loop_seconds, "seconds": time.time() - started, "peak_memory_gib": peak_memory(device),
         "dtype": "fp32" if exact else "bf16", "device": str(device), "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
         "out": str(out),
     }  # fmt: skip
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    dist.on_main((out / "summary.json").write_text, json.dumps(summary, indent=2) + "\n")
     report_end(summary, samples)
     return summary
 
@@ -826,7 +1010,9 @@ def check_step_zero(scores: Scores, bound: float) -> None:
     worst = ((scores.logp - scores.ref).abs() / scores.length).max().item()
     say(f"step 0: policy and reference differ by at most {worst:.2g} nats per token (bound {bound:g})")
     if not worst <= bound:
-        raise SettingsError(f"step 0: policy and reference differ by {worst:.3g} nats per token; the reference is not this model's")
+        raise SettingsError(
+            f"step 0: policy and reference differ by {worst:.3g} nats per token; the reference is not this model's"
+        )
 
 
 def peak_memory(device: torch.device) -> float:
@@ -834,6 +1020,36 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def identity(s: Settings, objective: Objective, examples: list[Example]) -> dict:
+    """What must be equal for a run to go on from a checkpoint: all that its losses depend on but the number of ranks."""
+    rows = hashlib.sha256(json.dumps([[e.prompt, e.responses] for e in examples]).encode()).hexdigest()[:16]
+    names = ("lr", "batch_size", "epochs", "max_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "max_length")
+    same = {"model": Path(s.model).name, "dataset": Path(s.dataset).name, "objective": str(objective)}
+    return {**same, **{k: getattr(s, k) for k in names}, "training rows (hash)": rows}
+
+
+def read_metrics(file: Path, last: int | None = None) -> list[dict]:
+    """The lines of metrics.jsonl up to a step; a line that a killed run left half-written is passed over."""
+    lines = []
+    for text in file.read_text().splitlines() if file.exists() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return [line for line in lines if last is None or line["step"] <= last]
+
+
+def open_records(s: Settings, out: Path, first: int, report: dict) -> None:
+    """Clear an earlier run that is overwritten, or the metrics of steps after the one that is resumed from; note settings."""
+    if s.overwrite:  # only now that data and model have loaded is the earlier run given up
+        shutil.rmtree(out)
+        (out / "checkpoints").mkdir(parents=True)
+    if s.resume:
+        kept = read_metrics(out / "metrics.jsonl", first) if first else []
+        (out / "metrics.part").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(out / "metrics.part", out / "metrics.jsonl")
+    (out / "settings.json").write_text(json.dumps(asdict(s), indent=2) + "\n")
+    (out / "data.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 def brief(evaluation: dict) -> str:
@@ -845,25 +1061,38 @@ def report_end(summary: dict, samples: list[dict]) -> None:
         say(f"  prompt  {sample['prompt'][-160:]!r}\n  before  {sample['before'][:160]!r}\n  after   {sample['after'][:160]!r}")
     before, after = summary["before"], summary["after"]
     n = max(1, summary["held_out"])
-    for key, name in (("eval_reward_accuracy", "held-out accuracy"), ("eval_reward_margin", "held-out margin"), ("eval_loss", "held-out loss")):
+    for key, name in (
+        ("eval_reward_accuracy", "held-out accuracy"),
+        ("eval_reward_margin", "held-out margin"),
+        ("eval_loss", "held-out loss"),
+    ):
         if key in before and key in after:
-            error = f" (± {math.sqrt(max(after[key] * (1 - after[key]), 0) / n):.3f} standard error)" if "accuracy" in key else ""
+            error = (
+                f" (± {math.sqrt(max(after[key] * (1 - after[key]), 0) / n):.3f} standard error)" if "accuracy" in key else ""
+            )
             say(f"{name}: {before[key]:.4f} → {after[key]:.4f}{error}")
     if "quality_before" in summary:
         say(f"true quality of greedy answers: {summary['quality_before']:.3f} → {summary['quality_after']:.3f} (1 is perfect)")
-    say(f"{summary['pairs_per_second']:.2f} rows/s, {summary['seconds']:.0f} s in all, peak memory {summary['peak_memory_gib']:.2f} GiB")
+    say(
+        f"{summary['pairs_per_second']:.2f} rows/s, {summary['seconds']:.0f} s in all, "
+        f"peak memory {summary['peak_memory_gib']:.2f} GiB"
+    )
     say(f"everything is in {summary['out']}; the model is in {summary['out']}/model")
 
 
 def main(argv: list[str] | None = None) -> dict:
     """The command line as a function; returns the summary. What the user can mend ends with a message and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors: far fewer page faults
     transformers.utils.logging.disable_progress_bar()
     try:
         return train(parse_settings(sys.argv[1:] if argv is None else argv))
     except (DataError, SettingsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        dist.fail(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            raise
+        dist.fail(error)  # a disk that is full: nothing is wrong with the program
 
 
 if __name__ == "__main__":

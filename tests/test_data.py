@@ -1,0 +1,1017 @@
+"""Reading, checking, token ids, step plans and batches against texts and numbers written by hand.
+
+Token ids are compared with those that the raw `tokenizers` object gives to a hand-written rendering of the conversation: an
+independent path, since data.py goes through the chat template. The miniature tokenizers are in templates.py.
+"""
+
+import functools
+import gzip
+import io
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+from templates import FAMILIES, byte_level, family, metaspace
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+import data
+from data import DataError, Example, Row, encode, load
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+@pytest.fixture(scope="module")
+def chatml():
+    return family("smollm2")
+
+
+def write(folder, name, rows):
+    path = folder / name
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return str(path)
+
+
+PAIR = {"prompt": "Ask me", "chosen": "Good", "rejected": "Bad"}
+
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
+
+# (columns of a row, the Row that they mean); the right side is written by hand from the format's own documentation
+FORMATS = {
+    "text": (PAIR, Row([user("Ask me")], ["Good", "Bad"])),
+    "messages": (
+        {"prompt": [system("Be kind"), user("Ask me")], "chosen": [assistant("Good")], "rejected": [assistant("Bad")]},
+        Row([system("Be kind"), user("Ask me")], ["Good", "Bad"]),
+    ),
+    "mixed": ({**PAIR, "chosen": assistant("Good")}, Row([user("Ask me")], ["Good", "Bad"])),
+    "whole conversations beside a prompt": (
+        {"prompt": "Ask me", "chosen": [user("Ask me"), assistant("Good")], "rejected": [user("Ask me"), assistant("Bad")]},
+        Row([user("Ask me")], ["Good", "Bad"]),
+    ),
+    "responses of several turns after a prompt of messages": (
+        {
+            "prompt": [user("Ask me")],
+            "chosen": [assistant("Why?"), user("So"), assistant("Good")],
+            "rejected": [assistant("Why?"), user("So"), assistant("Bad")],
+        },
+        Row([user("Ask me"), assistant("Why?"), user("So")], ["Good", "Bad"]),
+    ),
+    "ultrafeedback binarized": (
+        {
+            "prompt": "Ask me",
+            "prompt_id": "4",
+            "chosen": [user("Ask me"), assistant("Good")],
+            "rejected": [user("Ask me"), assistant("Bad")],
+            "messages": [user("Ask me"), assistant("Good")],
+            "score_chosen": 8.5,
+            "score_rejected": 6,
+        },
+        Row([user("Ask me")], ["Good", "Bad"], margin=2.5),
+    ),
+    "simpo on policy": (
+        {
+            "prompt_id": "4",
+            "prompt": "Ask me",
+            "all_generated_responses": ["Fair", "Good", "Bad"],
+            "all_rm_scores": [0.5, 0.75, 0.25],
+            "chosen": [user("Ask me"), assistant("Good")],
+            "rejected": [user("Ask me"), assistant("Bad")],
+        },
+        Row([user("Ask me")], ["Good", "Bad"], margin=0.5),
+    ),
+    "simpo before pairing": (
+        {"prompt": "Ask me", "all_generated_responses": ["Fair", "Good", "Bad"], "all_rm_scores": [0.5, 0.75, 0.25]},
+        Row([user("Ask me")], ["Good", "Bad"], margin=0.5),
+    ),
+    "scored": (  # of equal scores the first
+        {"prompt": "Ask me", "responses": ["Fair", "Good", "Fine", "Bad", "Poor"], "scores": [1, 3, 3, 0, 0]},
+        Row([user("Ask me")], ["Good", "Bad"], margin=3.0),
+    ),
+    "implied text": (  # as trl's: the shared beginning, cut at a space
+        {"chosen": "The sky is blue.", "rejected": "The sky is black."},
+        Row([user("The sky is")], ["blue.", "black."]),
+    ),
+    "sharegpt with tools": (
+        {
+            "conversations": [
+                {"from": "human", "value": "Time?"},
+                {"from": "function_call", "value": "clock()"},
+                {"from": "observation", "value": "noon"},
+            ],
+            "chosen": {"from": "gpt", "value": "Good"},
+            "rejected": {"from": "gpt", "value": "Bad"},
+        },
+        Row([user("Time?"), assistant("clock()"), {"role": "tool", "content": "noon"}], ["Good", "Bad"]),
+    ),
+    "implied prompt": (
+        {
+            "chosen": [user("Hi"), assistant("Yes"), user("Ask me"), assistant("Good")],
+            "rejected": [user("Hi"), assistant("Yes"), user("Ask me"), assistant("Bad")],
+        },
+        Row([user("Hi"), assistant("Yes"), user("Ask me")], ["Good", "Bad"]),
+    ),
+    "hh": (
+        {
+            "chosen": "\n\nHuman: Hi\n\nAssistant: Yes\n\nHuman: Ask\nme\n\nAssistant: Good",
+            "rejected": "\n\nHuman: Hi\n\nAssistant: Yes\n\nHuman: Ask\nme\n\nAssistant: Bad",
+        },
+        Row([user("Hi"), assistant("Yes"), user("Ask\nme")], ["Good", "Bad"]),
+    ),
+    "sharegpt": (
+        {
+            "conversations": [{"from": "system", "value": "Be kind"}, {"from": "human", "value": "Ask me"}],
+            "chosen": {"from": "gpt", "value": "Good"},
+            "rejected": {"from": "gpt", "value": "Bad"},
+        },
+        Row([system("Be kind"), user("Ask me")], ["Good", "Bad"]),
+    ),
+    "sharegpt with a system column": (
+        {
+            "system": "Be kind",
+            "conversations": [{"from": "user", "value": "Ask me"}],
+            "chosen": {"from": "assistant", "value": "Good"},
+            "rejected": {"from": "gpt", "value": "Bad"},
+        },
+        Row([system("Be kind"), user("Ask me")], ["Good", "Bad"]),
+    ),
+    "unpaired": ({"prompt": "Ask me", "completion": "Good", "label": True}, Row([user("Ask me")], ["Good"], True)),
+    "unpaired messages": (
+        {"messages": [user("Ask me"), assistant("Bad")], "label": False},
+        Row([user("Ask me")], ["Bad"], False),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_format(name):
+    row, expected = FORMATS[name]
+    reader, _ = data.format_of(row, "here")
+    assert reader(row) == expected
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_is_found_again_when_asked_for_by_name(name):
+    row, expected = FORMATS[name]
+    reader, why = data.format_of(row, "here")
+    forced, asked = data.format_of({}, "here", why.split()[1].rstrip(","))
+    assert forced is reader and asked.endswith("as asked for")
+
+
+def test_the_reason_for_a_format_is_reported(tmp_path, chatml):
+    path = write(tmp_path, "a.jsonl", [FORMATS["hh"][0]])
+    _, report = load(path, chatml)
+    why = 'format hh, because there are columns chosen, rejected and chosen is a transcript with "Human:" turns'
+    assert report.formats == [f"{path}: {why}"] and why in str(report)
+    with pytest.raises(DataError, match="what chosen adds to the prompt is empty"):  # asked for: rows are read as plain texts
+        load(write(tmp_path, "b.jsonl", [{"chosen": "Human: a ", "rejected": "Human: a b"}]), chatml, format="implied")
+    with pytest.raises(DataError, match="format is 'csv'; accepted are auto, sharegpt, pairs, hh"):
+        load(path, chatml, format="csv")
+
+
+def test_columns_are_renamed(tmp_path, chatml):
+    rows = [
+        {"question": "Ask me", "good": "Good", "bad": "Bad", "prompt": "not this one"},
+        {"question": "Ask me", "good": "Good"},
+    ]
+    path = write(tmp_path, "a.jsonl", rows)
+    examples, report = load(path, chatml, max_drop_fraction=1, columns="prompt=question, chosen=good,rejected=bad")
+    assert examples[0][:2] == encode(Row(ASKED, ["Good", "Bad"]), chatml, 2048, 1792)[0][:2]
+    assert report.dropped == {"rejected is missing": 1}
+    with pytest.raises(
+        DataError, match=r"row 1: --columns names best, but its columns are \['bad', 'good', 'prompt', 'question'\]"
+    ):
+        load(path, chatml, columns="chosen=best")
+    for text in ("chosen", "chosen=", "=a", "a=b=c"):
+        with pytest.raises(DataError, match="write new=old with commas between"):
+            load(path, chatml, columns=text)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def all_rows(dataset):
+    return [row for _, row in data.read(str(dataset))]
+
+
+def test_reads_every_kind_of_file_alike(tmp_path):
+    rows = [{**PAIR, "prompt": f"Ask {i} — ünïcode"} for i in range(4)]
+    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    (tmp_path / "bom_crlf.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.replace("\n", "\r\n\r\n").encode())
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 6
+    for file in files:
+        assert all_rows(file) == rows, file
+    (tmp_path / "notes.txt").write_text("no data")
+    (tmp_path / "empty.jsonl").mkdir()  # a folder that looks like a file
+    assert all_rows(tmp_path) == rows * 6  # files in the order of their names
+    assert [where for where, _ in data.read(str(tmp_path / "a.jsonl"))][1] == f"{tmp_path / 'a.jsonl'} row 2"
+
+
+def test_slices(tmp_path):
+    path = write(tmp_path, "a.jsonl", range(10))
+    assert all_rows(path + "[:3]") == [0, 1, 2]
+    assert all_rows(path + "[8:]") == [8, 9]
+    assert all_rows(path + "[2:4]") == [2, 3]
+    assert all_rows(path + "[-2:]") == [8, 9]
+    assert all_rows(path + "[:]") == list(range(10))
+    assert [where for where, _ in data.read(path + "[4:5]")] == [f"{path} row 5"]  # rows keep their number in the file
+
+
+def test_a_broken_line_costs_that_row_only(tmp_path, chatml):
+    path = write(tmp_path, "a.jsonl", [PAIR] * 10)
+    with open(path, "a") as f:
+        f.write('{"prompt": "half a li')
+    examples, report = load(path, chatml)
+    assert len(examples) == 10 and report.rows == 11 and report.kept == 10
+    (reason,) = report.dropped
+    assert "not valid JSON" in reason
+    assert f"{path} row 11: not valid JSON" in report.first[0]
+    assert "dropped 1: not valid JSON" in str(report)
+
+
+CORRUPT = bytearray(gzip.compress(json.dumps([{**PAIR, "id": i} for i in range(2000)]).encode()))
+CORRUPT[2000:2100] = bytes(100)  # not cut short but wrong in the middle
+
+UNREADABLE = {
+    "corrupt.json.gz": (bytes(CORRUPT), "cannot be read"),
+    "deep.json": (b"[" * 200_000, "cannot be read"),
+    "digits.json": (b"[" + b"1" * 5000 + b"]", "cannot be read"),
+    "utf16.jsonl": (json.dumps(PAIR).encode("utf-16"), "no valid rows"),
+    "gone.jsonl": (None, "no such file"),
+    "broken.jsonl.gz": (gzip.compress(json.dumps([PAIR] * 5000).encode()[1:])[:-40], "cannot be read"),
+    "no.jsonl.gz": (b'{"a": 1}', "cannot be read"),
+    "half.json": (b'[{"prompt": "a"', "cannot be read"),
+    "object.json": (b'{"rows": []}', "not a list of rows"),
+    "text.csv": (b"prompt,chosen", "unknown kind of file"),
+    "wrong.parquet": (b"PAR1 no", "not a readable parquet file"),
+    "columns.jsonl": (b'{"question": "a", "answer": "b"}', "['answer', 'question']"),
+    "empty.jsonl": (b"", "no valid rows"),
+    "null.jsonl": (b"null\n", "no valid rows"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_read_is_named(name, tmp_path, chatml):
+    content, message = UNREADABLE[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as error:
+        load(str(tmp_path / name), chatml)
+    assert message in str(error.value) and name in str(error.value)
+
+
+def test_a_folder_without_data_and_unknown_columns_say_what_is_accepted(tmp_path, chatml):
+    with pytest.raises(DataError, match=r"no data file.*\.jsonl"):
+        load(str(tmp_path), chatml)
+    with pytest.raises(DataError, match=r"row 1.*\['question'\].*pairs \{prompt, chosen, rejected\}"):
+        load(write(tmp_path, "a.jsonl", [{"question": "a"}]), chatml)
+
+
+def test_patterns_and_json_lines_under_another_name(tmp_path):
+    write(tmp_path, "a1.jsonl", [1, 2])
+    write(tmp_path, "a2.json", [3, 4])
+    write(tmp_path, "b.jsonl", [5])
+    assert all_rows(tmp_path / "a*.json*") == [1, 2, 3, 4]
+    assert all_rows(f"{tmp_path}/**/[ab]*.jsonl[1:]") == [2, 5]
+    with pytest.raises(DataError, match="no file matches this pattern"):
+        all_rows(tmp_path / "c*.jsonl")
+
+
+def test_standard_input(monkeypatch):
+    lines = "".join(json.dumps({"a": i}) + "\r\n" for i in range(3)) + "{"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    rows = list(data.read("-[1:]"))
+    assert rows[:2] == [("standard input row 2", {"a": 1}), ("standard input row 3", {"a": 2})]
+    assert isinstance(rows[2][1], DataError)
+
+
+def test_several_sources_with_weights(tmp_path, chatml):
+    a = write(tmp_path, "a.jsonl", [{**PAIR, "prompt": f"Ask {i}"} for i in range(3)])
+    b = write(tmp_path, "b.jsonl", [{**PAIR, "prompt": f"Beg {i}"} for i in range(200)])
+    examples, report = load(f"{a}, {b}[:2]", chatml)
+    assert [e.where for e in examples] == [f"{a} row 1", f"{a} row 2", f"{a} row 3", f"{b} row 1", f"{b} row 2"]
+    assert [line.split(": ")[0] for line in report.formats] == [a, f"{b}[:2]"]
+    examples, report = load(f"{a}@2,{b}@0.5", chatml, seed=1)
+    counts = [sum(e.where == f"{x} row {i}" for e in examples) for x, n in ((a, 3), (b, 200)) for i in range(1, n + 1)]
+    assert counts[:3] == [2, 2, 2] and set(counts[3:]) == {0, 1}
+    assert 70 < sum(counts[3:]) < 130  # 100 ± 7 expected
+    assert report.rows == report.kept == 203 and f"{a} × 2: format pairs" in str(report)
+    assert load(f"{a}@2,{b}@0.5", chatml, seed=1)[0] == examples != load(f"{a}@2,{b}@0.5", chatml, seed=2)[0]
+    for seed in range(5):  # a repeated row is on one side only
+        train, held_out = data.split_held_out(load(f"{a}@3", chatml)[0], 1, seed)
+        assert len(held_out) == 1 and len(train) == 6 and held_out[0].where not in [e.where for e in train]
+    for wrong in ("", f"{a},", f"{a}@0"):
+        with pytest.raises(DataError, match="dataset is"):
+            load(wrong, chatml)
+
+
+def test_hub_names(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        if args[0] == "org/none":
+            raise FileNotFoundError("")  # an error without any text
+        return [{"a": i} for i in range(5)]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data._hub.cache_clear()
+    assert [w for w, _ in data.read("org/name")][4] == "org/name row 5"
+    assert all_rows("org/name:test[:2]") == [{"a": 0}, {"a": 1}]
+    assert all_rows("org/name:small:dev") == [{"a": i} for i in range(5)]
+    assert asked == [
+        (("org/name", None), {"split": "train"}),
+        (("org/name", None), {"split": "test"}),
+        (("org/name", "small"), {"split": "dev"}),
+    ]
+    with pytest.raises(DataError, match="org/none: .*not loadable from the hub"):
+        all_rows("org/none")
+
+
+# ---- rows that are dropped, counted and reported ---------------------------------------------------------------------
+
+
+def test_report_counts_and_the_limit_on_drops(tmp_path, chatml):
+    rows = [PAIR] * 7 + [{**PAIR, "chosen": ""}] * 2 + [{**PAIR, "rejected": None}]
+    path = write(tmp_path, "a.jsonl", rows)
+    examples, report = load(path, chatml, max_drop_fraction=0.3)  # 3 of 10 is not more than 30 %
+    assert len(examples) == report.kept == 7 and report.rows == 10
+    assert report.dropped == {"chosen is empty": 2, "rejected is missing": 1}
+    assert report.first == [
+        f"{path} row 8: chosen is empty",
+        f"{path} row 9: chosen is empty",
+        f"{path} row 10: rejected is missing",
+    ]
+    assert [e.where for e in examples] == [f"{path} row {i}" for i in range(1, 8)]
+    with pytest.raises(DataError, match=r"more than 29% of the rows were dropped as invalid(.|\n)*row 8: chosen is empty"):
+        load(path, chatml, max_drop_fraction=0.29)
+
+
+REFUSED = [
+    ({"prompt": "Ask me", "chosen": "Good"}, "rejected is missing"),
+    ({"prompt": 3, "chosen": "Good", "rejected": "Bad"}, "prompt is neither text nor"),
+    ({"prompt": "  \n", "chosen": "Good", "rejected": "Bad"}, "prompt is empty"),
+    ({"prompt": "Ask me", "chosen": 4, "rejected": "Bad"}, "chosen is"),
+    ({"prompt": "Ask me", "chosen": "\ud800", "rejected": "Bad"}, "lone surrogate"),
+    ({"prompt": [], "chosen": "Good", "rejected": "Bad"}, "prompt is"),
+    ({"prompt": ["Ask me"], "chosen": "Good", "rejected": "Bad"}, "prompt message 1 is a str"),
+    ({"prompt": [{"content": "Ask me"}], "chosen": "Good", "rejected": "Bad"}, "prompt message 1 has no role"),
+    ({"prompt": [user(None)], "chosen": "Good", "rejected": "Bad"}, "prompt message 1 is missing"),
+    ({"prompt": "Ask me", "chosen": [user("Good")], "rejected": "Bad"}, "chosen is not a single assistant message"),
+    (
+        {"prompt": "a", "chosen": [user("a"), assistant("b")], "rejected": [user("other"), assistant("c")]},
+        "chosen and rejected answer different prompts",
+    ),
+]
+
+
+@pytest.mark.parametrize("row, message", REFUSED)
+def test_refused_rows(row, message):
+    with pytest.raises(DataError, match=message):
+        data.from_pair(row)
+
+
+SCORED = {"prompt": "Ask me", "responses": ["Good", "Bad"], "scores": [1, 0]}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"scores": [1, 1]}, "a tie"),
+        ({"scores": [1, math.nan]}, "scores is 'nan', not a finite number"),
+        ({"scores": [1, 10**400]}, "not a finite number"),
+        ({"scores": [1, True]}, "not a finite number"),
+        ({"scores": [1, "2"]}, "not a finite number"),
+        ({"scores": [1, 2, 3]}, "not a list of 2 numbers"),
+        ({"scores": [1], "responses": ["Good"]}, "not a list of two or more numbers"),
+        ({"scores": None}, "not a list of 2 numbers"),
+        ({"responses": "Good"}, "responses is not a list"),
+        ({"responses": ["Good", ""]}, "responses 2 is empty"),
+    ],
+)
+def test_refused_scores(change, message):
+    with pytest.raises(DataError, match=message):
+        data.from_scored({**SCORED, **change})
+
+
+def test_refused_margins_roles_and_prompts():
+    with pytest.raises(DataError, match="score_chosen is 'nan'"):
+        data.from_pair({**PAIR, "score_chosen": math.nan, "score_rejected": 1})
+    with pytest.raises(DataError, match="message 1 has the unknown role 'narrator'; known are system"):
+        data.from_pair({**PAIR, "prompt": [{"role": "narrator", "content": "a"}]})
+    with pytest.raises(DataError, match="the prompt ends with an assistant turn"):
+        data.from_pair({**PAIR, "prompt": [user("a"), assistant("b")]})
+    with pytest.raises(DataError, match="do not begin with the same words"):
+        data.from_implied({"chosen": "one two", "rejected": "three two"})
+    with pytest.raises(DataError, match="rejected is text and the other side is not"):
+        data.from_implied({"chosen": [user("a"), assistant("b")], "rejected": "a b"})
+
+
+def test_ties_are_dropped_and_counted_but_are_not_invalid(tmp_path, chatml):
+    path = write(tmp_path, "a.jsonl", [SCORED, {**SCORED, "scores": [2, 2]}, {**SCORED, "scores": [3, 3]}])
+    examples, report = load(path, chatml, max_drop_fraction=0)
+    assert len(examples) == 1 and report.dropped == {data.TIE: 2}
+
+
+def test_refused_transcripts_and_labels():
+    with pytest.raises(DataError, match="not a transcript"):
+        data.from_hh({"chosen": "Good", "rejected": "Bad"})
+    with pytest.raises(DataError, match="no prompt before the response"):
+        data.from_hh({"chosen": "\n\nAssistant: Good", "rejected": "\n\nAssistant: Bad"})
+    with pytest.raises(DataError, match="does not end with an assistant turn"):
+        data.from_hh({"chosen": "\n\nHuman: Hi", "rejected": "\n\nHuman: Hi"})
+    for label in (1, "true", None):
+        with pytest.raises(DataError, match="not true or false"):
+            data.from_unpaired({"prompt": "Ask me", "completion": "Good", "label": label})
+    with pytest.raises(DataError, match="do not end with an assistant turn"):
+        data.from_unpaired_messages({"messages": [user("Ask me")], "label": True})
+
+
+# ---- token ids: truth at the boundary --------------------------------------------------------------------------------
+
+QWEN = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+SMOL = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+HEAD = "<|start_header_id|>{}<|end_header_id|>\n\n"
+L3_USER, L3_ASSISTANT = "<|begin_of_text|>" + HEAD.format("user"), HEAD.format("assistant")
+ASKED, SYSTEM = [user("Ask me")], [system("Be kind"), user("Ask me")]
+TURNS, SPACES = [user("Ask me"), assistant("Yes"), user("Why")], [user("Ask me ")]
+
+# (family, prompt messages, response) → the prompt and the response as texts, written by hand from each family's documentation
+RENDERED = [
+    ("llama2", ASKED, "Good day", "<s>[INST] Ask me [/INST]", " Good day </s>"),
+    ("llama2", SYSTEM, "Good day", "<s>[INST] <<SYS>>\nBe kind\n<</SYS>>\n\nAsk me [/INST]", " Good day </s>"),
+    ("llama2", TURNS, "Good day", "<s>[INST] Ask me [/INST] Yes </s><s>[INST] Why [/INST]", " Good day </s>"),
+    ("llama2", SPACES, " Good day", "<s>[INST] Ask me [/INST]", " Good day </s>"),
+    ("llama3", ASKED, "Good day", f"{L3_USER}Ask me<|eot_id|>{L3_ASSISTANT}", "Good day<|eot_id|>"),
+    ("llama3", SYSTEM, "Good day",
+     f"<|begin_of_text|>{HEAD.format('system')}Be kind<|eot_id|>{HEAD.format('user')}Ask me<|eot_id|>{L3_ASSISTANT}", "Good day<|eot_id|>"),
+    ("llama3", TURNS, "Good day",
+     f"{L3_USER}Ask me<|eot_id|>{L3_ASSISTANT}Yes<|eot_id|>{HEAD.format('user')}Why<|eot_id|>{L3_ASSISTANT}", "Good day<|eot_id|>"),
+    ("llama3", SPACES, " Good day", f"{L3_USER}Ask me<|eot_id|>{L3_ASSISTANT}", "Good day<|eot_id|>"),
+    ("mistral", ASKED, "Good day", "<s>[INST] Ask me [/INST]", "Good day</s>"),
+    ("mistral", TURNS, "Good day", "<s>[INST] Ask me [/INST]Yes</s>[INST] Why [/INST]", "Good day</s>"),
+    ("mistral", SPACES, " Good day", "<s>[INST] Ask me  [/INST]", " Good day</s>"),
+    ("gemma2", ASKED, "Good day",
+     "<bos><start_of_turn>user\nAsk me<end_of_turn>\n<start_of_turn>model\n", "Good day<end_of_turn>"),
+    ("gemma2", TURNS, "Good day",
+     "<bos><start_of_turn>user\nAsk me<end_of_turn>\n<start_of_turn>model\nYes<end_of_turn>\n"
+     "<start_of_turn>user\nWhy<end_of_turn>\n<start_of_turn>model\n", "Good day<end_of_turn>"),
+    ("gemma2", SPACES, " Good day",
+     "<bos><start_of_turn>user\nAsk me<end_of_turn>\n<start_of_turn>model\n", "Good day<end_of_turn>"),
+    ("qwen2.5", ASKED, "Good day", f"{QWEN}<|im_start|>user\nAsk me<|im_end|>\n<|im_start|>assistant\n", "Good day<|im_end|>"),
+    ("qwen2.5", SYSTEM, "Good day",
+     "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nAsk me<|im_end|>\n<|im_start|>assistant\n", "Good day<|im_end|>"),
+    ("smollm2", ASKED, "Good day", f"{SMOL}<|im_start|>user\nAsk me<|im_end|>\n<|im_start|>assistant\n", "Good day<|im_end|>"),
+    ("smollm2", TURNS, "Good day",
+     f"{SMOL}<|im_start|>user\nAsk me<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n"
+     "<|im_start|>user\nWhy<|im_end|>\n<|im_start|>assistant\n", "Good day<|im_end|>"),
+    ("smollm2", SPACES, " Good day ", f"{SMOL}<|im_start|>user\nAsk me <|im_end|>\n<|im_start|>assistant\n", " Good day <|im_end|>"),
+    ("zephyr", ASKED, "Good day", "<|user|>\nAsk me</s>\n<|assistant|>\n", "Good day</s>"),
+    ("zephyr", SYSTEM, "Good day", "<|system|>\nBe kind</s>\n<|user|>\nAsk me</s>\n<|assistant|>\n", "Good day</s>"),
+    ("zephyr", TURNS, "Good day", "<|user|>\nAsk me</s>\n<|assistant|>\nYes</s>\n<|user|>\nWhy</s>\n<|assistant|>\n", "Good day</s>"),
+    ("zephyr", SPACES, " Good day", "<|user|>\nAsk me </s>\n<|assistant|>\n", " Good day</s>"),
+    ("none", ASKED, "Good day", "<|endoftext|>User: Ask me\n\nAssistant:", " Good day<|endoftext|>"),
+    ("none", SYSTEM, "Good day", "<|endoftext|>System: Be kind\n\nUser: Ask me\n\nAssistant:", " Good day<|endoftext|>"),
+    ("none", TURNS, "Good day",
+     "<|endoftext|>User: Ask me\n\nAssistant: Yes<|endoftext|>\n\nUser: Why\n\nAssistant:", " Good day<|endoftext|>"),
+]  # fmt: skip
+TERMINATOR = {
+    "llama2": "</s>", "llama3": "<|eot_id|>", "mistral": "</s>", "gemma2": "<end_of_turn>", "qwen2.5": "<|im_end|>",
+    "smollm2": "<|im_end|>", "zephyr": "</s>", "none": "<|endoftext|>",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    """Every family; the one without a template goes through load_tokenizer, which gives it the plain form."""
+    folder = tmp_path_factory.mktemp("none")
+    family("none").save_pretrained(folder)
+    return {name: family(name) for name in FAMILIES} | {"none": data.load_tokenizer(str(folder))}
+
+
+def raw_ids(tokenizer, text):
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("name, prompt, response, prompt_text, response_text", RENDERED)
+def test_ids_are_those_of_the_rendering_written_by_hand(families, name, prompt, response, prompt_text, response_text):
+    tokenizer = families[name]
+    example, cuts = encode(Row(prompt, [response, "Yes"]), tokenizer, 1000, 900)
+    chosen, rejected = example.responses
+    assert cuts == []
+    assert example.prompt == raw_ids(tokenizer, prompt_text)
+    assert example.prompt + chosen == raw_ids(tokenizer, prompt_text + response_text)
+    for ids in (chosen, rejected):  # one terminator, and nothing after it is scored
+        assert ids.count(tokenizer.convert_tokens_to_ids(TERMINATOR[name])) == 1
+        assert ids[-1] == tokenizer.convert_tokens_to_ids(TERMINATOR[name])
+    # BOS where the rendering has it: once, but Llama-2 begins each exchange with it, the ChatML families and Zephyr write none,
+    # in SmolLM2 BOS is <|im_start|>, and without a template BOS and EOS are the same token here
+    if name in ("llama3", "mistral", "gemma2") or (name == "llama2" and prompt is not TURNS):
+        assert example.prompt[0] == tokenizer.bos_token_id
+        assert (example.prompt + chosen).count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2"])
+def test_a_template_that_refuses_drops_the_row_with_its_words(families, name):
+    with pytest.raises(
+        DataError, match="the chat template refuses this row .*(Conversation roles must|System role not|Only user and)"
+    ):
+        encode(Row(SYSTEM, ["Good", "Bad"]), families[name], 1000, 900)
+
+
+def tokenizer_with(template, inner):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+COLON = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}:{% else %}</s>{% endif %}{% endfor %}"
+
+
+def test_a_merge_across_the_boundary_belongs_to_the_response():
+    # one merge, ":" + "b": the prompt "qx:" is q x : alone, but q x :b </s> with the chosen response, q x : c </s> with the other
+    names = ["</s>", "q", "x", ":", "b", "c", ":b"]
+    tokenizer = tokenizer_with(COLON, Tokenizer(models.BPE({t: i for i, t in enumerate(names)}, [(":", "b")])))
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    example, _ = encode(Row([user("qx")], ["b", "c"]), tokenizer, 100, 90)
+    tokens = [tokenizer.convert_ids_to_tokens(ids) for ids in (example.prompt, *example.responses)]
+    assert tokens == [["q", "x"], [":b", "</s>"], [":", "c", "</s>"]]
+    example, _ = encode(Row([user("qx")], ["c", "c"]), tokenizer, 100, 90)
+    assert tokenizer.convert_ids_to_tokens(example.prompt) == ["q", "x", ":"]  # no merge, nothing is given up
+
+
+def test_a_merge_of_a_real_family(families):
+    # Mistral writes the response right behind [/INST]; here the pieces "]Good" of the corpus make the two one token
+    inner = metaspace(["<unk>", "<s>", "</s>"], ["[INST] a [/INST]Good"] * 50)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = families["mistral"].chat_template
+    example, _ = encode(Row([user("a")], ["Good", "go"]), tokenizer, 100, 90)
+    merged = raw_ids(tokenizer, "<s>[INST] a [/INST]Good</s>")
+    plain = raw_ids(tokenizer, "<s>[INST] a [/INST]go</s>")
+    assert example.prompt + example.responses[0] == merged and example.prompt + example.responses[1] == plain
+    assert tokenizer.convert_ids_to_tokens(example.responses[0]) == ["▁[/INST]Good", "</s>"]
+    assert tokenizer.decode(example.prompt) == "<s>[INST] a"
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused():
+    rewritten = "{% if messages | length > 1 %}now {% endif %}{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    tokenizer = tokenizer_with(rewritten, byte_level(["</s>"]))
+    with pytest.raises(DataError, match="renders the prompt differently|no token from which"):
+        encode(Row([user("Hello there, what is two plus two?")], ["Good"]), tokenizer, 100, 90)
+
+
+def test_nothing_before_the_response_is_refused():
+    tokenizer = tokenizer_with(
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{% endif %}{% endfor %}",
+        byte_level(["</s>"]),
+    )
+    with pytest.raises(DataError, match="no token from which the first response token could be predicted"):
+        encode(Row([user("Hello")], ["Good"]), tokenizer, 100, 90)
+
+
+@pytest.mark.parametrize("response", ["Good", "Good\n", "|>", "im_end", "\n", "m", "", "<|im_end"])
+def test_whitespace_after_the_terminator_is_never_scored(chatml, response):
+    example, _ = encode(Row(ASKED, [response]), chatml, 1000, 900)
+    assert chatml.decode(example.responses[0]) == response + "<|im_end|>"
+
+
+def test_load_tokenizer_names_a_folder_without_one(tmp_path):
+    with pytest.raises(DataError, match="no usable tokenizer there"):
+        data.load_tokenizer(str(tmp_path))
+
+
+def test_the_plain_form_without_bos(tmp_path):
+    PreTrainedTokenizerFast(tokenizer_object=byte_level(["</s>"]), eos_token="</s>").save_pretrained(tmp_path)
+    tokenizer = data.load_tokenizer(str(tmp_path))
+    example, _ = encode(Row(ASKED, ["Good"]), tokenizer, 100, 90)
+    assert tokenizer.decode(example.prompt) == "User: Ask me\n\nAssistant:"
+    assert tokenizer.decode(example.responses[0]) == " Good</s>"
+
+
+# ---- lengths ---------------------------------------------------------------------------------------------------------
+
+
+def test_truncation_by_hand(chatml):
+    both = Row(ASKED, ["Good day to you", "Yes"])
+    whole, _ = encode(both, chatml, 1000, 900)
+    prompt, (chosen, rejected) = whole.prompt, whole.responses
+    assert len(chosen) > len(rejected) > 2
+    cut, cuts = encode(both, chatml, len(prompt) + len(chosen), 900)
+    assert (cut, cuts) == (whole, [])  # exactly full: nothing is cut
+    cut, cuts = encode(both, chatml, 10 + 2, 10)
+    assert cut.prompt == prompt[-10:] and cut.responses == [chosen[:2], rejected[:2]]
+    assert cuts == ["prompt cut", "response cut"]
+    cut, cuts = encode(both, chatml, len(prompt) + len(chosen) - 1, 900)
+    assert cut.responses == [chosen[:-1], rejected] and cuts == ["response cut"]  # no terminator on the cut one
+    with pytest.raises(DataError, match="no response token is left within max_length 10"):
+        encode(both, chatml, 10, 10)
+
+
+def test_cuts_are_counted(tmp_path, chatml):
+    _, report = load(write(tmp_path, "a.jsonl", [PAIR, {**PAIR, "chosen": "Good " * 50}]), chatml, max_length=80)
+    assert report.cut == {"response cut": 1} and "1 response cut" in str(report)
+
+
+# ---- special tokens spelled in messages ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_special_token_in_a_message_is_plain_text(families, name):
+    tokenizer, end = families[name], TERMINATOR[name]
+    attack = f"Ask me{end}\n{end} Good {tokenizer.bos_token or '<|im_start|>'}day"
+    clean, _ = encode(Row([user("Ask me")], ["Good day", "Yes"]), tokenizer, 1000, 900)
+    example, cuts = encode(Row([user(attack)], [f"Good {end} day", "Yes"]), tokenizer, 1000, 900)
+    assert cuts == ["with a special token as plain text"]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    control = lambda ids: [i for i in ids if i in special and i != tokenizer.unk_token_id]  # noqa: E731
+    assert control(example.prompt) == control(clean.prompt)  # the control tokens of the prompt are the template's alone
+    assert [control(r) for r in example.responses] == [control(r) for r in clean.responses]
+    assert attack in tokenizer.decode(example.prompt)  # and the text is all there
+    assert f"Good {end} day" in tokenizer.decode(example.responses[0])
+    as_asked, _ = encode(Row([user(attack)], ["Good", "Yes"]), tokenizer, 1000, 900, control_tokens=True)
+    assert len(control(as_asked.prompt)) == len(control(clean.prompt)) + 3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_reader_of_plain_text_tokenises_ordinary_text_alike(families, name):
+    # the copy of the tokenizer, with special tokens under other names, must give the same ids for the same rendering
+    tokenizer = families[name]
+    _, exchange, reader = data._stand_ins(tokenizer)
+    texts = [p + r for n, _, _, p, r in RENDERED if n == name] + ["  two  spaces\n\nünï ☃ 中 <a|b>", ""]
+    for text in texts:
+        assert reader.encode(exchange(text), add_special_tokens=False).ids == raw_ids(tokenizer, text)
+
+
+def test_private_use_characters_cannot_stand_in_for_a_special_token(chatml):
+    with pytest.raises(DataError, match="spells a special token"):
+        encode(Row([user("a <|im_end|> \U000f0000\U000f0001\U000f0002")], ["Good"]), chatml, 1000, 900)
+    example, _ = encode(Row([user("\U000f0001 \ue000")], ["\ue000"]), chatml, 1000, 900)  # alone they are ordinary text
+    assert "\U000f0001 \ue000<|im_end|>" in chatml.decode(example.prompt)
+    assert chatml.decode(example.responses[0]) == "\ue000<|im_end|>"
+
+
+# ---- the released SimPO rendering ------------------------------------------------------------------------------------
+
+# (family, messages, response) → prompt and response texts by hand: no generation prompt, the assistant's header scored, an
+# empty system turn where the template speaks of "system", BOS in front and EOS at the end where they are missing
+COMPAT = [
+    ("llama3", ASKED, "Good day", f"{L3_USER}Ask me<|eot_id|>", f"{L3_ASSISTANT}Good day<|eot_id|><|end_of_text|>"),
+    ("zephyr", ASKED, "Good day", "<s><|system|>\n</s>\n<|user|>\nAsk me</s>\n", "<|assistant|>\nGood day</s>\n</s>"),
+    ("zephyr", SYSTEM, "Good day", "<s><|system|>\nBe kind</s>\n<|user|>\nAsk me</s>\n", "<|assistant|>\nGood day</s>\n</s>"),
+    (
+        "smollm2",
+        ASKED,
+        "Good day",
+        "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nAsk me<|im_end|>\n",
+        # the template writes its default system turn before a lone assistant turn, and its first token is taken for BOS
+        SMOL.removeprefix("<|im_start|>") + "<|im_start|>assistant\nGood day<|im_end|>\n<|im_end|>",
+    ),
+    ("none", ASKED, "Good day", "<|endoftext|>User: Ask me\n\n", "Assistant: Good day<|endoftext|>\n\n<|endoftext|>"),
+]
+
+
+@pytest.mark.parametrize("name, prompt, response, prompt_text, response_text", COMPAT)
+def test_compat_simpo_token_by_token(families, name, prompt, response, prompt_text, response_text):
+    tokenizer = families[name]
+    if name == "zephyr":  # BOS is put in front of the ids, so the text after it is still the first word for ▁
+        ids = lambda text: [tokenizer.bos_token_id] * text.startswith("<s>") + raw_ids(tokenizer, text.removeprefix("<s>"))  # noqa: E731
+    else:
+        ids = functools.partial(raw_ids, tokenizer)
+    example, cuts = data.encode_simpo(Row(prompt, [response, "Yes"]), tokenizer, 1000, 900)
+    assert example.prompt == ids(prompt_text) and cuts == []
+    assert example.prompt + example.responses[0] == ids(prompt_text + response_text)
+
+
+def test_compat_simpo_truncation_by_hand(families):
+    tokenizer = families["llama3"]
+    both = Row([user("Ask me")], ["Good day to you", "Yes"])
+    prompt, (chosen, rejected) = data.encode_simpo(both, tokenizer, 1000, 900)[0][:2]
+    p, n = len(prompt), len(chosen)
+    assert n > len(rejected) > 6 and p > 4
+    assert data.encode_simpo(both, tokenizer, p + n, 3)[0][:2] == (prompt, [chosen, rejected])  # it just fits
+    # too long by one: the prompt is cut to its last p − 1 tokens, which suffices
+    found, cuts = data.encode_simpo(both, tokenizer, p + n - 1, p - 1)
+    assert found[:2] == (prompt[1:], [chosen, rejected]) and cuts == ["prompt cut"]
+    # cut to 3, still too long by one: both responses are cut to max_length − 3
+    found, cuts = data.encode_simpo(both, tokenizer, 3 + n - 1, 3)
+    assert found[:2] == (prompt[-3:], [chosen[: n - 1], rejected]) and cuts == ["prompt cut", "response cut"]
+    # a prompt shorter than its limit stays, and the responses get max_length − limit all the same
+    found, cuts = data.encode_simpo(both, tokenizer, p + 7, p + 4)
+    assert found[:2] == (prompt, [chosen[:3], rejected[:3]]) and cuts == ["response cut"]
+
+
+def test_compat_is_a_setting(tmp_path, families):
+    path = write(tmp_path, "a.jsonl", [PAIR])
+    (example,), _ = load(path, families["llama3"], compat="simpo")
+    assert example[:2] == data.encode_simpo(data.from_pair(PAIR), families["llama3"], 2048, 1792)[0][:2]
+    with pytest.raises(DataError, match="compat is 'trl'"):
+        load(path, families["llama3"], compat="trl")
+
+
+# ---- equal length ----------------------------------------------------------------------------------------------------
+
+
+def test_equal_length_by_hand():
+    pair = Example([1, 2], [[3, 4, 5], [6, 7]], where="f row 1")
+    assert data.to_equal_length(pair) == Example([1, 2], [[3, 4], [6, 7]], where="f row 1")
+    equal = Example([1, 2], [[3, 4], [6, 7]])
+    assert data.to_equal_length(equal) == equal
+    single = Example([1], [[2, 3]], True)
+    assert data.to_equal_length(single) == single
+
+
+def test_equal_length_of_a_share_depends_on_seed_and_ids_only():
+    pairs = [Example([i], [[1, 2], [3]]) for i in range(400)]
+    cut = lambda fraction, seed: [data.to_equal_length(e, fraction, seed) != e for e in pairs]  # noqa: E731
+    assert sum(cut(0.0, 0)) == 0 and sum(cut(1.0, 0)) == 400
+    assert 140 < sum(cut(0.5, 0)) < 260  # 200 ± 10 expected
+    assert cut(0.5, 0) == cut(0.5, 0) != cut(0.5, 1)
+    assert all(b or not a for a, b in zip(cut(0.3, 0), cut(0.6, 0)))  # a larger share contains the smaller
+
+
+def test_equal_length_is_a_setting_and_applies_after_the_cuts(tmp_path, chatml):
+    path = write(tmp_path, "a.jsonl", [{**PAIR, "chosen": "Good day to you"}, {**PAIR, "chosen": "Bad"}])
+    plain, _ = load(path, chatml)
+    equal, report = load(path, chatml, equal_length=1)
+    assert [list(map(len, e.responses)) for e in equal] == [[len(e.responses[1])] * 2 for e in plain]
+    assert equal[0].responses[0] == plain[0].responses[0][: len(plain[0].responses[1])] and equal[1] == plain[1]
+    assert report.cut == {"made equally long": 1}
+    limit = len(plain[0].prompt)
+    assert all(len(r) == 2 for e in load(path, chatml, limit + 2, limit, equal_length=1)[0] for r in e.responses)
+    with pytest.raises(DataError, match="share between 0 and 1"):
+        load(path, chatml, equal_length=2)
+
+
+# ---- quality ---------------------------------------------------------------------------------------------------------
+
+
+def test_quality_is_reported_always_and_dropped_when_asked(tmp_path, chatml):
+    rows = [
+        PAIR,
+        {**PAIR, "id": 1},  # the same again
+        {"prompt": "Ask me", "chosen": "Bad", "rejected": "Good"},  # the opposite of both
+        {"prompt": "Ask me", "chosen": "Good", "rejected": "Good"},
+        {"prompt": "Ask him", "chosen": "Bad", "rejected": "Good"},  # another prompt: no conflict
+        {"prompt": "Ask her", "chosen": "", "rejected": "Good"},
+    ]
+    path = write(tmp_path, "a.jsonl", rows)
+    kept = lambda **switches: [int(e.where.split()[-1]) for e in load(path, chatml, max_drop_fraction=0.5, **switches)[0]]  # noqa: E731
+    _, report = load(path, chatml, max_drop_fraction=0.5)
+    assert report.quality == {"duplicates": 1, "identical responses": 1, "conflicts": 3}
+    assert "1 duplicates" in str(report) and "3 conflicts" in str(report)
+    assert kept() == [1, 2, 3, 4, 5]
+    assert kept(drop_duplicates=True) == [1, 3, 4, 5]
+    assert kept(drop_identical=True) == [1, 2, 3, 5]
+    assert kept(drop_conflicts=True) == [4, 5]
+    assert kept(drop_duplicates=True, drop_identical=True, drop_conflicts=True) == [5]
+    _, report = load(path, chatml, max_drop_fraction=0.2, drop_conflicts=True)  # what is dropped on purpose is not invalid
+    assert report.dropped == {"conflicts (drop_conflicts)": 3, "chosen is empty": 1} and report.kept == 2
+
+
+def test_quality_of_unpaired_rows(tmp_path, chatml):
+    row = {"prompt": "Ask me", "completion": "Good", "label": True}
+    path = write(tmp_path, "a.jsonl", [row, row, {**row, "label": False}, {**row, "completion": "Bad", "label": False}])
+    _, report = load(path, chatml)
+    assert report.quality == {"duplicates": 1, "identical responses": 0, "conflicts": 3}
+
+
+def test_minimum_score_margin(tmp_path, chatml):
+    rows = [{**PAIR, "score_chosen": c, "score_rejected": 1} for c in (1, 1.5, 2, None)]
+    path = write(tmp_path, "a.jsonl", rows)
+    examples, report = load(path, chatml, min_score_margin=0.5)
+    assert [e.where[-1] for e in examples] == ["2", "3", "4"]  # a row without scores stays
+    assert report.dropped == {"score margin below 0.5": 1}
+    with pytest.raises(DataError, match="no row has any"):
+        load(write(tmp_path, "b.jsonl", [PAIR]), chatml, min_score_margin=0.5)
+
+
+# ---- large data ------------------------------------------------------------------------------------------------------
+
+
+def test_large_data_is_tokenised_in_parallel_cached_and_equal(tmp_path, chatml, monkeypatch):
+    rows = [{**PAIR, "prompt": f"Ask {i}"} for i in range(300)] + [{**PAIR, "chosen": ""}, {**PAIR, "prompt": "Ask 7"}]
+    path = write(tmp_path, "a.jsonl", rows)
+    options = dict(equal_length=0.5, drop_duplicates=True, max_drop_fraction=0.5)
+    small, small_report = load(path, chatml, **options)
+    monkeypatch.setenv("PLAINPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data, "PARALLEL_FROM", 64)
+    large, report = load(path, chatml, **options)
+    assert isinstance(small, list) and isinstance(large, data.Examples)
+    assert list(large) == small and report == small_report and len(large) == 300
+    assert list(large[10:12]) == small[10:12] and large[-1] == small[-1]
+    for seed in (0, 1):
+        assert tuple(map(list, data.split_held_out(large, 20, seed))) == data.split_held_out(small, 20, seed)
+    chosen_only = lambda e: e._replace(responses=e.responses[:1])  # noqa: E731
+    assert list(data.mapped(large, chosen_only)) == data.mapped(small, chosen_only)
+    files = lambda: {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").glob("*.arrow")}  # noqa: E731
+    (once,) = before = files()
+    assert list(load(path, chatml, **options)[0]) == small and files() == before  # read back, not written again
+    once.with_suffix(".unfinished").write_bytes(b"left by a run that was killed")
+    load(path, chatml, 100, **options)
+    load(path, family("qwen2.5"), **options)
+    assert len(files()) == 3  # other settings, other tokenizer: another table
+    write(tmp_path, "a.jsonl", rows[:200])
+    assert len(load(path, chatml, **options)[0]) == 200 and len(files()) == 4  # other content
+    mixed, _ = load(f"{path}@2, {write(tmp_path, 'b.jsonl', rows[:2])}", chatml)
+    assert len(mixed) == 402 and mixed[0] == mixed[1] and mixed[401].where.endswith("b.jsonl row 2")
+    train, held_out = data.split_held_out(mixed, 10, 0)
+    assert not {e.where for e in train} & {e.where for e in held_out}
+
+
+# ---- step plan, microbatches, layouts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n, size", [(1, 1), (7, 3), (9, 3), (5, 8)])
+def test_step_plan_covers_every_row_once_and_depends_on_seed_and_epoch_only(n, size):
+    plan = data.step_plan(n, size, seed=3, epoch=1)
+    assert sorted(np.concatenate(plan)) == list(range(n))
+    assert [len(step) for step in plan] == [size] * (n // size) + ([n % size] if n % size else [])
+    again = data.step_plan(n, size, seed=3, epoch=1)
+    assert all((a == b).all() for a, b in zip(plan, again))
+
+
+def test_step_plans_differ_between_seeds_and_epochs():
+    plans = {tuple(np.concatenate(data.step_plan(50, 8, seed, epoch)).tolist()) for seed in range(3) for epoch in range(3)}
+    assert len(plans) == 9
+
+
+def test_split_held_out():
+    items = list(range(20))
+    train, held_out = data.split_held_out(items, 5, seed=0)
+    assert len(held_out) == 5 and sorted(train + held_out) == items
+    assert train == sorted(train) and held_out == sorted(held_out)
+    assert data.split_held_out(items, 5, seed=0)[1] == held_out != data.split_held_out(items, 5, seed=1)[1]
+    assert data.split_held_out(items, 0, seed=0) == (items, [])
+
+
+def test_split_by_tokens_by_hand():
+    # 18 tokens in groups of at most 9: two groups end as 5+3 and 4+3+3 = 10, too much; three as 5 | 4+3 | 3+3
+    assert data.split_by_tokens([5, 4, 3, 3, 3], 9) == [[0], [1, 4], [2, 3]]
+    assert data.split_by_tokens([20, 1], 9) == [[0], [1]]  # an item above the budget is alone
+    assert data.split_by_tokens([], 9, ranks=2) == [[], []]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("seed", range(5))
+def test_split_by_tokens_loses_nothing_and_keeps_the_budget(ranks, seed):
+    sizes = np.random.default_rng(seed).integers(1, 40, size=1 + 13 * seed).tolist() + [99]
+    groups = data.split_by_tokens(sizes, 64, ranks)
+    assert len(groups) % ranks == 0
+    assert sorted(i for g in groups for i in g) == list(range(len(sizes)))
+    for g in groups:
+        assert sum(sizes[i] for i in g) <= 64 or len(g) == 1
+
+
+TWO = [Example([1, 2], [[3, 4, 5], [6]]), Example([7], [[8], [9, 10]])]
+
+
+def test_padded_batch_by_hand():
+    batch = data.padded_batch(TWO)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5], [1, 2, 6, 0, 0], [7, 8, 0, 0, 0], [7, 9, 10, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 4
+    assert batch.index.tolist() == [1, 2, 3, 5 + 1, 10, 15, 16]  # the position before each scored token, rows of 5
+    assert batch.targets.tolist() == [3, 4, 5, 6, 8, 9, 10]
+    assert batch.response.tolist() == [0, 0, 0, 1, 2, 3, 3]
+    assert batch.lengths.tolist() == [3, 1, 1, 2] and batch.responses == 4 and batch.tree is None
+
+
+def test_packed_batch_by_hand():
+    batch = data.packed_batch(TWO)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 1, 2]]  # both responses go on from their prompt
+    assert batch.index.tolist() == [1, 2, 3, 1, 6, 6, 8]  # a response's first token is predicted by the prompt's last
+    assert batch.targets.tolist() == [3, 4, 5, 6, 8, 9, 10]
+    assert batch.response.tolist() == [0, 0, 0, 1, 2, 3, 3]
+    assert batch.lengths.tolist() == [3, 1, 1, 2] and batch.responses == 4
+    assert batch.tree == [(2, [3, 1]), (1, [1, 2])]
+    assert sum(map(data.tokens_of, TWO)) == 10
+
+
+@pytest.mark.parametrize("layout", data.LAYOUTS)
+def test_batch_targets_decode_to_the_responses(layout, chatml):
+    rows = [Row(TURNS, ["Good day", "No"]), Row(SPACES, [" well, ", "Ask the model"])]
+    examples = [encode(r, chatml, 1000, 900)[0] for r in rows]
+    batch = data.LAYOUTS[layout](examples)
+    texts = [chatml.decode(batch.targets[batch.response == r]) for r in range(batch.responses)]
+    assert texts == [r + "<|im_end|>" for row in rows for r in row.responses]
+    assert batch.input_ids.flatten()[batch.index[0]] == examples[0].prompt[-1]
+
+
+@pytest.mark.parametrize("layout", data.LAYOUTS)
+def test_a_batch_of_nothing_scores_nothing(layout):
+    batch = data.LAYOUTS[layout]([])
+    assert batch.input_ids.shape == (1, 1) and len(batch.index) == batch.responses == len(batch.lengths) == 0
+    assert batch.index.dtype == torch.long
+
+
+def test_batches_move():
+    batch = data.packed_batch(TWO).to("meta")
+    assert batch.input_ids.device.type == batch.lengths.device.type == "meta" and batch.responses == 4
+
+
+# ---- the embedded world ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "response, quality",
+    [
+        ("apple , pear , plum", 1.0),
+        ("well so apple , pear , plum", 0.8),  # two idle words
+        ("apple , pear , plum , fig", 1 - 0.5 / 3),  # a fourth item is surplus
+        ("well apple , apple , hammer", 1 / 3 - 0.5 * 2 / 3 - 0.1),  # one right, one repeated, one of another kind
+        ("", 0.0),
+    ],
+)
+def test_world_quality_by_hand(response, quality):
+    assert data.world_quality("name three fruits", response) == pytest.approx(quality)
+
+
+def test_tiny_world_is_in_order_and_in_its_vocabulary():
+    tokenizer, shown, pairs = data.tiny_world(seed=1, demonstrations=50, pairs=50)
+    assert len(shown) == len(pairs) == 50
+    for row in pairs:
+        better, worse = (data.world_quality(row.prompt[0]["content"], r) for r in row.responses)
+        assert better > worse
+    for row in shown + pairs:
+        example, cuts = encode(row, tokenizer, 128, 128)
+        assert tokenizer.unk_token_id not in example.prompt + sum(example.responses, []) and not cuts
+        assert all(r[-1] == tokenizer.eos_token_id for r in example.responses)
+    again = data.tiny_world(seed=1, demonstrations=50, pairs=50)
+    assert again[1:] == (shown, pairs) and data.tiny_world(2, 50, 50)[2] != pairs
+
+
+# ---- looking at data -------------------------------------------------------------------------------------------------
+
+
+def test_show_by_hand():
+    tokenizer = data.world_tokenizer()
+    ids = {w: tokenizer.convert_tokens_to_ids(w) for w in ("<user>", "cat", "pig", "<end>")}
+    assert ids["<user>"] == 1 and ids["<end>"] == 3
+    pair = Example([1], [[ids["cat"], 3], [ids["pig"], 3]], where="f row 1")
+    small = {w: str(i).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")) for w, i in ids.items()}
+    assert data.show(pair, tokenizer, colour=False).splitlines() == [
+        "── f row 1",
+        "prompt (1 tokens, not scored)", "<user>₁",
+        "chosen (2 tokens, scored)", f"cat{small['cat']}<end>₃",
+        "rejected (2 tokens, scored)", f"pig{small['pig']}<end>₃",
+    ]  # fmt: skip
+    assert "\x1b[2m<user>₁\x1b[0m" in data.show(pair, tokenizer)
+    single = Example([1], [[3]], desirable=False)
+    assert "completion (1 tokens, scored, label false)" in data.show(single, tokenizer, colour=False)
+
+
+def test_show_on_the_command_line(tmp_path, chatml, capsys, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    chatml.save_pretrained(tmp_path / "model")
+    path = write(tmp_path, "a.jsonl", [PAIR] * 3 + [{**PAIR, "chosen": ""}])
+    data.main(["show", "--model", str(tmp_path / "model"), "--dataset", path, "-n", "2", "--max-length", "500"])
+    printed = capsys.readouterr().out
+    assert printed.count("── ") == 2 and f"{path} row 4: chosen is empty" in printed and "3 of 4 rows kept" in printed
+
+
+def test_command_line_errors_are_one_message_and_code_2(tmp_path):
+    command = [sys.executable, data.__file__, "show", "--model", str(tmp_path), "--dataset", "gone.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("error: ")
+
+
+# ---- the shared sets, where they are at hand -------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared sets are not part of the project")
+@pytest.mark.parametrize(
+    "file, kept", [("hh_harmless.jsonl.gz[:150]", 150), ("sharegpt_pairs.json[:40]", 40), ("unpaired.jsonl[:40]", 40)]
+)
+def test_real_files(file, kept, chatml):
+    examples, report = load(str(SHARED / file), chatml, max_length=20_000)
+    assert report.kept == len(examples) >= kept - 1
+    for e in examples:
+        assert all(chatml.decode(r).endswith("<|im_end|>") and chatml.decode(r).count("<|im_end|>") == 1 for r in e.responses)

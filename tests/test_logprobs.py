@@ -1,0 +1,353 @@
+"""Log-probs: against slices, against torch's own softmax, against autograd, and packed against padded, on many model families.
+
+Expected values are independent computations: a log-softmax over the full logits of each sequence on its own, in fp64 where
+exactness is claimed. No number is copied from the code under test.
+"""
+
+import pytest
+import torch
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)  # fmt: skip
+
+import logprobs
+from data import Example, packed_batch, padded_batch
+from logprobs import Head, ResponseLogProbs, check_head, head_of, token_kl, token_logprobs
+
+V = 61
+SIZE = dict(
+    vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+NO_GROUPS = {k: v for k, v in SIZE.items() if k != "num_key_value_heads"}
+
+MODELS = {
+    "llama, tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZE, tie_word_embeddings=True)),
+    "llama, untied": lambda: LlamaForCausalLM(LlamaConfig(**SIZE, tie_word_embeddings=False)),
+    "mistral, window of 5": lambda: MistralForCausalLM(MistralConfig(**SIZE, sliding_window=5)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZE)),
+    "qwen2, window in one layer": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SIZE, use_sliding_window=True, sliding_window=5, max_window_layers=1)
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZE, head_dim=8)),
+    "gemma2, soft-caps and alternating windows": lambda: Gemma2ForCausalLM(
+        Gemma2Config(
+            **SIZE,
+            head_dim=8,
+            sliding_window=5,
+            query_pre_attn_scalar=8,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+        )
+    ),
+    "phi, bias on the head": lambda: PhiForCausalLM(PhiConfig(**SIZE)),
+    "gpt-neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**NO_GROUPS)),
+    "gpt2, learned positions": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    ),
+    "cohere, logit scale": lambda: CohereForCausalLM(CohereConfig(**SIZE, logit_scale=0.3)),
+    "granite, logits divided": lambda: GraniteForCausalLM(GraniteConfig(**SIZE, logits_scaling=3.0, embedding_multiplier=2.0)),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    torch.manual_seed(0)
+    model = MODELS[request.param]()
+    with torch.no_grad():
+        for p in model.parameters():  # spread out: at initialisation logits are all but equal and nothing would be seen
+            p.add_(0.2 * torch.randn_like(p))
+    return model.train()
+
+
+def examples(seed: int = 0, shapes=((7, 4, 9), (1, 1, 3), (12, 6, 2), (3, 8, 8))) -> list[Example]:
+    g = torch.Generator().manual_seed(seed)
+    ids = lambda n: torch.randint(3, V, (n,), generator=g).tolist()  # noqa: E731
+    return [Example(ids(p), [ids(n) for n in responses]) for p, *responses in shapes]
+
+
+def by_hand(model, pairs) -> torch.Tensor:
+    """Each prompt + response alone through the model's own logits: Σ log softmax(logits[t − 1])[token t] over the response."""
+    sums = []
+    for e in pairs:
+        for r in e.responses:
+            ids = torch.tensor([e.prompt + r])
+            logp = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+            sums.append(sum(logp[t - 1, ids[0, t]] for t in range(len(e.prompt), ids.shape[1])))
+    return torch.stack(sums)
+
+
+def gradients(policy, batches, weights) -> tuple[torch.Tensor, dict]:
+    """Sums of all batches and the gradient of Σ weight · sum."""
+    policy.zero_grad()
+    sums = [policy(batch)[0] for batch in batches]
+    (torch.cat(sums) * weights).sum().backward()
+    return torch.cat(sums).detach(), {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+
+
+def assert_same(a, b, rtol=1e-6):
+    """Sums within rtol, and each parameter's gradient within rtol of the largest gradient of the whole model."""
+    torch.testing.assert_close(a[0], b[0], rtol=rtol, atol=1e-5 * rtol / 1e-6)
+    assert a[1].keys() == b[1].keys()
+    largest = max(g.abs().max() for g in b[1].values())
+    for name in a[1]:
+        assert (a[1][name] - b[1][name]).abs().max() <= 2 * rtol * largest, name
+
+
+# ---- families ----------------------------------------------------------------------------------------------------
+
+
+def test_both_layouts_equal_the_models_own_logits(model):
+    pairs = examples()
+    policy = ResponseLogProbs(model)
+    expected = by_hand(model, pairs).detach()
+    for layout, make in (("padded", padded_batch), ("packed", packed_batch)):
+        policy.use_layout(layout)
+        logp, kl = policy(make(pairs))
+        assert kl is None and logp.dtype == torch.float32 and logp.shape == (8,)
+        torch.testing.assert_close(logp, expected, rtol=2e-6, atol=2e-5)
+
+
+def test_gradients_packed_equal_padded(model):
+    pairs, weights = examples(), torch.linspace(-1, 2, 8)
+    policy = ResponseLogProbs(model)
+    policy.use_layout("padded")
+    padded = gradients(policy, [padded_batch(pairs)], weights)
+    policy.use_layout("packed")
+    packed = gradients(policy, [packed_batch(pairs)], weights)
+    assert_same(packed, padded)
+
+
+def test_order_split_chunk_and_checkpointing_change_nothing(model):
+    pairs, weights = examples(), torch.linspace(-1, 2, 8)
+    policy = ResponseLogProbs(model)
+    policy.use_layout("packed")
+    whole = gradients(policy, [packed_batch(pairs)], weights)
+
+    order = [2, 0, 3, 1]
+    columns = [2 * i + j for i in order for j in (0, 1)]
+    shuffled = gradients(policy, [packed_batch([pairs[i] for i in order])], weights[columns])
+    assert_same((shuffled[0][torch.tensor(columns).argsort()], shuffled[1]), whole)
+
+    assert_same(gradients(policy, [packed_batch([e]) for e in pairs], weights), whole)
+    for chunk in (1, 7, 1000):
+        policy.chunk = chunk
+        assert_same(gradients(policy, [packed_batch(pairs)], weights), whole)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(gradients(policy, [packed_batch(pairs)], weights), whole)
+
+
+def test_nothing_leaks_between_branches_or_pairs(model):
+    """Change one token of a rejected response: no other log-prob of the pack may change, not in the last bit."""
+    pairs = examples()
+    policy = ResponseLogProbs(model)
+    policy.use_layout("packed")
+    with torch.no_grad():
+        before = policy(packed_batch(pairs))[0]
+        for pair in range(len(pairs)):
+            for side in (0, 1):
+                changed = [Example(e.prompt, [list(r) for r in e.responses]) for e in pairs]
+                token = changed[pair].responses[side]
+                token[0] = 3 + (token[0] - 2) % (V - 3)
+                after = policy(packed_batch(changed))[0]
+                same = torch.ones(8, dtype=torch.bool)
+                same[2 * pair + side] = False
+                assert torch.equal(before[same], after[same])
+                assert before[2 * pair + side] != after[2 * pair + side]
+
+
+def test_check_head_accepts_the_families(model):
+    assert check_head(model, torch.tensor([[3, 4, 5, 6]]), tolerance=1e-4) <= 1e-4
+
+
+def test_check_head_refuses_a_head_that_does_more():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZE))
+    linear = model.lm_head
+    linear.register_forward_hook(lambda m, i, out: out * 1.5)
+    with pytest.raises(ValueError, match="its head does more"):
+        check_head(model, torch.tensor([[3, 4, 5]]), tolerance=1e-4)
+
+
+def test_packed_attention_in_bf16_stays_near_fp32(model):
+    """The matmul form of attention (used for bf16 on CPUs) against the fp32 model: bf16 keeps 8 bits, so a few per cent."""
+    pairs = examples()
+    policy = ResponseLogProbs(model)
+    policy.use_layout("packed")
+    exact = policy(packed_batch(pairs))[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = policy(packed_batch(pairs))[0]
+    lengths = packed_batch(pairs).lengths
+    assert rough.dtype == torch.float32
+    assert ((rough - exact).abs() / lengths).max() < 0.25
+
+
+def test_more_than_one_query_block(monkeypatch):
+    """With blocks of 4 queries the matmul form must still equal torch's kernel: causal, windowed, continued, soft-capped."""
+    monkeypatch.setattr(logprobs, "QUERY_BLOCK", 4)
+    g = torch.Generator().manual_seed(0)
+    for q, k, window in ((13, 13, None), (6, 11, None), (13, 13, 3), (5, 17, 6)):
+        query, key, value = (torch.randn(1, h, n, 8, generator=g) for h, n in ((4, q), (2, k), (2, k)))
+        ours = logprobs._attend(query, key, value, 0.3, window, 1e6)  # a cap so high that it does nothing, by hand
+        i, j = torch.arange(k - q, k)[:, None], torch.arange(k)[None]
+        mask = (j <= i) & (j > i - (window or 1000))
+        scores = (query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.3).masked_fill(~mask, float("-inf"))
+        torch.testing.assert_close(ours, scores.softmax(-1) @ value.repeat_interleave(2, 1), rtol=1e-4, atol=1e-5)
+
+
+# ---- the head ----------------------------------------------------------------------------------------------------
+
+HEADS = {
+    "plain": {}, "bias": {"bias": True}, "scale": {"scale": 0.4}, "soft-cap": {"softcap": 2.0},
+    "all": {"bias": True, "scale": 1.7, "softcap": 3.0},
+}  # fmt: skip
+
+
+def a_head(dtype, n=11, d=6, v=19, bias=False, **extra):
+    g = torch.Generator().manual_seed(1)
+    rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()  # noqa: E731
+    hidden, weight = rand(n, d), rand(v, d)
+    return hidden, Head(weight, rand(v) if bias else None, **extra), torch.randint(0, v, (n,), generator=g)
+
+
+def naive(hidden, head, targets):
+    logits = hidden @ head.weight.T
+    logits = (logits if head.bias is None else logits + head.bias) * head.scale
+    logits = logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+    return logits.log_softmax(-1)[torch.arange(len(targets)), targets]
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("chunk", [1, 7, None])
+def test_chunked_head_equals_the_naive_one(name, dtype, bound, chunk):
+    hidden, head, targets = a_head(dtype, **HEADS[name])
+    inputs = [x for x in (hidden, head.weight, head.bias) if x is not None]
+    weights = torch.linspace(-1, 2, len(targets), dtype=dtype)
+    results = []
+    for logp in (token_logprobs(hidden, head, targets, chunk), naive(hidden, head, targets)):
+        results.append((logp, *torch.autograd.grad((logp * weights).sum(), inputs)))
+    for ours, expected in zip(*results):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, expected, rtol=bound, atol=bound)
+
+
+def test_chunked_head_by_finite_differences():
+    hidden, head, targets = a_head(torch.float64, bias=True, scale=1.3, softcap=2.0)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: token_logprobs(h, Head(w, b, 1.3, 2.0), targets, 4), (hidden, head.weight, head.bias)
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 4, None])
+def test_token_kl_and_its_gradient(chunk):
+    """Against the naive sum over the vocabulary in fp64; and ∂D/∂logits = π_θ − π_ref through the chain rule by hand."""
+    hidden, head, _ = a_head(torch.float64)
+    ref_hidden, ref_head = hidden.detach() + 0.3, Head(head.weight.detach() * 0.9)
+    kl = token_kl(hidden, ref_hidden, head, ref_head, chunk)
+    p, q = (hidden @ head.weight.T).softmax(-1), (ref_hidden @ ref_head.weight.T).softmax(-1)
+    torch.testing.assert_close(kl, (q * (q.log() - p.log())).sum(-1), rtol=1e-10, atol=1e-12)
+    assert (kl >= 0).all()
+    d_hidden, d_weight = torch.autograd.grad(kl.sum(), (hidden, head.weight))
+    torch.testing.assert_close(d_hidden, (p - q) @ head.weight, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(d_weight, (p - q).T @ hidden, rtol=1e-9, atol=1e-12)
+
+
+def test_token_kl_of_a_model_to_itself_is_zero():
+    hidden, head, _ = a_head(torch.float32)
+    assert token_kl(hidden, hidden, head, head).abs().max() < 1e-6
+
+
+def test_no_tensor_of_tokens_times_vocabulary_outlives_its_chunk():
+    """Count the live bytes of every tensor that torch makes: with 64 rows a chunk the peak is a few chunks, not the batch."""
+    n, d, v, chunk = 512, 8, 4000, 64
+    hidden, weight = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
+    targets = torch.randint(0, v, (n,))
+
+    def peak(compute):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
+            compute().sum().backward()
+        changes = [e.nbytes() for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+        live = highest = 0
+        for change in changes:
+            live += change
+            highest = max(highest, live)
+        return highest
+
+    full = 4 * n * v
+    assert peak(lambda: token_logprobs(hidden, Head(weight), targets, chunk)) < 0.75 * full  # five chunks of eight and dW
+    assert peak(lambda: naive(hidden, Head(weight), targets)) > 1.5 * full
+
+
+# ---- the policy --------------------------------------------------------------------------------------------------
+
+
+def test_sums_with_kl_and_reference():
+    """Policy = reference gives KL 0; another reference gives the KL of each sequence on its own, summed over the response."""
+    torch.manual_seed(0)
+    model, other = LlamaForCausalLM(LlamaConfig(**SIZE)), LlamaForCausalLM(LlamaConfig(**SIZE))
+    pairs = examples()
+    policy = ResponseLogProbs(model, reference=other)
+    policy.use_layout("packed")
+    _, kl = policy(packed_batch(pairs), with_kl=True)
+    policy.use_layout("padded")  # the models' own attention again
+    expected = []
+    for e in pairs:
+        for r in e.responses:
+            ids = torch.tensor([e.prompt + r])
+            p, q = (m(input_ids=ids).logits[0].double().softmax(-1) for m in (model, other))
+            expected.append((q * (q.log() - p.log())).sum(-1)[len(e.prompt) - 1 : -1].sum())
+    torch.testing.assert_close(kl.double(), torch.stack(expected), rtol=1e-4, atol=1e-6)
+    policy.use_layout("packed")
+    kl.sum().backward()
+    assert all(p.grad is None for p in other.parameters())
+    assert model.lm_head.weight.grad.abs().sum() > 0
+
+
+def test_an_empty_batch_gives_exact_zero_gradients():
+    torch.manual_seed(0)
+    policy = ResponseLogProbs(LlamaForCausalLM(LlamaConfig(**SIZE)))
+    for layout, make in (("packed", packed_batch), ("padded", padded_batch)):
+        policy.use_layout(layout)
+        logp, _ = policy(make([]))
+        assert logp.shape == (0,)
+        logp.sum().backward()
+        assert all(p.grad is None or not p.grad.any() for p in policy.parameters())
+
+
+def test_packed_attention_without_a_tree_says_what_to_do():
+    policy = ResponseLogProbs(LlamaForCausalLM(LlamaConfig(**SIZE)))
+    policy.use_layout("packed")
+    with pytest.raises(ValueError, match='use_layout\\("padded"\\)'):
+        policy.model(input_ids=torch.tensor([[3, 4]]))
+
+
+def test_head_of_reads_bias_scale_and_soft_cap():
+    assert head_of(MODELS["phi, bias on the head"]()).bias is not None
+    assert head_of(MODELS["cohere, logit scale"]()).scale == 0.3
+    assert head_of(MODELS["granite, logits divided"]()).scale == pytest.approx(1 / 3)
+    assert head_of(MODELS["gemma2, soft-caps and alternating windows"]()).softcap == 3.0
+
+
+def test_attention_sinks_are_refused():
+    with pytest.raises(ValueError, match="--layout padded"):
+        logprobs.tree_attention(None, *(torch.zeros(1, 1, 2, 4) for _ in range(3)), None, tree=[(1, [1])], s_aux=torch.zeros(1))

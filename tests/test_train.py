@@ -1,0 +1,510 @@
+"""The loop: exactness of one step whatever the split, values at step 0, resuming, settings, and what a bad input gets.
+
+Expected numbers are algebra (stated where used) or the same computation done another way; runs use a Llama of 30,000 weights.
+"""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+
+import data
+import train
+from losses import BATCH_COUPLED, OBJECTIVES
+from train import Run, Scores, Settings, SettingsError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A folder with an untrained model of the embedded world's vocabulary and 40 of its pairs, as a user would have them."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer, _, pairs = data.tiny_world(seed=0, demonstrations=0, pairs=40)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None, eos_token_id=3, pad_token_id=3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"prompt": p.prompt, "chosen": p.responses[0], "rejected": p.responses[1]} for p in pairs]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    single = [{"prompt": p.prompt, "completion": p.responses[i % 2], "label": i % 2 == 0} for i, p in enumerate(pairs)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in single))
+    return folder
+
+
+@pytest.fixture
+def arguments(world, tmp_path):
+    """The command line of a small run; keyword arguments override or add settings."""
+
+    def build(**more) -> list[str]:
+        s = dict(
+            model=world / "model", dataset=world / "pairs.jsonl", out=tmp_path / "out", dtype="fp32", eval_size=8, batch_size=8,
+            max_steps=4, samples=1, sample_tokens=4, lr=1e-3, cache=tmp_path / "cache",
+        ) | more  # fmt: skip
+        return [part for key, value in s.items() if value is not None for part in ("--" + key.replace("_", "-"), str(value))]
+
+    return build
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(out: Path) -> list[dict]:
+    return [line for line in metrics(out) if "loss" in line]
+
+
+# ---- one step: the split changes nothing -----------------------------------------------------------------------------
+
+
+def setting_up(world, objective: str, layout="packed", budget=10**6, reference_shift=0.05):
+    """A policy a little away from its reference, eight examples and what is known of them."""
+    objective = train.parse_objective(objective)
+    tokenizer = data.load_tokenizer(str(world / "model"))
+    pairs, _ = data.load(str(world / "pairs.jsonl"), tokenizer)
+    examples = [train._fit(e, objective) for e in pairs[:8]]
+    s = Settings(model=str(world / "model"), dataset="x", layout=layout, tokens_per_microbatch=budget, dtype="fp32")
+    model = train.load_model(s.model, CPU, len(tokenizer), s)
+    policy = train.ResponseLogProbs(model)
+    policy.use_layout(layout)
+    run = Run(policy, objective, s, CPU)
+    ref = ref_mismatch = mismatch = None
+    if objective.needs("kl_w"):
+        policy.reference = train.load_model(s.model, CPU, len(tokenizer), s).requires_grad_(False)
+        policy.use_layout(layout)
+    if objective.needs("ref"):
+        ref, _ = train.score(run, examples)
+    if objective.needs("ref_kl"):
+        ref_mismatch = train.score(run, train.mismatched(examples))[0].flatten()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(reference_shift * torch.randn_like(p))
+    if objective.needs("logp_kl"):
+        mismatch = train.score(run, train.mismatched(examples))[0].flatten()
+    return run, examples, train.known_scores(examples, ref, ref_mismatch, CPU)._replace(logp_mismatch=mismatch)
+
+
+def one_step(world, objective: str, layout="packed", budget=10**6, checkpointing=False):
+    run, examples, known = setting_up(world, objective, layout, budget)
+    if checkpointing:
+        run.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        run.policy.train()
+    cut = run.groups(examples)
+    _, loss = train.accumulate_gradients(run, examples, known, [0, 1])
+    return len(cut), loss, {n: p.grad for n, p in run.policy.model.named_parameters()}
+
+
+def assert_same_step(a, b, bound=1e-6):
+    """Losses within 1e-6 relative; each parameter's gradient within 1e-6 of that parameter's largest entry (or of 1 % of the
+    model's largest, where the parameter's own are rounding noise)."""
+    torch.testing.assert_close(a[1], b[1], rtol=bound, atol=bound)
+    largest = max(g.abs().max().item() for g in b[2].values())
+    for name, g in b[2].items():
+        assert (a[2][name] - g).abs().max().item() <= 2 * bound * max(g.abs().max().item(), 0.1 * largest), name
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradient_does_not_depend_on_microbatches(world, name):
+    """Every objective, batch-coupled or not: microbatches of 1, of about 2 and 4 pairs, and the whole batch at once."""
+    whole = one_step(world, name)
+    assert whole[0] == 1
+    sizes = []
+    for budget in (1, 60, 110):
+        cut = one_step(world, name, budget=budget)
+        sizes.append(cut[0])
+        assert_same_step(cut, whole)
+    assert sizes[0] == 8 and 1 < sizes[2] < sizes[1] < 8
+
+
+@pytest.mark.parametrize("name", ["simpo", "dpo", "alpha_dpo", "kto", "tdpo2"])
+def test_gradient_does_not_depend_on_layout_or_checkpointing(world, name):
+    whole = one_step(world, name)
+    assert_same_step(one_step(world, name, layout="padded"), whole)
+    assert_same_step(one_step(world, name, layout="padded", budget=60), whole)
+    assert_same_step(one_step(world, name, budget=60, checkpointing=True), whole)
+
+
+def test_step_gradient_equals_autograd_of_the_mean_loss(world):
+    """The two-stage gradient (∂L/∂logp, then ∂logp/∂θ) against plain backward through the function and the model's own logits."""
+    run, examples, known = setting_up(world, "alpha_dpo(beta=3.0)")
+    train.accumulate_gradients(run, examples, known, [0])
+    ours = {n: p.grad.clone() for n, p in run.policy.model.named_parameters()}
+    run.policy.zero_grad()
+    run.policy.use_layout("padded")
+    sums = []
+    for e in examples:
+        for r in e.responses:
+            ids = torch.tensor([e.prompt + r])
+            logp = run.policy.model(input_ids=ids).logits[0].log_softmax(-1)
+            at = torch.arange(len(e.prompt), ids.shape[1])
+            sums.append(logp[at - 1, ids[0, at]].sum())
+    w, l = torch.stack(sums).view(-1, 2).T  # noqa: E741
+    tensors = (w, l, known.ref[:, 0], known.ref[:, 1], known.length[:, 0], known.length[:, 1])
+    OBJECTIVES["alpha_dpo"](*tensors, beta=3.0).mean().backward()
+    largest = max(p.grad.abs().max() for p in run.policy.model.parameters())
+    for n, p in run.policy.model.named_parameters():
+        assert (ours[n] - p.grad).abs().max() <= 1e-5 * largest, n
+
+
+def test_coupled_objectives_get_one_extra_pass_and_others_none(world, monkeypatch):
+    passes = []
+    forward = train.ResponseLogProbs.forward
+    monkeypatch.setattr(train.ResponseLogProbs, "forward", lambda self, *a: passes.append(1) or forward(self, *a))
+    for name, budget, expected in (("simpo", 1, 8), ("alpha_dpo", 1, 16), ("alpha_dpo", 10**6, 1)):
+        run, examples, known = setting_up(world, name, budget=budget)
+        passes.clear()
+        train.accumulate_gradients(run, examples, known, [0])
+        assert len(passes) == expected, name
+
+
+def test_mismatched_completions_answer_other_prompts():
+    rows = [data.Example([1, p], [[10 * p], [10 * p + 1]]) for p in (1, 2, 1)]
+    pairs = [(e.prompt[1], e.responses[0][0] // 10) for e in train.mismatched(rows)]
+    # the next completion in a circle that belongs to another prompt; prompt 1 stands twice and must not meet itself
+    assert pairs == [(1, 2), (1, 2), (2, 1), (2, 1), (1, 2), (1, 2)]
+    with pytest.raises(data.DataError, match="two different prompts"):
+        train.mismatched([rows[0], rows[2]])
+
+
+# ---- numbers at known points -------------------------------------------------------------------------------------------
+
+
+def test_dpo_starts_at_log_two_with_reward_zero(arguments, capsys):
+    summary = train.main(arguments(objective="dpo(beta=0.1)"))
+    first = steps(summary["out"])[0]
+    # policy = reference: Δ = 0, so L = −log σ(0) = log 2, margin 0, and every pair a tie, counted ½
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["reward_margin"] == pytest.approx(0, abs=1e-5)
+    assert summary["before"]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert "policy and reference differ by at most" in capsys.readouterr().err
+
+
+def test_learning_rate_by_hand():
+    s = Settings(lr=1.0, warmup_ratio=0.2)
+    # 10 steps, 2 of warm-up: ½, 1, then ½(1 + cos(π k/8)) for k = 0 … 7
+    expected = [0.5, 1.0] + [0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(8)]
+    assert [train.learning_rate(k, 10, s) for k in range(10)] == pytest.approx(expected)
+
+
+def test_measures_by_hand():
+    pair = train.parse_objective("simpo(beta=2.0)")
+    scores = Scores(
+        torch.tensor([[2, 4], [1, 2]]), torch.tensor([[-2.0, -8.0], [-3.0, -2.0]]), label=torch.tensor([[True, False]] * 2)
+    )
+    found = train.measures(pair, scores, torch.tensor([1.0, 3.0]))
+    # rewards 2·s/n: chosen −2, −6; rejected −4, −2 → differences 2, −4
+    assert found == pytest.approx(
+        {"loss": 2.0, "reward_margin": -1.0, "reward_accuracy": 0.5, "logp_w_per_token": -5 / 3, "logp_l_per_token": -10 / 6}
+    )
+    rows = train.parse_objective("bco(beta=0.5)")
+    scores = Scores(
+        torch.tensor([[2], [2], [2]]), torch.tensor([[-2.0], [-4.0], [-2.0]]), torch.tensor([[-4.0], [-4.0], [-1.0]]),
+        label=torch.tensor([[True], [True], [False]]),
+    )  # fmt: skip
+    found = train.measures(rows, scores, torch.zeros(3))
+    # rewards ½(s − s̄): 1, 0 desirable, −½ undesirable; both couples in order; mean ½ − (−½)
+    assert found["reward_margin"] == pytest.approx(1.0) and found["reward_accuracy"] == 1.0
+
+
+def test_flops_by_hand(world):
+    s = Settings(model=str(world / "model"), dataset="x")
+    model = train.load_model(s.model, CPU, 0, s)
+    # body: per layer q 32·32, k and v 32·16, o 32·32, three MLP matrices 32·64, two norms; and the last norm
+    body = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
+    vocabulary = model.config.vocab_size
+    # prompt of 3: 1+2+3 keys; responses of 2 and 1: 4+5 and 4; 4 heads of 8
+    expected = 6 * body * 6 + 6 * vocabulary * 32 * 3 + 12 * 32 * 2 * (6 + 9 + 4)
+    assert train.model_flops(model, [data.Example([1] * 3, [[1] * 2, [1]])]) == expected
+    # window of 4: positions 3 and 4 see 4 and 4 keys, of 10 queries 1+2+3+4 and then 4 each
+    assert train.seen_keys(3, 2, 4) == 8 and train.seen_keys(0, 10, 4) == 10 + 6 * 4 and train.seen_keys(0, 10, None) == 55
+
+
+# ---- runs --------------------------------------------------------------------------------------------------------------
+
+
+def test_loss_falls_and_everything_is_recorded(arguments, tmp_path):
+    summary = train.main(arguments(max_steps=None, epochs=6, lr=3e-3, eval_every=4))
+    out = tmp_path / "out"
+    lines = steps(out)
+    assert len(lines) == summary["steps"] == 6 * 4  # 32 training pairs in batches of 8
+    assert sum(x["loss"] for x in lines[-4:]) < sum(x["loss"] for x in lines[:4])
+    for key in ("step", "loss", "reward_margin", "reward_accuracy", "logp_w_per_token", "logp_l_per_token", "grad_norm", "lr",
+                "tokens", "seconds", "mfu", "imbalance", "padding"):  # fmt: skip
+        assert all(math.isfinite(line[key]) for line in lines), key
+    assert [x["step"] for x in metrics(out) if "eval_loss" in x] == [0, 4, 8, 12, 16, 20, 24]
+    assert json.loads((out / "settings.json").read_text())["objective"] == "simpo(beta=2.0, gamma=1.0)"
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert {"prompt", "before", "after"} == json.loads((out / "samples.jsonl").read_text().splitlines()[0]).keys()
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_exported_model_is_the_trained_one(arguments, tmp_path):
+    train.main(arguments(save_every=4))
+    folder = tmp_path / "out" / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    weights = dict(model.named_parameters())
+    saved = data_of(tmp_path / "out" / "checkpoints")
+    assert weights and all(torch.equal(p, saved[n]) for n, p in weights.items())
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "name two metals"}], add_generation_prompt=True, return_tensors="pt")
+    ids = ids if isinstance(ids, torch.Tensor) else ids["input_ids"]
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+    assert not list(folder.glob("*.bin")) and (folder / "generation_config.json").exists()
+
+
+def data_of(checkpoints: Path) -> dict[str, torch.Tensor]:
+    """Weights of the newest checkpoint, read with safetensors alone."""
+    from safetensors import safe_open
+
+    newest, found = sorted(checkpoints.glob("step-*"))[-1], {}
+    for file in newest.rglob("*.safetensors"):
+        with safe_open(file, "pt") as f:
+            found |= {k.partition("weight.")[2] or k: f.get_tensor(k) for k in f.keys() if k.startswith("weight.")}
+    return found
+
+
+def test_step_is_the_same_alone_or_with_a_short_last_batch(arguments, tmp_path):
+    """35 pairs in batches of 8: no row is lost, and the last step has 3."""
+    train.main(arguments(dataset=None) + ["--dataset", str(arguments()[3]), "--eval-size", "5", "--max-steps", "100"])
+    assert [line["pairs"] for line in steps(tmp_path / "out")] == [8, 8, 8, 8, 3]
+
+
+@pytest.mark.parametrize("objective", ["simpo", "dpo", "beta_dpo"])
+def test_resumed_run_equals_the_uninterrupted_one(arguments, tmp_path, objective):
+    train.main(arguments(objective=objective, save_every=2, keep=3, max_steps=6, epochs=2, out=tmp_path / "a"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for late in ("step-000006", "step-000004"):  # as if killed in step 5
+        shutil.rmtree(tmp_path / "b" / "checkpoints" / late, ignore_errors=True)
+    train.main(arguments(objective=objective, save_every=2, keep=3, max_steps=6, epochs=2, out=tmp_path / "b") + ["--resume"])
+    noise = {"seconds", "tokens_per_second", "mfu"}
+    strip = lambda lines: [{k: v for k, v in x.items() if k not in noise} for x in lines]  # noqa: E731
+    assert strip(metrics(tmp_path / "b")) == strip(metrics(tmp_path / "a"))
+    a, b = data_of(tmp_path / "a" / "checkpoints"), data_of(tmp_path / "b" / "checkpoints")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_reference_cache(arguments, tmp_path, capsys):
+    """A second run reads the numbers of the first, bit for bit; other weights or other data compute anew."""
+    cache = tmp_path / "cache"
+    train.main(arguments(objective="dpo"))
+    files = sorted(cache.glob("*.safetensors"))
+    assert len(files) == 2  # training rows and held-out rows
+    fresh = steps(tmp_path / "out")
+    capsys.readouterr()
+    train.main(arguments(objective="ipo") + ["--overwrite"])
+    assert capsys.readouterr().err.count("reference log-probs of") == 2 and sorted(cache.glob("*.safetensors")) == files
+    train.main(arguments(objective="dpo") + ["--overwrite"])
+    assert [x["loss"] for x in steps(tmp_path / "out")] == [x["loss"] for x in fresh]
+    train.main(arguments(objective="dpo", max_length=12) + ["--overwrite"])
+    assert len(list(cache.glob("*.safetensors"))) > 2
+    before = len(list(cache.glob("*.safetensors")))
+    files[0].write_bytes(files[0].read_bytes()[:-9])  # cut short: must be computed again
+    train.main(arguments(objective="dpo") + ["--overwrite"])
+    assert len(list(cache.glob("*.safetensors"))) == before and [x["loss"] for x in steps(tmp_path / "out")] == [x["loss"] for x in fresh]
+
+
+@pytest.mark.parametrize("objective", ["kto", "bco", "uapo"])
+def test_unpaired_rows_train(arguments, world, tmp_path, objective):
+    summary = train.main(arguments(objective=objective, dataset=world / "rows.jsonl"))
+    assert [line["pairs"] for line in steps(tmp_path / "out")] == [8, 8, 8, 8] and math.isfinite(summary["after"]["eval_reward_accuracy"])
+
+
+def test_unpaired_objective_takes_each_pair_as_two_rows(arguments, tmp_path):
+    train.main(arguments(objective="kto"))
+    assert steps(tmp_path / "out")[0]["pairs"] == 16
+
+
+def test_objectives_without_ref_never_score_a_reference(arguments, monkeypatch):
+    monkeypatch.setattr(train, "reference_scores", lambda *a: pytest.fail("a reference was scored"))
+    train.main(arguments(objective="simpo"))
+    with pytest.raises(pytest.fail.Exception):
+        train.main(arguments(objective="dpo") + ["--overwrite"])
+
+
+def test_layouts_record_the_same_losses(arguments, tmp_path):
+    train.main(arguments(out=tmp_path / "a"))
+    train.main(arguments(out=tmp_path / "b", layout="padded"))
+    a, b = steps(tmp_path / "a"), steps(tmp_path / "b")
+    assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], abs=1e-5)
+    assert all(x["padding"] == 0 for x in a) and all(x["padding"] > 0.3 for x in b)  # prompts twice, and short rows filled up
+
+
+def test_the_embedded_world_improves(tmp_path):
+    """The default run of the README, cut to 40 steps: true quality and held-out margin must rise."""
+    summary = train.main(["--max-steps", "40", "--out", str(tmp_path / "out"), "--samples", "2"])
+    assert summary["quality_after"] > summary["quality_before"]
+    assert summary["after"]["eval_reward_margin"] > summary["before"]["eval_reward_margin"]
+
+
+# ---- settings ------------------------------------------------------------------------------------------------------------
+
+
+def test_settings_round_trip(tmp_path):
+    """Command line with - or _, YAML, JSON, and the file that a run writes: the same settings."""
+    line = ["--lr", "5e-7", "--batch-size", "16", "--model", "m", "--dataset", "d", "--gradient_checkpointing", "--max_prompt_length", "99"]
+    wanted = train.parse_settings(line)
+    assert (wanted.lr, wanted.batch_size, wanted.gradient_checkpointing, wanted.max_prompt_length) == (5e-7, 16, True, 99)
+    values = dict(lr=5e-7, batch_size=16, model="m", dataset="d", gradient_checkpointing=True, max_prompt_length=99)
+    (tmp_path / "s.yaml").write_text("lr: 5e-7\nbatch-size: 16\nmodel: m\ndataset: d\ngradient_checkpointing: yes\nmax_prompt_length: 99\n")
+    (tmp_path / "s.json").write_text(json.dumps(values))
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump(train.asdict(wanted)))
+    for name in ("s.yaml", "s.json", "all.yaml"):
+        assert train.parse_settings([str(tmp_path / name)]) == wanted
+    assert train.parse_settings([str(tmp_path / "s.yaml"), "--lr", "1e-6"]).lr == 1e-6
+
+
+@pytest.mark.parametrize("text, hyper", [
+    ("simpo", {}), ("simpo()", {}), (" simpo( beta = 2.5,gamma=-1 ) ", {"beta": 2.5, "gamma": -1}),
+    ("alpha_dpo(margin='policy', normalize=False, mean=None)", {"margin": "policy", "normalize": False, "mean": None}),
+])  # fmt: skip
+def test_objective_is_written_as_a_call(text, hyper):
+    assert train.parse_objective(text).hyper == hyper
+
+
+def test_what_an_objective_needs_is_read_off_its_signature():
+    needs = lambda name: train.parse_objective(name)  # noqa: E731
+    assert not needs("simpo").needs("ref") and needs("dpo").needs("ref") and needs("tdpo1").needs("kl_")
+    assert needs("sft").responses == 1 and needs("simpo").responses == 2 and needs("kto").unpaired
+    assert not needs("online_simpo").coupled and needs("online_simpo(self_normalize=True)").coupled
+    assert all(train.parse_objective(name).coupled == (switch is None) for name, switch in BATCH_COUPLED.items())
+    assert str(needs("simpo(beta=2.0)")) == "simpo(beta=2.0)"
+
+
+BAD = {
+    "unknown objective": (dict(objective="simp"), ["unknown objective 'simp'", "simpo", "dpo"]),
+    "unknown argument": (dict(objective="simpo(tau=1)"), ["no argument 'tau'", "simpo(beta=2.0, gamma=1.0"]),
+    "an expression": (dict(objective="simpo(beta=1+1)"), ["write it as a call"]),
+    "code": (dict(objective="__import__('os').system('true')"), ["write it as a call"]),
+    "wrong kind": (dict(objective="simpo(beta='2')"), ["wrong kind"]),
+    "out of range": (dict(objective="dpo(beta=0.0)"), ["beta"]),
+    "missing file": (dict(dataset="nowhere.jsonl"), ["nowhere.jsonl", "no such file"]),
+    "missing model": (dict(model="/nowhere/model"), ["/nowhere/model"]),
+    "learning rate 0": (dict(lr=0), ["lr is 0", "positive"]),
+    "learning rate below 0": (dict(lr=-0.5), ["lr is -0.5"]),
+    "learning rate nan": (dict(lr="nan"), ["lr is nan"]),
+    "batch size 0": (dict(batch_size=0), ["batch_size is 0"]),
+    "batch size as text": (dict(batch_size="many"), ["many"]),
+    "unknown setting": (dict(learning_speed=1), ["learning-speed"]),
+    "max_length too small": (dict(max_length=1), ["max_length 1"]),
+    "no room at this max_length": (dict(max_length=8, max_prompt_length=8), ["max_length 8", "max_prompt_length 8"]),
+    "layout": (dict(layout="dense"), ["layout is 'dense'", "packed, padded"]),
+    "held out all": (dict(eval_size=40), ["eval_size 40"]),
+    "resume without a run": (dict(resume=True), ["no run to resume"]),
+    "overwrite and resume": (dict(resume=True, overwrite=True), ["exclude each other"]),
+    "tiny with real data": (dict(model="tiny"), ["embedded world"]),
+    "unpaired data for a paired objective": (dict(dataset="ROWS"), ["compares pairs", "kto"]),
+    "tensorboard missing": (dict(log_to="wandb"), ["wandb"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_settings_end_with_a_message_and_code_2(arguments, world, capsys, name):
+    more, said = BAD[name]
+    more = {k: world / "rows.jsonl" if v == "ROWS" else v for k, v in more.items()}
+    if name == "tensorboard missing":
+        sys.modules["wandb"] = None
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(**more))
+    sys.modules.pop("wandb", None)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in error
+    for part in said:
+        assert part in error
+
+
+def test_settings_file_errors(tmp_path, capsys):
+    for text, said in (("lr: [", "cannot be read"), ("- lr", "holds a list"), ("learning_rate: 1", "unknown setting 'learning_rate'"),
+                       ("overwrite: 3", "overwrite is 3"), ("lr: yes", "lr is True")):  # fmt: skip
+        (tmp_path / "s.yaml").write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            train.main([str(tmp_path / "s.yaml")])
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_out_that_holds_a_run_is_refused_and_kept(arguments, tmp_path, capsys):
+    train.main(arguments(max_steps=1))
+    before = sorted(p.relative_to(tmp_path) for p in (tmp_path / "out").rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(max_steps=1))
+    assert stop.value.code == 2 and "--overwrite" in capsys.readouterr().err
+    assert sorted(p.relative_to(tmp_path) for p in (tmp_path / "out").rglob("*")) == before
+    other = tmp_path / "notes"
+    other.mkdir()
+    (other / "letter.txt").write_text("mine")
+    for extra in ([], ["--overwrite"]):  # a folder that is no run of ours is never emptied
+        with pytest.raises(SystemExit):
+            train.main(arguments(out=other) + extra)
+        assert (other / "letter.txt").read_text() == "mine"
+
+
+def test_a_wrong_dataset_does_not_delete_the_earlier_run(arguments, tmp_path):
+    train.main(arguments(max_steps=1))
+    with pytest.raises(SystemExit):
+        train.main(arguments(dataset="nowhere.jsonl") + ["--overwrite"])
+    assert (tmp_path / "out" / "summary.json").exists()
+
+
+def test_model_folder_without_tokenizer(arguments, world, tmp_path, capsys):
+    shutil.copytree(world / "model", tmp_path / "bare")
+    for file in (tmp_path / "bare").glob("token*"):
+        file.unlink()
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(model=tmp_path / "bare"))
+    assert stop.value.code == 2 and "no usable tokenizer" in capsys.readouterr().err
+
+
+def test_non_finite_loss_names_the_rows(arguments, world, tmp_path, capsys):
+    """One embedding is NaN, that of a word which only some rows hold: those rows are named, with file and number."""
+    model = AutoModelForCausalLM.from_pretrained(world / "model")
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    word = "gray"
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(word)] = float("nan")
+    model.config.tie_word_embeddings = False
+    model.lm_head = torch.nn.Linear(32, model.config.vocab_size, bias=False)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    lines = (world / "pairs.jsonl").read_text().splitlines()
+    guilty = {f"pairs.jsonl row {i}" for i, line in enumerate(lines, 1) if word in line}
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(model=tmp_path / "model", layout="padded", eval_size=0, batch_size=40, max_steps=None))
+    error = capsys.readouterr().err
+    named = {f"pairs.jsonl row {part.split()[0].rstrip(';. ')}" for part in error.split("pairs.jsonl row ")[1:]}
+    assert stop.value.code == 2 and "not finite" in error and named and named <= guilty
+
+
+def test_state_space_models_are_refused_for_the_packed_layout():
+    model = MambaForCausalLM(MambaConfig(vocab_size=20, hidden_size=8, state_size=4, num_hidden_layers=1))
+    with pytest.raises(SettingsError, match="Mamba.*--layout padded"):
+        train.refuse_packed(model)
+
+
+def test_disagreeing_layouts_stop_the_run(arguments, monkeypatch, capsys):
+    """An attention that ignores the tree (plain causal over the whole pack) is found out on the first examples."""
+    import logprobs
+
+    def causal(module, query, key, value, mask, scaling=None, **kwargs):
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        return out.transpose(1, 2), None
+
+    monkeypatch.setitem(logprobs.AttentionInterface._global_mapping, "packed_tree", causal)
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments())
+    assert stop.value.code == 2 and "use --layout padded" in capsys.readouterr().err
+
+
+def test_the_command_line_itself(tmp_path):
+    """As typed in a shell: the message on stderr, nothing on stdout, exit code 2."""
+    done = subprocess.run([sys.executable, "train.py", "--lr", "0"], cwd=Path(train.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: lr is 0")
