@@ -6,6 +6,7 @@ to produce after it, terminator included. What does not fit is dropped, counted 
 
     python data.py show  --model MODEL --dataset FILE -n 3      # rows as coloured tokens
     python data.py stats --model MODEL --dataset FILE           # lengths, length bias, duplicates, what is dropped and why
+    python data.py sample | score | pairs --help                # make pairs of a model's own responses
 
 Shape letters: B examples · R responses · T tokens of a batch · N scored tokens.
 """
@@ -16,6 +17,7 @@ import glob
 import gzip
 import hashlib
 import heapq
+import importlib.util
 import inspect
 import io
 import itertools
@@ -25,6 +27,7 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import sys
 import zlib
 from collections import Counter
@@ -85,9 +88,9 @@ def read(dataset: str) -> Iterator[tuple[str, dict | Exception]]:
     """Yield (where, row) from one source of rows; an unreadable row is yielded as its error.
 
     Args:
-        dataset: a path ending in .json, .jsonl, either with .gz, or .parquet; a folder of such files; a pattern, "data/*.jsonl";
-            "-" for JSON lines on standard input; or a hub name, "org/name", "org/name:split" or "org/name:config:split"
-            (the split is train if not given). A slice takes some of the rows: "pairs.jsonl[:1000]".
+        dataset: a path ending in .json, .jsonl, either with .gz, or .parquet; a folder of such files; a pattern,
+            "data/*.jsonl"; "-" for JSON lines on standard input; or a hub name, "org/name", "org/name:split" or
+            "org/name:config:split" (the split is train if not given). A slice takes some of the rows: "pairs.jsonl[:1000]".
     Raises:
         DataError: nothing there, or a file that cannot be read at all.
     """
@@ -206,7 +209,8 @@ def _sources(dataset: str) -> list[tuple[str, float]]:
         name, weight = re.fullmatch(r"(.*?)(?:@(\d+(?:\.\d+)?))?", part.strip(), re.DOTALL).groups()
         if not name or weight is not None and float(weight) == 0:
             raise DataError(
-                f"dataset is {dataset!r}: write sources with commas between, each with an optional weight above 0: a.jsonl, b.jsonl@0.5"
+                f"dataset is {dataset!r}: write sources with commas between, each with an optional weight above 0: "
+                "a.jsonl, b.jsonl@0.5"
             )
         sources.append((name, float(weight or 1)))
     return sources
@@ -324,7 +328,7 @@ def from_pair(row: dict) -> Row:
     sides, margin = [row.get("chosen"), row.get("rejected")], _margin(row)
     if all(isinstance(s, (list, tuple)) and len(s) > 1 for s in sides):
         sides, prompt = [_messages(s, w) for s, w in zip(sides, ("chosen", "rejected"))], row.get("prompt")
-        if prompt is not None and (not isinstance(prompt, str) or sides[0][0]["role"] == "assistant"):
+        if sides[0][0]["role"] == "assistant" or prompt is not None and not isinstance(prompt, str):
             prompt = _messages(prompt, "prompt")
             sides = [s if s[: len(prompt)] == prompt else prompt + s for s in sides]  # responses of several turns
         return _last_turns(*sides, margin=margin)
@@ -359,7 +363,7 @@ def from_implied(row: dict) -> Row:
 def from_sharegpt(row: dict) -> Row:
     """{conversations, chosen, rejected} with {from, value} turns; an optional system text goes in front."""
     prompt = _messages(row.get("conversations"), "conversations")
-    if row.get("system"):
+    if row.get("system") not in (None, ""):
         prompt = [{"role": "system", "content": _text(row["system"], "system")}] + prompt
     return _row(prompt, [_response(row.get(side), side) for side in ("chosen", "rejected")], margin=_margin(row))
 
@@ -367,10 +371,10 @@ def from_sharegpt(row: dict) -> Row:
 def from_scored(row: dict) -> Row:
     """{prompt, responses, scores}, or SimPO's {prompt, all_generated_responses, all_rm_scores}: best against worst."""
     texts, scores = ("responses", "scores") if "responses" in row else ("all_generated_responses", "all_rm_scores")
-    if not isinstance(row.get(texts), (list, tuple)):
-        raise DataError(f"{texts} is not a list")
+    if not isinstance(row.get(texts), (list, tuple)) or len(row[texts]) < 2:
+        raise DataError(f"{texts} is not a list of two or more responses")
     responses = [_response(r, f"{texts} {i}") for i, r in enumerate(row[texts], 1)]
-    values = _scores(row.get(scores), scores, len(responses) if len(responses) > 1 else None)
+    values = _scores(row.get(scores), scores, len(responses))
     best, worst = values.index(max(values)), values.index(min(values))
     if best == worst:
         raise DataError(TIE)
@@ -465,33 +469,42 @@ def _ids(tokenizer, text: str) -> list[int]:
 
 
 def _any_of(words) -> re.Pattern:
-    return re.compile(
-        "|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)"
-    )  # the longest first; none: never
+    # the longest first; of no words, a pattern that never matches
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
 
 
 @functools.lru_cache(maxsize=4)
-def _stand_ins(tokenizer):
-    """For text that spells a special token: (pattern of these, exchange of each with a private-use character, reader of them).
-
-    The tokenizer is a copy in which every special token goes by its private-use character, so its old name is ordinary text.
-    """
+def _special(tokenizer) -> tuple[dict[str, str], re.Pattern]:
+    """(special token → a private-use character, pattern that finds special tokens)."""
     special = sorted(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
-    names = {token: chr(0xF0000 + i) for i, token in enumerate(special)}
+    return {token: chr(0xF0000 + i) for i, token in enumerate(special)}, _any_of(special)
+
+
+@functools.lru_cache(maxsize=4)
+def _stand_ins(tokenizer) -> tuple[Callable[[str], str], Tokenizer | None]:
+    """For text that spells a special token: (exchange of each with its private-use character and back, reader of the latter).
+
+    The reader is a copy of the tokenizer in which every special token goes by its private-use character, so that its old name
+    is ordinary text. None where no such copy can be made.
+    """
+    names, _ = _special(tokenizer)
     swap = names | {char: token for token, char in names.items()}
-    either = _any_of(swap)
-    exchange = functools.partial(either.sub, lambda match: swap[match[0]])
+    exchange = functools.partial(_any_of(swap).sub, lambda match: swap[match[0]])
     if not getattr(tokenizer, "is_fast", False):
-        return _any_of(names), exchange, None
+        return exchange, None
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in state["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
     model, vocab = state["model"], state["model"]["vocab"]
     by_name = isinstance(vocab, dict)
     model["vocab"] = {names.get(k, k): v for k, v in vocab.items()} if by_name else [[names.get(k, k), v] for k, v in vocab]
-    model["unk_token"] = names.get(model.get("unk_token"), model.get("unk_token"))
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
     state["post_processor"] = None
-    return _any_of(names), exchange, Tokenizer.from_str(json.dumps(state))
+    try:
+        return exchange, Tokenizer.from_str(json.dumps(state))
+    except Exception:  # a vocabulary that builds its special tokens from ordinary pieces
+        return exchange, None
 
 
 def _texts(row: Row) -> list[str]:
@@ -499,10 +512,8 @@ def _texts(row: Row) -> list[str]:
 
 
 def _common(a: list[int], b: list[int]) -> int:
-    n = 0
-    while n < min(len(a), len(b)) and a[n] == b[n]:
-        n += 1
-    return n
+    """How many ids two lists share at the beginning."""
+    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def encode(
@@ -525,8 +536,8 @@ def encode(
         DataError: the template refuses the row, or its prompt is not a prefix of the whole, or there is no room.
     """
     ids, cuts = functools.partial(_ids, tokenizer), []
-    spelled, exchange, reader = _stand_ins(tokenizer)
-    if not control_tokens and any(map(spelled.search, _texts(row))):
+    if not control_tokens and any(map(_special(tokenizer)[1].search, _texts(row))):
+        exchange, reader = _stand_ins(tokenizer)
         if reader is None or any(PRIVATE.search(x) for x in _texts(row)):
             raise DataError("it spells a special token, which cannot be told from a real one here")
         ids = lambda text: reader.encode(exchange(text), add_special_tokens=False).ids  # noqa: E731
@@ -820,8 +831,13 @@ def _cache_file(source: str, job: Callable) -> Path:
     return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
 
 
+def _start_worker(job: Callable) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a trainer's handler, inherited, would keep the pool from ending it
+    _work.job = job
+
+
 def _work(item) -> dict:
-    return _work.job(item)  # set in every worker process by the pool's initializer
+    return _work.job(item)
 
 
 def _cached(rows: Iterator, job: Callable, file: Path):
@@ -834,7 +850,7 @@ def _cached(rows: Iterator, job: Callable, file: Path):
         if not file.exists():
             unfinished = file.with_suffix(".unfinished")
             with (
-                multiprocessing.Pool(initializer=functools.partial(setattr, _work, "job"), initargs=(job,)) as pool,
+                multiprocessing.Pool(initializer=_start_worker, initargs=(job,)) as pool,
                 pa.OSFile(str(unfinished), "wb") as sink,
                 pa.ipc.new_stream(sink, SCHEMA) as writer,
             ):
@@ -1027,7 +1043,8 @@ def world_tokenizer():
         tokenizer_object=inner, unk_token="<unk>", eos_token="<end>", pad_token="<end>", additional_special_tokens=special[1:3]
     )
     tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% if m['role'] == 'assistant' %}<end>{% endif %}{% endfor %}"
+        "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} "
+        "{% if m['role'] == 'assistant' %}<end>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     return tokenizer
@@ -1081,6 +1098,249 @@ def tiny_world(seed: int = 0, demonstrations: int = 4096, pairs: int = 3272) -> 
         if better != worse:
             compared.append(Row(user(prompt), [a, b] if better > worse else [b, a]))
     return world_tokenizer(), shown, compared
+
+
+# ---- making pairs on policy: sample → score → pairs ------------------------------------------------------------------
+#
+# Every step reads and writes JSON lines, so another engine can take its place:
+#   sample  {prompt} or any row with a prompt       → {id, prompt: [messages], responses: [text], unfinished, …how it was made}
+#   score   {prompt, responses}                     → the same with scores: [number]
+#   pairs   {prompt, responses, scores}             → {prompt, chosen, rejected, score_chosen, score_rejected}
+
+
+def prompts_of(source: str, columns: str = "") -> Iterator[tuple[str, dict, list[dict]]]:
+    """(where, row, prompt messages) of every usable row, a prompt once; rows of other shapes are named on stderr."""
+    renamed, seen = _renamed(columns), set()
+    for where, raw in read(source):
+        try:
+            if not isinstance(raw, dict):
+                raise raw if isinstance(raw, DataError) else DataError("the row is not an object with columns")
+            row = raw | {new: raw.get(old) for new, old in renamed.items()}
+            prompt = (
+                _row(_messages(row["prompt"], "prompt"), []).prompt if "prompt" in row else format_of(row, where)[0](row).prompt
+            )
+        except DataError as error:
+            print(f"{where}: left out ({error})", file=sys.stderr)
+            continue
+        key = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16]
+        if key not in seen:
+            seen.add(key)
+            yield where, {**row, "id": key}, prompt
+
+
+def _resumed(out: str) -> set[str]:
+    """The ids of complete lines in an unfinished output; a line cut short by a kill is taken off."""
+    path = Path(out)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return set()
+    text = path.read_text(encoding="utf-8")
+    complete = text[: text.rfind("\n") + 1]
+    if complete != text:
+        path.write_text(complete, encoding="utf-8")
+    try:
+        return {json.loads(line)["id"] for line in complete.splitlines()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{out}: not the output of an earlier run of this command, so it cannot be continued") from error
+
+
+def _write(out: str, rows: list[dict]) -> None:
+    with open(out, "a", encoding="utf-8") as f:
+        f.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _load_model(name: str, auto, device: str):
+    try:
+        model = auto.from_pretrained(name, dtype="auto", use_safetensors=True)
+    except Exception as error:  # transformers raises many kinds; all mean that there is no such model
+        raise DataError(
+            f"{name}: no loadable {auto.__name__.removeprefix('AutoModelFor')} model there ({_brief(error)})"
+        ) from error
+    device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).train(False)
+
+
+@torch.no_grad()
+def _answers(model, tokenizer, prompts: list[list[dict]], temperature, top_p, max_tokens, seed) -> list[str | None]:
+    """One answer to each prompt, sampled (temperature 0: greedy); None for one that did not end within max_tokens."""
+    ids = [encode(Row(p, [MARK]), tokenizer, 2**31, 2**31)[0].prompt for p in prompts]
+    width = max(map(len, ids))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    inputs = torch.tensor([[pad] * (width - len(x)) + x for x in ids], device=model.device)
+    mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in ids], device=model.device)
+    stop = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    if stop is None:
+        raise DataError("the model has no token that ends a response (eos_token_id of its generation config)")
+    how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature > 0 else dict(do_sample=False)
+    torch.manual_seed(seed)
+    out = model.generate(
+        input_ids=inputs, attention_mask=mask, max_new_tokens=max_tokens, eos_token_id=stop, pad_token_id=pad, **how
+    )
+    stops = {stop} if isinstance(stop, int) else set(stop)
+    ended = [bool(stops & set(answer)) for answer in out[:, width:].tolist()]
+    texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    return [text.strip() if done else None for text, done in zip(texts, ended)]
+
+
+STEP_BY_STEP = "\n\nThink step by step, then give the final answer."
+APPROACHES = "\n\nName {n} clearly different approaches to this, one per line, numbered. Do not carry them out yet."
+BY_APPROACH = "\n\nAnswer by this approach: {approach}"
+
+
+def _with(prompt: list[dict], addition: str) -> list[dict]:
+    return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + addition}]
+
+
+def sample(
+    model: str,
+    prompts: str,
+    out: str,
+    *,
+    n: int = 5,
+    strategy: str = "plain",
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    max_tokens: int = 512,
+    batch_size: int = 8,
+    columns: str = "",
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Sample n responses to every prompt and add them to `out`, which is continued if it is there.
+
+    strategy: "plain"; "cot" asks for thinking step by step; "dts" first asks for n different approaches and then for an answer
+    by each. The prompt that is written is the one that was given. Equal responses are kept once; one that did not end within
+    max_tokens is counted and left out, since no terminator followed it. Prompts go in fixed batches with a seed of their own,
+    so a continued run writes what an unbroken one would have written.
+    """
+    if strategy not in ("plain", "cot", "dts"):
+        raise DataError(f"strategy is {strategy!r}; accepted are plain, cot, dts")
+    if n < 1 or batch_size < 1 or max_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise DataError("n, batch_size and max_tokens are at least 1, temperature at least 0, top_p above 0 and at most 1")
+    done, rows = _resumed(out), list(prompts_of(prompts, columns))
+    from transformers import AutoModelForCausalLM
+
+    tokenizer, policy = load_tokenizer(model), _load_model(model, AutoModelForCausalLM, device)
+    how = dict(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
+    made = dict(model=model, strategy=strategy, **how, seed=seed)
+    for start in tqdm(range(0, len(rows), batch_size), desc="sample", unit=" batches", disable=not sys.stderr.isatty()):
+        part = rows[start : start + batch_size]
+        if all(row["id"] in done for _, row, _ in part):
+            continue
+        asked = [_with(p, STEP_BY_STEP) if strategy == "cot" else p for _, _, p in part for _ in range(n)]
+        if strategy == "dts":
+            plans = _answers(
+                policy, tokenizer, [_with(p, APPROACHES.format(n=n)) for _, _, p in part], **how, seed=seed + start
+            )
+            found = [re.findall(r"^\s*\d+[.):]\s*(.+)$", plan or "", re.MULTILINE)[:n] for plan in plans]
+            lists = [names + [None] * (n - len(names)) for names in found]  # too few approaches: the rest is sampled plainly
+            asked = [
+                _with(p, BY_APPROACH.format(approach=a)) if a else p for (_, _, p), names in zip(part, lists) for a in names
+            ]
+        answers = _answers(policy, tokenizer, asked, **how, seed=seed + start + 1)
+        lines = []
+        for i, (_, row, prompt) in enumerate(part):
+            mine = answers[i * n : (i + 1) * n]
+            responses = list(dict.fromkeys(a for a in mine if a))
+            if row["id"] not in done:
+                lines.append(
+                    {"id": row["id"], "prompt": prompt, "responses": responses, "unfinished": mine.count(None), **made}
+                )
+        _write(out, lines)
+
+
+def _rule(name: str) -> Callable[[dict, str], float]:
+    """ "file.py:function" or "module:function" → that function of (row, response)."""
+    place, _, function = name.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        return getattr(module, function)
+    except (ImportError, OSError, AttributeError, ValueError, SyntaxError) as error:
+        raise DataError(f"rule is {name!r}, which is no file.py:function or module:function ({_brief(error)})") from error
+
+
+def score(responses: str, out: str, *, reward_model: str = "", rule: str = "", device: str = "auto") -> None:
+    """Add `scores` to rows of {prompt, responses} and write them to `out`, which is continued if it is there.
+
+    reward_model: a transformers sequence-classification model with one output; it reads prompt and response through its own
+    chat template. rule: a Python function of (row, response) that gives a number, or true and false.
+    """
+    if bool(reward_model) == bool(rule):
+        raise DataError("score needs either reward_model or rule")
+    if rule:
+        function = _rule(rule)
+        grade = lambda row, prompt, texts: [float(function(row, text)) for text in texts]  # noqa: E731
+    else:
+        from transformers import AutoModelForSequenceClassification
+
+        tokenizer, judge = load_tokenizer(reward_model), _load_model(reward_model, AutoModelForSequenceClassification, device)
+        if judge.config.num_labels != 1:
+            raise DataError(f"{reward_model}: gives {judge.config.num_labels} numbers per text; a reward model gives one")
+
+        @torch.no_grad()
+        def grade(row, prompt, texts):
+            found = []
+            for text in texts:
+                example, _ = encode(Row(prompt, [text]), tokenizer, 2**31, 2**31)
+                ids = torch.tensor([example.prompt + example.responses[0]], device=judge.device)
+                found.append(judge(input_ids=ids).logits[0, 0].item())
+            return found
+
+    done = _resumed(out)
+    for where, row, prompt in tqdm(prompts_of(responses), desc="score", unit=" rows", disable=not sys.stderr.isatty()):
+        if row["id"] in done:
+            continue
+        if not isinstance(row.get("responses"), list) or not all(isinstance(x, str) for x in row["responses"]):
+            raise DataError(f"{where}: responses is not a list of texts")
+        _write(out, [{**row, "scores": grade(row, prompt, row["responses"])}])
+
+
+def pairs(scored: str, out: str, *, how: str = "best_worst", min_margin: float = 0.0, seed: int = 0) -> Counter:
+    """Turn rows of {prompt, responses, scores} into preference pairs; returns how many rows gave a pair, or why not.
+
+    how: "best_worst"; "random", two responses of different score; "correct", a random response with a score above ½ against a
+    random one with at most ½. min_margin: the least difference of scores of a pair.
+    """
+    if how not in ("best_worst", "random", "correct"):
+        raise DataError(f"how is {how!r}; accepted are best_worst, random, correct")
+    counts, lines = Counter(), []
+    for _, row, prompt in prompts_of(scored):
+        try:
+            texts = [_text(x, f"responses {i}") for i, x in enumerate(row.get("responses") or [], 1)]
+            if len(texts) < 2:
+                raise DataError("fewer than two responses")
+            values = _scores(row.get("scores"), "scores", len(texts))
+        except (DataError, TypeError) as error:
+            counts[str(error)] += 1
+            continue
+        rng, order = random.Random(f"{seed} {row['id']}"), sorted(range(len(texts)), key=lambda i: -values[i])
+        found = [
+            (a, b) for a, b in itertools.permutations(order, 2) if values[a] > values[b] and values[a] - values[b] >= min_margin
+        ]
+        if how == "best_worst":
+            found = [(a, b) for a, b in found if values[a] == max(values) and values[b] == min(values)]
+        if how == "correct":
+            found = [(a, b) for a, b in found if values[a] > 0.5 >= values[b]]
+        counts["pairs" if found else f"no two responses that differ as asked ({how}, min_margin {min_margin:g})"] += 1
+        if found:
+            a, b = found[0] if how == "best_worst" else rng.choice(found)
+            pair = {
+                "prompt": prompt,
+                "chosen": texts[a],
+                "rejected": texts[b],
+                "score_chosen": values[a],
+                "score_rejected": values[b],
+            }
+            lines.append({"id": row["id"], **pair})
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(out).write_text("", encoding="utf-8")
+    _write(out, lines)
+    return counts
 
 
 # ---- looking at data -------------------------------------------------------------------------------------------------
@@ -1148,12 +1408,43 @@ def _add_options(command: argparse.ArgumentParser, options: dict[str, tuple], de
     """`--name` and `--na-me` for keyword arguments of the function `defaults`, with its default values."""
     for name, (kind, text) in options.items():
         default = inspect.signature(defaults).parameters[name].default
+        dashes = "-" if len(name) == 1 else "--"
         how = dict(action="store_true") if kind is bool else dict(type=kind, default=default)
-        command.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), help=f"{text} ({default})", **how)
+        command.add_argument(
+            *dict.fromkeys((f"{dashes}{name}", f"{dashes}{name.replace('_', '-')}")), help=f"{text} ({default})", **how
+        )
+
+
+SAMPLE_HELP = {
+    "n": (int, "responses per prompt"),
+    "strategy": (str, "plain, cot (think step by step) or dts (n different approaches, then an answer by each)"),
+    "temperature": (float, "of sampling; 0 is greedy"),
+    "top_p": (float, "share of the probability that is sampled from"),
+    "max_tokens": (int, "longer responses are left out"),
+    "batch_size": (int, "prompts at a time"),
+    "columns": (str, "columns to rename, new=old"),
+    "seed": (int, "for everything random"),
+    "device": (str, "cpu, cuda or auto"),
+}
+SCORE_HELP = {
+    "reward_model": (str, "folder or hub name of a sequence-classification model"),
+    "rule": (str, "file.py:function or module:function; called with (row, response), returns a number"),
+    "device": (str, "cpu, cuda or auto"),
+}
+PAIRS_HELP = {
+    "how": (str, "best_worst, random (two of different score) or correct (above ½ against at most ½)"),
+    "min_margin": (float, "least difference of scores"),
+    "seed": (int, "for everything random"),
+}
+STEPS = {  # command → (function, what it needs, its options, help)
+    "sample": (sample, ("model", "prompts", "out"), SAMPLE_HELP, "sample responses to prompts"),
+    "score": (score, ("responses", "out"), SCORE_HELP, "score responses by a reward model or a rule"),
+    "pairs": (pairs, ("scored", "out"), PAIRS_HELP, "make preference pairs of scored responses"),
+}
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Look at preference data as the trainer sees it.")
+    parser = argparse.ArgumentParser(description="Look at preference data as the trainer sees it, and make it on policy.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("show", "print rows as coloured tokens: prompt dim, scored response bright"),
@@ -1165,6 +1456,13 @@ def _parser() -> argparse.ArgumentParser:
         if name == "show":
             cmd.add_argument("-n", type=int, default=3, help="rows to print (3)")
         _add_options(cmd, LOAD_HELP, load)
+    for name, (function, needed, options, text) in STEPS.items():
+        cmd = commands.add_parser(name, help=text)
+        for argument in needed:
+            cmd.add_argument(
+                f"--{argument}", required=True, help="JSON lines to write" if argument == "out" else "what to read"
+            )
+        _add_options(cmd, options, function)
     return parser
 
 
@@ -1172,6 +1470,10 @@ def main(argv: list[str] | None = None) -> None:
     """The command line as a function. What the user can mend ends with a message and exit code 2."""
     args = _parser().parse_args(argv)
     try:
+        if args.command in STEPS:
+            function, needed, options, _ = STEPS[args.command]
+            counts = function(**{name: getattr(args, name) for name in (*needed, *options)})
+            return print("\n".join(f"{n} {what}" for what, n in counts.items())) if counts else None
         tokenizer = load_tokenizer(args.model)
         settings = {name: getattr(args, name) for name in LOAD_HELP}
         examples, report = load(args.dataset, tokenizer, max_drop_fraction=1.0, **settings)

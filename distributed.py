@@ -13,8 +13,10 @@ with a file `complete` that holds the size and checksum of every other file. Onl
 """
 
 import argparse
+import atexit
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -25,6 +27,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -36,13 +39,19 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as recompute
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import data
 from data import DataError
+from logprobs import ResponseLogProbs
 
 FILE_LIMIT = 5 * 10**9  # bytes of one file of an exported model
 
@@ -63,6 +72,7 @@ def setup(device: str) -> torch.device:
             torch.cuda.set_device(place)
         group.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=10))
         sys.excepthook = _leave
+        atexit.register(group.destroy_process_group)
     return place
 
 
@@ -83,12 +93,6 @@ def fail(error: Exception) -> None:
     if world_size() > 1:
         os._exit(2)
     raise SystemExit(2)
-
-
-def finish() -> None:
-    """Leave the process group, if there is one."""
-    if group.is_initialized():
-        group.destroy_process_group()
 
 
 def rank() -> int:
@@ -187,7 +191,16 @@ def shard(policy: nn.Module, mesh: str | None = None, bf16: bool = False, checkp
         if isinstance(module, FSDPModule):  # our losses are divided by the rows of all ranks: gradients add up, no average
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    # 4. backward makes the root let go of its weights; a pass without gradient has to do so itself
+    policy.register_forward_pre_hook(lambda *_: policy.set_reshard_after_forward(not torch.is_grad_enabled(), recurse=False))
     register_fsdp_forward_method(policy, "within")
+    within = policy.within
+
+    def within_and_release(*args, **kwargs):
+        policy.set_reshard_after_forward(True, recurse=False)
+        return within(*args, **kwargs)
+
+    policy.within = within_and_release
     return policy
 
 
@@ -290,9 +303,10 @@ def load_weights(model: nn.Module, name: str, device: torch.device) -> None:
                 else:
                     _copy_rows(target, saved, key)
                     missing.pop(id(target), None)
-    for what, names in (("missing", sorted(missing.values())), ("unexpected", unexpected), ("of another shape", wrong)):
+    for what, names in (("of another shape", wrong), ("unexpected", unexpected), ("missing", sorted(missing.values()))):
         if names:
-            raise DataError(f"{folder}: {len(names)} weights are {what}: {', '.join(names[:8])}{' …' * (len(names) > 8)}")
+            more = " …" if len(names) > 8 else ""
+            raise DataError(f"{folder}: {len(names)} weights are {what}: {', '.join(names[:8])}{more}")
 
 
 def _download(name: str) -> Path:
@@ -331,27 +345,27 @@ def hash_weights(model: nn.Module) -> list[str]:
     return gather_objects(digest.hexdigest())
 
 
-def save_tensor(tensor: Tensor, file: Path) -> None:
-    """Write one tensor as safetensors, whole or not at all; a folder that cannot be written is no reason to stop."""
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write small tensors as one safetensors file, whole or not at all; a folder that cannot be written is no reason to stop."""
     if not is_main():
         return
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"tensor": tensor.contiguous().cpu()}, part)
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part)
         os.replace(part, file)
     except (OSError, SafetensorError):
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
 
 
-def load_tensor(file: Path) -> Tensor | None:
-    """What save_tensor wrote, as rank 0 reads it; None if there is no such file or it is damaged."""
+def load_tensors(file: Path) -> dict[str, Tensor] | None:
+    """What save_tensors wrote, as rank 0 reads it; None if there is no such file or it is damaged."""
 
-    def read() -> Tensor | None:
+    def read() -> dict[str, Tensor] | None:
         try:
             with safe_open(file, "pt") as opened:
-                return opened.get_tensor("tensor")
+                return {key: opened.get_tensor(key) for key in opened.keys()}
         except (OSError, SafetensorError):
             return None
 
@@ -567,7 +581,8 @@ def _write_model(folder: Path, sizes: dict[str, torch.Size], fetch: Callable, dt
         for name in members:
             value = fetch(name)
             if is_main():
-                tensors[name] = value.to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
+                kind = dtype if value.is_floating_point() else value.dtype
+                tensors[name] = torch.empty(value.shape, dtype=kind).copy_(value)
         on_main(save_file, tensors, folder / file, {"format": "pt"})
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(s.numel() * width for s in sizes.values())}}
@@ -605,7 +620,8 @@ def model_card(title: str, settings: dict, metrics: dict) -> str:
         return [f"| {head} | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items() if v is not None), ""]
 
     front = ["---", "library_name: transformers", "---", "", f"# {title}", ""]
-    what = f"`{settings.get('model')}` trained on the preferences of `{settings.get('dataset')}` with `{settings.get('objective')}`."
+    model, dataset, objective = (settings.get(k) for k in ("model", "dataset", "objective"))
+    what = f"`{model}` trained on the preferences of `{dataset}` with `{objective}`."
     numbers = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in metrics.items()}
     return "\n".join([*front, what, "", *table("measured", numbers), *table("setting", settings)])
 
@@ -638,3 +654,158 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, limit: in
     (part / "config.json").write_text(json.dumps(config, indent=2))
     (part / "README.md").write_text(model_card(out.name, state.get("run", {}), {"step": state["step"]}))
     os.rename(part, out)
+
+
+# ---- will it fit? ----------------------------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors made inside that are alive, now and at most; on fake tensors nothing is really allocated."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = function(*args, **(kwargs or {}))
+        for tensor in (t for t in tree_leaves(out) if isinstance(t, Tensor)):
+            storage = tensor.untyped_storage()
+            if id(storage) not in given and storage not in self.known:  # a view or an in-place result is no new memory
+                self.known.add(storage)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+def one_microbatch(config, pairs: int, lengths: tuple, dtype: torch.dtype, checkpointing: bool, keep_gradients: bool) -> dict:
+    """What forward and backward of `pairs` pairs of (prompt, chosen, rejected) tokens take, computed on tensors without memory.
+
+    Returns:
+        peak: bytes at most alive besides the weights; gradients count if `keep_gradients`, else each is freed at once.
+        flops: floating-point operations, recomputation included; parameters, root: numbers of all and of the root's own.
+    """
+    prompt, *responses = lengths
+    batch = data.packed_batch([data.Example([0] * prompt, [[0] * n for n in responses])] * pairs)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        policy = ResponseLogProbs(model)
+        policy.use_layout("packed")
+        policy = shard(policy, checkpointing=checkpointing)
+        fake = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in batch._asdict().items() if isinstance(v, Tensor)}
+
+        def after(p: nn.Parameter) -> None:
+            p.grad = p.grad if keep_gradients else None
+            gc.collect()  # dispatch modes tie recomputed tensors into cycles, which a run without them does not
+
+        for p in policy.parameters():
+            p.register_post_accumulate_grad_hook(after)
+        gc.collect()
+        gc.freeze()  # so that collecting looks at what is new only
+        with FlopCounterMode(display=False) as flops, LiveBytes() as live:
+            logp, _ = policy(batch._replace(**fake))
+            logp.sum().backward()
+        gc.unfreeze()
+    blocks = decoder_blocks(model)
+    parameters, layered = (sum(p.numel() for p in m.parameters()) for m in (model, nn.ModuleList(blocks)))
+    found = dict(peak=live.peak, flops=flops.get_total_flops(), parameters=parameters, root=parameters - layered)
+    return found | dict(block=layered // max(1, len(blocks)))
+
+
+def plan(config, gpus: int, memory: float, lengths: tuple, rows: int, batch_size: int, mfu: float, tflops: float) -> str:
+    """Memory per GPU, the largest token budget and the time of one epoch, as text; see `python distributed.py plan --help`."""
+    half, gib = torch.float16, 2**30  # 16-bit like bf16, which a CPU would attend to in another way than a GPU does
+    pair, lines = sum(lengths), []
+    for checkpointing in (True, False):
+        few, many = (one_microbatch(config, n, lengths, half, checkpointing, False) for n in (1, 3))
+        per_pair = (many["peak"] - few["peak"]) / 2
+        size, cut = few["parameters"], -(-few["parameters"] // gpus)
+        whole = 2 * (few["root"] + 2 * few["block"]) if gpus > 1 else 2 * size
+        parts = {
+            "fp32 weights": 4 * cut, "Adam moments": 8 * cut, "gradients, reduced": 4 * cut,
+            "gathered 16-bit weights (root, two blocks)": whole,
+            "gathered gradients (root in fp32, one block)": 4 * few["root"] + 6 * few["block"] if gpus > 1 else 0,
+            "first pair: activations and head chunk": few["peak"],
+        }  # fmt: skip
+        fixed = sum(parts.values())
+        keep = 4 * size if gpus > 1 else 0
+        share = -(-batch_size // gpus)
+        free = 0.92 * memory * 1e9 - fixed  # the rest is the allocator's
+        one, several = 1 + int(free // per_pair), 1 + int((free - keep) // per_pair)
+        lines.append(f"{'with' if checkpointing else 'without'} --gradient-checkpointing, per GPU:")
+        lines += [f"  {name:<48}{value / gib:9.2f} GiB" for name, value in parts.items()]
+        lines += [f"  {'sum':<48}{fixed / gib:9.2f} GiB", f"  {'each further pair':<48}{per_pair / gib:9.2f} GiB"]
+        if one >= share:
+            lines.append(f"  fits: a step of {batch_size} pairs is one microbatch; --tokens-per-microbatch up to {one * pair}")
+        elif several >= 1:
+            lines.append(f"  fits, with {keep / gib:.2f} GiB more for gradients that stay whole between microbatches:")
+            lines.append(f"  --tokens-per-microbatch up to {several * pair}")
+        else:
+            lines.append("  does not fit")
+    flops = (many["flops"] - few["flops"]) / 2 * rows
+    hours = flops / (gpus * tflops * 1e12 * mfu) / 3600
+    tokens = " + ".join(map(str, lengths))
+    head = [f"{size / 1e9:.2f} B parameters; {rows} pairs of {tokens} tokens; {gpus} GPUs of {memory:g} GB"]
+    tail = [f"one epoch: {flops:.3g} flops (head's second pass included), {hours:.2f} h, {hours * gpus:.1f} GPU-hours at "
+            f"{mfu:.0%} of {tflops:g} Tflop/s; a third more with checkpointing"]  # fmt: skip
+    return "\n".join([*head, *lines, *tail])
+
+
+SHAPES = {  # published sizes, so that a plan needs no download
+    "gemma-2-9b": ("gemma2", dict(hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16,
+                   num_key_value_heads=8, head_dim=256, vocab_size=256000)),
+    "llama-3-8b": ("llama", dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                   num_key_value_heads=8, vocab_size=128256)),
+    "mistral-7b": ("mistral", dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                   num_key_value_heads=8, vocab_size=32000)),
+}  # fmt: skip
+
+
+def config_of(model: str):
+    """The configuration of a name in SHAPES, a config.json, a folder that holds one, or a hub name."""
+    if model in SHAPES:
+        kind, sizes = SHAPES[model]
+        return AutoConfig.for_model(kind, **sizes)
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"{model}: no configuration there ({reason}); known shapes are {', '.join(SHAPES)}") from error
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Checkpoints to models, and models to gigabytes and hours.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    cmd = commands.add_parser("export", help="write a checkpoint as a transformers folder")
+    cmd.add_argument("checkpoint", type=Path, help="a folder …/checkpoints/step-000120")
+    cmd.add_argument("out", type=Path, help="the folder to write")
+    cmd.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
+    cmd = commands.add_parser("plan", help="memory per GPU, token budget and hours, from a configuration alone")
+    cmd.add_argument("--model", required=True, help=f"config.json, folder, hub name, or a shape: {', '.join(SHAPES)}")
+    cmd.add_argument("--gpus", type=int, default=8)
+    cmd.add_argument("--gpu-memory", type=float, default=80.0, help="GB (10⁹ bytes) of one GPU; 8 % are left to the allocator")
+    cmd.add_argument("--lengths", type=int, nargs=3, default=(300, 350, 350), help="tokens of prompt, chosen, rejected")
+    cmd.add_argument("--rows", type=int, default=60_000, help="pairs of one epoch")
+    cmd.add_argument("--batch-size", type=int, default=128, help="pairs of one optimizer step, all GPUs together")
+    cmd.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached")
+    cmd.add_argument("--tflops", type=float, default=989.0, help="dense bf16 peak of one GPU; 989 is an H100's or H200's")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "export":
+            export_checkpoint(args.checkpoint, args.out, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype])
+        else:
+            sizes = (args.gpus, args.gpu_memory, tuple(args.lengths), args.rows, args.batch_size, args.mfu, args.tflops)
+            print(plan(config_of(args.model), *sizes))
+    except DataError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

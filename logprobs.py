@@ -237,12 +237,17 @@ class ResponseLogProbs(nn.Module):
     def __init__(self, model: nn.Module, reference: nn.Module | None = None, chunk: int | None = None):
         super().__init__()
         self.model, self.reference, self.chunk = model, reference, chunk
-        self.native_attention = model.config._attn_implementation
+        self.layout, self.native_attention = "padded", model.config._attn_implementation
 
-    def use_layout(self, layout: str) -> None:
-        """Attention for "packed" or "padded" batches ("padded" is the model's own, which generation needs too)."""
+    def use_layout(self, layout: str) -> str:
+        """Attention for "packed" or "padded" batches ("padded" is the models' own, which generation needs too).
+
+        Policy and reference change together; returns the layout before.
+        """
+        before, self.layout = self.layout, layout
         for model in filter(None, (self.model, self.reference)):
             model.set_attn_implementation("packed_tree" if layout == "packed" else self.native_attention)
+        return before
 
     def within(self, function, *args, **kwargs):
         """function(model, …) as part of this module: where it is sharded, what only its forward gathers is whole meanwhile."""

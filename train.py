@@ -9,6 +9,7 @@ completions for unpaired objectives. All losses are means over the rows of the w
 does not depend on how the batch is cut into microbatches.
 """
 
+import argparse
 import ast
 import contextlib
 import errno
@@ -69,6 +70,15 @@ class Settings:
     seed: int = option(0, "order of rows, held-out rows, and everything random in the embedded world")
     max_length: int = option(2048, "tokens of prompt + response; a longer response is cut")
     max_prompt_length: int | None = option(None, "longer prompts lose their oldest tokens; without it 7/8 of max_length")
+    format: str = option("auto", "of the dataset's rows: auto, or a name of data.FORMATS")
+    columns: str = option("", "columns to rename, new=old: prompt=question,chosen=good")
+    compat: str | None = option(None, "simpo: tokenise and cut as the released SimPO code does")
+    control_tokens: bool = option(False, "special tokens spelled in messages become real ones")
+    equal_length: float = option(0.0, "share of the pairs whose responses are cut to the same length (POET)")
+    drop_duplicates: bool = option(False, "keep only the first of rows with the same texts")
+    drop_identical: bool = option(False, "drop pairs whose responses are the same")
+    drop_conflicts: bool = option(False, "drop rows that say the opposite of another row")
+    min_score_margin: float = option(0.0, "drop pairs whose scores differ by less")
     max_drop_fraction: float = option(0.1, "more invalid rows than this share is an error")
     dtype: str = option("auto", "arithmetic: fp32, bf16 (autocast; weights stay fp32) or auto (bf16 where it is in hardware)")
     export_dtype: str = option("auto", "weights of out/model: fp32, bf16, or auto (as the model came)")
@@ -82,8 +92,46 @@ class Settings:
     compile: bool = option(False, "torch.compile the decoder (CUDA)")
     log_to: str | None = option(None, "also send the metrics to tensorboard or wandb, if installed")
     device: str = option("auto", "cpu, cuda, or auto")
+    recipe: str | None = option(None, "a published run, such as gemma-2-9b-it-simpo: model, data, objective, lr, lengths")
     mesh: str | None = option(None, "under torchrun: copies x parts, such as 2x4; without it one copy cut over all ranks")
     trust_remote_code: bool = option(False, "allow a model folder to bring Python code that is then run")
+
+
+# Published settings: start → model, data, (prompt, total) lengths, {method: (objective, lr)}. γ and α in the papers' units.
+# All: 128 pairs a step, one epoch, cosine with 10 % warm-up, no weight decay, gradients clipped to norm 1.
+ULTRA = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"
+MISTRAL, LLAMA = "mistralai/Mistral-7B-Instruct-v0.2", "meta-llama/Meta-Llama-3-8B-Instruct"
+PUBLISHED = {
+    "mistral-7b-base": ("alignment-handbook/zephyr-7b-sft-full", ULTRA, (512, 1024), {
+        "simpo": ("simpo(beta=2.0, gamma=1.6)", 3e-7), "simper": ("simper", 3e-7)}),
+    "mistral-7b-instruct": (MISTRAL, "princeton-nlp/mistral-instruct-ultrafeedback", (1800, 2048), {
+        "simpo": ("simpo(beta=2.5, gamma=0.25)", 5e-7), "simper": ("simper", 5e-7),
+        "alpha-dpo": ("alpha_dpo(beta=2.5, gamma=0.375, alpha=0.125)", 6e-7),
+        "gamma-simpo": ("gamma_simpo(beta=2.5, gamma=0.375, tau=10.0)", 6e-7)}),
+    "llama-3-8b-base": ("princeton-nlp/Llama-3-Base-8B-SFT", ULTRA, (1800, 2048), {
+        "simpo": ("simpo(beta=2.0, gamma=1.0)", 6e-7), "simper": ("simper", 6e-7)}),
+    "llama-3-8b-instruct": (LLAMA, "princeton-nlp/llama3-ultrafeedback", (1800, 2048), {
+        "simpo": ("simpo(beta=2.5, gamma=1.375)", 1e-6), "simper": ("simper", 1e-6),
+        "alpha-dpo": ("alpha_dpo(beta=2.5, gamma=1.5, alpha=0.5)", 1e-6)}),
+    "llama-3-8b-instruct-v0.2": (LLAMA, "princeton-nlp/llama3-ultrafeedback-armorm", (1800, 2048), {
+        "simpo": ("simpo(beta=10.0, gamma=3.0)", 1e-6), "alpha-dpo": ("alpha_dpo(beta=10.0, gamma=4.0, alpha=2.0)", 1e-6),
+        "gamma-simpo": ("gamma_simpo(beta=10.0, gamma=4.0, tau=10.0)", 1e-6)}),
+    "gemma-2-9b-it": ("google/gemma-2-9b-it", "princeton-nlp/gemma2-ultrafeedback-armorm", (1800, 2048), {
+        "simpo": ("simpo(beta=10.0, gamma=5.0)", 8e-7), "alpha-dpo": ("alpha_dpo(beta=10.0, gamma=4.0, alpha=0.5)", 8e-7),
+        "gamma-simpo": ("gamma_simpo(beta=10.0, gamma=5.0, tau=20.0)", 8e-7)}),
+}  # fmt: skip
+
+
+def recipe(name: str) -> dict:
+    """Settings of a published run, by name such as "gemma-2-9b-it-simpo"; files and the command line may change each."""
+    recipes = {f"{start}-{method}": (start, method) for start, (*_, methods) in PUBLISHED.items() for method in methods}
+    if name not in recipes:
+        raise SettingsError(f"unknown recipe {name!r}; known are {', '.join(recipes)}")
+    start, method = recipes[name]
+    model, dataset, (prompt, length), methods = PUBLISHED[start]
+    objective, lr = methods[method]
+    return dict(model=model, dataset=dataset, objective=objective, lr=lr, max_prompt_length=prompt, max_length=length,
+                batch_size=128, epochs=1, warmup_ratio=0.1, weight_decay=0.0, max_grad_norm=1.0, dtype="bf16")  # fmt: skip
 
 
 class SettingsError(Exception):
@@ -103,9 +151,12 @@ def parse_settings(argv: list[str]) -> Settings:
     parser = HfArgumentParser(
         Settings, description=__doc__, formatter_class=transformers.hf_argparser.ArgumentDefaultsHelpFormatter
     )
-    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        parser.set_defaults(**_settings_file(Path(argv[0])))
-        argv = argv[1:]
+    given = _settings_file(Path(argv[0])) if argv and argv[0].endswith((".yaml", ".yml", ".json")) else {}
+    argv = argv[1:] if given else argv
+    asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    asked.add_argument("--recipe", default=given.get("recipe"))
+    named = asked.parse_known_args(argv)[0].recipe
+    parser.set_defaults(**(recipe(named) if named else {}) | given)
     settings, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
     if unknown:
         raise SettingsError(f"unknown setting {' '.join(unknown)}; `python train.py --help` lists all of them")
@@ -376,12 +427,12 @@ def reference_scores(run: Run, examples: list[Example], what: str) -> Tensor | N
     for e in examples:
         key.update(json.dumps([e.prompt, e.responses]).encode())
     file = Path(s.cache).expanduser() / f"reference-{key.hexdigest()[:32]}.safetensors"
-    ref = dist.load_tensor(file)
+    ref = (dist.load_tensors(file) or {}).get("ref")
     if ref is not None and ref.shape == (len(examples), len(examples[0].responses)) and torch.isfinite(ref).all():
         say(f"reference log-probs of {len(examples)} {what} from {file}")
         return ref.to(run.device)
     ref, _ = score(run, examples, progress=f"reference, {what}")
-    dist.save_tensor(ref, file)
+    dist.save_tensors({"ref": ref}, file)
     return ref
 
 
@@ -405,6 +456,9 @@ def mismatched(examples: list[Example]) -> list[Example]:
 
 def coefficients(objective: Objective, scores: Scores, seed: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Loss per row (rows,) and the gradient of their sum with respect to every log-prob and KL, (n, k) each."""
+    if not len(scores.logp):  # a rank without rows in this microbatch
+        empty = torch.zeros_like(scores.logp)
+        return empty.flatten(), empty, None if scores.kl is None else empty
     leaves = scores._replace(
         logp=scores.logp.detach().requires_grad_(), kl=None if scores.kl is None else scores.kl.detach().requires_grad_()
     )
@@ -457,6 +511,8 @@ def accumulate_gradients(
             heads, grads = ([logp, kl], [d_logp, d_kl]) if with_kl else ([logp], [d_logp])
             torch.autograd.backward(heads, [g / rows for g in grads])
     everything = known._replace(logp=dist.gather_rows(logps, len(examples)))
+    if with_kl:
+        everything = everything._replace(kl=dist.gather_rows(kls, len(examples)))
     return everything, whole[0] if whole is not None else dist.gather_rows(losses, len(examples)).flatten()
 
 
@@ -551,12 +607,13 @@ def refuse_packed(model: torch.nn.Module) -> None:
 
 def load_rows(s: Settings, tokenizer, objective: Objective) -> tuple[list[Example], list[Example], dict]:
     """(training examples, held-out examples, report) in the form the objective trains on."""
-    length = dict(max_length=s.max_length, max_prompt_length=s.max_prompt_length, max_drop_fraction=s.max_drop_fraction)
-    examples, report = data.load(s.dataset, tokenizer, **length)
+    names = set(inspect.signature(data.load).parameters) - {"dataset", "tokenizer"}
+    how = {f.name: getattr(s, f.name) for f in fields(s) if f.name in names}
+    examples, report = data.load(s.dataset, tokenizer, **how)
     say(f"data: {report}")
     reports = {"dataset": report._asdict()}
     if s.eval_dataset:
-        held_out, eval_report = data.load(s.eval_dataset, tokenizer, **length)
+        held_out, eval_report = data.load(s.eval_dataset, tokenizer, **how)
         say(f"held-out data: {eval_report}")
         reports["eval_dataset"] = eval_report._asdict()
     else:
@@ -568,7 +625,7 @@ def load_rows(s: Settings, tokenizer, objective: Objective) -> tuple[list[Exampl
             raise SettingsError(
                 f"{objective.name} compares pairs, but {e.where} is a single labelled completion; use kto, bco or uapo"
             )
-    return [_fit(e, objective) for e in examples], [_fit(e, objective) for e in held_out], reports
+    return data.mapped(examples, lambda e: _fit(e, objective)), data.mapped(held_out, lambda e: _fit(e, objective)), reports
 
 
 def world_examples(rows: list[data.Row], tokenizer, s: Settings) -> list[Example]:
@@ -658,8 +715,7 @@ def say(text: str) -> None:
 def complete(policy: ResponseLogProbs, tokenizer, prompts: list[list[int]], tokens: int) -> list[str]:
     """Greedy completions of prompts given as token ids, with the model's own attention."""
     model, texts = policy.model, []
-    layout, was_training = model.config._attn_implementation, model.training
-    policy.use_layout("padded")
+    layout, was_training = policy.use_layout("padded"), model.training
     model.eval()
     for i in range(0, len(prompts), 32):
         part = prompts[i : i + 32]
@@ -674,7 +730,7 @@ def complete(policy: ResponseLogProbs, tokenizer, prompts: list[list[int]], toke
         )  # fmt: skip
         texts += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
     model.train(was_training)
-    model.set_attn_implementation(layout)
+    policy.use_layout(layout)
     return [t.strip() for t in texts]
 
 
@@ -767,22 +823,33 @@ def evaluate(run: Run, held_out: list[Example], known: Scores) -> dict[str, floa
     return {f"eval_{k}": v for k, v in measures(run.objective, scores, loss).items()}
 
 
-def supervised_start(run: Run, demonstrations: list[Example]) -> float:
-    """A short supervised training of the embedded world's model, in place; returns the last loss."""
-    s, steps = run.settings, 400
+SUPERVISED_STEPS = 400
+
+
+def supervised_start(run: Run, demonstrations: list[Example]) -> None:
+    """A short supervised training of the embedded world's model, in place; kept in the cache, as it is the same for every run."""
+    s, key = run.settings, hashlib.sha256()
+    key.update(json.dumps(["1", SUPERVISED_STEPS, s.seed, torch.__version__, [[e.prompt, e.responses] for e in demonstrations]]).encode())
+    file = Path(s.cache).expanduser() / f"world-{key.hexdigest()[:32]}.safetensors"
+    named = dict(run.policy.model.named_parameters())
+    if (found := dist.load_tensors(file)) is not None and found.keys() == named.keys():
+        for name, parameter in named.items():
+            parameter.data.copy_(found[name])
+        return say(f"supervised start: from {file}")
     optimizer = torch.optim.AdamW(run.policy.parameters(), lr=0.0)
-    plan = [rows for epoch in range(64) for rows in data.step_plan(len(demonstrations), 64, s.seed, epoch)][:steps]
+    plan = [rows for epoch in range(64) for rows in data.step_plan(len(demonstrations), 64, s.seed, epoch)][:SUPERVISED_STEPS]
     bar = tqdm(plan, desc="supervised start", unit=" steps", leave=False, disable=not dist.is_main())
     for step, rows in enumerate(bar):
         examples = [demonstrations[i] for i in rows]
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, s)
+            group["lr"] = learning_rate(step, SUPERVISED_STEPS, s)
         _, loss = accumulate_gradients(run, examples, known_scores(examples, None, None, run.device), [s.seed, step])
         dist.clip_gradients(run.policy, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.mean():.3f}")
-    return loss.mean().item()
+    dist.save_tensors(named, file)
+    say(f"supervised start: {SUPERVISED_STEPS} steps on noisy demonstrations, last loss {loss.mean():.3f} nats per token")
 
 
 def compare_layouts(run: Run, examples: list[Example], bound: float) -> None:
@@ -829,15 +896,15 @@ def train(s: Settings) -> dict:
 
     # model: fp32 weights; the reference of an objective is the model as it is before the first step
     model = load_model(s.model, device, len(tokenizer), s)
-    largest = max(max(e.prompt + sum(e.responses, [])) for e in examples + held_out)
-    if largest >= model.get_input_embeddings().num_embeddings:
-        raise SettingsError(
-            f"the tokenizer gives id {largest}, but the model has {model.get_input_embeddings().num_embeddings} embeddings"
-        )
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise SettingsError(f"the tokenizer has {len(tokenizer)} ids, but the model only {embeddings} embeddings; they do not belong together")
     if s.layout == "packed":
         refuse_packed(model)
     exact = not uses_bf16(s, device)
-    reference = load_model(s.model, device, len(tokenizer), s).requires_grad_(False).eval() if objective.needs("kl_w") else None
+    reference = None
+    if objective.needs("kl_w"):
+        reference = load_model(s.model, device, len(tokenizer), s).requires_grad_(False).eval()
     policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, not exact, s.gradient_checkpointing)
     for part in (model, reference) if reference is not None else (model,):
         dist.load_weights(part, s.model, device)
@@ -846,8 +913,7 @@ def train(s: Settings) -> dict:
     model.train()
     if s.model == "tiny":
         sft = Run(policy, parse_objective("sft"), Settings(**{**asdict(s), "lr": 3e-3, "dtype": "fp32"}), device)
-        loss = supervised_start(sft, world_examples(demonstrations, tokenizer, s))
-        say(f"supervised start: 400 steps on noisy demonstrations, last loss {loss:.3f}")
+        supervised_start(sft, world_examples(demonstrations, tokenizer, s))
     if s.compile:
         model.base_model.compile(dynamic=True)
 
@@ -928,7 +994,7 @@ def train(s: Settings) -> dict:
         ahead = run.microbatches([examples[i] for i in plan[step + 1]]) if step + 1 < len(plan) else []  # while a GPU works
         grad_norm = float(dist.clip_gradients(policy, s.max_grad_norm))
         stop_if_not_finite(batch, scores, loss, grad_norm)
-        if step == 0 and ref is not None:
+        if step == 0 and (ref is not None or reference is not None):
             check_step_zero(scores, 1e-3 if exact else 0.1)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, len(plan), s)
@@ -958,7 +1024,7 @@ def train(s: Settings) -> dict:
             saved = dist.save_checkpoint(out / "checkpoints", model, optimizer, state, s.keep, tokenizer)
         if stopping:
             if not saved:
-                raise SettingsError(f"stopped after step {step + 1} without a checkpoint of it; --resume goes on from an earlier one")
+                raise SettingsError(f"stopped after step {step + 1} without a checkpoint; --resume goes on from an earlier one")
             say(f"stopped after step {step + 1}; go on with --resume --out {out}")
             raise SystemExit(0)
     stop.release()
@@ -1006,12 +1072,13 @@ def world_score(policy, tokenizer, prompts: list[list[int]]) -> float | None:
 
 
 def check_step_zero(scores: Scores, bound: float) -> None:
-    """Before the first update policy and reference are the same model: every log-ratio, so every reward, must be 0."""
-    worst = ((scores.logp - scores.ref).abs() / scores.length).max().item()
-    say(f"step 0: policy and reference differ by at most {worst:.2g} nats per token (bound {bound:g})")
-    if not worst <= bound:
+    """Before the first update policy and reference are the same model: every log-ratio, reward and KL must be 0."""
+    log_ratio_and_kl = (None if scores.ref is None else scores.logp - scores.ref, scores.kl)
+    gaps = [(x / scores.length).abs().max().item() for x in log_ratio_and_kl if x is not None]
+    say(f"step 0: policy and reference differ by at most {max(gaps):.2g} nats per token (bound {bound:g})")
+    if not max(gaps) <= bound:
         raise SettingsError(
-            f"step 0: policy and reference differ by {worst:.3g} nats per token; the reference is not this model's"
+            f"step 0: policy and reference differ by {max(gaps):.3g} nats per token; the reference is not this model's"
         )
 
 

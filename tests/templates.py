@@ -22,12 +22,14 @@ LLAMA2 = (
     "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}{% set system = messages[0]['content'] %}"
     "{% else %}{% set turns = messages %}{% set system = false %}{% endif %}"
     "{% for m in turns %}" + ALTERNATE + "{% if loop.index0 == 0 and system != false %}"
-    "{% set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + m['content'] %}{% else %}{% set content = m['content'] %}{% endif %}"
+    "{% set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + m['content'] %}{% else %}"
+    "{% set content = m['content'] %}{% endif %}"
     "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
     "{% elif m['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 LLAMA3 = (
-    "{% for m in messages %}{% set content = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}"
+    "{% for m in messages %}"
+    "{% set content = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}"
     "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
@@ -72,7 +74,9 @@ FAMILIES = {
         "<|begin_of_text|>", "<|end_of_text|>", None, LLAMA3,
     ),
     "mistral": (True, ["<unk>", "<s>", "</s>"], "<s>", "</s>", None, MISTRAL),
-    "gemma2": (True, ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>", "<pad>", GEMMA2),
+    "gemma2": (
+        True, ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>", "<pad>", GEMMA2,
+    ),
     "qwen2.5": (
         False, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|im_end|>", "<|endoftext|>",
         chatml("You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),

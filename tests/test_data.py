@@ -21,7 +21,7 @@ import torch
 from pyarrow import parquet
 from templates import FAMILIES, byte_level, family, metaspace
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 import data
 from data import DataError, Example, Row, encode, load
@@ -411,7 +411,8 @@ SCORED = {"prompt": "Ask me", "responses": ["Good", "Bad"], "scores": [1, 0]}
         ({"scores": [1, True]}, "not a finite number"),
         ({"scores": [1, "2"]}, "not a finite number"),
         ({"scores": [1, 2, 3]}, "not a list of 2 numbers"),
-        ({"scores": [1], "responses": ["Good"]}, "not a list of two or more numbers"),
+        ({"scores": [1], "responses": ["Good"]}, "responses is not a list of two or more"),
+        ({"scores": [1, 0], "responses": []}, "responses is not a list of two or more"),
         ({"scores": None}, "not a list of 2 numbers"),
         ({"responses": "Good"}, "responses is not a list"),
         ({"responses": ["Good", ""]}, "responses 2 is empty"),
@@ -455,11 +456,72 @@ def test_refused_transcripts_and_labels():
         data.from_unpaired_messages({"messages": [user("Ask me")], "label": True})
 
 
+# ---- fuzz: used correctly or reported, never a traceback, never silently wrong ---------------------------------------
+
+WRONG = [
+    None, True, 3, 2.5, math.nan, "", " \n", [], {}, [[]], [{}], [None], ["a"], [[["a"]]], "\ud800",
+    {"role": "user"}, {"role": "narrator", "content": "a"}, {"role": "user", "content": ["a"]}, {"content": "a"},
+]  # fmt: skip
+
+
+def mutants(value, path=()):
+    """Every way to put one wrong value somewhere into a row, or to leave out a key: (path, mutant)."""
+    for wrong in WRONG:
+        yield path, wrong
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        if isinstance(value, dict):
+            yield (*path, key), {k: v for k, v in value.items() if k != key}
+        for deeper, mutant in mutants(value[key], (*path, key)):
+            copy = dict(value) if isinstance(value, dict) else list(value)
+            copy[key] = mutant
+            yield deeper, copy
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_wrong_values_anywhere(name, tmp_path, chatml):
+    row, _ = FORMATS[name]
+    # other numbers in the place of scores, another label and no system text are right values; they are tested elsewhere
+    free = ("scores", "all_rm_scores", "label", "system")
+    rows = [row] + [m for path, m in mutants(row) if not path or path[0] not in free]
+    path = write(tmp_path, "a.jsonl", rows)
+    examples, report = load(path, chatml, max_drop_fraction=1)
+    assert report.kept + sum(report.dropped.values()) == report.rows == len(rows) > 50
+    assert all(e._replace(where="") == examples[0]._replace(where="") for e in examples)
+    assert all(line.startswith(f"{path} row ") for line in report.first)
+    assert len(examples) < len(rows) / 2
+
+
+def test_damaged_files(tmp_path, chatml):
+    rng = random.Random(0)
+    text = "".join(json.dumps(row) + "\n" for row, _ in FORMATS.values()).encode()
+    for i, content in enumerate([text, gzip.compress(text)] * 60):
+        content = bytearray(content)
+        for _ in range(rng.choice([1, 3, 20])):
+            at = rng.randrange(len(content))
+            content[at : at + rng.choice([0, 1, 1, 30])] = rng.choice([b"", b"\0", b"\xff", b'"', b"{", b"\n", b"\r", b"[[["])
+        file = tmp_path / f"a.jsonl{'.gz' if i % 2 else ''}"
+        file.write_bytes(content)
+        try:
+            examples, report = load(str(file), chatml, max_drop_fraction=1)
+            assert report.kept + sum(report.dropped.values()) == report.rows >= len(examples) == report.kept
+        except DataError as error:
+            assert file.name in str(error)
+
+
+def test_a_text_of_a_megabyte_is_cut(tmp_path, chatml):
+    rows = [{**PAIR, "chosen": "Good day. " * 100_000}, {**PAIR, "prompt": "Ask me. " * 3_000}]
+    examples, report = load(write(tmp_path, "a.jsonl", rows), chatml)
+    assert report.cut == {"response cut": 1, "prompt cut": 1}
+    assert len(examples[0].prompt) + len(examples[0].responses[0]) == 2048 and len(examples[1].prompt) == 1792
+
+
 # ---- token ids: truth at the boundary --------------------------------------------------------------------------------
 
 QWEN = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
 SMOL = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 HEAD = "<|start_header_id|>{}<|end_header_id|>\n\n"
+BEGIN, L3_SYSTEM = "<|begin_of_text|>", HEAD.format("system")
+ASK, THEN = "<|im_start|>user\nAsk me<|im_end|>\n", "<|im_start|>assistant\n"
 L3_USER, L3_ASSISTANT = "<|begin_of_text|>" + HEAD.format("user"), HEAD.format("assistant")
 ASKED, SYSTEM = [user("Ask me")], [system("Be kind"), user("Ask me")]
 TURNS, SPACES = [user("Ask me"), assistant("Yes"), user("Why")], [user("Ask me ")]
@@ -472,9 +534,10 @@ RENDERED = [
     ("llama2", SPACES, " Good day", "<s>[INST] Ask me [/INST]", " Good day </s>"),
     ("llama3", ASKED, "Good day", f"{L3_USER}Ask me<|eot_id|>{L3_ASSISTANT}", "Good day<|eot_id|>"),
     ("llama3", SYSTEM, "Good day",
-     f"<|begin_of_text|>{HEAD.format('system')}Be kind<|eot_id|>{HEAD.format('user')}Ask me<|eot_id|>{L3_ASSISTANT}", "Good day<|eot_id|>"),
+     f"{BEGIN}{L3_SYSTEM}Be kind<|eot_id|>{HEAD.format('user')}Ask me<|eot_id|>{L3_ASSISTANT}", "Good day<|eot_id|>"),
     ("llama3", TURNS, "Good day",
-     f"{L3_USER}Ask me<|eot_id|>{L3_ASSISTANT}Yes<|eot_id|>{HEAD.format('user')}Why<|eot_id|>{L3_ASSISTANT}", "Good day<|eot_id|>"),
+     f"{L3_USER}Ask me<|eot_id|>{L3_ASSISTANT}Yes<|eot_id|>{HEAD.format('user')}Why<|eot_id|>{L3_ASSISTANT}",
+     "Good day<|eot_id|>"),
     ("llama3", SPACES, " Good day", f"{L3_USER}Ask me<|eot_id|>{L3_ASSISTANT}", "Good day<|eot_id|>"),
     ("mistral", ASKED, "Good day", "<s>[INST] Ask me [/INST]", "Good day</s>"),
     ("mistral", TURNS, "Good day", "<s>[INST] Ask me [/INST]Yes</s>[INST] Why [/INST]", "Good day</s>"),
@@ -488,15 +551,16 @@ RENDERED = [
      "<bos><start_of_turn>user\nAsk me<end_of_turn>\n<start_of_turn>model\n", "Good day<end_of_turn>"),
     ("qwen2.5", ASKED, "Good day", f"{QWEN}<|im_start|>user\nAsk me<|im_end|>\n<|im_start|>assistant\n", "Good day<|im_end|>"),
     ("qwen2.5", SYSTEM, "Good day",
-     "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nAsk me<|im_end|>\n<|im_start|>assistant\n", "Good day<|im_end|>"),
+     f"<|im_start|>system\nBe kind<|im_end|>\n{ASK}{THEN}", "Good day<|im_end|>"),
     ("smollm2", ASKED, "Good day", f"{SMOL}<|im_start|>user\nAsk me<|im_end|>\n<|im_start|>assistant\n", "Good day<|im_end|>"),
     ("smollm2", TURNS, "Good day",
      f"{SMOL}<|im_start|>user\nAsk me<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n"
      "<|im_start|>user\nWhy<|im_end|>\n<|im_start|>assistant\n", "Good day<|im_end|>"),
-    ("smollm2", SPACES, " Good day ", f"{SMOL}<|im_start|>user\nAsk me <|im_end|>\n<|im_start|>assistant\n", " Good day <|im_end|>"),
+    ("smollm2", SPACES, " Good day ", f"{SMOL}<|im_start|>user\nAsk me <|im_end|>\n{THEN}", " Good day <|im_end|>"),
     ("zephyr", ASKED, "Good day", "<|user|>\nAsk me</s>\n<|assistant|>\n", "Good day</s>"),
     ("zephyr", SYSTEM, "Good day", "<|system|>\nBe kind</s>\n<|user|>\nAsk me</s>\n<|assistant|>\n", "Good day</s>"),
-    ("zephyr", TURNS, "Good day", "<|user|>\nAsk me</s>\n<|assistant|>\nYes</s>\n<|user|>\nWhy</s>\n<|assistant|>\n", "Good day</s>"),
+    ("zephyr", TURNS, "Good day",
+     "<|user|>\nAsk me</s>\n<|assistant|>\nYes</s>\n<|user|>\nWhy</s>\n<|assistant|>\n", "Good day</s>"),
     ("zephyr", SPACES, " Good day", "<|user|>\nAsk me </s>\n<|assistant|>\n", " Good day</s>"),
     ("none", ASKED, "Good day", "<|endoftext|>User: Ask me\n\nAssistant:", " Good day<|endoftext|>"),
     ("none", SYSTEM, "Good day", "<|endoftext|>System: Be kind\n\nUser: Ask me\n\nAssistant:", " Good day<|endoftext|>"),
@@ -557,7 +621,7 @@ COLON = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}:{
 
 
 def test_a_merge_across_the_boundary_belongs_to_the_response():
-    # one merge, ":" + "b": the prompt "qx:" is q x : alone, but q x :b </s> with the chosen response, q x : c </s> with the other
+    # one merge, ":" + "b": the prompt "qx:" is q x : alone, but q x :b </s> with the chosen response, q x : c </s> otherwise
     names = ["</s>", "q", "x", ":", "b", "c", ":b"]
     tokenizer = tokenizer_with(COLON, Tokenizer(models.BPE({t: i for i, t in enumerate(names)}, [(":", "b")])))
     tokenizer.add_special_tokens({"eos_token": "</s>"})
@@ -664,7 +728,7 @@ def test_a_special_token_in_a_message_is_plain_text(families, name):
 def test_the_reader_of_plain_text_tokenises_ordinary_text_alike(families, name):
     # the copy of the tokenizer, with special tokens under other names, must give the same ids for the same rendering
     tokenizer = families[name]
-    _, exchange, reader = data._stand_ins(tokenizer)
+    exchange, reader = data._stand_ins(tokenizer)
     texts = [p + r for n, _, _, p, r in RENDERED if n == name] + ["  two  spaces\n\nünï ☃ 中 <a|b>", ""]
     for text in texts:
         assert reader.encode(exchange(text), add_special_tokens=False).ids == raw_ids(tokenizer, text)
@@ -968,6 +1032,149 @@ def test_tiny_world_is_in_order_and_in_its_vocabulary():
     assert again[1:] == (shown, pairs) and data.tiny_world(2, 50, 50)[2] != pairs
 
 
+# ---- making pairs on policy ------------------------------------------------------------------------------------------
+
+
+def lines_of(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def world_model(tmp_path_factory):
+    """A folder with an untrained model of the embedded world, which ends a response about once in 70 tokens."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = data.world_tokenizer()
+    torch.manual_seed(0)
+    small = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(LlamaConfig(**small, eos_token_id=3, pad_token_id=3, bos_token_id=None)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    judge = LlamaForSequenceClassification(LlamaConfig(**small, num_labels=1, pad_token_id=0))
+    judge.save_pretrained(folder / "judge")
+    tokenizer.save_pretrained(folder / "judge")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def sampled(world_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sampled")
+    prompts = [{"prompt": f"name {n} fruits"} for n in ("two", "three", "four", "five", "two")] + [{"prompt": ""}]
+    source = write(folder, "prompts.jsonl", prompts)
+    out = str(folder / "out" / "sampled.jsonl")
+    options = dict(n=4, temperature=1.0, max_tokens=40, batch_size=2, seed=5)
+    data.sample(world_model, source, out, **options)
+    return source, out, options
+
+
+def test_sample_writes_each_prompt_once(sampled, world_model):
+    source, out, options = sampled
+    rows = lines_of(out)
+    assert [row["prompt"] for row in rows] == [[user(f"name {n} fruits")] for n in ("two", "three", "four", "five")]
+    assert len({row["id"] for row in rows}) == 4
+    assert (
+        sum(row["unfinished"] for row in rows) + sum(len(row["responses"]) for row in rows) == 16
+    )  # no repeats at this length
+    assert 0 < sum(row["unfinished"] for row in rows) < 16
+    assert all("<" not in text and len(text.split()) < 40 for row in rows for text in row["responses"])
+    assert {k: rows[0][k] for k in ("model", "strategy", "temperature", "top_p", "max_tokens", "seed")} == {
+        "model": world_model, "strategy": "plain", "temperature": 1.0, "top_p": 0.95, "max_tokens": 40, "seed": 5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_a_killed_sample_goes_on_to_the_same_result(sampled, world_model, tmp_path, left):
+    source, out, options = sampled
+    whole = Path(out).read_text()
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "again.jsonl").write_text("".join(lines[:left]) + lines[left][:30])  # killed in the middle of a line
+    data.sample(world_model, source, str(tmp_path / "again.jsonl"), **options)
+    assert sorted((tmp_path / "again.jsonl").read_text().splitlines()) == sorted(whole.splitlines())
+
+
+def test_greedy_samples_are_equal_and_kept_once(world_model, tmp_path):
+    source = write(tmp_path, "p.jsonl", [{"prompt": "name two fruits"}])
+    for strategy in ("plain", "cot", "dts"):
+        out = str(tmp_path / strategy)
+        data.sample(world_model, source, out, n=3, temperature=0, max_tokens=5, strategy=strategy)
+        (row,) = lines_of(out)
+        assert row["unfinished"] + len(row["responses"]) in (1, 3) and row["prompt"] == [user("name two fruits")]
+
+
+def test_strategies_ask_as_they_say(world_model, tmp_path, monkeypatch):
+    asked = []
+
+    def answers(model, tokenizer, prompts, **how):
+        asked.append([p[-1]["content"] for p in prompts])
+        plan = "1. first\nsome text\n2) second" if "approaches" in asked[-1][0] else "an answer"
+        return [f"{plan} {i}" if plan == "an answer" else plan for i in range(len(prompts))]
+
+    monkeypatch.setattr(data, "_answers", answers)
+    source = write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
+    data.sample(world_model, source, str(tmp_path / "cot"), n=2, strategy="cot")
+    data.sample(world_model, source, str(tmp_path / "dts"), n=3, strategy="dts")
+    assert asked[0] == ["Q" + data.STEP_BY_STEP] * 2
+    assert asked[1] == ["Q" + data.APPROACHES.format(n=3)]
+    assert asked[2] == ["Q" + data.BY_APPROACH.format(approach=a) for a in ("first", "second")] + ["Q"]  # one was missing
+    assert lines_of(tmp_path / "dts")[0]["responses"] == ["an answer 0", "an answer 1", "an answer 2"]
+    with pytest.raises(DataError, match="strategy is 'best'"):
+        data.sample(world_model, source, str(tmp_path / "x"), strategy="best")
+
+
+def test_score_by_a_rule_and_by_a_model(sampled, world_model, tmp_path):
+    _, out, _ = sampled
+    (tmp_path / "rules.py").write_text("def words(row, text):\n    return len(text.split())\n")
+    by_rule, by_model = str(tmp_path / "rule.jsonl"), str(tmp_path / "model.jsonl")
+    data.score(out, by_rule, rule=f"{tmp_path}/rules.py:words")
+    rows = lines_of(by_rule)
+    assert [row["scores"] for row in rows] == [[len(x.split()) for x in row["responses"]] for row in lines_of(out)]
+    data.score(out, by_model, reward_model=f"{world_model}/judge")
+    judge, tokenizer = LlamaForSequenceClassification.from_pretrained(f"{world_model}/judge"), data.world_tokenizer()
+    for row in lines_of(by_model):  # the rendering by hand
+        for text, value in zip(row["responses"], row["scores"]):
+            ids = tokenizer(f"<user> {row['prompt'][0]['content']} <assistant> {text} <end>", return_tensors="pt")["input_ids"]
+            assert judge(input_ids=ids).logits.item() == pytest.approx(value, abs=1e-6)
+    whole = Path(by_rule).read_text()
+    Path(by_rule).write_text(whole[: len(whole) // 2])
+    data.score(out, by_rule, rule=f"{tmp_path}/rules.py:words")
+    assert Path(by_rule).read_text() == whole
+    for wrong in ("gone.py:words", f"{tmp_path}/rules.py:none", "nothing", "no.such.module:f"):
+        with pytest.raises(DataError, match="no file.py:function or module:function"):
+            data.score(out, str(tmp_path / "x"), rule=wrong)
+    with pytest.raises(DataError, match="either reward_model or rule"):
+        data.score(out, str(tmp_path / "x"))
+
+
+def test_pairs_by_hand(tmp_path, chatml):
+    rows = [
+        {"prompt": "A", "responses": ["a1", "a2", "a3"], "scores": [0.2, 0.9, 0.1]},
+        {"prompt": "B", "responses": ["b1", "b2"], "scores": [1, 1]},
+        {"prompt": "C", "responses": ["c1"], "scores": [1]},
+        {"prompt": "D", "responses": ["d1", "d2"], "scores": [0.3, 0.4]},
+        {"prompt": "E", "responses": ["e1", "e2"], "scores": [0.3, math.nan]},
+    ]
+    scored, out = write(tmp_path, "s.jsonl", rows), str(tmp_path / "pairs.jsonl")
+    made = lambda **how: (data.pairs(scored, out, **how), [(r["chosen"], r["rejected"]) for r in lines_of(out)])  # noqa: E731
+    counts, found = made()
+    assert found == [("a2", "a3"), ("d2", "d1")] and counts["pairs"] == 2
+    assert counts["fewer than two responses"] == 1 and counts["scores is 'nan', not a finite number"] == 1
+    assert sum(counts.values()) == 5
+    assert made(min_margin=0.2)[1] == [("a2", "a3")]
+    assert {made(how="correct", seed=seed)[1][0] for seed in range(20)} == {("a2", "a1"), ("a2", "a3")}
+    assert {made(how="random", seed=seed)[1][0] for seed in range(30)} == {("a2", "a1"), ("a2", "a3"), ("a1", "a3")}
+    data.pairs(scored, out)
+    examples, report = load(out, chatml, min_score_margin=0.5)
+    assert len(examples) == 1 and chatml.decode(examples[0].responses[0]) == "a2<|im_end|>"
+    with pytest.raises(DataError, match="how is 'worst'"):
+        data.pairs(scored, out, how="worst")
+
+
+def test_another_output_is_not_continued(world_model, tmp_path):
+    source = write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
+    (tmp_path / "out").write_text("notes\n")
+    with pytest.raises(DataError, match="cannot be continued"):
+        data.sample(world_model, source, str(tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "notes\n"
+
+
 # ---- looking at data -------------------------------------------------------------------------------------------------
 
 
@@ -995,6 +1202,43 @@ def test_show_on_the_command_line(tmp_path, chatml, capsys, monkeypatch):
     data.main(["show", "--model", str(tmp_path / "model"), "--dataset", path, "-n", "2", "--max-length", "500"])
     printed = capsys.readouterr().out
     assert printed.count("── ") == 2 and f"{path} row 4: chosen is empty" in printed and "3 of 4 rows kept" in printed
+
+
+def test_stats_by_hand():
+    # lengths: prompts 1 and 4, chosen 2 and 3, rejected 8 and 3; bins of 1, 2–3, 4–7 and 8–15 tokens
+    pairs = [Example([1], [[1, 2], [1] * 8]), Example([1] * 4, [[1, 2, 3], [3] * 3])]
+    report = data.Report(
+        3, 2, {"chosen is empty": 1}, ["f row 3: chosen is empty"], {"prompt cut": 1}, ["f: format x"], {"duplicates": 1}
+    )
+    lines = data.stats(pairs, report).splitlines()
+    assert lines[:5] == [
+        "2 of 3 rows kept, 1 prompt cut", "  f: format x", "  1 duplicates", "  dropped 1: chosen is empty",
+        "    f row 3: chosen is empty",
+    ]  # fmt: skip
+    table = {line.split()[0]: line.split()[1:] for line in lines[6:10]}
+    assert table["prompt"] == ["2.5", "2", "4", "4", "4", "5"]
+    assert table["chosen"] == ["2.5", "2", "3", "3", "3", "5"]
+    assert table["rejected"] == ["5.5", "6", "8", "8", "8", "11"]
+    bars = [line.split() for line in lines[12:16]]
+    assert [b[:3] for b in bars] == [["1", "–", "1"], ["2", "–", "3"], ["4", "–", "7"], ["8", "–", "15"]]
+    assert bars[1][3:] == ["█" * 18, "2", "█" * 9, "1"] and bars[3][3:] == ["█" * 9, "1"]
+    assert lines[-1] == ("chosen is longer in 0.0% of the pairs, as long in 50.0%, shorter in 50.0%; by -3.0 tokens on average")
+    single = [Example([1], [[1]], True), Example([1], [[1]], False), Example([1], [[1]], False), Example([1], [[1]], False)]
+    assert data.stats(single, report).endswith("25.0% of the rows are desirable")
+
+
+def test_the_other_commands(tmp_path, chatml, capsys):
+    chatml.save_pretrained(tmp_path / "model")
+    scored = write(tmp_path, "s.jsonl", [SCORED, SCORED, {**SCORED, "prompt": "Beg", "scores": [1, 1]}])
+    data.main(["stats", "--model", str(tmp_path / "model"), "--dataset", scored, "--drop-duplicates"])
+    printed = capsys.readouterr().out
+    assert "1 of 3 rows kept" in printed and "format scored" in printed and "dropped 1: duplicates (drop_duplicates)" in printed
+    data.main(["pairs", "--scored", scored, "--out", str(tmp_path / "pairs.jsonl"), "--min-margin", "0.5"])
+    assert capsys.readouterr().out.startswith("1 pairs\n1 no two responses that differ")
+    for wrong in (["score", "--responses", scored, "--out", "x"], ["show", "--model", str(tmp_path), "--dataset", scored]):
+        with pytest.raises(SystemExit) as error:
+            data.main(wrong)
+        assert error.value.code == 2 and capsys.readouterr().err.startswith("error: ")
 
 
 def test_command_line_errors_are_one_message_and_code_2(tmp_path):

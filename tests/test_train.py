@@ -508,3 +508,18 @@ def test_the_command_line_itself(tmp_path):
     """As typed in a shell: the message on stderr, nothing on stdout, exit code 2."""
     done = subprocess.run([sys.executable, "train.py", "--lr", "0"], cwd=Path(train.__file__).parent, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: lr is 0")
+
+
+@pytest.mark.parametrize("objective", ["tdpo1", "alpha_dpo_kl"])
+def test_kl_to_the_reference_is_zero_at_step_zero(arguments, capsys, objective):
+    """Also after completions were sampled with the models' own attention: the check of step 0 measures KL and log-ratio."""
+    train.main(arguments(objective=objective, samples=2, max_steps=1))
+    said = capsys.readouterr().err.split("policy and reference differ by at most ")[1]
+    assert float(said.split()[0]) < 1e-5
+
+
+def test_another_reference_is_found_out_at_step_zero():
+    """Per token: |−4 − (−2)| / 2 = 1 nat off."""
+    scores = Scores(torch.tensor([[2, 2]]), torch.tensor([[-4.0, -2.0]]), torch.tensor([[-2.0, -2.0]]))
+    with pytest.raises(SettingsError, match="differ by 1 nats"):
+        train.check_step_zero(scores, 1e-3)

@@ -1,0 +1,348 @@
+"""How fast is one training step, and how much memory does it take? Measured side by side, never asserted.
+
+    python tests/benchmark.py --model MODEL --dataset PAIRS.jsonl --out runs/benchmark.json
+    python tests/benchmark.py --model MODEL --dataset PAIRS.jsonl --peer trl        # and trl's trainers on the same pairs
+    python tests/benchmark.py --growth                                              # how cost grows, on models built here
+
+Every variant runs in a process of its own, so that its peak memory is its own, and the variants take turns for several
+rounds, so that a machine that drifts drifts for all. A round is one optimizer step to warm up and then the measured steps,
+each of `--batch-size` pairs, the first ones of the file that fit. Peak memory is that of the process, less 16 bytes per
+weight (fp32 weights, gradients and two moments). The matmul rate is measured in each process (train.matmul_rate).
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py does
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+VARIANTS = {  # name → (layout, objective)
+    "padded, full logits": ("full", "simpo"),
+    "padded, chunked head": ("padded", "simpo"),
+    "packed, prompt repeated": ("unshared", "simpo"),
+    "packed tree": ("packed", "simpo"),
+    "packed tree, dpo + reference": ("packed", "dpo"),
+}
+PEERS = {"trl simpo": "simpo", "trl dpo": "dpo"}
+
+
+def peak_bytes() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def settings_of(args, dtype: str, layout: str):
+    import train
+
+    return train.Settings(
+        model=args.model or "built", dataset="x", dtype=dtype, layout="packed" if layout == "unshared" else layout,
+        tokens_per_microbatch=args.tokens_per_microbatch, gradient_checkpointing=args.gradient_checkpointing,
+    )  # fmt: skip
+
+
+def load_pairs(args) -> list:
+    """The measured examples, one batch to warm up included, and the model's tokenizer if it has one."""
+    import numpy as np
+
+    import data
+
+    need = args.batch_size * (args.steps + 1)
+    if args.dataset is None:  # random tokens in the proportions of a chat: for what does not depend on the text
+        rng = np.random.default_rng(0)
+        draw = lambda n: rng.integers(3, 1000, n).tolist()  # noqa: E731
+        sizes = [(args.prompt_tokens, args.response_tokens, args.response_tokens)] * need
+        return [data.Example(draw(p), [draw(a), draw(b)]) for p, a, b in sizes]
+    tokenizer = data.load_tokenizer(args.model)
+    examples, _ = data.load(f"{args.dataset}[:{need + need // 4 + 8}]", tokenizer, args.max_length, max_drop_fraction=1.0)
+    if len(examples) < need:
+        sys.exit(f"{args.dataset}: {need} pairs are needed, {len(examples)} fit")
+    return examples[:need]
+
+
+def build(args, s):
+    """The model of a folder, or a Llama built from --hidden, --layers and --vocabulary."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import train
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.model:
+        model = train.load_model(args.model, device, 0, s)
+        import distributed as dist
+
+        dist.load_weights(model, args.model, device)
+        return model, device
+    torch.manual_seed(0)
+    heads = args.hidden // 64
+    config = LlamaConfig(
+        vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3 // 64 * 64,
+        num_hidden_layers=args.layers, num_attention_heads=heads, num_key_value_heads=heads // 3 if heads % 3 == 0 else heads,
+        tie_word_embeddings=True, max_position_embeddings=8192,
+    )  # fmt: skip
+    with device:
+        return LlamaForCausalLM(config), device
+
+
+def ours(args) -> dict:
+    """One round of one of our variants."""
+    import torch
+
+    import data
+    import train
+
+    layout, objective = VARIANTS[args.variant]
+    s = settings_of(args, args.dtype, layout)
+    examples = load_pairs(args)
+    model, device = build(args, s)
+    if s.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = train.ResponseLogProbs(model)
+    policy.use_layout("packed" if s.layout == "packed" else "padded")
+    policy.train()
+    run = train.Run(policy, train.parse_objective(objective), s, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+    def full_logits(batch):
+        """The textbook: all logits of the padded batch, a log-softmax over them, then the response tokens."""
+        d = data.padded_batch(batch).to(device)
+        with run.arithmetic():
+            logits = model(input_ids=d.input_ids, use_cache=False).logits
+            logp = logits.float().log_softmax(-1).flatten(0, 1)[d.index, d.targets]
+        sums = torch.zeros(d.responses, device=device).index_add(0, d.response, logp).view(-1, 2)
+        lengths = d.lengths.view(-1, 2)
+        run.objective.function(sums[:, 0], sums[:, 1], lengths[:, 0], lengths[:, 1]).mean().backward()
+
+    def unshared(batch):
+        """Packed, but each response brings its own copy of the prompt. A row alone has no pair to be compared with, so the
+        backward pass starts from Σ logp; it costs the same."""
+        alone = [data.Example(e.prompt, [r]) for e in batch for r in e.responses]
+        with run.arithmetic():
+            for _, d in run.microbatches(alone):
+                policy(d)[0].sum().backward()
+
+    def step(batch, ref=None):
+        if layout == "full":
+            full_logits(batch)
+        elif layout == "unshared":
+            unshared(batch)
+        else:
+            train.accumulate_gradients(run, batch, train.known_scores(batch, ref, None, device), [0])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def reference(batch):
+        return train.score(run, batch)[0] if run.objective.needs("ref") else None
+
+    batches = [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]
+    step(batches[0], reference(batches[0]))
+    tick = synchronized()
+    ref = reference(sum(batches[1:], []))
+    for i, batch in enumerate(batches[1:]):
+        step(batch, None if ref is None else ref[i * args.batch_size : (i + 1) * args.batch_size])
+    seconds = synchronized() - tick
+    return finish(args, model, run, sum(batches[1:], []), seconds)
+
+
+def synchronized() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def finish(args, model, run, examples, seconds) -> dict:
+    import data
+    import train
+
+    peak = peak_bytes()
+    flops = train.model_flops(model, examples)
+    return {
+        "variant": args.variant, "dtype": args.dtype, "pairs": len(examples), "seconds": seconds,
+        "tokens": sum(map(data.tokens_of, examples)), "flops": flops, "rate": train.matmul_rate(model, run),
+        "peak_above_state": peak - 16 * sum(p.numel() for p in model.parameters()),
+    }  # fmt: skip
+
+
+def peer(args) -> dict:
+    """One round of trl's trainer on the same pairs, in its own padded layout; SimPO is its CPO trainer without the NLL term."""
+    import torch
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, TrainerCallback
+
+    import data
+    import train
+
+    objective = PEERS[args.variant]
+    tokenizer = data.load_tokenizer(args.model)
+    need = args.batch_size * (args.steps + 1)
+    rows, examples = [], []
+    for _, raw in data.read(f"{args.dataset}[:{need + need // 4 + 8}]"):
+        try:
+            row = data.format_of(raw, "row")[0](raw)
+            examples.append(data.encode(row, tokenizer, args.max_length, args.max_length * 7 // 8)[0])
+        except data.DataError:
+            continue
+        reply = [[{"role": "assistant", "content": r}] for r in row.responses]
+        rows.append({"prompt": row.prompt, "chosen": reply[0], "rejected": reply[1]})
+    rows, examples = rows[:need], examples[:need]
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+
+    class Clock(TrainerCallback):
+        tick = 0.0
+
+        def on_step_end(self, a, state, control, **kwargs):
+            if state.global_step == 1:
+                Clock.tick = synchronized()
+
+    common = dict(
+        output_dir="runs/benchmark-peer", per_device_train_batch_size=args.batch_size, max_steps=args.steps + 1, learning_rate=1e-6,
+        bf16=args.dtype == "bf16", fp16=False, report_to=[], save_strategy="no", logging_strategy="no", max_length=args.max_length,
+        gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), disable_tqdm=True, lr_scheduler_type="constant",
+    )  # fmt: skip
+    if objective == "simpo":
+        try:
+            from trl import CPOConfig, CPOTrainer
+        except ImportError:
+            from trl.experimental.cpo import CPOConfig, CPOTrainer
+        config = CPOConfig(**common, loss_type="simpo", cpo_alpha=0.0, simpo_gamma=1.0, beta=2.0)
+        trainer = CPOTrainer(
+            model, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()]
+        )
+    else:
+        config = trl.DPOConfig(**common, beta=0.1)
+        trainer = trl.DPOTrainer(
+            model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()]
+        )
+    trainer.train()
+    seconds = synchronized() - Clock.tick
+    run = train.Run(None, None, settings_of(args, args.dtype, "padded"), next(model.parameters()).device)
+    # trl shuffles; over equal steps the pairs differ in order only by the one warm-up batch
+    found = finish(args, model, run, examples[args.batch_size :], seconds)
+    return found | {"trl": trl.__version__}
+
+
+def child(args, variant: str, dtype: str, **more) -> dict:
+    """Run one round in a fresh process and read its result from the last line."""
+    options = {**vars(args), **more, "variant": variant, "dtype": dtype}
+    command = [sys.executable, __file__, "--child", json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{variant}, {dtype}: failed\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summary_of(results: list[dict]) -> dict:
+    """Over all rounds of a variant: totals of pairs and seconds, the largest peak, the best matmul rate."""
+    total = {k: sum(r[k] for r in results) for k in ("pairs", "seconds", "tokens", "flops")}
+    rate = max(r["rate"] for r in results)
+    return total | {
+        "pairs_per_second": total["pairs"] / total["seconds"], "tokens_per_second": total["tokens"] / total["seconds"],
+        "fraction_of_matmul_rate": total["flops"] / total["seconds"] / rate, "matmul_gflops": rate / 1e9,
+        "peak_above_state_gib": max(r["peak_above_state"] for r in results) / 2**30,
+    }  # fmt: skip
+
+
+def table(rows: dict, against: dict[str, str]) -> str:
+    """Markdown. `against` names the row that each row's ratio is taken to."""
+    head = "| variant | dtype | pairs/s | useful tokens/s | of matmul rate | peak above state, GiB | × pairs/s | × peak |"
+    lines = [head, "|---|---|---|---|---|---|---|---|"]
+    for (variant, dtype), r in rows.items():
+        base = rows.get((against.get(variant), dtype))
+        speed = f"{r['pairs_per_second'] / base['pairs_per_second']:.2f}" if base else "–"
+        memory = f"{r['peak_above_state_gib'] / base['peak_above_state_gib']:.2f}" if base else "–"
+        lines.append(
+            f"| {variant} | {dtype} | {r['pairs_per_second']:.2f} | {r['tokens_per_second']:.0f} | {r['fraction_of_matmul_rate']:.0%} "
+            f"| {r['peak_above_state_gib']:.2f} | {speed} | {memory} |"
+        )
+    return "\n".join(lines)
+
+
+def growth(args) -> list[dict]:
+    """Cost of the packed tree on built models: response length ×2 and ×4, vocabulary 49k → 256k, pairs per step."""
+    base = dict(model=None, dataset=None, steps=2, batch_size=4, prompt_tokens=128, response_tokens=64, vocabulary=49152)
+    cases = [
+        {},
+        {"response_tokens": 128},
+        {"response_tokens": 256},
+        {"vocabulary": 131072},
+        {"vocabulary": 262144},
+        {"batch_size": 8},
+    ]
+    lines = ["| case | seconds per pair | peak above state, GiB | of matmul rate |", "|---|---|---|---|"]
+    found = []
+    for case in cases:
+        r = summary_of([child(args, "packed tree", args.dtypes[0], **{**base, **case})])
+        found.append({"case": case, **r})
+        said = ", ".join(f"{k} {v}" for k, v in case.items()) or "prompt 128, responses 64, vocabulary 49,152, 4 pairs"
+        lines.append(
+            f"| {said} | {1 / r['pairs_per_second']:.2f} | {r['peak_above_state_gib']:.2f} | {r['fraction_of_matmul_rate']:.0%} |"
+        )
+        print(lines[-1], file=sys.stderr, flush=True)
+    print("\n".join(lines))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--dataset")
+    parser.add_argument("--peer", choices=["trl"])
+    parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4, help="measured steps of a round")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--max-length", type=int, default=2048)
+    parser.add_argument("--tokens-per-microbatch", type=int, default=2048)
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--response-tokens", type=int, default=64)
+    parser.add_argument("--hidden", type=int, default=576)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--out", default="runs/benchmark.json")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        args = argparse.Namespace(**json.loads(args.child))
+        print("\n" + json.dumps((peer if args.variant in PEERS else ours)(args)))
+        return
+    if args.growth:
+        results = growth(args)
+    else:
+        if not (args.model and args.dataset):
+            parser.error("--model and --dataset are needed")
+        variants, rounds = [*args.variants, *(PEERS if args.peer else ())], {}
+        for r in range(args.rounds):
+            for dtype in args.dtypes:
+                for variant in variants:
+                    found = child(args, variant, dtype)
+                    rounds.setdefault((variant, dtype), []).append(found)
+                    speed = found["pairs"] / found["seconds"]
+                    print(f"round {r + 1}: {variant}, {dtype}: {speed:.2f} pairs/s", file=sys.stderr, flush=True)
+        rows = {key: summary_of(found) for key, found in rounds.items()}
+        against = {
+            v: ("trl dpo" if VARIANTS[v][1] == "dpo" else "trl simpo") if args.peer else "padded, full logits" for v in VARIANTS
+        }
+        print(table(rows, against))
+        results = [{"variant": v, "dtype": d, **r, "rounds": rounds[v, d]} for (v, d), r in rows.items()]
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.out).write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

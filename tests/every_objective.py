@@ -1,0 +1,84 @@
+"""Train every objective for a few steps and print a table: on the embedded world, or on a real model and real data.
+
+    python tests/every_objective.py --out runs/every                                   # 30 steps each on the embedded world
+    python tests/every_objective.py --out runs/every-real --steps 5 --model MODEL --pairs PAIRS.jsonl --rows ROWS.jsonl
+
+Pairs are used for paired objectives, rows (labelled completions) for unpaired ones. The same learning rate for all, so this
+shows that each one trains and in which direction; it is no comparison of methods. Exit code 1 if anything is not finite.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tqdm import tqdm  # noqa: E402
+
+import train  # noqa: E402
+from losses import OBJECTIVES  # noqa: E402
+
+
+def line(name: str, summary: dict, lines: list[dict]) -> tuple[str, bool]:
+    losses = [x["loss"] for x in lines if "loss" in x]
+    before, after = summary["before"], summary["after"]
+    key = "eval_reward_accuracy"
+    finite = all(math.isfinite(v) for x in lines for v in x.values() if isinstance(v, float))
+    text = (
+        f"| `{name}` | {losses[0]:.4f} | {losses[-1]:.4f} | {before.get(key, math.nan):.3f} | {after.get(key, math.nan):.3f} "
+    )
+    text += f"| {before.get('eval_reward_margin', math.nan):.4g} | {after.get('eval_reward_margin', math.nan):.4g} |"
+    return text, finite
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--model")
+    parser.add_argument("--pairs")
+    parser.add_argument("--rows")
+    parser.add_argument("--only", nargs="*", default=list(OBJECTIVES))
+    args, more = parser.parse_known_args()
+    head = ["objective", "first loss", "last loss", "held-out accuracy before", "after", "held-out margin before", "after"]
+    table, all_finite = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], True
+    for name in tqdm(args.only, desc="objectives"):
+        data = []
+        if args.model:
+            unpaired = train.parse_objective(name).unpaired
+            data = ["--model", args.model, "--dataset", args.rows if unpaired and args.rows else args.pairs]
+        out = args.out / name
+        command = [
+            *data,
+            "--objective",
+            name,
+            "--max-steps",
+            str(args.steps),
+            "--samples",
+            "0",
+            "--overwrite",
+            "--out",
+            str(out),
+            *more,
+        ]
+        noise = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(noise):
+                summary = train.main(command)
+        except SystemExit:
+            sys.exit(f"{name}: {noise.getvalue()}")
+        text, finite = line(name, summary, [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()])
+        table.append(text if finite else text + " NOT FINITE")
+        all_finite &= finite
+    text = "\n".join(table) + "\n"
+    (args.out / "table.md").write_text(text)
+    print(text)
+    return 0 if all_finite else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

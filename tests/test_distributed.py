@@ -1,0 +1,559 @@
+"""Several processes against one, checkpoints against accidents, export against what was trained.
+
+One process without a process group is the reference: every expected value comes from it, from algebra, or from transformers'
+own `from_pretrained`. Ranks are forked processes that talk over gloo on this machine; torchrun itself is started where its
+own behaviour matters.
+"""
+
+import ctypes
+import json
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
+
+import data
+import distributed as dist
+import train
+from logprobs import ResponseLogProbs
+
+ROOT = Path(__file__).parent.parent
+ALL = ("simpo", "dpo", "alpha_dpo(beta=2.5, gamma=0.375, alpha=0.125)", "tdpo2")  # β multiplies rounding: 2.5, not 10
+
+
+def port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def _child(number: int, world: int, at: int, queue, function, args) -> None:
+    torch.set_num_threads(1)
+    if world:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        os.environ.update(zip(names, map(str, (number, number, world, "localhost", at))))
+        dist.setup("cpu")
+    try:
+        queue.put((number, function(*args), None))
+    except BaseException:
+        queue.put((number, None, traceback.format_exc()))
+        os._exit(1)
+    if world:
+        torch.distributed.barrier()
+    os._exit(0)
+
+
+def ranks(world: int, function, *args) -> list:
+    """function(*args) on `world` forked ranks, or in one process without a process group for 0; results in order of ranks."""
+    context = multiprocessing.get_context("fork")
+    queue, at = context.SimpleQueue(), port()
+    children = [context.Process(target=_child, args=(i, world, at, queue, function, args)) for i in range(max(1, world))]
+    for child in children:
+        child.start()
+    results = []
+    while len(results) < len(children):
+        assert queue._reader.poll(90), "no answer from a rank for 90 s"
+        results.append(queue.get())
+        assert results[-1][2] is None, results[-1][2]
+    for child in children:
+        child.join(20)
+        child.kill()
+    return [result for _, result, _ in sorted(results, key=lambda r: r[0])]
+
+
+CONFIGS = {
+    # 36 and 10 are no multiples of 4, so that ranks own unequal shares
+    "tied": LlamaConfig(
+        hidden_size=36, intermediate_size=70, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=10,
+        tie_word_embeddings=True,
+    ),
+    "untied": Qwen2Config(
+        hidden_size=32, intermediate_size=50, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    ),
+    "capped": Gemma2Config(
+        hidden_size=32, intermediate_size=50, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        sliding_window=16,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A folder with small models of three families and 60 pairs of the embedded world."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer, _, pairs = data.tiny_world(0, 1, 60)
+    for i, (name, config) in enumerate(CONFIGS.items()):
+        torch.manual_seed(i)
+        config.update(dict(vocab_size=len(tokenizer), initializer_range=0.2, eos_token_id=3, pad_token_id=3, bos_token_id=None))
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    rows = ({"prompt": r.prompt[0]["content"], "chosen": r.responses[0], "rejected": r.responses[1]} for r in pairs)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def settings(world: Path, **changed) -> train.Settings:
+    values = dict(model=str(world / "tied"), dataset=str(world / "pairs.jsonl"), lr=1e-3, dtype="fp32", device="cpu")
+    values |= dict(batch_size=10, tokens_per_microbatch=120, max_steps=5, eval_size=6, samples=2, sample_tokens=4)
+    values["cache"] = str(world / "cache")
+    return train.Settings(**values | changed)
+
+
+def prepared(s: train.Settings) -> tuple:
+    """(run, examples): what train.train does before its loop, without evaluation and records."""
+    objective, device = train.parse_objective(s.objective), torch.device("cpu")
+    tokenizer = data.load_tokenizer(s.model)
+    examples, _ = data.load(s.dataset, tokenizer)
+    examples = list(examples)
+    model, reference = (train.load_model(s.model, device, len(tokenizer), s) for _ in range(2))
+    reference = reference.requires_grad_(False) if objective.needs("kl_w") else None
+    policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, s.dtype == "bf16", s.gradient_checkpointing)
+    for part in filter(None, (model, reference)):
+        dist.load_weights(part, s.model, device)
+    policy.use_layout(s.layout)
+    return train.Run(policy, objective, s, device), examples
+
+
+def whole(parameter) -> np.ndarray:
+    return dist._whole(parameter).numpy().copy()
+
+
+def some_steps(s: train.Settings, steps: int = 5, sizes: tuple = (10, 3, 1, 7, 10)) -> dict:
+    """Losses, first gradients and last weights of a few steps over uneven batches; one pair leaves ranks without work."""
+    run, examples = prepared(s)
+    model, objective = run.policy.model, run.objective
+    ref = train.score(run, examples)[0] if objective.needs("ref") else None
+    if run.policy.reference is not None:
+        with torch.no_grad():  # else every token KL is 0
+            for p in run.policy.reference.parameters():
+                p.mul_(1.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, eps=1e-5)
+    found = {"loss": [], "norm": [], "eval": []}
+    for step, size in enumerate(sizes[:steps]):
+        rows = list(range(step * 10, step * 10 + size))
+        known = train.known_scores([examples[i] for i in rows], None if ref is None else ref[rows], None, run.device)
+        _, loss = train.accumulate_gradients(run, [examples[i] for i in rows], known, [0, step])
+        if step == 0:
+            found["grad"] = {n: whole(p.grad) for n, p in model.named_parameters()}
+        found["norm"].append(float(dist.clip_gradients(run.policy, 1.0)))
+        found["loss"].append(loss.mean().item())
+        optimizer.step()
+        optimizer.zero_grad()
+    found["weights"] = {n: whole(p) for n, p in model.named_parameters()}
+    held = examples[50:]
+    known = train.known_scores(held, None if ref is None else ref[50:], None, run.device)
+    found["eval"] = train.evaluate(run, held, known)
+    found["answers"] = train.complete(run.policy, data.load_tokenizer(s.model), [e.prompt for e in held[:2]], 6)
+    return found
+
+
+def apart(a: dict, b: dict) -> float:
+    """Largest difference of two sets of tensors, each relative to the largest entry of its tensor."""
+    assert a.keys() == b.keys()
+    return max(np.abs(a[n] - b[n]).max() / max(np.abs(b[n]).max(), 1e-8) for n in a)
+
+
+def steps_of_all(s_of) -> dict:
+    return {name: some_steps(s_of(name)) for name in ALL}
+
+
+@pytest.fixture(scope="session")
+def alone(world) -> dict:
+    """Every objective's five steps in one process without a process group."""
+    return ranks(0, steps_of_all, lambda name: settings(world, objective=name))[0]
+
+
+@pytest.mark.parametrize("count, more", [(1, {}), (2, {"gradient_checkpointing": True}), (4, {"mesh": "2x2"}), (4, {})])
+def test_ranks_follow_one_trajectory(world, alone, count, more):
+    """1, 2, 4 ranks, hybrid too: losses, all gradients, weights, evaluation and samples of one process, to fp32 rounding."""
+    for found in ranks(count, steps_of_all, lambda name: settings(world, objective=name, **more)):
+        for name, one in alone.items():
+            many = found[name]
+            assert many["loss"] == pytest.approx(one["loss"], rel=1e-6), name
+            assert many["norm"] == pytest.approx(one["norm"], rel=2e-6), name
+            assert apart(many["grad"], one["grad"]) < 3e-6, name
+            assert apart(many["weights"], one["weights"]) < 1e-6, name
+            assert many["eval"] == pytest.approx(one["eval"], rel=1e-5, abs=1e-6), name
+            assert many["answers"] == one["answers"]
+
+
+def test_rows_arrive_once_or_not_at_all():
+    """Row i has the value i, computed on rank i mod 2; a row left out, and a row of two ranks, are errors on every rank."""
+
+    def gather(left_out: int, doubled: int):
+        mine = [i for i in range(5) if (i % 2 == dist.rank() or i == doubled) and i != left_out]
+        try:
+            return dist.gather_rows({i: torch.tensor([float(i), -float(i)]) for i in mine}, 5).tolist()
+        except RuntimeError as error:
+            return str(error)
+
+    assert ranks(2, gather, -1, -1) == [[[i, -i] for i in range(5)]] * 2
+    assert ranks(2, gather, 3, -1) == ["1 of 5 rows were not scored exactly once"] * 2
+    assert ranks(2, gather, -1, 2) == ["1 of 5 rows were not scored exactly once"] * 2
+    assert ranks(0, gather, 2, -1) == ["3 of 5 rows were not scored exactly once"]  # 1 and 3 are nobody's, 2 is left out
+
+
+def test_bf16_within_its_bound(world):
+    """bf16 has 8 bits of mantissa: losses near 1 within 2⁻⁵ of fp32; gradients, reduced in fp32, point the same way."""
+    exact = ranks(0, lambda: some_steps(settings(world), 1))[0]
+    for found in ranks(2, lambda: some_steps(settings(world, dtype="bf16"), 1)):
+        assert found["loss"] == pytest.approx(exact["loss"], abs=2**-5)
+        ours, theirs = (np.concatenate([x["grad"][n].ravel() for n in x["grad"]]) for x in (found, exact))
+        assert ours.dtype == np.float32
+        assert ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs) > 0.99
+
+
+# ---- loading and export ----------------------------------------------------------------------------------------------
+
+
+def logits(folder: Path) -> np.ndarray:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model(torch.arange(5, 45)[None] % 40).logits.detach().numpy()
+
+
+def exported(s: train.Settings, out: Path, limit: int) -> tuple:
+    run, _ = prepared(s)
+    run.policy.use_layout("padded")
+    dist.export(run.policy.model, data.load_tokenizer(s.model), out, torch.float32, "# card\n", limit)
+    with torch.no_grad():
+        found = run.policy.within(lambda model: model(torch.arange(5, 45)[None] % 40).logits)
+    tied = run.policy.model.get_input_embeddings().weight is run.policy.model.get_output_embeddings().weight
+    return found.numpy().copy(), tied
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_streamed_weights_and_export(world, tmp_path, family):
+    """Built on meta, sharded over 2 ranks and read from file, a model gives from_pretrained's logits, rotary buffers and all;
+    written again in several files it is the same model, with a tied head in no file."""
+    for count in (0, 2):
+        out = tmp_path / str(count)
+        for found, tied in ranks(count, exported, settings(world, model=str(world / family)), out, 20_000):
+            np.testing.assert_allclose(found, logits(world / family), atol=2e-6)
+            assert tied == (family != "untied")
+        np.testing.assert_array_equal(logits(out), logits(world / family))
+        files = sorted(out.glob("*.safetensors"))
+        assert len(files) > 2 and all(f.stat().st_size < 40_000 for f in files)
+        assert ("lm_head.weight" in (out / "model.safetensors.index.json").read_text()) == (family == "untied")
+        assert (out / "README.md").read_text() == "# card\n"
+        assert (out / "tokenizer.json").exists() and (out / "chat_template.jinja").exists()
+
+
+def refused(s: train.Settings) -> str:
+    try:
+        prepared(s)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
+def test_unfit_weights_are_named(world, tmp_path):
+    """A weight too few, one too many, one of another shape, and a folder with .bin weights only."""
+    shutil.copytree(world / "tied", tmp_path / "m")
+    weights = load_file(tmp_path / "m/model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    for change, said in (
+        ({name: None}, f"1 weights are missing: {name}"),
+        ({"extra.weight": torch.ones(2)}, "1 weights are unexpected: extra.weight"),
+        ({name: torch.ones(3, 3)}, f"1 weights are of another shape: {name} is (3, 3), the model has (70, 36)"),
+    ):
+        save_file({k: v for k, v in {**weights, **change}.items() if v is not None}, tmp_path / "m/model.safetensors")
+        for message in ranks(2, refused, settings(world, model=str(tmp_path / "m"))):
+            assert message.startswith("DataError") and said in message
+    (tmp_path / "m/model.safetensors").rename(tmp_path / "m/pytorch_model.bin")
+    for count in (0, 2):
+        for message in ranks(count, refused, settings(world, model=str(tmp_path / "m"))):
+            assert "convert them to safetensors" in message
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def trained(s: train.Settings) -> dict:
+    """train.train in this process: (metrics without times, exported weights), or how it ended."""
+    train.draw_curves, train.matmul_rate = lambda *_: None, lambda *_: 1.0  # seconds that no test here looks at
+    try:
+        train.train(s)
+    except SystemExit as end:
+        return {"exit": end.code}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return record(Path(s.out))
+
+
+def record(out: Path) -> dict:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    own = ("seconds", "tokens_per_second", "mfu", "balance", "padding", "rank_balance", "microbatches")
+    kept = [{k: v for k, v in line.items() if k not in own and "balance" not in k} for line in lines]
+    return {"lines": kept, "weights": {k: v.numpy() for k, v in load_file(out / "model/model.safetensors").items()}}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a["lines"] == b["lines"] and all(np.array_equal(a["weights"][n], b["weights"][n]) for n in b["weights"])
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(world, tmp_path_factory) -> dict:
+    found = {}
+    for layout, count in (("packed", 0), ("padded", 0), ("packed", 2)):
+        s = settings(world, out=str(tmp_path_factory.mktemp("run") / "o"), layout=layout)
+        found[layout, count] = ranks(count, trained, s)[0]
+    return found
+
+
+def stopped_after(s: train.Settings, step: int) -> dict:
+    """A run that is killed without warning when it has finished `step`."""
+    accumulate, seen = train.accumulate_gradients, []
+
+    def counted(*args, **kwargs):
+        seen.append(1)
+        if len(seen) > step:
+            raise KeyboardInterrupt
+        return accumulate(*args, **kwargs)
+
+    train.accumulate_gradients, train.matmul_rate = counted, lambda *_: 1.0
+    try:
+        train.train(s)
+    except KeyboardInterrupt:
+        return {}
+    finally:
+        train.accumulate_gradients = accumulate
+
+
+@pytest.mark.parametrize("layout, count", [("packed", 0), ("padded", 0), ("packed", 2)])
+def test_resume_is_exact(world, uninterrupted, tmp_path, layout, count):
+    """Stopped after step 3 with a checkpoint of step 2: the same losses, metrics and weights to the last bit."""
+    s = settings(world, out=str(tmp_path / "o"), layout=layout, save_every=2)
+    ranks(count, stopped_after, s, 3)
+    assert [p.name for p in dist.complete_checkpoints(tmp_path / "o/checkpoints")] == ["step-000002"]
+    for found in ranks(count, trained, settings(world, out=s.out, layout=layout, save_every=2, resume=True)):
+        assert same(found, uninterrupted[layout, count])
+
+
+def test_resume_on_other_numbers_of_ranks(world, uninterrupted, tmp_path):
+    """2 → 1 → 4 ranks. Each step rounds anew in fp32, so metrics agree to 1e-4 and weights to 1e-5."""
+    s = settings(world, out=str(tmp_path / "o"), save_every=1)
+    ranks(2, stopped_after, s, 2)
+    s.resume = True
+    ranks(0, stopped_after, s, 2)
+    assert [p.name for p in dist.complete_checkpoints(tmp_path / "o/checkpoints")] == ["step-000003", "step-000004"]
+    one = uninterrupted["packed", 0]
+    for found in ranks(4, trained, s):
+        for a, b in zip(found["lines"], one["lines"], strict=True):
+            assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+        assert apart(found["weights"], one["weights"]) < 1e-5
+
+
+def test_damaged_checkpoints_are_skipped(world, uninterrupted, tmp_path, capfd):
+    """Half-written, truncated and corrupted ones are passed over, newest first, each with its reason."""
+    s = settings(world, out=str(tmp_path / "o"), save_every=1, keep=9)
+    ranks(0, trained, s)
+    five, four, three, two = (tmp_path / f"o/checkpoints/step-00000{n}" for n in (5, 4, 3, 2))
+    (five / "complete").unlink()
+    shard = next(four.glob("*.safetensors"))
+    os.truncate(shard, shard.stat().st_size - 1)
+    shard = next(three.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    (two / "step.json").unlink()
+    shutil.copytree(five, tmp_path / "o/checkpoints/step-000009.part")
+    s.resume = True
+    capfd.readouterr()
+    found = ranks(0, trained, s)[0]
+    said = capfd.readouterr().err
+    for folder, reason in ((five, "it was not finished"), (four, "cut short"), (three, "damaged"), (two, "step.json is missing")):
+        assert any(f"skipped {folder}" in line and reason in line for line in said.splitlines()), reason
+    assert "resumed after step 1" in said and same(found, uninterrupted["packed", 0])
+
+
+def test_another_run_is_refused_by_name(world, tmp_path):
+    s = settings(world, out=str(tmp_path / "o"), save_every=2, max_steps=2)
+    ranks(0, trained, s)
+    for changed, said in (
+        (dict(objective="ipo"), "objective is 'ipo()' here and 'simpo(beta=2.0, gamma=1.0)' there"),
+        (dict(model=str(world / "untied")), "model is 'untied' here and 'tied' there"),
+        (dict(dataset=str(world / "pairs.jsonl[:40]")), "training rows (hash) is"),
+    ):
+        message = ranks(0, trained, settings(world, **{**vars(s), "resume": True, **changed}))[0]["error"]
+        assert message.startswith("DataError") and said in message
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(world, uninterrupted, tmp_path, capfd):
+    """From step 3 on no file may exceed 10 kB (RLIMIT_FSIZE, as a full disk): the run goes on, step 2 stays, and resumes."""
+    s = settings(world, out=str(tmp_path / "o"), save_every=1, keep=1)
+
+    def squeezed():
+        save, limits = dist.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        def save_with_limit(folder, model, optimizer, state, *more):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000 if state["step"] > 2 else limits[0], limits[1]))
+            try:
+                return save(folder, model, optimizer, state, *more)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+        dist.save_checkpoint = save_with_limit
+        return trained(s)
+
+    for count in (0, 2):
+        shutil.rmtree(tmp_path / "o", ignore_errors=True)
+        assert same(ranks(count, squeezed)[0], uninterrupted["packed", count])
+        assert [p.name for p in (tmp_path / "o/checkpoints").iterdir()] == ["step-000002"]
+        assert "step-000003 could not be written" in capfd.readouterr().err
+        again = settings(world, **{**vars(s), "resume": True})
+        assert same(ranks(count, trained, again)[0], uninterrupted["packed", count])
+
+
+def test_export_of_a_checkpoint(world, tmp_path):
+    """A checkpoint of 2 ranks, exported by the command line, is the model that the run exported."""
+    s = settings(world, out=str(tmp_path / "o"), save_every=5)
+    ranks(2, trained, s)
+    dist.main(["export", str(tmp_path / "o/checkpoints/step-000005"), str(tmp_path / "e"), "--dtype", "fp32"])
+    np.testing.assert_array_equal(logits(tmp_path / "e"), logits(tmp_path / "o/model"))
+    names = lambda folder: {p.name for p in folder.iterdir()}  # noqa: E731
+    assert names(tmp_path / "e") == names(tmp_path / "o/model")
+    with pytest.raises(SystemExit):
+        dist.main(["export", str(tmp_path / "o/checkpoints/step-000005"), str(tmp_path / "e")])
+
+
+# ---- signals and accidents, with torchrun ----------------------------------------------------------------------------
+
+
+def command(s: train.Settings, processes: int = 0) -> list[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port())]
+    changed = {k: v for k, v in vars(s).items() if v != getattr(train.Settings(), k)}
+    options = [f"--{k}={v}" for k, v in changed.items()]
+    return [*(torchrun if processes else [sys.executable]), str(ROOT / "train.py"), *options]
+
+
+def start(s: train.Settings, processes: int = 0) -> subprocess.Popen:
+    where = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command(s, processes), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=where)
+
+
+def wait_for_step(out: Path, step: int, seconds: float = 60) -> None:
+    until = time.time() + seconds
+    while time.time() < until:
+        if (out / "metrics.jsonl").exists() and f'"step": {step},' in (out / "metrics.jsonl").read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def test_sigterm_saves_and_resumes(world, tmp_path):
+    """SIGTERM: the step is finished, a checkpoint written, exit code 0; what follows equals the uninterrupted run."""
+    s = settings(world, out=str(tmp_path / "o"), epochs=40, max_steps=200)
+    run = start(s)
+    wait_for_step(tmp_path / "o", 3)
+    run.send_signal(signal.SIGTERM)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 0 and "go on with --resume" in said
+    (found,) = dist.complete_checkpoints(tmp_path / "o/checkpoints")
+    reached = json.loads((found / "step.json").read_text())["step"]
+    assert 3 <= reached < 200 and json.loads((tmp_path / "o/metrics.jsonl").read_text().splitlines()[-1])["step"] == reached
+
+
+def test_a_dead_rank_ends_the_run(world, tmp_path):
+    """torchrun, 2 ranks: rank 1 raises in its second step; all is over within seconds and its error comes first."""
+    script = tmp_path / "broken.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport train, distributed as dist\n"
+        "step = train.accumulate_gradients\n"
+        "def broken(run, examples, known, seed, *more):\n"
+        "    if seed[1] == 1 and dist.rank() == 1:\n        raise ArithmeticError('rank one has had enough')\n"
+        "    return step(run, examples, known, seed, *more)\n"
+        "train.accumulate_gradients = broken\ntrain.main()\n"
+    )
+    s = settings(world, out=str(tmp_path / "o"))
+    line = [str(script) if x.endswith("train.py") else x for x in command(s, 2)]
+    run = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_for_step(tmp_path / "o", 1)
+    tick = time.time()
+    _, said = run.communicate(timeout=60)
+    assert run.returncode != 0 and time.time() - tick < 15
+    assert re.search(r"^\w*(Error|Exception)\b.*", said, re.MULTILINE)[0] == "ArithmeticError: rank one has had enough"
+
+
+def kill_and_resume(world, out: Path, delay: float, expected: dict) -> None:
+    s = settings(world, out=str(out), save_every=1)
+    run = start(s)
+    wait_for_step(out, 1)
+    time.sleep(delay)
+    run.kill()
+    run.communicate()
+    before = dist.complete_checkpoints(out / "checkpoints")
+    s.resume = True
+    found = ranks(0, trained, s)[0]
+    assert same(found, expected), f"killed after {delay:.3f} s with {[p.name for p in before]}"
+
+
+def test_kill_nine(world, uninterrupted, tmp_path):
+    kill_and_resume(world, tmp_path / "o", 0.05, uninterrupted["packed", 0])
+
+
+@pytest.mark.slow
+def test_kill_nine_at_ten_moments(world, uninterrupted, tmp_path):
+    """Checkpoints of every step make most moments fall inside a save."""
+    moments = np.random.default_rng(0).uniform(0, 0.6, 10)
+    for i, delay in enumerate(moments):
+        kill_and_resume(world, tmp_path / str(i), delay, uninterrupted["packed", 0])
+
+
+# ---- will it fit? ----------------------------------------------------------------------------------------------------
+
+
+def peak_of_two_steps(config, pairs: int, checkpointing: bool) -> int:
+    """Bytes of resident memory that two real optimizer steps add at most (Linux: the peak is reset before)."""
+    ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed goes back at once
+    status = lambda key: int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # noqa: E731
+    AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9))
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    policy = dist.shard(ResponseLogProbs(AutoModelForCausalLM.from_config(config)), checkpointing=checkpointing)
+    policy.use_layout("packed")
+    optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
+    batch = data.packed_batch([data.Example([1] * 200, [[2] * 150, [3] * 150])] * pairs)
+    for _ in range(2):
+        policy(batch)[0].sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return status("VmHWM") - before
+
+
+@pytest.mark.parametrize("family, pairs, checkpointing", [("llama", 3, False), ("llama", 6, True), ("gemma", 2, False)])
+def test_plan_against_resident_memory(family, pairs, checkpointing):
+    """Weights, moments and the plan's microbatch, gradients included, within 15 % of what the kernel counts."""
+    sizes = dict(hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_key_value_heads=4, vocab_size=8000)
+    config = LlamaConfig(num_hidden_layers=6, **sizes)
+    if family == "gemma":
+        config = Gemma2Config(num_hidden_layers=4, head_dim=64, **sizes)
+    found = dist.one_microbatch(config, pairs, (200, 150, 150), torch.float32, checkpointing, True)
+    measured = ranks(0, peak_of_two_steps, config, pairs, checkpointing)[0]
+    assert 12 * found["parameters"] + found["peak"] == pytest.approx(measured, rel=0.15)
+
+
+def test_recipes_can_be_called():
+    """Each published setting parses and its objective takes its arguments; gamma is the paper's (config ratio 0.5 · β 10)."""
+    for start, (*_, methods) in train.PUBLISHED.items():
+        for method, (_, lr) in methods.items():
+            s = train.parse_settings(["--recipe", f"{start}-{method}"])
+            train.try_objective(train.parse_objective(s.objective))
+            assert (s.lr, s.batch_size) == (lr, 128)
+    s = train.parse_settings(["--recipe", "gemma-2-9b-it-simpo", "--lr", "1e-5"])
+    assert (s.objective, s.lr, s.max_length, s.max_prompt_length) == ("simpo(beta=10.0, gamma=5.0)", 1e-5, 2048, 1800)
+    with pytest.raises(train.SettingsError, match="unknown recipe 'x'; known are mistral-7b-base-simpo"):
+        train.parse_settings(["--recipe", "x"])
