@@ -301,7 +301,7 @@ def load_weights(model: nn.Module, name: str, device: torch.device) -> None:
                 elif (shape := tuple(saved.get_slice(key).get_shape())) != tuple(target.shape):
                     wrong.append(f"{key} is {shape}, the model has {tuple(target.shape)}")
                 else:
-                    _copy_rows(target, saved, key)
+                    copy_rows(target, saved.get_slice(key) if target.ndim else saved.get_tensor(key))
                     missing.pop(id(target), None)
     for what, names in (("of another shape", wrong), ("unexpected", unexpected), ("missing", sorted(missing.values()))):
         if names:
@@ -316,14 +316,15 @@ def _download(name: str) -> Path:
 
 
 @torch.no_grad()
-def _copy_rows(target: Tensor, saved, key: str) -> None:
+def copy_rows(target: Tensor, source) -> None:
+    """Fill a tensor, or the rows of it that this rank owns, from a whole one, in memory or in a safetensors file."""
     if not isinstance(target, DTensor):
-        target.copy_(saved.get_tensor(key))
+        target.copy_(source[:] if target.ndim else source)
         return
     mesh, local = target.device_mesh["shard"], target.to_local()
     first = mesh.get_local_rank() * -(-target.shape[0] // mesh.size())  # rows are cut like torch.chunk does
     if len(local):
-        local.copy_(saved.get_slice(key)[first : first + len(local)])
+        local.copy_(source[first : first + len(local)])
 
 
 def _tensors(model: nn.Module, tied: bool = False) -> dict[str, Tensor]:
@@ -346,13 +347,14 @@ def hash_weights(model: nn.Module) -> list[str]:
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write small tensors as one safetensors file, whole or not at all; a folder that cannot be written is no reason to stop."""
+    """Write small tensors as one safetensors file, or not at all; a folder that cannot be written is no reason to stop."""
+    tensors = {k: _whole(v) for k, v in tensors.items()}
     if not is_main():
         return
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part)
+        save_file({k: torch.empty(v.shape, dtype=v.dtype).copy_(v) for k, v in tensors.items()}, part)
         os.replace(part, file)
     except (OSError, SafetensorError):
         with contextlib.suppress(OSError):

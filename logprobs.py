@@ -11,11 +11,13 @@ never exist at once, and sums the token log-probs over each response. It knows n
 Shape letters: B pairs · R responses (2B for pairs) · T tokens of a batch · N scored tokens · D hidden · V vocabulary · H heads.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
@@ -190,14 +192,61 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: i
     return (weights.view(groups, -1, k) @ value[0]).view(1, heads, q, -1)
 
 
+def tree_sees(tree: list[tuple[int, list[int]]], window: int | None, device):
+    """The rule of the packed tree as a function of (query, key) indices, which broadcast: same pair, not later, and the key in
+    the prompt or in the query's own response; a window counts positions, not indices."""
+    parts = [(i, j, at) for i, (p, rs) in enumerate(tree) for j, n, at in ((0, p, 0), *((j, n, p) for j, n in enumerate(rs, 1)))]
+    lengths = torch.tensor([n for p, rs in tree for n in (p, *rs)], device=device)
+    pair, branch, start = torch.tensor(parts, device=device).repeat_interleave(lengths, 0).unbind(1)
+    index = torch.arange(len(pair), device=device)
+    position = start + index - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+
+    def sees(q, k):
+        seen = (pair[q] == pair[k]) & (k <= q) & ((branch[k] == 0) | (branch[k] == branch[q]))
+        return seen if window is None else seen & (position[q] - position[k] < window)
+
+    return sees
+
+
+def tree_mask(tree: list[tuple[int, list[int]]], dtype: torch.dtype, device) -> Tensor:
+    """The rule as an additive mask (1, 1, T, T), for models whose attention is not exchangeable. O(T²) memory."""
+    index = torch.arange(sum(p + sum(rs) for p, rs in tree), device=device)
+    seen = tree_sees(tree, None, device)(index[:, None], index[None, :])
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)[None, None]
+
+
+@functools.cache
+def _compiled_flex():
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, blocks: BlockMask) -> Tensor:
+    """The whole pack in one kernel that skips the blocks in which nothing is seen. (1, H, T, d)."""
+    cap = None if softcap is None else lambda score, b, h, q, k: softcap * torch.tanh(score / softcap)
+    kernel = _compiled_flex() if query.is_cuda else flex_attention
+    return kernel(query, key, value, score_mod=cap, block_mask=blocks, scale=scaling, enable_gqa=True)
+
+
+class Tree(list):
+    """[(prompt length, [response lengths])] of a pack, with its block masks, which all layers of a window share."""
+
+    def blocks(self, window: int | None, device) -> BlockMask:
+        if not hasattr(self, "made"):
+            self.made = {}
+        if window not in self.made:
+            sees, total = tree_sees(self, window, device), sum(p + sum(rs) for p, rs in self)
+            self.made[window] = create_block_mask(lambda b, h, q, k: sees(q, k), None, None, total, total, device=device)
+        return self.made[window]
+
+
 def tree_attention(
     module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, tree=None, **kwargs
 ):
     """Attention over a packed tree, in the form transformers' AttentionInterface calls: (1, H, T, d) → (1, T, H, d).
 
-    A query sees the keys of its own pair that come earlier, in the prompt or in its own response. Each pair is attended to
-    on its own, so no (T × T) mask exists: prompt + first response is an ordinary causal sequence, each further response
-    attends to the prompt's keys followed by its own. `tree` lists (prompt length, [response lengths]) in packing order.
+    A query sees the keys of its own pair that come earlier, in the prompt or in its own response. On CPUs each pair is attended
+    to on its own, so no (T × T) mask exists: prompt + first response is an ordinary causal sequence, each further response
+    attends to the prompt's keys followed by its own. On GPUs FlexAttention takes the pack at once.
     """
     if tree is None:
         raise ValueError('attention is set to packed trees, but this batch has none; call use_layout("padded") first')
@@ -206,6 +255,9 @@ def tree_attention(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings leave them in fp32
+    if query.is_cuda:
+        out = _flex(query, key, value, scaling, softcap, tree.blocks(sliding_window, query.device))
+        return out.transpose(1, 2).contiguous(), None
     sizes = [n for prompt, (first, *others) in tree for n in (prompt + first, *others)]
     pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)))  # split, as its backward is one concatenation
     out = []
@@ -246,7 +298,8 @@ class ResponseLogProbs(nn.Module):
         """
         before, self.layout = self.layout, layout
         for model in filter(None, (self.model, self.reference)):
-            model.set_attn_implementation("packed_tree" if layout == "packed" else self.native_attention)
+            if model._can_set_attn_implementation():
+                model.set_attn_implementation("packed_tree" if layout == "packed" else self.native_attention)
         return before
 
     def within(self, function, *args, **kwargs):
@@ -256,7 +309,9 @@ class ResponseLogProbs(nn.Module):
     @staticmethod
     def states(model: nn.Module, batch) -> Tensor:
         """Hidden states at the scored positions, (N, D). `batch.tree` is None for the padded layout."""
-        extra = {} if batch.tree is None else {"tree": batch.tree}
+        extra = {} if batch.tree is None else {"tree": Tree(batch.tree)}
+        if batch.tree is not None and not model._can_set_attn_implementation():
+            extra = {"attention_mask": tree_mask(batch.tree, model.dtype, batch.input_ids.device)}
         # no padding mask: padding is on the right, where a causal position never looks
         out = model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **extra)
         return out.last_hidden_state.flatten(0, 1)[batch.index]

@@ -834,7 +834,7 @@ def supervised_start(run: Run, demonstrations: list[Example]) -> None:
     named = dict(run.policy.model.named_parameters())
     if (found := dist.load_tensors(file)) is not None and found.keys() == named.keys():
         for name, parameter in named.items():
-            parameter.data.copy_(found[name])
+            dist.copy_rows(parameter, found[name])
         return say(f"supervised start: from {file}")
     optimizer = torch.optim.AdamW(run.policy.parameters(), lr=0.0)
     plan = [rows for epoch in range(64) for rows in data.step_plan(len(demonstrations), 64, s.seed, epoch)][:SUPERVISED_STEPS]

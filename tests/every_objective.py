@@ -24,15 +24,13 @@ from losses import OBJECTIVES  # noqa: E402
 
 
 def line(name: str, summary: dict, lines: list[dict]) -> tuple[str, bool]:
+    """A row of the table, and whether every recorded number is finite. Only `sft` has no rewards to compare."""
     losses = [x["loss"] for x in lines if "loss" in x]
-    before, after = summary["before"], summary["after"]
-    key = "eval_reward_accuracy"
+    cells = [f"`{name}`", f"{losses[0]:.4f}", f"{losses[-1]:.4f}"]
+    for key, form in (("eval_reward_accuracy", ".3f"), ("eval_reward_margin", ".4g")):
+        cells += [format(x[key], form) if key in x else "–" for x in (summary["before"], summary["after"])]
     finite = all(math.isfinite(v) for x in lines for v in x.values() if isinstance(v, float))
-    text = (
-        f"| `{name}` | {losses[0]:.4f} | {losses[-1]:.4f} | {before.get(key, math.nan):.3f} | {after.get(key, math.nan):.3f} "
-    )
-    text += f"| {before.get('eval_reward_margin', math.nan):.4g} | {after.get('eval_reward_margin', math.nan):.4g} |"
-    return text, finite
+    return f"| {' | '.join(cells)} |", finite
 
 
 def main() -> int:

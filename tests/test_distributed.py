@@ -375,7 +375,8 @@ def test_damaged_checkpoints_are_skipped(world, uninterrupted, tmp_path, capfd):
     capfd.readouterr()
     found = ranks(0, trained, s)[0]
     said = capfd.readouterr().err
-    for folder, reason in ((five, "it was not finished"), (four, "cut short"), (three, "damaged"), (two, "step.json is missing")):
+    reasons = ((five, "it was not finished"), (four, "cut short"), (three, "damaged"), (two, "step.json is missing"))
+    for folder, reason in reasons:
         assert any(f"skipped {folder}" in line and reason in line for line in said.splitlines()), reason
     assert "resumed after step 1" in said and same(found, uninterrupted["packed", 0])
 
@@ -534,7 +535,7 @@ def peak_of_two_steps(config, pairs: int, checkpointing: bool) -> int:
     return status("VmHWM") - before
 
 
-@pytest.mark.parametrize("family, pairs, checkpointing", [("llama", 3, False), ("llama", 6, True), ("gemma", 2, False)])
+@pytest.mark.parametrize("family, pairs, checkpointing", [("llama", 1, False), ("llama", 3, True), ("gemma", 1, False)])
 def test_plan_against_resident_memory(family, pairs, checkpointing):
     """Weights, moments and the plan's microbatch, gradients included, within 15 % of what the kernel counts."""
     sizes = dict(hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_key_value_heads=4, vocab_size=8000)

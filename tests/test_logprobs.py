@@ -13,6 +13,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     GraniteConfig,
@@ -63,6 +65,19 @@ MODELS = {
     "gpt-neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**NO_GROUPS)),
     "gpt2, learned positions": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    ),
+    "gpt-j, outside the attention registry": lambda: GPTJForCausalLM(
+        GPTJConfig(
+            vocab_size=V,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            rotary_dim=4,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+        )
     ),
     "cohere, logit scale": lambda: CohereForCausalLM(CohereConfig(**SIZE, logit_scale=0.3)),
     "granite, logits divided": lambda: GraniteForCausalLM(GraniteConfig(**SIZE, logits_scaling=3.0, embedding_multiplier=2.0)),
@@ -212,6 +227,37 @@ def test_more_than_one_query_block(monkeypatch):
         mask = (j <= i) & (j > i - (window or 1000))
         scores = (query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.3).masked_fill(~mask, float("-inf"))
         torch.testing.assert_close(ours, scores.softmax(-1) @ value.repeat_interleave(2, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_flex_attention_equals_the_segments():
+    """FlexAttention over the whole pack (what GPUs run, here uncompiled) against attention pair by pair, windows and soft-cap."""
+    g = torch.Generator().manual_seed(0)
+    tree = logprobs.Tree([(7, [4, 9]), (1, [1, 3]), (12, [6, 2])])
+    query, key, value = (torch.randn(1, h, 45, 16, generator=g) for h in (4, 2, 2))
+    for window in (None, 5):
+        for softcap in (None, 2.0):
+            segments, _ = logprobs.tree_attention(None, query, key, value, None, 0.3, window, softcap, tree)
+            blocks = tree.blocks(window, torch.device("cpu"))
+            whole = logprobs._flex(query, key, value, 0.3, softcap, blocks).transpose(1, 2)
+            torch.testing.assert_close(whole, segments, rtol=1e-5, atol=1e-6)
+
+
+def test_the_rule_of_the_tree_by_hand():
+    """prompt p0 p1, chosen c0, rejected r0 r1; then a pair of one token each. Rows see columns."""
+    seen = logprobs.tree_mask([(2, [1, 2]), (1, [1, 1])], torch.float32, "cpu")[0, 0] == 0
+    assert seen.int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0, 0, 0],
+        [1, 1, 0, 1, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 1, 0, 1],
+    ]
+    # a window of 2 counts positions: r0 (position 2) no longer sees p0 (0) but p1 (1), although c0 stands between them
+    sees = logprobs.tree_sees([(2, [1, 2])], 2, "cpu")
+    assert [bool(sees(torch.tensor(3), torch.tensor(k))) for k in range(5)] == [False, True, False, True, False]
 
 
 # ---- the head ----------------------------------------------------------------------------------------------------

@@ -293,7 +293,7 @@ def test_resumed_run_equals_the_uninterrupted_one(arguments, tmp_path, objective
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_reference_cache(arguments, tmp_path, capsys):
+def test_reference_cache(arguments, world, tmp_path, capsys):
     """A second run reads the numbers of the first, bit for bit; other weights or other data compute anew."""
     cache = tmp_path / "cache"
     train.main(arguments(objective="dpo"))
@@ -308,6 +308,14 @@ def test_reference_cache(arguments, tmp_path, capsys):
     train.main(arguments(objective="dpo", max_length=12) + ["--overwrite"])
     assert len(list(cache.glob("*.safetensors"))) > 2
     before = len(list(cache.glob("*.safetensors")))
+    other = AutoModelForCausalLM.from_pretrained(world / "model")
+    with torch.no_grad():
+        other.model.norm.weight[0] += 1e-3  # one weight of one tensor
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(world / "model").save_pretrained(tmp_path / "other")
+    train.main(arguments(objective="dpo", model=tmp_path / "other") + ["--overwrite"])
+    assert len(list(cache.glob("*.safetensors"))) == before + 2
+    before += 2
     files[0].write_bytes(files[0].read_bytes()[:-9])  # cut short: must be computed again
     train.main(arguments(objective="dpo") + ["--overwrite"])
     assert len(list(cache.glob("*.safetensors"))) == before and [x["loss"] for x in steps(tmp_path / "out")] == [x["loss"] for x in fresh]
