@@ -195,7 +195,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: i
 def tree_sees(tree: list[tuple[int, list[int]]], window: int | None, device):
     """The rule of the packed tree as a function of (query, key) indices, which broadcast: same pair, not later, and the key in
     the prompt or in the query's own response; a window counts positions, not indices."""
-    parts = [(i, j, at) for i, (p, rs) in enumerate(tree) for j, n, at in ((0, p, 0), *((j, n, p) for j, n in enumerate(rs, 1)))]
+    parts = [(i, j, p if j else 0) for i, (p, rs) in enumerate(tree) for j in range(len(rs) + 1)]  # pair, branch, start
     lengths = torch.tensor([n for p, rs in tree for n in (p, *rs)], device=device)
     pair, branch, start = torch.tensor(parts, device=device).repeat_interleave(lengths, 0).unbind(1)
     index = torch.arange(len(pair), device=device)

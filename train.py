@@ -725,7 +725,8 @@ def complete(policy: ResponseLogProbs, tokenizer, prompts: list[list[int]], toke
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=model.device)
         stop = model.generation_config.eos_token_id or tokenizer.eos_token_id
         out = policy.within(
-            type(model).generate, input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, eos_token_id=stop, pad_token_id=pad,
+            type(model).generate, input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False,
+            eos_token_id=stop, pad_token_id=pad,
             temperature=None, top_p=None, top_k=None,
         )  # fmt: skip
         texts += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
@@ -827,9 +828,10 @@ SUPERVISED_STEPS = 400
 
 
 def supervised_start(run: Run, demonstrations: list[Example]) -> None:
-    """A short supervised training of the embedded world's model, in place; kept in the cache, as it is the same for every run."""
+    """A short supervised training of the embedded world's model, in place; cached, being the same for every run."""
     s, key = run.settings, hashlib.sha256()
-    key.update(json.dumps(["1", SUPERVISED_STEPS, s.seed, torch.__version__, [[e.prompt, e.responses] for e in demonstrations]]).encode())
+    shown = [[e.prompt, e.responses] for e in demonstrations]
+    key.update(json.dumps(["1", SUPERVISED_STEPS, s.seed, torch.__version__, shown]).encode())
     file = Path(s.cache).expanduser() / f"world-{key.hexdigest()[:32]}.safetensors"
     named = dict(run.policy.model.named_parameters())
     if (found := dist.load_tensors(file)) is not None and found.keys() == named.keys():
@@ -898,7 +900,7 @@ def train(s: Settings) -> dict:
     model = load_model(s.model, device, len(tokenizer), s)
     embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
-        raise SettingsError(f"the tokenizer has {len(tokenizer)} ids, but the model only {embeddings} embeddings; they do not belong together")
+        raise SettingsError(f"the tokenizer has {len(tokenizer)} ids, but the model only {embeddings} embeddings: no match")
     if s.layout == "packed":
         refuse_packed(model)
     exact = not uses_bf16(s, device)

@@ -208,8 +208,10 @@ def peer(args) -> dict:
                 Clock.tick = synchronized()
 
     common = dict(
-        output_dir="runs/benchmark-peer", per_device_train_batch_size=args.batch_size, max_steps=args.steps + 1, learning_rate=1e-6,
-        bf16=args.dtype == "bf16", fp16=False, report_to=[], save_strategy="no", logging_strategy="no", max_length=args.max_length,
+        output_dir="runs/benchmark-peer", per_device_train_batch_size=args.batch_size, max_steps=args.steps + 1,
+        learning_rate=1e-6,
+        bf16=args.dtype == "bf16", fp16=False, report_to=[], save_strategy="no", logging_strategy="no",
+        max_length=args.max_length,
         gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), disable_tqdm=True, lr_scheduler_type="constant",
     )  # fmt: skip
     if objective == "simpo":
@@ -264,7 +266,8 @@ def table(rows: dict, against: dict[str, str]) -> str:
         speed = f"{r['pairs_per_second'] / base['pairs_per_second']:.2f}" if base else "–"
         memory = f"{r['peak_above_state_gib'] / base['peak_above_state_gib']:.2f}" if base else "–"
         lines.append(
-            f"| {variant} | {dtype} | {r['pairs_per_second']:.2f} | {r['tokens_per_second']:.0f} | {r['fraction_of_matmul_rate']:.0%} "
+            f"| {variant} | {dtype} | {r['pairs_per_second']:.2f} | {r['tokens_per_second']:.0f} "
+            f"| {r['fraction_of_matmul_rate']:.0%} "
             f"| {r['peak_above_state_gib']:.2f} | {speed} | {memory} |"
         )
     return "\n".join(lines)
@@ -288,7 +291,8 @@ def growth(args) -> list[dict]:
         found.append({"case": case, **r})
         said = ", ".join(f"{k} {v}" for k, v in case.items()) or "prompt 128, responses 64, vocabulary 49,152, 4 pairs"
         lines.append(
-            f"| {said} | {1 / r['pairs_per_second']:.2f} | {r['peak_above_state_gib']:.2f} | {r['fraction_of_matmul_rate']:.0%} |"
+            f"| {said} | {1 / r['pairs_per_second']:.2f} | {r['peak_above_state_gib']:.2f} "
+            f"| {r['fraction_of_matmul_rate']:.0%} |"
         )
         print(lines[-1], file=sys.stderr, flush=True)
     print("\n".join(lines))

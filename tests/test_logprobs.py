@@ -230,7 +230,7 @@ def test_more_than_one_query_block(monkeypatch):
 
 
 def test_flex_attention_equals_the_segments():
-    """FlexAttention over the whole pack (what GPUs run, here uncompiled) against attention pair by pair, windows and soft-cap."""
+    """FlexAttention over the whole pack (what GPUs run; here uncompiled) against pair by pair, windows and soft-cap."""
     g = torch.Generator().manual_seed(0)
     tree = logprobs.Tree([(7, [4, 9]), (1, [1, 3]), (12, [6, 2])])
     query, key, value = (torch.randn(1, h, 45, 16, generator=g) for h in (4, 2, 2))

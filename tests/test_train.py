@@ -31,7 +31,8 @@ def world(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None, eos_token_id=3, pad_token_id=3,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=3, pad_token_id=3,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -136,7 +137,7 @@ def test_gradient_does_not_depend_on_layout_or_checkpointing(world, name):
 
 
 def test_step_gradient_equals_autograd_of_the_mean_loss(world):
-    """The two-stage gradient (∂L/∂logp, then ∂logp/∂θ) against plain backward through the function and the model's own logits."""
+    """The two-stage gradient (∂L/∂logp, then ∂logp/∂θ) against plain backward from the model's own logits."""
     run, examples, known = setting_up(world, "alpha_dpo(beta=3.0)")
     train.accumulate_gradients(run, examples, known, [0])
     ours = {n: p.grad.clone() for n, p in run.policy.model.named_parameters()}
@@ -256,7 +257,8 @@ def test_exported_model_is_the_trained_one(arguments, tmp_path):
     weights = dict(model.named_parameters())
     saved = data_of(tmp_path / "out" / "checkpoints")
     assert weights and all(torch.equal(p, saved[n]) for n, p in weights.items())
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "name two metals"}], add_generation_prompt=True, return_tensors="pt")
+    asked = [{"role": "user", "content": "name two metals"}]
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt")
     ids = ids if isinstance(ids, torch.Tensor) else ids["input_ids"]
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
     assert not list(folder.glob("*.bin")) and (folder / "generation_config.json").exists()
@@ -318,13 +320,15 @@ def test_reference_cache(arguments, world, tmp_path, capsys):
     before += 2
     files[0].write_bytes(files[0].read_bytes()[:-9])  # cut short: must be computed again
     train.main(arguments(objective="dpo") + ["--overwrite"])
-    assert len(list(cache.glob("*.safetensors"))) == before and [x["loss"] for x in steps(tmp_path / "out")] == [x["loss"] for x in fresh]
+    assert len(list(cache.glob("*.safetensors"))) == before
+    assert [x["loss"] for x in steps(tmp_path / "out")] == [x["loss"] for x in fresh]
 
 
 @pytest.mark.parametrize("objective", ["kto", "bco", "uapo"])
 def test_unpaired_rows_train(arguments, world, tmp_path, objective):
     summary = train.main(arguments(objective=objective, dataset=world / "rows.jsonl"))
-    assert [line["pairs"] for line in steps(tmp_path / "out")] == [8, 8, 8, 8] and math.isfinite(summary["after"]["eval_reward_accuracy"])
+    assert [line["pairs"] for line in steps(tmp_path / "out")] == [8, 8, 8, 8]
+    assert math.isfinite(summary["after"]["eval_reward_accuracy"])
 
 
 def test_unpaired_objective_takes_each_pair_as_two_rows(arguments, tmp_path):
@@ -359,11 +363,12 @@ def test_the_embedded_world_improves(tmp_path):
 
 def test_settings_round_trip(tmp_path):
     """Command line with - or _, YAML, JSON, and the file that a run writes: the same settings."""
-    line = ["--lr", "5e-7", "--batch-size", "16", "--model", "m", "--dataset", "d", "--gradient_checkpointing", "--max_prompt_length", "99"]
+    line = "--lr 5e-7 --batch-size 16 --model m --dataset d --gradient_checkpointing --max_prompt_length 99".split()
     wanted = train.parse_settings(line)
     assert (wanted.lr, wanted.batch_size, wanted.gradient_checkpointing, wanted.max_prompt_length) == (5e-7, 16, True, 99)
     values = dict(lr=5e-7, batch_size=16, model="m", dataset="d", gradient_checkpointing=True, max_prompt_length=99)
-    (tmp_path / "s.yaml").write_text("lr: 5e-7\nbatch-size: 16\nmodel: m\ndataset: d\ngradient_checkpointing: yes\nmax_prompt_length: 99\n")
+    text = "lr: 5e-7\nbatch-size: 16\nmodel: m\ndataset: d\ngradient_checkpointing: yes\nmax_prompt_length: 99\n"
+    (tmp_path / "s.yaml").write_text(text)
     (tmp_path / "s.json").write_text(json.dumps(values))
     (tmp_path / "all.yaml").write_text(yaml.safe_dump(train.asdict(wanted)))
     for name in ("s.yaml", "s.json", "all.yaml"):
@@ -431,7 +436,8 @@ def test_bad_settings_end_with_a_message_and_code_2(arguments, world, capsys, na
 
 
 def test_settings_file_errors(tmp_path, capsys):
-    for text, said in (("lr: [", "cannot be read"), ("- lr", "holds a list"), ("learning_rate: 1", "unknown setting 'learning_rate'"),
+    for text, said in (("lr: [", "cannot be read"), ("- lr", "holds a list"),
+                       ("learning_rate: 1", "unknown setting 'learning_rate'"),
                        ("overwrite: 3", "overwrite is 3"), ("lr: yes", "lr is True")):  # fmt: skip
         (tmp_path / "s.yaml").write_text(text)
         with pytest.raises(SystemExit) as stop:
@@ -514,7 +520,8 @@ def test_disagreeing_layouts_stop_the_run(arguments, monkeypatch, capsys):
 
 def test_the_command_line_itself(tmp_path):
     """As typed in a shell: the message on stderr, nothing on stdout, exit code 2."""
-    done = subprocess.run([sys.executable, "train.py", "--lr", "0"], cwd=Path(train.__file__).parent, capture_output=True, text=True)
+    command = [sys.executable, "train.py", "--lr", "0"]
+    done = subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: lr is 0")
 
 
