@@ -14,6 +14,7 @@ import ast
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -209,6 +210,8 @@ def check_settings(s: Settings) -> None:
             f"max_length {s.max_length} with max_prompt_length {longest_prompt} leaves no room for a prompt and a response; "
             "raise max_length or lower max_prompt_length"
         )
+    if s.log_to and importlib.util.find_spec(s.log_to) is None:
+        raise SettingsError(f"log_to {s.log_to}: it is not installed (pip install {s.log_to})")
     if s.overwrite and s.resume:
         raise SettingsError("overwrite and resume exclude each other")
     if (s.overwrite or s.resume) and s.out is None:
@@ -766,20 +769,15 @@ def open_log(s: Settings, out: Path) -> Callable[[dict], None]:
     """A function that sends one metrics line to tensorboard or wandb, or nowhere."""
     if s.log_to is None or not dist.is_main():
         return lambda line: None
-    try:
-        if s.log_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+    if s.log_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(out / "tensorboard"))
-            return lambda line: (
-                [writer.add_scalar(k, v, line["step"]) for k, v in line.items() if k != "step"] and writer.flush()
-            )
-        import wandb
+        writer = SummaryWriter(str(out / "tensorboard"))
+        return lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in line.items() if k != "step"] and writer.flush()
+    import wandb
 
-        wandb.init(project="plainpo", config=asdict(s), dir=str(out))
-        return lambda line: wandb.log(line, step=line["step"])
-    except ImportError as error:
-        raise SettingsError(f"log_to {s.log_to}: it is not installed (pip install {s.log_to})") from error
+    wandb.init(project="plainpo", config=asdict(s), dir=str(out))
+    return lambda line: wandb.log(line, step=line["step"])
 
 
 def prepare_out(s: Settings) -> Path:
@@ -884,7 +882,6 @@ def train(s: Settings) -> dict:
     s.lr = s.lr if s.lr is not None else (1e-3 if s.model == "tiny" else 1e-6)
     out = dist.on_main(prepare_out, s)
     s.out = str(out)
-    log = open_log(s, out)
     say("settings: " + json.dumps(asdict(s)))
 
     # data
@@ -962,6 +959,7 @@ def train(s: Settings) -> dict:
         first = dist.load_checkpoint(found, model, optimizer, same_run)["step"]
         say(f"resumed after step {first} from {found}")
     dist.on_main(open_records, s, out, first, report)
+    log = open_log(s, out)
     recorder = open(metrics if dist.is_main() else os.devnull, "a", buffering=1)
 
     def record(line: dict) -> None:
