@@ -751,12 +751,12 @@ def draw_curves(lines: list[dict], path: Path, title: str) -> None:
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), constrained_layout=True)
     for axis, (name, keys) in zip(axes, panels):
         for colour, key in enumerate(keys):
-            label = {"logp_w_per_token": "chosen", "logp_l_per_token": "rejected"}.get(key, "training")
+            side = {"logp_w_per_token": "chosen, ", "logp_l_per_token": "rejected, "}.get(key, "")
             for prefix, style in (("", dict(alpha=0.55, lw=1.2)), ("eval_", dict(marker="o", ls="--"))):
                 points = [(line["step"], line[prefix + key]) for line in lines if prefix + key in line]
                 if points:
-                    suffix = ", held out" if prefix else ""
-                    axis.plot(*zip(*points), color=f"C{colour}", label=label + suffix, **style)
+                    label = side + ("held out" if prefix else "training")
+                    axis.plot(*zip(*points), color=f"C{colour}", label=label, **style)
         axis.set(title=name, xlabel="step")
         if axis.lines:
             axis.legend(fontsize=8)
