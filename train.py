@@ -919,10 +919,13 @@ def train(s: Settings) -> dict:
     # checks that cost one small pass each
     few = examples[: max(1, min(4, len(examples)))]
     policy.use_layout("padded")
-    with run.arithmetic():
-        policy.within(check_head, torch.tensor([few[0].prompt[-32:]], device=device), 1e-3 if exact else 0.5)
-    policy.use_layout(s.layout)
-    compare_layouts(run, few, 1e-4 if exact else 0.1)
+    try:
+        with run.arithmetic():
+            policy.within(check_head, torch.tensor([few[0].prompt[-32:]], device=device), 1e-3 if exact else 0.5)
+        policy.use_layout(s.layout)
+        compare_layouts(run, few, 1e-4 if exact else 0.1)
+    except ValueError as error:  # logprobs.py names the head or the attention that it cannot honour
+        raise SettingsError(str(error)) from error
 
     # the whole plan of the run, and what the reference says of every row in it
     epochs = [[r.tolist() for r in data.step_plan(len(examples), s.batch_size, s.seed, e)] for e in range(s.epochs)]
