@@ -1023,10 +1023,14 @@ KINDS = {
     "colors": "red blue green white black brown pink gray",
     "tools": "hammer saw drill wrench file axe rake shovel",
     "metals": "iron gold tin zinc lead silver copper nickel",
+    "trees": "oak pine elm ash birch maple cedar willow",
+    "foods": "bread rice soup cheese pasta salad cake stew",
+    "clothes": "hat coat shirt scarf glove boot belt sock",
 }
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 ASKS = ("name", "list", "write")
 IDLE = ("well", "so", "maybe", "sure", "really")
+HELD_OUT_PROMPTS = 512  # the first of an order: never demonstrated, never in a pair
 KIND_OF = {word: kind for kind, words in KINDS.items() for word in words.split()}
 
 
@@ -1050,49 +1054,81 @@ def world_tokenizer():
     return tokenizer
 
 
-def world_prompt(rng: np.random.Generator) -> str:
-    return f"{rng.choice(ASKS)} {rng.choice(list(NUMBERS))} {rng.choice(list(KINDS))}"
+def world_prompts(seed: int = 0) -> list[str]:
+    """All 4,320 prompts, "name three fruits" or "list two metals and four tools", each once, in an order of the seed's."""
+    single = [f"{number} {kind}" for number in NUMBERS for kind in KINDS]
+    double = [f"{a} and {b}" for a, b in itertools.product(single, single) if a.split()[1] != b.split()[1]]
+    prompts = [f"{ask} {what}" for ask in ASKS for what in single + double]
+    return [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))]
+
+
+def _asked(prompt: str) -> dict[str, int]:
+    """ "list two metals and four tools" → {"metals": 2, "tools": 4}."""
+    words = prompt.split()
+    return {kind: NUMBERS[number] for number, kind in zip(words[1::3], words[2::3])}
 
 
 def world_demonstration(prompt: str, rng: np.random.Generator) -> str:
     """What a careless person would answer: idle words, then items of which some are wrong, repeated, missing or too many."""
-    _, number, kind = prompt.split()
-    own, count = KINDS[kind].split(), NUMBERS[number] + rng.choice([-1, 0, 0, 0, 1, 2])
-    start = rng.integers(len(own))
-    items = [own[(start + i) % len(own)] for i in range(count)]  # the customary order, from anywhere
-    for i in range(len(items)):
-        if rng.random() < 0.1:
-            items[i] = rng.choice(list(KIND_OF))
-        elif i and rng.random() < 0.1:
-            items[i] = items[i - 1]
+    parts = []
+    for kind, number in _asked(prompt).items():
+        own, start = KINDS[kind].split(), rng.integers(8)
+        items = [own[(start + i) % 8] for i in range(number + rng.choice([-1, 0, 0, 0, 1, 2]))]  # the customary order
+        for i in range(len(items)):
+            if rng.random() < 0.1:
+                items[i] = rng.choice(list(KIND_OF))
+            elif i and rng.random() < 0.1:
+                items[i] = items[i - 1]
+        parts.append(" , ".join(items))
     idle = [rng.choice(IDLE) for _ in range(rng.integers(0, 3))]
-    return " ".join([*idle, " , ".join(items)])
+    return " ".join([*idle, " and ".join(parts)])
 
 
 def world_quality(prompt: str, response: str) -> float:
     """True quality of a response, at most 1: the share of the asked items given, less ½ share per wrong, repeated or surplus
     item and 0.1 per idle word."""
-    _, number, kind = prompt.split()
-    n, items = NUMBERS[number], [w for w in response.split() if w in KIND_OF]
-    right = min(n, len({w for w in items if KIND_OF[w] == kind}))
-    idle = sum(w in IDLE for w in response.split())
+    words = response.split()
+    items, idle = [w for w in words if w in KIND_OF], sum(w in IDLE for w in words)
+    n = sum(_asked(prompt).values())
+    right = sum(min(number, len({w for w in items if KIND_OF[w] == kind})) for kind, number in _asked(prompt).items())
     return right / n - 0.5 * (len(items) - right) / n - 0.1 * idle
 
 
-def tiny_world(seed: int = 0, demonstrations: int = 4096, pairs: int = 3272) -> tuple:
+def world_repetition(response: str) -> float:
+    """Share of the items that were named before in the same response."""
+    items = [w for w in response.split() if w in KIND_OF]
+    return 1 - len(set(items)) / len(items) if items else 0.0
+
+
+class Annotator(NamedTuple):
+    """Prefers by true quality, as far as it can see: a score is quality + noise · N(0, 1) + length_bias · words.
+
+    The noise of a (prompt, response) is drawn from seed and texts, so a response scored twice has one score.
+    """
+
+    noise: float = 0.0
+    length_bias: float = 0.0
+    seed: int = 0
+
+    def __call__(self, row: dict, response: str) -> float:
+        prompt = row["prompt"][-1]["content"]
+        drawn = random.Random(f"{self.seed} {prompt} {response}").gauss(0.0, self.noise)
+        return world_quality(prompt, response) + drawn + self.length_bias * len(response.split())
+
+
+def tiny_world(seed: int = 0, demonstrations: int = 4096, pairs: int = 0) -> tuple:
     """(tokenizer, demonstration rows, preference rows): data in the same form as real data, with a known true quality.
 
     A pair is two demonstrations of one prompt, the truly better one chosen; ties are drawn again.
     """
-    rng = np.random.default_rng(seed)
+    rng, prompts = np.random.default_rng(seed), world_prompts(seed)[HELD_OUT_PROMPTS:]
     user = lambda prompt: [{"role": "user", "content": prompt}]  # noqa: E731
     shown = []
-    for _ in range(demonstrations):
-        prompt = world_prompt(rng)
-        shown.append(Row(user(prompt), [world_demonstration(prompt, rng)]))
+    for prompt in rng.choice(prompts, demonstrations):
+        shown.append(Row(user(str(prompt)), [world_demonstration(prompt, rng)]))
     compared = []
     while len(compared) < pairs:
-        prompt = world_prompt(rng)
+        prompt = str(rng.choice(prompts))
         a, b = world_demonstration(prompt, rng), world_demonstration(prompt, rng)
         better, worse = world_quality(prompt, a), world_quality(prompt, b)
         if better != worse:
@@ -1264,16 +1300,16 @@ def _rule(name: str) -> Callable[[dict, str], float]:
         raise DataError(f"rule is {name!r}, which is no file.py:function or module:function ({_brief(error)})") from error
 
 
-def score(responses: str, out: str, *, reward_model: str = "", rule: str = "", device: str = "auto") -> None:
+def score(responses: str, out: str, *, reward_model: str = "", rule: str | Callable = "", device: str = "auto") -> None:
     """Add `scores` to rows of {prompt, responses} and write them to `out`, which is continued if it is there.
 
     reward_model: a transformers sequence-classification model with one output; it reads prompt and response through its own
-    chat template. rule: a Python function of (row, response) that gives a number, or true and false.
+    chat template. rule: a Python function of (row, response), or its name, that gives a number, or true and false.
     """
     if bool(reward_model) == bool(rule):
         raise DataError("score needs either reward_model or rule")
     if rule:
-        function = _rule(rule)
+        function = _rule(rule) if isinstance(rule, str) else rule
         grade = lambda row, prompt, texts: [float(function(row, text)) for text in texts]  # noqa: E731
     else:
         from transformers import AutoModelForSequenceClassification

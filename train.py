@@ -26,7 +26,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,6 +94,8 @@ class Settings:
     log_to: str | None = option(None, "also send the metrics to tensorboard or wandb, if installed")
     device: str = option("auto", "cpu, cuda, or auto")
     recipe: str | None = option(None, "a published run, such as gemma-2-9b-it-simpo: model, data, objective, lr, lengths")
+    annotator_noise: float = option(0.1, "embedded world: error (standard deviation) of the annotator about a quality")
+    length_bias: float = option(0.02, "embedded world: what the annotator adds to a response's quality per word")
     mesh: str | None = option(None, "under torchrun: copies x parts, such as 2x4; without it one copy cut over all ranks")
     trust_remote_code: bool = option(False, "allow a model folder to bring Python code that is then run")
 
@@ -565,25 +567,18 @@ def stop_if_not_finite(examples: list[Example], scores: Scores, loss: Tensor, gr
 # ---- model and data --------------------------------------------------------------------------------------------------
 
 
-def load_model(name: str, device: torch.device, vocabulary: int, s: Settings) -> torch.nn.Module:
-    """A transformers model with fp32 weights and dropout off; "tiny" builds a Llama of about 350,000 parameters.
+def load_model(s: Settings) -> torch.nn.Module:
+    """A transformers model with fp32 weights and dropout off.
 
     Under torchrun the weights of a folder come later, when the model has been cut up: see `distributed.load_weights`.
     """
-    if name == "tiny":
-        torch.manual_seed(s.seed)
-        config = LlamaConfig(
-            vocab_size=vocabulary, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-            max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None, eos_token_id=3, pad_token_id=3,
-        )  # fmt: skip
-        return LlamaForCausalLM(config).to(device)
     try:
-        model = dist.build_model(name, s.trust_remote_code)
+        model = dist.build_model(s.model, s.trust_remote_code)
     except DataError:
         raise
     except Exception as error:  # transformers raises many kinds; all mean that there is no loadable model
         raise SettingsError(
-            f"{name}: no loadable causal language model there ({str(error).strip().splitlines()[0]})"
+            f"{s.model}: no loadable causal language model there ({str(error).strip().splitlines()[0]})"
         ) from error
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         for key in [k for k in config.to_dict() if "dropout" in k or k.endswith("pdrop")]:
@@ -629,11 +624,6 @@ def load_rows(s: Settings, tokenizer, objective: Objective) -> tuple[list[Exampl
                 f"{objective.name} compares pairs, but {e.where} is a single labelled completion; use kto, bco or uapo"
             )
     return data.mapped(examples, lambda e: _fit(e, objective)), data.mapped(held_out, lambda e: _fit(e, objective)), reports
-
-
-def world_examples(rows: list[data.Row], tokenizer, s: Settings) -> list[Example]:
-    coded = [data.encode(row, tokenizer, s.max_length, s.max_length)[0] for row in rows]
-    return [e._replace(where=f"world row {i}") for i, e in enumerate(coded, 1)]
 
 
 def _fit(e: Example, objective: Objective) -> Example:
@@ -809,6 +799,124 @@ def prepare_out(s: Settings) -> Path:
     return out
 
 
+# ---- the embedded world ----------------------------------------------------------------------------------------------
+#
+# The papers' experiment with a known truth: supervised start → 5 samples per prompt → an annotator's scores → best against
+# worst → training → win rate against the start. Every step is the code that real models go through.
+
+SUPERVISED_STEPS, PROMPTS = 400, 2248
+
+
+def embedded_world(s: Settings) -> tuple[Path, Path]:
+    """(folder with model, prompts, samples and the start's answers to held-out prompts; file of pairs), built once."""
+    tokenizer, demonstrations, _ = data.tiny_world(s.seed, 8192)
+    made_of = json.dumps(["3", SUPERVISED_STEPS, PROMPTS, s.seed, torch.__version__, demonstrations])
+    folder = Path(s.cache).expanduser() / f"world-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}"
+    if not folder.exists():
+        part = folder.with_suffix(f".{os.getpid()}")
+        supervised_start(demonstrations, tokenizer, s.seed).save_pretrained(part / "model")
+        tokenizer.save_pretrained(part / "model")
+        prompts = [json.dumps({"prompt": p}) + "\n" for p in data.world_prompts(s.seed)]
+        held_out, prompts = prompts[: data.HELD_OUT_PROMPTS], prompts[data.HELD_OUT_PROMPTS :][:PROMPTS]
+        (part / "held_out.jsonl").write_text("".join(held_out))
+        (part / "prompts.jsonl").write_text("".join(prompts))
+        answer(part / "model", part / "held_out.jsonl", part / "answers.jsonl", s.seed)
+        model, sampled = str(part / "model"), str(part / "sampled.jsonl")
+        data.sample(model, str(part / "prompts.jsonl"), sampled, n=5, max_tokens=64, batch_size=128, seed=s.seed, device="cpu")
+        try:
+            part.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(part)
+    annotator = data.Annotator(s.annotator_noise, s.length_bias, s.seed)
+    pairs = folder / f"pairs-{s.annotator_noise}-{s.length_bias}.jsonl"
+    if not pairs.exists():
+        scored, part = (f"{pairs}.{os.getpid()}.{name}" for name in ("scored", "part"))
+        data.score(str(folder / "sampled.jsonl"), scored, rule=annotator)
+        data.pairs(scored, part, how="best_worst")
+        os.remove(scored)
+        os.replace(part, pairs)
+    return folder, pairs
+
+
+def supervised_start(rows: list[data.Row], tokenizer, seed: int) -> LlamaForCausalLM:
+    """A Llama of 350,000 parameters that has learned to answer from noisy demonstrations."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None, eos_token_id=3, pad_token_id=3,
+    ))  # fmt: skip
+    policy, optimizer = ResponseLogProbs(model), torch.optim.AdamW(model.parameters(), fused=True)
+    policy.use_layout("padded")
+    examples = [data.encode(row, tokenizer, 128, 100)[0] for row in rows]
+    plan = [part for epoch in range(64) for part in data.step_plan(len(examples), 64, seed, epoch)][:SUPERVISED_STEPS]
+    schedule = Settings(lr=3e-3)
+    bar = tqdm(plan, desc="supervised start", unit=" steps", leave=False)
+    for step, part in enumerate(bar):
+        batch = data.padded_batch([examples[i] for i in part])
+        loss = OBJECTIVES["sft"](policy(batch)[0], batch.lengths).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, len(plan), schedule)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss:.3f}")
+    say(f"supervised start: {len(plan)} steps on noisy demonstrations, last loss {loss:.3f} nats per token")
+    return model
+
+
+def answer(model: Path, prompts: Path, out: Path, seed: int = 0) -> None:
+    """One answer to each prompt as the model gives it: temperature 1, nothing cut off."""
+    out.unlink(missing_ok=True)
+    data.sample(str(model), str(prompts), str(out), n=1, temperature=1.0, top_p=1.0, max_tokens=64, batch_size=512,
+                seed=seed, keep_all=True, device="cpu")  # fmt: skip
+
+
+def judge(model: Path, world: Path, out: Path) -> dict[str, list[float]]:
+    """What changed in the answers to held-out prompts; [start, now] of each measure.
+
+    win_rate: share of prompts where the answer's true quality is above the start's, ties ½. lc_win_rate: see below.
+    length: words. kl: KL(now ‖ start) in nats per response, a mean of log-ratios over the answers. repetition: share of items
+    that were named before in the same answer.
+    """
+    answer(model, world / "held_out.jsonl", out)
+    rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in (world / "answers.jsonl", out)]
+    prompts = [row["prompt"] for row in rows[0]]
+    texts = [[row["responses"][0] if row["responses"] else "" for row in side] for side in rows]
+    quality, length, repetition = (
+        torch.tensor([[f(p[-1]["content"], text) for p, text in zip(prompts, side)] for side in texts], dtype=torch.float64)
+        for f in (data.world_quality, lambda _, text: len(text.split()), lambda _, text: data.world_repetition(text))
+    )
+    win = 0.5 + 0.5 * (quality[1] - quality[0]).sign()
+    tokenizer = data.load_tokenizer(str(model))
+    answers = [data.encode(data.Row(p, [t]), tokenizer, 256, 128)[0] for p, t in zip(prompts, texts[1])]
+    start, now = summed_logps(world / "model", answers), summed_logps(model, answers)
+    found = {"quality": quality.mean(1).tolist(), "length": length.mean(1).tolist(), "repetition": repetition.mean(1).tolist()}
+    found |= {"win_rate": [0.5, win.mean().item()], "lc_win_rate": [0.5, length_controlled(win, length[1] - length[0])]}
+    return found | {"kl": [0.0, (now - start).mean().item()]}
+
+
+def length_controlled(win: Tensor, difference: Tensor) -> float:
+    """The win rate at equal length, as AlpacaEval 2 estimates it (without its term for a prompt's difficulty).
+
+    win ~ σ(θ + φ tanh(Δ/std Δ)) by logistic regression, Newton's method with a touch of ridge; σ(θ). win: (n,) in [0, 1].
+    """
+    x = torch.stack([torch.ones_like(win), torch.tanh(difference / difference.std().clamp(min=1e-9))], 1)
+    weights = torch.zeros(2, dtype=win.dtype)
+    for _ in range(30):
+        p = torch.sigmoid(x @ weights)
+        hessian = x.T @ (x * (p * (1 - p))[:, None]) + 1e-3 * torch.eye(2, dtype=win.dtype)
+        weights = weights + torch.linalg.solve(hessian, x.T @ (win - p) - 1e-3 * weights)
+    return torch.sigmoid(weights[0]).item()
+
+
+@torch.no_grad()
+def summed_logps(model: Path, examples: list[Example]) -> Tensor:
+    policy = ResponseLogProbs(LlamaForCausalLM.from_pretrained(model, dtype=torch.float32))
+    policy.use_layout("padded")
+    return torch.cat([policy(data.padded_batch(examples[i : i + 128]))[0] for i in range(0, len(examples), 128)])
+
+
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
@@ -820,36 +928,6 @@ def evaluate(run: Run, held_out: list[Example], known: Scores) -> dict[str, floa
         scores = scores._replace(logp_mismatch=score(run, mismatched(held_out))[0].flatten())
     loss = call(run.objective, scores.by_name(run.objective), seed=[run.settings.seed])
     return {f"eval_{k}": v for k, v in measures(run.objective, scores, loss).items()}
-
-
-SUPERVISED_STEPS = 400
-
-
-def supervised_start(run: Run, demonstrations: list[Example]) -> None:
-    """A short supervised training of the embedded world's model, in place; cached, being the same for every run."""
-    s, key = run.settings, hashlib.sha256()
-    shown = [[e.prompt, e.responses] for e in demonstrations]
-    key.update(json.dumps(["1", SUPERVISED_STEPS, s.seed, torch.__version__, shown]).encode())
-    file = Path(s.cache).expanduser() / f"world-{key.hexdigest()[:32]}.safetensors"
-    named = dict(run.policy.model.named_parameters())
-    if (found := dist.load_tensors(file)) is not None and found.keys() == named.keys():
-        for name, parameter in named.items():
-            dist.copy_rows(parameter, found[name])
-        return say(f"supervised start: from {file}")
-    optimizer = torch.optim.AdamW(run.policy.parameters(), lr=0.0)
-    plan = [rows for epoch in range(64) for rows in data.step_plan(len(demonstrations), 64, s.seed, epoch)][:SUPERVISED_STEPS]
-    bar = tqdm(plan, desc="supervised start", unit=" steps", leave=False, disable=not dist.is_main())
-    for step, rows in enumerate(bar):
-        examples = [demonstrations[i] for i in rows]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, SUPERVISED_STEPS, s)
-        _, loss = accumulate_gradients(run, examples, known_scores(examples, None, None, run.device), [s.seed, step])
-        dist.clip_gradients(run.policy, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.mean():.3f}")
-    dist.save_tensors(named, file)
-    say(f"supervised start: {SUPERVISED_STEPS} steps on noisy demonstrations, last loss {loss.mean():.3f} nats per token")
 
 
 def compare_layouts(run: Run, examples: list[Example], bound: float) -> None:
@@ -885,16 +963,15 @@ def train(s: Settings) -> dict:
     say("settings: " + json.dumps(asdict(s)))
 
     # data
-    if s.dataset == "tiny":
-        tokenizer, demonstrations, pairs = data.tiny_world(s.seed)
-        examples, held_out = data.split_held_out(world_examples(pairs, tokenizer, s), s.eval_size, s.seed)
-        examples, held_out, report = [_fit(e, objective) for e in examples], [_fit(e, objective) for e in held_out], {}
-    else:
-        tokenizer = data.load_tokenizer(s.model, s.trust_remote_code)
-        examples, held_out, report = load_rows(s, tokenizer, objective)
+    given, world = asdict(s), None
+    if s.model == "tiny":
+        world, pairs = dist.on_main(embedded_world, s)
+        s = replace(s, model=str(world / "model"), dataset=str(pairs))
+    tokenizer = data.load_tokenizer(s.model, s.trust_remote_code)
+    examples, held_out, report = load_rows(s, tokenizer, objective)
 
     # model: fp32 weights; the reference of an objective is the model as it is before the first step
-    model = load_model(s.model, device, len(tokenizer), s)
+    model = load_model(s)
     embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
         raise SettingsError(f"the tokenizer has {len(tokenizer)} ids, but the model only {embeddings} embeddings: no match")
@@ -903,16 +980,13 @@ def train(s: Settings) -> dict:
     exact = not uses_bf16(s, device)
     reference = None
     if objective.needs("kl_w"):
-        reference = load_model(s.model, device, len(tokenizer), s).requires_grad_(False).eval()
+        reference = load_model(s).requires_grad_(False).eval()
     policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, not exact, s.gradient_checkpointing)
     for part in (model, reference) if reference is not None else (model,):
         dist.load_weights(part, s.model, device)
     run = Run(policy, objective, s, device)
     policy.use_layout(s.layout)
     model.train()
-    if s.model == "tiny":
-        sft = Run(policy, parse_objective("sft"), Settings(**{**asdict(s), "lr": 3e-3, "dtype": "fp32"}), device)
-        supervised_start(sft, world_examples(demonstrations, tokenizer, s))
     if s.compile:
         model.base_model.compile(dynamic=True)
 
@@ -939,17 +1013,11 @@ def train(s: Settings) -> dict:
         flat = reference_scores(run, [e for step in rows for e in step], "mismatched rows").flatten()
         ref_mismatch = flat.split([len(step) for step in rows])
         mismatch_eval = reference_scores(run, mismatched(held_out), "mismatched held-out rows").flatten() if held_out else None
-    if reference is not None:
-        reference.load_state_dict(model.state_dict())  # the embedded world's has had its supervised start
     known_eval = known_scores(held_out, ref_eval, mismatch_eval, device) if held_out else None
 
     # what the model answers before the first step, also of a run that is resumed
     prompts = [e.prompt for e in held_out[: s.samples]]
-    world_prompts = [e.prompt for e in held_out] if s.dataset == "tiny" else []
-    before, quality_before = (
-        complete(policy, tokenizer, prompts, s.sample_tokens),
-        world_score(policy, tokenizer, world_prompts),
-    )
+    before = complete(policy, tokenizer, prompts, s.sample_tokens)
 
     # optimizer; resume
     matrices = [p for p in model.parameters() if p.ndim >= 2]
@@ -961,7 +1029,7 @@ def train(s: Settings) -> dict:
     if s.resume and (found := dist.newest_checkpoint(out / "checkpoints", say)):
         first = dist.load_checkpoint(found, model, optimizer, same_run)["step"]
         say(f"resumed after step {first} from {found}")
-    dist.on_main(open_records, s, out, first, report)
+    dist.on_main(open_records, s, given, out, first, report)
     log = open_log(s, out)
     recorder = open(metrics if dist.is_main() else os.devnull, "a", buffering=1)
 
@@ -1035,7 +1103,7 @@ def train(s: Settings) -> dict:
     recorder.close()
 
     # after: samples, model, curves, summary
-    after, quality_after = complete(policy, tokenizer, prompts, s.sample_tokens), world_score(policy, tokenizer, world_prompts)
+    after = complete(policy, tokenizer, prompts, s.sample_tokens)
     texts = zip((tokenizer.decode(p) for p in prompts), before, after)
     samples = [{"prompt": p, "before": b, "after": a} for p, b, a in texts]
     dist.on_main((out / "samples.jsonl").write_text, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in samples))
@@ -1043,7 +1111,7 @@ def train(s: Settings) -> dict:
     came_in = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.float32
     lines = dist.on_main(read_metrics, metrics)
     measured = {k: v for line in lines[-2:] for k, v in line.items()}
-    card = dist.model_card(out.name, {**asdict(s), "objective": str(objective)}, measured)
+    card = dist.model_card(out.name, {**given, "objective": str(objective)}, measured)
     export_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": came_in}[s.export_dtype]
     dist.export(model, tokenizer, out / "model", export_dtype, card)
     dist.on_main(draw_curves, lines, out / "curves.png", f"{objective} on {Path(s.dataset).name}")
@@ -1052,7 +1120,7 @@ def train(s: Settings) -> dict:
     summary = {
         "objective": str(objective), "steps": len(plan), "rows": len(examples), "held_out": len(held_out),
         "before": {k: v for k, v in start.items() if k != "step"}, "after": evaluation,
-        **({"quality_before": quality_before, "quality_after": quality_after} if world_prompts else {}),
+        **({"world": dist.on_main(judge, out / "model", world, out / "answers.jsonl")} if world else {}),
         "pairs_per_second": rows_done / loop_seconds, "tokens_per_second": tokens_done / loop_seconds,
         "mfu": flops_done / loop_seconds / rate, "matmul_flops_per_second": rate,
         "train_seconds": loop_seconds, "seconds": time.time() - started, "peak_memory_gib": peak_memory(device),
@@ -1063,15 +1131,6 @@ def train(s: Settings) -> dict:
     dist.on_main((out / "summary.json").write_text, json.dumps(summary, indent=2) + "\n")
     report_end(summary, samples)
     return summary
-
-
-def world_score(policy, tokenizer, prompts: list[list[int]]) -> float | None:
-    """Mean true quality of greedy completions in the embedded world, at most 1."""
-    if not prompts:
-        return None
-    texts = complete(policy, tokenizer, prompts, 32)
-    asked = [tokenizer.decode(p, skip_special_tokens=True).strip() for p in prompts]
-    return sum(map(data.world_quality, asked, texts)) / len(texts)
 
 
 def check_step_zero(scores: Scores, bound: float) -> None:
@@ -1109,7 +1168,7 @@ def read_metrics(file: Path, last: int | None = None) -> list[dict]:
     return [line for line in lines if last is None or line["step"] <= last]
 
 
-def open_records(s: Settings, out: Path, first: int, report: dict) -> None:
+def open_records(s: Settings, given: dict, out: Path, first: int, report: dict) -> None:
     """Clear an earlier run that is overwritten, or the metrics of steps after the one that is resumed from; note settings."""
     if s.overwrite:  # only now that data and model have loaded is the earlier run given up
         shutil.rmtree(out)
@@ -1118,7 +1177,7 @@ def open_records(s: Settings, out: Path, first: int, report: dict) -> None:
         kept = read_metrics(out / "metrics.jsonl", first) if first else []
         (out / "metrics.part").write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(out / "metrics.part", out / "metrics.jsonl")
-    (out / "settings.json").write_text(json.dumps(asdict(s), indent=2) + "\n")
+    (out / "settings.json").write_text(json.dumps(given, indent=2) + "\n")
     (out / "data.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
@@ -1141,8 +1200,10 @@ def report_end(summary: dict, samples: list[dict]) -> None:
                 f" (± {math.sqrt(max(after[key] * (1 - after[key]), 0) / n):.3f} standard error)" if "accuracy" in key else ""
             )
             say(f"{name}: {before[key]:.4f} → {after[key]:.4f}{error}")
-    if "quality_before" in summary:
-        say(f"true quality of greedy answers: {summary['quality_before']:.3f} → {summary['quality_after']:.3f} (1 is perfect)")
+    if "world" in summary:
+        say("answers to held-out prompts, before → after: " + ", ".join(
+            f"{name} {was:.3f} → {now:.3f}" for name, (was, now) in summary["world"].items()
+        ))  # fmt: skip
     say(
         f"{summary['pairs_per_second']:.2f} rows/s, {summary['seconds']:.0f} s in all, "
         f"peak memory {summary['peak_memory_gib']:.2f} GiB"
