@@ -1269,7 +1269,7 @@ def sample(
                 _with(p, BY_APPROACH.format(approach=a)) if a else p for (_, _, p), names in zip(part, lists) for a in names
             ]
         cut = [] if keep_all else None
-        answers = _answers(policy, tokenizer, asked, **how, seed=seed + start + 1, **({"cut": cut} if keep_all else {}))
+        answers = _answers(policy, tokenizer, asked, **how, seed=seed + start + 1, cut=cut)
         lines = []
         for i, (_, row, prompt) in enumerate(part):
             mine = answers[i * n : (i + 1) * n]
