@@ -1144,28 +1144,44 @@ def tiny_world(seed: int = 0, demonstrations: int = 4096, pairs: int = 0) -> tup
 #   pairs   {prompt, responses, scores}             → {prompt, chosen, rejected, score_chosen, score_rejected}
 
 
-def prompts_of(source: str, columns: str = "") -> Iterator[tuple[str, dict, list[dict]]]:
-    """(where, row, prompt messages) of every usable row, a prompt once; rows of other shapes are named on stderr."""
-    renamed, seen = _renamed(columns), set()
+def _prompt(row: dict, where: str) -> list[dict]:
+    """The prompt of a row: a prompt column, AlpacaEval's instruction, Arena-Hard's one turn, or that of any pair format."""
+    turns = row.get("turns")
+    if "prompt" in row or "instruction" in row:
+        return _row(_messages(row.get("prompt", row.get("instruction")), "prompt"), []).prompt
+    if turns is None:
+        return format_of(row, where)[0](row).prompt
+    if not isinstance(turns, list) or len(turns) != 1 or not isinstance(turns[0], dict):
+        raise DataError("turns is not a list of one turn {content}")
+    return _messages(turns[0].get("content"), "turns")
+
+
+def prompts_of(source: str, columns: str = "", repeats: bool = False) -> Iterator[tuple[str, dict, list[dict]]]:
+    """(where, row, prompt messages) of every usable row; rows of other shapes are named on stderr.
+
+    A prompt comes once, or with `repeats` as often as it is there, with an id of its own each time.
+    """
+    renamed, seen = _renamed(columns), Counter()
     for where, raw in read(source):
         try:
             if not isinstance(raw, dict):
                 raise raw if isinstance(raw, DataError) else DataError("the row is not an object with columns")
             row = raw | {new: raw.get(old) for new, old in renamed.items()}
-            prompt = (
-                _row(_messages(row["prompt"], "prompt"), []).prompt if "prompt" in row else format_of(row, where)[0](row).prompt
-            )
+            prompt = _prompt(row, where)
         except DataError as error:
             print(f"{where}: left out ({error})", file=sys.stderr)
             continue
         key = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16]
-        if key not in seen:
-            seen.add(key)
-            yield where, {**row, "id": key}, prompt
+        seen[key] += 1
+        if repeats or seen[key] == 1:
+            yield where, {**row, "id": key if seen[key] == 1 else f"{key}-{seen[key]}"}, prompt
 
 
-def _resumed(out: str) -> set[str]:
-    """The ids of complete lines in an unfinished output; a line cut short by a kill is taken off."""
+def _resumed(out: str, made: dict | None = None) -> set[str]:
+    """The ids of complete lines in an unfinished output; a line cut short by a kill is taken off.
+
+    Lines that say of themselves that they were made otherwise than `made` are not continued.
+    """
     path = Path(out)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1175,9 +1191,14 @@ def _resumed(out: str) -> set[str]:
     if complete != text:
         path.write_text(complete, encoding="utf-8")
     try:
-        return {json.loads(line)["id"] for line in complete.splitlines()}
+        rows = [json.loads(line) for line in complete.splitlines()]
+        done = {row["id"] for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{out}: not the output of an earlier run of this command, so it cannot be continued") from error
+    for key, value in (made or {}).items():
+        if others := [row[key] for row in rows if row.get(key, value) != value]:
+            raise DataError(f"{out}: was begun with {key} {others[0]!r}, not {value!r}, so it cannot be continued; delete it")
+    return done
 
 
 def _write(out: str, rows: list[dict]) -> None:
@@ -1197,8 +1218,13 @@ def _load_model(name: str, auto, device: str):
 
 
 @torch.no_grad()
-def _answers(model, tokenizer, prompts: list[list[dict]], temperature, top_p, max_tokens, seed) -> list[str | None]:
-    """One answer to each prompt, sampled (temperature 0: greedy); None for one that did not end within max_tokens."""
+def _answers(
+    model, tokenizer, prompts: list[list[dict]], temperature, top_p, max_tokens, seed, cut: list[int] | None = None
+) -> list[str | None]:
+    """One answer to each prompt, sampled (temperature 0: greedy); None for one that did not end within max_tokens.
+
+    Given a list `cut`, such an answer is returned as far as it went, and its place is put into the list.
+    """
     ids = [encode(Row(p, [MARK]), tokenizer, 2**31, 2**31)[0].prompt for p in prompts]
     width = max(map(len, ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -1215,7 +1241,9 @@ def _answers(model, tokenizer, prompts: list[list[dict]], temperature, top_p, ma
     stops = {stop} if isinstance(stop, int) else set(stop)
     ended = [bool(stops & set(answer)) for answer in out[:, width:].tolist()]
     texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-    return [text.strip() if done else None for text, done in zip(texts, ended)]
+    if cut is not None:
+        cut += [i for i, done in enumerate(ended) if not done]
+    return [text.strip() if done or cut is not None else None for text, done in zip(texts, ended)]
 
 
 STEP_BY_STEP = "\n\nThink step by step, then give the final answer."
@@ -1229,7 +1257,7 @@ def _with(prompt: list[dict], addition: str) -> list[dict]:
 
 def sample(
     model: str,
-    prompts: str,
+    prompts: str | list,
     out: str,
     *,
     n: int = 5,
@@ -1241,9 +1269,12 @@ def sample(
     columns: str = "",
     seed: int = 0,
     device: str = "auto",
+    keep_all: bool = False,
 ) -> None:
     """Sample n responses to every prompt and add them to `out`, which is continued if it is there.
 
+    prompts: a source of rows, or what `prompts_of` made of one. keep_all: every answer is written, as a judge needs them,
+    also one that is empty, did not end (it is still counted), or is equal to another.
     strategy: "plain"; "cot" asks for thinking step by step; "dts" first asks for n different approaches and then for an answer
     by each. The prompt that is written is the one that was given. Equal responses are kept once; one that did not end within
     max_tokens is counted and left out, since no terminator followed it. Prompts go in fixed batches with a seed of their own,
@@ -1253,12 +1284,12 @@ def sample(
         raise DataError(f"strategy is {strategy!r}; accepted are plain, cot, dts")
     if n < 1 or batch_size < 1 or max_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise DataError("n, batch_size and max_tokens are at least 1, temperature at least 0, top_p above 0 and at most 1")
-    done, rows = _resumed(out), list(prompts_of(prompts, columns))
+    how = dict(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
+    made = dict(model=model, strategy=strategy, **how, seed=seed)
+    done, rows = _resumed(out, made), list(prompts_of(prompts, columns)) if isinstance(prompts, str) else prompts
     from transformers import AutoModelForCausalLM
 
     tokenizer, policy = load_tokenizer(model), _load_model(model, AutoModelForCausalLM, device)
-    how = dict(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
-    made = dict(model=model, strategy=strategy, **how, seed=seed)
     for start in tqdm(range(0, len(rows), batch_size), desc="sample", unit=" batches", disable=not sys.stderr.isatty()):
         part = rows[start : start + batch_size]
         if all(row["id"] in done for _, row, _ in part):
@@ -1273,15 +1304,15 @@ def sample(
             asked = [
                 _with(p, BY_APPROACH.format(approach=a)) if a else p for (_, _, p), names in zip(part, lists) for a in names
             ]
-        answers = _answers(policy, tokenizer, asked, **how, seed=seed + start + 1)
+        cut = [] if keep_all else None
+        answers = _answers(policy, tokenizer, asked, **how, seed=seed + start + 1, cut=cut)
         lines = []
         for i, (_, row, prompt) in enumerate(part):
             mine = answers[i * n : (i + 1) * n]
-            responses = list(dict.fromkeys(a for a in mine if a))
+            responses = mine if keep_all else list(dict.fromkeys(a for a in mine if a))
+            unfinished = sum(i * n <= place < (i + 1) * n for place in cut) if keep_all else mine.count(None)
             if row["id"] not in done:
-                lines.append(
-                    {"id": row["id"], "prompt": prompt, "responses": responses, "unfinished": mine.count(None), **made}
-                )
+                lines.append({"id": row["id"], "prompt": prompt, "responses": responses, "unfinished": unfinished, **made})
         _write(out, lines)
 
 

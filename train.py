@@ -68,6 +68,10 @@ class Settings:
     warmup_ratio: float = option(0.1, "share of the steps in which the learning rate rises to lr")
     weight_decay: float = option(0.0, "AdamW weight decay, on matrices only")
     max_grad_norm: float = option(1.0, "gradients are scaled to at most this global norm (0: never)")
+    replays: int = option(1, "LoRR: optimizer steps in a row on each batch (its paper: 3)")
+    reset_alpha: float = option(1.0, "LoRR: after a step θ ← αθ + (1−α)θ⁰ in reset_modules (its paper: 0.5; 1: no reset)")
+    reset_modules: str = option("down_proj", "parts of parameter names, commas between, that reset_alpha acts on")
+    sft_weight: float = option(0.0, "LoRR: weight that the likelihood of the chosen has at the last replay (its paper: 0.5)")
     seed: int = option(0, "order of rows, held-out rows, and everything random in the embedded world")
     max_length: int = option(2048, "tokens of prompt + response; a longer response is cut")
     max_prompt_length: int | None = option(None, "longer prompts lose their oldest tokens; without it 7/8 of max_length")
@@ -87,7 +91,7 @@ class Settings:
     eval_every: int = option(0, "evaluate every so many steps (always before and after)")
     save_every: int = option(0, "write a checkpoint every so many steps (always when stopped by SIGTERM or Ctrl-C)")
     keep: int = option(2, "complete checkpoints to keep")
-    samples: int = option(4, "held-out prompts whose greedy completions are recorded before and after")
+    samples: int = option(4, "held-out prompts whose greedy completions are recorded before, at evaluations and after")
     sample_tokens: int = option(64, "length limit of those completions")
     cache: str = option("~/.cache/plainpo", "folder for reference log-probs, found again by a hash of all they depend on")
     compile: bool = option(False, "torch.compile the decoder (CUDA)")
@@ -194,7 +198,7 @@ def check_settings(s: Settings) -> None:
     for name, accepted in CHOICES.items():
         if getattr(s, name) not in accepted:
             raise SettingsError(f"{name} is {getattr(s, name)!r}; accepted are {', '.join(str(a) for a in accepted if a)}")
-    for name in ("batch_size", "tokens_per_microbatch", "epochs", "keep"):
+    for name in ("batch_size", "tokens_per_microbatch", "epochs", "keep", "replays"):
         if getattr(s, name) < 1:
             raise SettingsError(f"{name} is {getattr(s, name)}; it must be at least 1")
     for name in ("eval_size", "eval_every", "save_every", "weight_decay", "max_grad_norm", "samples", "seed"):
@@ -206,6 +210,10 @@ def check_settings(s: Settings) -> None:
         raise SettingsError(f"max_steps is {s.max_steps}; it must be at least 1")
     if not 0 <= s.warmup_ratio <= 1 or not 0 <= s.max_drop_fraction <= 1:
         raise SettingsError("warmup_ratio and max_drop_fraction are shares between 0 and 1")
+    if not 0 <= s.reset_alpha <= 1:
+        raise SettingsError(f"reset_alpha is {s.reset_alpha}; it is the share of the trained weights that stays, from 0 to 1")
+    if not 0 <= s.sft_weight < math.inf:
+        raise SettingsError(f"sft_weight is {s.sft_weight}; it must not be negative")
     longest_prompt = s.max_prompt_length if s.max_prompt_length is not None else s.max_length * 7 // 8
     if s.max_length < 2 or not 1 <= longest_prompt < s.max_length:
         raise SettingsError(
@@ -459,8 +467,13 @@ def mismatched(examples: list[Example]) -> list[Example]:
 # ---- one step --------------------------------------------------------------------------------------------------------
 
 
-def coefficients(objective: Objective, scores: Scores, seed: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss per row (rows,) and the gradient of their sum with respect to every log-prob and KL, (n, k) each."""
+def coefficients(
+    objective: Objective, scores: Scores, seed: list[int], sft: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss per row (rows,) and the gradient of their sum with respect to every log-prob and KL, (n, k) each.
+
+    sft: weight of the SFT term, which is −logp/length (nats per token) of a chosen or desirable response, 0 of another.
+    """
     if not len(scores.logp):  # a rank without rows in this microbatch
         empty = torch.zeros_like(scores.logp)
         return empty.flatten(), empty, None if scores.kl is None else empty
@@ -468,15 +481,18 @@ def coefficients(objective: Objective, scores: Scores, seed: list[int]) -> tuple
         logp=scores.logp.detach().requires_grad_(), kl=None if scores.kl is None else scores.kl.detach().requires_grad_()
     )
     loss = call(objective, leaves.by_name(objective), seed)
+    if sft:
+        term = -(leaves.logp / leaves.length) * leaves.label
+        loss = loss + sft * (term.flatten() if objective.unpaired else term.sum(-1))
     inputs = [leaves.logp] if leaves.kl is None else [leaves.logp, leaves.kl]
     grads = torch.autograd.grad(loss.sum(), inputs, allow_unused=True, materialize_grads=True)
     return loss.detach(), grads[0], grads[1] if len(grads) > 1 else None
 
 
 def accumulate_gradients(
-    run: Run, examples: list[Example], known: Scores, seed: list[int], batches=None
+    run: Run, examples: list[Example], known: Scores, seed: list[int], batches=None, sft: float = 0.0
 ) -> tuple[Scores, Tensor]:
-    """Put the gradient of the mean loss over `examples` into the policy's parameters.
+    """Put the gradient of the mean loss over `examples`, with the SFT term where `sft` > 0, into the policy's parameters.
 
     The gradient of a microbatch is Σ (∂L/∂logp) · ∂logp/∂θ. The factors ∂L/∂logp come from the microbatch itself, or, where the
     objective couples the rows, from a first pass that scores the whole batch without gradient. A coupled batch that is a
@@ -494,7 +510,7 @@ def accumulate_gradients(
     whole, kept = None, None
     if objective.coupled and len(batches) > 1:
         logp, kl = score(run, examples, with_kl)
-        whole = coefficients(objective, known._replace(logp=logp, kl=kl), seed)
+        whole = coefficients(objective, known._replace(logp=logp, kl=kl), seed, sft)
     losses, logps, kls = {}, {}, {}
     with run.arithmetic():
         for i, (group, batch) in enumerate(batches):
@@ -507,9 +523,9 @@ def accumulate_gradients(
             at = torch.tensor(group, dtype=torch.long)
             if objective.coupled and whole is None:
                 kept = dist.gather_rows(logps, len(examples)), dist.gather_rows(kls, len(examples)) if with_kl else None
-                whole = coefficients(objective, known._replace(logp=kept[0], kl=kept[1]), seed)
+                whole = coefficients(objective, known._replace(logp=kept[0], kl=kept[1]), seed, sft)
             if whole is None:
-                loss, d_logp, d_kl = coefficients(objective, known.at(at)._replace(logp=logp, kl=kl), seed)
+                loss, d_logp, d_kl = coefficients(objective, known.at(at)._replace(logp=logp, kl=kl), seed, sft)
                 losses |= zip(group, loss.view(len(group), k if objective.unpaired else 1))
             else:
                 loss, d_logp, d_kl = whole[0], whole[1][at], whole[2][at] if with_kl else None
@@ -519,6 +535,37 @@ def accumulate_gradients(
     if with_kl:
         everything = everything._replace(kl=dist.gather_rows(kls, len(examples)))
     return everything, whole[0] if whole is not None else dist.gather_rows(losses, len(examples)).flatten()
+
+
+# LoRR (Liu 2025, 2508.06412), a schedule around any objective. RECONSTRUCTED: the sources at hand fix replaying each batch,
+# resetting towards the initial weights after a replay, and a hybrid loss whose SFT weight grows with the replay. Ours are: the
+# formula of that weight; a reset after every replay, the last one too; Adam's moments that stay as they are; one learning rate
+# schedule over all optimizer steps.
+
+
+def replay_of(step: int, s: Settings) -> tuple[int, float]:
+    """(replay, weight of the SFT term) of an optimizer step, both counting from 0: λ_l = sft_weight · (l + 1) / L."""
+    replay = step % s.replays
+    return replay, s.sft_weight * (replay + 1) / s.replays
+
+
+def reset_parameters(model: torch.nn.Module, s: Settings) -> list[torch.nn.Parameter]:
+    """The parameters that reset_alpha acts on, by name; none where nothing is reset."""
+    if s.reset_alpha == 1:
+        return []
+    parts, named = [x.strip() for x in s.reset_modules.split(",") if x.strip()], dict(model.named_parameters())
+    for part in parts or [""]:
+        if not part or not any(part in name for name in named):
+            last = list(named)[-12:]
+            raise SettingsError(f"reset_modules: {part!r} is part of no parameter's name; the last names are {', '.join(last)}")
+    return [p for name, p in named.items() if any(part in name for part in parts)]
+
+
+@torch.no_grad()
+def reset(parameters: list[torch.nn.Parameter], origin: list[Tensor], alpha: float) -> None:
+    """θ ← αθ + (1−α)θ⁰, in place; where a parameter is cut over ranks each rank does its rows."""
+    for parameter, start in zip(parameters, origin):
+        parameter.mul_(alpha).add_(start, alpha=1 - alpha)
 
 
 def learning_rate(step: int, steps: int, s: Settings) -> float:
@@ -728,6 +775,63 @@ def complete(policy: ResponseLogProbs, tokenizer, prompts: list[list[int]], toke
     return [t.strip() for t in texts]
 
 
+def write_samples(file: Path, prompts: list[str], texts: dict[str, list[str]]) -> list[dict]:
+    """samples.jsonl: for each prompt the completions "before", "during" ({step: text}) and "after" (null until the end)."""
+    rows = []
+    for i, prompt in enumerate(prompts):
+        during = {step: found[i] for step, found in texts.items() if step.isdigit()}
+        after = texts["after"][i] if "after" in texts else None
+        rows.append({"prompt": prompt, "before": texts["before"][i], "during": during, "after": after})
+    file.with_suffix(".part").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    os.replace(file.with_suffix(".part"), file)
+    return rows
+
+
+def read_samples(file: Path, last: int) -> dict[str, list[str]]:
+    """The completions "during" an earlier part of a run, {step: one for each prompt}, up to step `last`."""
+    try:
+        rows = [json.loads(line)["during"] for line in file.read_text().splitlines()]
+        return {step: [row[step] for row in rows] for step in (rows[0] if rows else ()) if int(step) <= last}
+    except (OSError, ValueError, KeyError):
+        return {}  # no such file, or of a version that kept none
+
+
+def repetition(texts: list[str]) -> float:
+    """Share of all word 3-grams of the texts that occurred before in the same text, from 0 to near 1; 0 if there are none."""
+    seen = [list(zip(*(text.split()[i:] for i in range(3)))) for text in texts]
+    total = sum(map(len, seen))
+    return 1 - sum(len(set(grams)) for grams in seen) / total if total else 0.0
+
+
+# Bounds of the divergence guards: ours, wide enough for the runs in the README to stay silent.
+REPETITION, REPETITION_RISE = 0.3, 0.2  # shares of 3-grams: at all, and above the start
+DRIFT = 1.0  # nats per token
+COLLAPSE, COLLAPSE_RATIO = 1.0, 2.0  # nats per token lost, and times as low as at the start
+
+
+def divergence(start: dict, now: dict) -> dict[str, str]:
+    """{guard: warning with advice} of an evaluation, as recorded, against the one at step 0; what is not recorded is passed."""
+    found, slower = {}, "Lower lr (try a third), or stop earlier: --eval-every shows where it began"
+    was, is_now = start.get("repetition", 0.0), now.get("repetition", 0.0)
+    if is_now > REPETITION and is_now > was + REPETITION_RISE:
+        found["repetition"] = (
+            f"the sample completions repeat themselves: {is_now:.0%} of their word 3-grams occurred before in the same answer, "
+            f"{was:.0%} at the start. Read samples.jsonl. {slower}"
+        )
+    if now.get("eval_drift", 0.0) > DRIFT:
+        found["drift"] = (
+            f"the model is far from its start: held-out responses have lost {now['eval_drift']:.2f} nats per token. {slower}; "
+            "objectives with a reference hold on to the start with a larger beta"
+        )
+    was, is_now = start.get("eval_logp_w_per_token"), now.get("eval_logp_w_per_token")
+    if was is not None and is_now is not None and is_now < was - COLLAPSE and is_now < COLLAPSE_RATIO * was:
+        found["collapse"] = (
+            f"the chosen responses themselves become unlikely: {was:.2f} → {is_now:.2f} nats per token on held-out rows. "
+            f"{slower}; --sft-weight 0.1 holds them up"
+        )
+    return found
+
+
 def draw_curves(lines: list[dict], path: Path, title: str) -> None:
     try:
         import matplotlib
@@ -920,14 +1024,23 @@ def summed_logps(model: Path, examples: list[Example]) -> Tensor:
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def evaluate(run: Run, held_out: list[Example], known: Scores) -> dict[str, float]:
-    """Measures of the held-out examples as one batch, each name with eval_ in front."""
+def evaluate(run: Run, held_out: list[Example], known: Scores, start: Tensor | None = None) -> dict[str, float]:
+    """Measures of the held-out examples as one batch, each name with eval_ in front.
+
+    Args:
+        start: (n, k) summed log-probs before the first step. With them eval_drift, nats per token: the mean over responses of
+            (start − now) / length. It estimates KL(start ‖ now) per token only if the responses are the start's own samples
+            (then ≥ 0 up to noise); of other texts it says by how much they became less likely, below 0 where more likely.
+    """
     logp, kl = score(run, held_out, run.objective.needs("kl_"), progress="evaluate")
     scores = known._replace(logp=logp, kl=kl)
     if run.objective.needs("logp_kl"):
         scores = scores._replace(logp_mismatch=score(run, mismatched(held_out))[0].flatten())
     loss = call(run.objective, scores.by_name(run.objective), seed=[run.settings.seed])
-    return {f"eval_{k}": v for k, v in measures(run.objective, scores, loss).items()}
+    found = measures(run.objective, scores, loss)
+    if start is not None:
+        found["drift"] = ((start - logp) / known.length).mean().item()
+    return {f"eval_{k}": v for k, v in found.items()}
 
 
 def compare_layouts(run: Run, examples: list[Example], bound: float) -> None:
@@ -987,6 +1100,7 @@ def train(s: Settings) -> dict:
     run = Run(policy, objective, s, device)
     policy.use_layout(s.layout)
     model.train()
+    resettable = reset_parameters(model, s)
     if s.compile:
         model.base_model.compile(dynamic=True)
 
@@ -1003,19 +1117,21 @@ def train(s: Settings) -> dict:
 
     # the whole plan of the run, and what the reference says of every row in it
     epochs = [[r.tolist() for r in data.step_plan(len(examples), s.batch_size, s.seed, e)] for e in range(s.epochs)]
-    plan = [rows for epoch in epochs for rows in epoch][: s.max_steps]
+    plan = [rows for epoch in epochs for rows in epoch for _ in range(s.replays)][: s.max_steps]
     ref = ref_eval = ref_mismatch = None
     if objective.needs("ref"):
         ref, ref_eval = reference_scores(run, examples, "rows"), reference_scores(run, held_out, "held-out rows")
     mismatch_eval = None
     if objective.needs("ref_kl"):
-        rows = [mismatched([examples[i] for i in step]) for step in plan]
+        rows = [mismatched([examples[i] for i in step]) for step in plan[:: s.replays]]
         flat = reference_scores(run, [e for step in rows for e in step], "mismatched rows").flatten()
         ref_mismatch = flat.split([len(step) for step in rows])
         mismatch_eval = reference_scores(run, mismatched(held_out), "mismatched held-out rows").flatten() if held_out else None
     known_eval = known_scores(held_out, ref_eval, mismatch_eval, device) if held_out else None
 
-    # what the model answers before the first step, also of a run that is resumed
+    # what the model says and answers before the first step, also of a run that is resumed
+    start_eval = ref_eval if ref_eval is not None or not held_out else score(run, held_out)[0]
+    origin = [p.detach().clone() for p in resettable]
     prompts = [e.prompt for e in held_out[: s.samples]]
     before = complete(policy, tokenizer, prompts, s.sample_tokens)
 
@@ -1031,11 +1147,19 @@ def train(s: Settings) -> dict:
         say(f"resumed after step {first} from {found}")
     dist.on_main(open_records, s, given, out, first, report)
     log = open_log(s, out)
+    texts = {"before": before, **dist.on_main(read_samples, out / "samples.jsonl", first)}
+    shown = [tokenizer.decode(p) for p in prompts]
     recorder = open(metrics if dist.is_main() else os.devnull, "a", buffering=1)
 
     def record(line: dict) -> None:
         recorder.write(json.dumps(line) + "\n")
         log(line)
+
+    def evaluated(step: int, answers: list[str]) -> dict:
+        found = evaluate(run, held_out, known_eval, start_eval) | ({"repetition": repetition(answers)} if answers else {})
+        record({"step": step, **found})
+        say(f"{f'step {step}' if step else 'before'}: {brief(found)}")
+        return found
 
     # before
     say(
@@ -1044,8 +1168,9 @@ def train(s: Settings) -> dict:
     )
     evaluation = {}
     if held_out and first == 0:
-        record({"step": 0, **(evaluation := evaluate(run, held_out, known_eval))})
-        say(f"before: {brief(evaluation)}")
+        evaluation = evaluated(0, before)
+    start = next((x for x in dist.on_main(read_metrics, metrics) if x["step"] == 0), {})
+    warned = set()
 
     # the loop
     loop_started, rows_done, tokens_done, flops_done = time.time(), 0, 0, 0.0
@@ -1056,12 +1181,12 @@ def train(s: Settings) -> dict:
     for step in bar:
         tick = time.time()
         batch = [examples[i] for i in plan[step]]
-        known = known_scores(
-            batch, None if ref is None else ref[plan[step]], None if ref_mismatch is None else ref_mismatch[step], device
-        )
+        mismatch = None if ref_mismatch is None else ref_mismatch[step // s.replays]
+        known = known_scores(batch, None if ref is None else ref[plan[step]], mismatch, device)
         if objective.needs("logp_kl"):
             known = known._replace(logp_mismatch=score(run, mismatched(batch))[0].flatten())
-        scores, loss = accumulate_gradients(run, batch, known, [s.seed, step], ahead)
+        replay, sft = replay_of(step, s)
+        scores, loss = accumulate_gradients(run, batch, known, [s.seed, step], ahead, sft)
         ahead = run.microbatches([examples[i] for i in plan[step + 1]]) if step + 1 < len(plan) else []  # while a GPU works
         grad_norm = float(dist.clip_gradients(policy, s.max_grad_norm))
         stop_if_not_finite(batch, scores, loss, grad_norm)
@@ -1071,6 +1196,7 @@ def train(s: Settings) -> dict:
             group["lr"] = learning_rate(step, len(plan), s)
         optimizer.step()
         optimizer.zero_grad()
+        reset(resettable, origin, s.reset_alpha)
         tokens = sum(map(data.tokens_of, batch))
         rows_done, tokens_done, seconds = rows_done + len(loss), tokens_done + tokens, time.time() - tick
         line = {
@@ -1083,12 +1209,20 @@ def train(s: Settings) -> dict:
         flops_done += flops
         line |= {"pairs": len(loss), "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
         line |= {"flops": flops, "mfu": flops / seconds / rate, **run.balance(batch)}
+        line |= {"replay": replay + 1} if s.replays > 1 else {}
+        line |= {"sft_weight": sft} if sft else {}
         record(line)
-        shown = {"loss": "loss", "reward_margin": "margin", "reward_accuracy": "accuracy"}
-        bar.set_postfix({v: f"{line[k]:.3f}" for k, v in shown.items() if k in line} | {"tok/s": f"{tokens / seconds:.0f}"})
+        headline = {"loss": "loss", "reward_margin": "margin", "reward_accuracy": "accuracy"}
+        bar.set_postfix({v: f"{line[k]:.3f}" for k, v in headline.items() if k in line} | {"tok/s": f"{tokens / seconds:.0f}"})
         if held_out and (step + 1 == len(plan) or s.eval_every and (step + 1) % s.eval_every == 0):
-            record({"step": step + 1, **(evaluation := evaluate(run, held_out, known_eval))})
-            say(f"step {step + 1}: {brief(evaluation)}")
+            answers = complete(policy, tokenizer, prompts, s.sample_tokens)
+            evaluation = evaluated(step + 1, answers)
+            texts["after" if step + 1 == len(plan) else str(step + 1)] = answers
+            dist.on_main(write_samples, out / "samples.jsonl", shown, texts)
+            for guard, warning in divergence(start, evaluation).items():
+                if guard not in warned:
+                    say(f"warning: {warning}")
+            warned |= divergence(start, evaluation).keys()
         stopping = stop.requested()
         if stopping or s.save_every and (step + 1) % s.save_every == 0:
             state = {"step": step + 1, "run": same_run}
@@ -1103,10 +1237,9 @@ def train(s: Settings) -> dict:
     recorder.close()
 
     # after: samples, model, curves, summary
-    after = complete(policy, tokenizer, prompts, s.sample_tokens)
-    texts = zip((tokenizer.decode(p) for p in prompts), before, after)
-    samples = [{"prompt": p, "before": b, "after": a} for p, b, a in texts]
-    dist.on_main((out / "samples.jsonl").write_text, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in samples))
+    if "after" not in texts:  # resumed at the end
+        texts["after"] = complete(policy, tokenizer, prompts, s.sample_tokens)
+    samples = dist.on_main(write_samples, out / "samples.jsonl", shown, texts)
     policy.use_layout("padded")
     came_in = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.float32
     lines = dist.on_main(read_metrics, metrics)
@@ -1115,8 +1248,7 @@ def train(s: Settings) -> dict:
     export_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": came_in}[s.export_dtype]
     dist.export(model, tokenizer, out / "model", export_dtype, card)
     dist.on_main(draw_curves, lines, out / "curves.png", f"{objective} on {Path(s.dataset).name}")
-    start = next((x for x in lines if x["step"] == 0), {})
-    evaluation = evaluation or {k: v for x in lines for k, v in x.items() if k.startswith("eval_")}  # resumed at the end
+    evaluation = evaluation or {k: v for x in lines for k, v in x.items() if k.startswith("eval_") or k == "repetition"}
     summary = {
         "objective": str(objective), "steps": len(plan), "rows": len(examples), "held_out": len(held_out),
         "before": {k: v for k, v in start.items() if k != "step"}, "after": evaluation,
@@ -1155,6 +1287,7 @@ def identity(s: Settings, objective: Objective, examples: list[Example]) -> dict
     """What must be equal for a run to go on from a checkpoint: all that its losses depend on but the number of ranks."""
     rows = hashlib.sha256(json.dumps([[e.prompt, e.responses] for e in examples]).encode()).hexdigest()[:16]
     names = ("lr", "batch_size", "epochs", "max_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "max_length")
+    names += ("replays", "reset_alpha", "reset_modules", "sft_weight")
     same = {"model": Path(s.model).name, "dataset": Path(s.dataset).name, "objective": str(objective)}
     return {**same, **{k: getattr(s, k) for k in names}, "training rows (hash)": rows}
 

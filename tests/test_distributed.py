@@ -356,6 +356,21 @@ def test_resume_on_other_numbers_of_ranks(world, uninterrupted, tmp_path):
         assert apart(found["weights"], one["weights"]) < 1e-5
 
 
+def test_replay_and_reset_on_two_ranks(world, tmp_path):
+    """LoRR with evaluations and samples in between, cut over two ranks and stopped there, against one process."""
+    more = dict(replays=2, reset_alpha=0.5, sft_weight=0.5, eval_every=2, save_every=3)
+    one = ranks(0, trained, settings(world, out=str(tmp_path / "a"), **more))[0]
+    s = settings(world, out=str(tmp_path / "b"), **more)
+    ranks(2, stopped_after, s, 4)
+    s.resume = True
+    for found in ranks(2, trained, s):
+        for a, b in zip(found["lines"], one["lines"], strict=True):
+            assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+        assert apart(found["weights"], one["weights"]) < 1e-5
+    samples = [(tmp_path / folder / "samples.jsonl").read_text() for folder in "ab"]
+    assert samples[0] == samples[1] and '"during": {"2":' in samples[0]
+
+
 def test_damaged_checkpoints_are_skipped(world, uninterrupted, tmp_path, capfd):
     """Half-written, truncated and corrupted ones are passed over, newest first, each with its reason."""
     s = settings(world, out=str(tmp_path / "o"), save_every=1, keep=9)
