@@ -904,7 +904,11 @@ def train(s: Settings) -> dict:
     reference = None
     if objective.needs("kl_w"):
         reference = load_model(s.model, device, len(tokenizer), s).requires_grad_(False).eval()
-    policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, not exact, s.gradient_checkpointing)
+    came_in = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.float32
+    export_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": came_in}[s.export_dtype]
+    dist.on_main(dist.check_space, out, model, s.keep + 1 if s.save_every else 0, export_dtype)
+    in_bf16 = not exact and s.model != "tiny"  # whose supervised start is in fp32; autocast does the rest
+    policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, in_bf16, s.gradient_checkpointing)
     for part in (model, reference) if reference is not None else (model,):
         dist.load_weights(part, s.model, device)
     run = Run(policy, objective, s, device)
@@ -1040,11 +1044,9 @@ def train(s: Settings) -> dict:
     samples = [{"prompt": p, "before": b, "after": a} for p, b, a in texts]
     dist.on_main((out / "samples.jsonl").write_text, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in samples))
     policy.use_layout("padded")
-    came_in = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.float32
     lines = dist.on_main(read_metrics, metrics)
     measured = {k: v for line in lines[-2:] for k, v in line.items()}
     card = dist.model_card(out.name, {**asdict(s), "objective": str(objective)}, measured)
-    export_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": came_in}[s.export_dtype]
     dist.export(model, tokenizer, out / "model", export_dtype, card)
     dist.on_main(draw_curves, lines, out / "curves.png", f"{objective} on {Path(s.dataset).name}")
     start = next((x for x in lines if x["step"] == 0), {})

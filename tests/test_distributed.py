@@ -5,6 +5,7 @@ own `from_pretrained`. Ranks are forked processes that talk over gloo on this ma
 own behaviour matters.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -72,6 +73,16 @@ def ranks(world: int, function, *args) -> list:
         child.join(20)
         child.kill()
     return [result for _, result, _ in sorted(results, key=lambda r: r[0])]
+
+
+@contextlib.contextmanager
+def allocated():
+    """A list that holds, after the block, the bytes that torch's CPU allocator had given out at most inside it."""
+    most = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        yield most
+    changes = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    most.append(int(np.cumsum([e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())]).max()))
 
 
 CONFIGS = {
@@ -278,6 +289,24 @@ def test_unfit_weights_are_named(world, tmp_path):
             assert "convert them to safetensors" in message
 
 
+def memory_while_loading(s: train.Settings) -> tuple[int, int]:
+    """(bytes that torch's CPU allocator had given out at most from building to loaded, bytes of this rank's parameters)"""
+    with allocated() as most:
+        run, _ = prepared(s)
+    return most[0], sum(p.to_local().nbytes for p in run.policy.parameters())
+
+
+def test_loading_copies_no_model(world, tmp_path):
+    """2 ranks, 5 files: beside its own rows a rank never holds more than one file; one copy of the model would be five."""
+    sizes = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=4, vocab_size=2000)
+    AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).save_pretrained(tmp_path, max_shard_size="8MB")
+    data.load_tokenizer(str(world / "tied")).save_pretrained(tmp_path)
+    files = [f.stat().st_size for f in tmp_path.glob("*.safetensors")]
+    assert len(files) >= 5
+    for most, own in ranks(2, memory_while_loading, settings(world, model=str(tmp_path))):
+        assert own < most < own + max(files) + 2**16  # and buffers
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -467,6 +496,29 @@ def test_sigterm_saves_and_resumes(world, tmp_path):
     assert 3 <= reached < 200 and json.loads((tmp_path / "o/metrics.jsonl").read_text().splitlines()[-1])["step"] == reached
 
 
+@pytest.mark.parametrize("number, to", [(signal.SIGTERM, "os.getppid()"), (signal.SIGINT, "os.getpid()")])
+def test_signals_under_torchrun(world, uninterrupted, tmp_path, number, to):
+    """A signal to torchrun, or to one of 2 ranks, during step 3: step 3 is finished and saved, the ranks exit with 0, and
+    --resume gives the uninterrupted run to the last bit. torchrun's own exit code is 0 only if no signal came to itself."""
+    script = tmp_path / "signalled.py"
+    script.write_text(
+        f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r})\nimport train, distributed as dist\n"
+        "step = train.accumulate_gradients\n"
+        "def signalled(run, examples, known, seed, *more):\n"
+        f"    if seed[1] == 2 and dist.rank() == 1:\n        os.kill({to}, {int(number)})\n        time.sleep(1)\n"
+        "    return step(run, examples, known, seed, *more)\n"
+        "train.accumulate_gradients, train.matmul_rate = signalled, lambda *_: 1.0\ntrain.main()\n"
+    )
+    s = settings(world, out=str(tmp_path / "o"))
+    line = [str(script) if x.endswith("train.py") else x for x in command(s, 2)]
+    run = subprocess.run(line, capture_output=True, text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert "stopped after step 3; go on with --resume" in run.stderr
+    assert run.returncode == (0 if to == "os.getpid()" else 1) and "exitcode" not in run.stderr
+    assert [p.name for p in dist.complete_checkpoints(tmp_path / "o/checkpoints")] == ["step-000003"]
+    s.resume = True
+    assert same(ranks(2, trained, s)[0], uninterrupted["packed", 2])
+
+
 def test_a_dead_rank_ends_the_run(world, tmp_path):
     """torchrun, 2 ranks: rank 1 raises in its second step; all is over within seconds and its error comes first."""
     script = tmp_path / "broken.py"
@@ -518,7 +570,7 @@ def test_kill_nine_at_ten_moments(world, uninterrupted, tmp_path):
 
 def peak_of_two_steps(config, pairs: int, checkpointing: bool) -> int:
     """Bytes that torch's CPU allocator had given out at most while two real optimizer steps ran."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with allocated() as most:
         policy = dist.shard(ResponseLogProbs(AutoModelForCausalLM.from_config(config)), checkpointing=checkpointing)
         policy.use_layout("packed")
         optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
@@ -527,8 +579,7 @@ def peak_of_two_steps(config, pairs: int, checkpointing: bool) -> int:
             policy(batch)[0].sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-    changes = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return int(np.cumsum([e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())]).max())
+    return most[0]
 
 
 @pytest.mark.parametrize("family, pairs, checkpointing", [("llama", 1, False), ("llama", 3, True), ("gemma", 1, False)])
