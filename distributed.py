@@ -263,15 +263,14 @@ def build_model(name: str, trust_remote_code: bool = False) -> nn.Module:
     """A causal language model in fp32: loaded, or, when it is going to be sharded, without weights until `load_weights`."""
     if Path(name).is_dir():
         weight_files(Path(name))
-    if not group.is_initialized():
-        return AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
-        )
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    came_in = config.dtype
-    with _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    model.config.dtype = came_in  # as from_pretrained leaves it: what the file has
+    how, came_in = dict(dtype=torch.float32, trust_remote_code=trust_remote_code), config.dtype
+    if not group.is_initialized():
+        model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **how)
+    else:
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, **how)
+    model.config.dtype = came_in  # what the file has, and the export will have
     return model
 
 

@@ -801,7 +801,7 @@ def prepare_out(s: Settings) -> Path:
             f"out {out} already holds {'a run' if holds_run else 'files'}; use --resume, --overwrite or another folder"
         )
     try:
-        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         (out / ".probe").write_text("")
         (out / ".probe").unlink()
     except OSError as error:
@@ -1115,7 +1115,7 @@ def open_records(s: Settings, out: Path, first: int, report: dict) -> None:
     """Clear an earlier run that is overwritten, or the metrics of steps after the one that is resumed from; note settings."""
     if s.overwrite:  # only now that data and model have loaded is the earlier run given up
         shutil.rmtree(out)
-        (out / "checkpoints").mkdir(parents=True)
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     if s.resume:
         kept = read_metrics(out / "metrics.jsonl", first) if first else []
         (out / "metrics.part").write_text("".join(json.dumps(line) + "\n" for line in kept))

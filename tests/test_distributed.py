@@ -5,6 +5,7 @@ own `from_pretrained`. Ranks are forked processes that talk over gloo on this ma
 own behaviour matters.
 """
 
+import argparse
 import contextlib
 import json
 import multiprocessing
@@ -262,6 +263,20 @@ def test_streamed_weights_and_export(world, tmp_path, family):
         assert (out / "tokenizer.json").exists() and (out / "chat_template.jinja").exists()
 
 
+def dtypes(s: train.Settings) -> tuple:
+    model = prepared(s)[0].policy.model
+    return model.config.dtype, {p.dtype for p in model.parameters()}
+
+
+def test_a_model_keeps_the_dtype_it_came_in(world, tmp_path):
+    """A bf16 folder is trained in fp32, and exported as it came by one process and by several."""
+    shutil.copytree(world / "tied", tmp_path / "m")
+    AutoModelForCausalLM.from_pretrained(world / "tied", dtype=torch.bfloat16).save_pretrained(tmp_path / "m")
+    for count in (0, 2):
+        for found in ranks(count, dtypes, settings(world, model=str(tmp_path / "m"))):
+            assert found == (torch.bfloat16, {torch.float32})
+
+
 def refused(s: train.Settings) -> str:
     try:
         prepared(s)
@@ -447,6 +462,24 @@ def test_full_disk_keeps_the_last_good_checkpoint(world, uninterrupted, tmp_path
         assert same(ranks(count, trained, again)[0], uninterrupted["packed", count])
 
 
+def test_too_little_space_is_said_before_training(world, tmp_path, monkeypatch, capsys):
+    """2³⁰ parameters: 12 GiB a checkpoint and 2 a bf16 export; a file that is there already counts as room."""
+    free = [36 * 2**30 - 2]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=free[0]))
+    (tmp_path / "there").write_text("x")
+    model = torch.nn.Linear(2**15, 2**15, bias=False, device="meta")
+    with pytest.raises(data.DataError, match="36.0 GiB of free space, but 3 checkpoints .* need 38.0 GiB; make room"):
+        dist.check_space(tmp_path, model, 3, torch.bfloat16)
+    free[0] = 38 * 2**30 - 1
+    dist.check_space(tmp_path, model, 3, torch.bfloat16)
+    arguments = [f"--{k}={v}" for k, v in vars(settings(world, out=str(tmp_path / "o"), max_steps=1)).items() if v is not None]
+    free[0] = 1_000_000  # enough for the 0.2 MB of the export, not for checkpoints
+    with pytest.raises(SystemExit, match="2"):
+        train.main([*arguments, "--save_every", "1"])
+    assert "make room" in capsys.readouterr().err and not any((tmp_path / "o").iterdir())
+    assert train.main(arguments)["steps"] == 1
+
+
 def test_export_of_a_checkpoint(world, tmp_path):
     """A checkpoint of 2 ranks, exported by the command line, is the model that the run exported."""
     s = settings(world, out=str(tmp_path / "o"), save_every=5)
@@ -496,7 +529,9 @@ def test_sigterm_saves_and_resumes(world, tmp_path):
     assert 3 <= reached < 200 and json.loads((tmp_path / "o/metrics.jsonl").read_text().splitlines()[-1])["step"] == reached
 
 
-@pytest.mark.parametrize("number, to", [(signal.SIGTERM, "os.getppid()"), (signal.SIGINT, "os.getpid()")])
+@pytest.mark.parametrize("number, to", [
+    (signal.SIGTERM, "os.getppid()"), pytest.param(signal.SIGINT, "os.getpid()", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_signals_under_torchrun(world, uninterrupted, tmp_path, number, to):
     """A signal to torchrun, or to one of 2 ranks, during step 3: step 3 is finished and saved, the ranks exit with 0, and
     --resume gives the uninterrupted run to the last bit. torchrun's own exit code is 0 only if no signal came to itself."""
