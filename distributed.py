@@ -263,15 +263,14 @@ def build_model(name: str, trust_remote_code: bool = False) -> nn.Module:
     """A causal language model in fp32: loaded, or, when it is going to be sharded, without weights until `load_weights`."""
     if Path(name).is_dir():
         weight_files(Path(name))
-    if not group.is_initialized():
-        return AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
-        )
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    came_in = config.dtype
-    with _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    model.config.dtype = came_in  # as from_pretrained leaves it: what the file has
+    how, came_in = dict(dtype=torch.float32, trust_remote_code=trust_remote_code), config.dtype
+    if not group.is_initialized():
+        model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **how)
+    else:
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, **how)
+    model.config.dtype = came_in  # what the file has, and the export will have
     return model
 
 
@@ -498,6 +497,21 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer, state: dict, keep
     return False
 
 
+def check_space(out: Path, model: nn.Module, checkpoints: int, dtype: torch.dtype) -> None:
+    """Refuse a run whose `checkpoints` (12 bytes per parameter each) and export in `dtype` will not fit where `out` is.
+
+    What an earlier run left in `out` counts as room: it is deleted (--overwrite), or is what would be written (--resume).
+    """
+    size = sum(p.numel() for p in model.parameters())
+    needed = size * (12 * checkpoints + torch.empty(0, dtype=dtype).element_size())
+    free = shutil.disk_usage(out).free + sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
+    if needed > free:
+        raise DataError(
+            f"out {out} has {free / 2**30:.1f} GiB of free space, but {checkpoints} checkpoints and the exported model "
+            f"will need {needed / 2**30:.1f} GiB; make room, choose another --out or a smaller --keep"
+        )
+
+
 def _start_part(part: Path, final: Path) -> None:
     for old in (part, final):  # an earlier `final` is incomplete or damaged
         shutil.rmtree(old, ignore_errors=True)
@@ -684,9 +698,13 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def one_microbatch(config, pairs: int, lengths: tuple, dtype: torch.dtype, checkpointing: bool, keep_gradients: bool) -> dict:
+def one_microbatch(
+    config, pairs: int, lengths: tuple, dtype: torch.dtype, checkpointing: bool, keep_gradients: bool, reference: bool = False
+) -> dict:
     """What forward and backward of `pairs` pairs of (prompt, chosen, rejected) tokens take, computed on tensors without memory.
 
+    Args:
+        reference: also the token KL to a second model.
     Returns:
         peak: bytes at most alive besides the weights; gradients count if `keep_gradients`, else each is freed at once.
         flops: floating-point operations, recomputation included; parameters, root: numbers of all and of the root's own.
@@ -695,7 +713,8 @@ def one_microbatch(config, pairs: int, lengths: tuple, dtype: torch.dtype, check
     batch = data.packed_batch([data.Example([0] * prompt, [[0] * n for n in responses])] * pairs)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
-        policy = ResponseLogProbs(model)
+        frozen = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False) if reference else None
+        policy = ResponseLogProbs(model, frozen)
         policy.use_layout("packed")
         policy = shard(policy, checkpointing=checkpointing)
         fake = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in batch._asdict().items() if isinstance(v, Tensor)}
@@ -704,13 +723,12 @@ def one_microbatch(config, pairs: int, lengths: tuple, dtype: torch.dtype, check
             p.grad = p.grad if keep_gradients else None
             gc.collect()  # dispatch modes tie recomputed tensors into cycles, which a run without them does not
 
-        for p in policy.parameters():
+        for p in model.parameters():
             p.register_post_accumulate_grad_hook(after)
         gc.collect()
         gc.freeze()  # so that collecting looks at what is new only
         with FlopCounterMode(display=False) as flops, LiveBytes() as live:
-            logp, _ = policy(batch._replace(**fake))
-            logp.sum().backward()
+            sum(x.sum() for x in policy(batch._replace(**fake), reference) if x is not None).backward()
         gc.unfreeze()
     blocks = decoder_blocks(model)
     parameters, layered = (sum(p.numel() for p in m.parameters()) for m in (model, nn.ModuleList(blocks)))
@@ -718,12 +736,15 @@ def one_microbatch(config, pairs: int, lengths: tuple, dtype: torch.dtype, check
     return found | dict(block=layered // max(1, len(blocks)))
 
 
-def plan(config, gpus: int, memory: float, lengths: tuple, rows: int, batch_size: int, mfu: float, tflops: float) -> str:
+def plan(
+    config, gpus: int, memory: float, lengths: tuple, rows: int, batch_size: int, mfu: float, tflops: float,
+    reference: bool = False,
+) -> str:
     """Memory per GPU, the largest token budget and the time of one epoch, as text; see `python distributed.py plan --help`."""
     half, gib = torch.float16, 2**30  # 16-bit like bf16, which a CPU would attend to in another way than a GPU does
     pair, lines = sum(lengths), []
     for checkpointing in (True, False):
-        few, many = (one_microbatch(config, n, lengths, half, checkpointing, False) for n in (1, 3))
+        few, many = (one_microbatch(config, n, lengths, half, checkpointing, False, reference) for n in (1, 3))
         per_pair = (many["peak"] - few["peak"]) / 2
         size, cut = few["parameters"], -(-few["parameters"] // gpus)
         whole = 2 * (few["root"] + 2 * few["block"]) if gpus > 1 else 2 * size
@@ -733,6 +754,7 @@ def plan(config, gpus: int, memory: float, lengths: tuple, rows: int, batch_size
             "gathered gradients (root in fp32, one block)": 4 * few["root"] + 6 * few["block"] if gpus > 1 else 0,
             "first pair: activations and head chunk": few["peak"],
         }  # fmt: skip
+        parts |= {"reference, fp32": 4 * cut, "reference, gathered 16-bit weights": whole} if reference else {}
         fixed = sum(parts.values())
         keep = 4 * size if gpus > 1 else 0
         share = -(-batch_size // gpus)
@@ -779,6 +801,17 @@ def config_of(model: str):
         raise DataError(f"{model}: no configuration there ({reason}); known shapes are {', '.join(SHAPES)}") from error
 
 
+def recipe_shape(name: str) -> tuple[str, int]:
+    """(name in SHAPES, batch size) of a published run of train.py."""
+    import train  # here, as it imports this file
+
+    try:
+        batch_size = train.recipe(name)["batch_size"]
+    except train.SettingsError as error:
+        raise DataError(str(error)) from error
+    return next(shape for shape in SHAPES if name.startswith(shape)), batch_size
+
+
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
@@ -790,12 +823,14 @@ def main(argv: list[str] | None = None) -> None:
     cmd.add_argument("out", type=Path, help="the folder to write")
     cmd.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     cmd = commands.add_parser("plan", help="memory per GPU, token budget and hours, from a configuration alone")
-    cmd.add_argument("--model", required=True, help=f"config.json, folder, hub name, or a shape: {', '.join(SHAPES)}")
+    cmd.add_argument("--recipe", help="a published run of train.py: its model and batch size, unless given")
+    cmd.add_argument("--reference", action="store_true", help="with the sharded reference of the token-KL objectives")
+    cmd.add_argument("--model", help=f"config.json, folder, hub name, or a shape: {', '.join(SHAPES)}")
     cmd.add_argument("--gpus", type=int, default=8)
     cmd.add_argument("--gpu-memory", type=float, default=80.0, help="GB (10⁹ bytes) of one GPU; 8 % are left to the allocator")
     cmd.add_argument("--lengths", type=int, nargs=3, default=(300, 350, 350), help="tokens of prompt, chosen, rejected")
     cmd.add_argument("--rows", type=int, default=60_000, help="pairs of one epoch")
-    cmd.add_argument("--batch-size", type=int, default=128, help="pairs of one optimizer step, all GPUs together")
+    cmd.add_argument("--batch-size", type=int, help="pairs of one optimizer step, all GPUs together (128)")
     cmd.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached")
     cmd.add_argument("--tflops", type=float, default=989.0, help="dense bf16 peak of one GPU; 989 is an H100's or H200's")
     args = parser.parse_args(argv)
@@ -803,8 +838,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.command == "export":
             export_checkpoint(args.checkpoint, args.out, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype])
         else:
-            sizes = (args.gpus, args.gpu_memory, tuple(args.lengths), args.rows, args.batch_size, args.mfu, args.tflops)
-            print(plan(config_of(args.model), *sizes))
+            name, batch_size = recipe_shape(args.recipe) if args.recipe else (None, 128)
+            if not (args.model or name):
+                raise DataError("plan needs --model or --recipe")
+            sizes = (args.gpus, args.gpu_memory, tuple(args.lengths), args.rows, args.batch_size or batch_size)
+            print(plan(config_of(args.model or name), *sizes, args.mfu, args.tflops, args.reference))
     except DataError as error:
         fail(error)
 

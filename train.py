@@ -895,7 +895,7 @@ def prepare_out(s: Settings) -> Path:
             f"out {out} already holds {'a run' if holds_run else 'files'}; use --resume, --overwrite or another folder"
         )
     try:
-        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         (out / ".probe").write_text("")
         (out / ".probe").unlink()
     except OSError as error:
@@ -1094,6 +1094,9 @@ def train(s: Settings) -> dict:
     reference = None
     if objective.needs("kl_w"):
         reference = load_model(s).requires_grad_(False).eval()
+    came_in = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.float32
+    export_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": came_in}[s.export_dtype]
+    dist.on_main(dist.check_space, out, model, s.keep + 1 if s.save_every else 0, export_dtype)
     policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, not exact, s.gradient_checkpointing)
     for part in (model, reference) if reference is not None else (model,):
         dist.load_weights(part, s.model, device)
@@ -1241,11 +1244,9 @@ def train(s: Settings) -> dict:
         texts["after"] = complete(policy, tokenizer, prompts, s.sample_tokens)
     samples = dist.on_main(write_samples, out / "samples.jsonl", shown, texts)
     policy.use_layout("padded")
-    came_in = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.float32
     lines = dist.on_main(read_metrics, metrics)
     measured = {k: v for line in lines[-2:] for k, v in line.items()}
     card = dist.model_card(out.name, {**given, "objective": str(objective)}, measured)
-    export_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": came_in}[s.export_dtype]
     dist.export(model, tokenizer, out / "model", export_dtype, card)
     dist.on_main(draw_curves, lines, out / "curves.png", f"{objective} on {Path(s.dataset).name}")
     evaluation = evaluation or {k: v for x in lines for k, v in x.items() if k.startswith("eval_") or k == "repetition"}
@@ -1305,7 +1306,7 @@ def open_records(s: Settings, given: dict, out: Path, first: int, report: dict) 
     """Clear an earlier run that is overwritten, or the metrics of steps after the one that is resumed from; note settings."""
     if s.overwrite:  # only now that data and model have loaded is the earlier run given up
         shutil.rmtree(out)
-        (out / "checkpoints").mkdir(parents=True)
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     if s.resume:
         kept = read_metrics(out / "metrics.jsonl", first) if first else []
         (out / "metrics.part").write_text("".join(json.dumps(line) + "\n" for line in kept))

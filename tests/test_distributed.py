@@ -5,6 +5,8 @@ own `from_pretrained`. Ranks are forked processes that talk over gloo on this ma
 own behaviour matters.
 """
 
+import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -72,6 +74,16 @@ def ranks(world: int, function, *args) -> list:
         child.join(20)
         child.kill()
     return [result for _, result, _ in sorted(results, key=lambda r: r[0])]
+
+
+@contextlib.contextmanager
+def allocated():
+    """A list that holds, after the block, the bytes that torch's CPU allocator had given out at most inside it."""
+    most = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        yield most
+    changes = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    most.append(int(np.cumsum([e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())]).max()))
 
 
 CONFIGS = {
@@ -251,6 +263,20 @@ def test_streamed_weights_and_export(world, tmp_path, family):
         assert (out / "tokenizer.json").exists() and (out / "chat_template.jinja").exists()
 
 
+def dtypes(s: train.Settings) -> tuple:
+    model = prepared(s)[0].policy.model
+    return model.config.dtype, {p.dtype for p in model.parameters()}
+
+
+def test_a_model_keeps_the_dtype_it_came_in(world, tmp_path):
+    """A bf16 folder is trained in fp32, and exported as it came by one process and by several."""
+    shutil.copytree(world / "tied", tmp_path / "m")
+    AutoModelForCausalLM.from_pretrained(world / "tied", dtype=torch.bfloat16).save_pretrained(tmp_path / "m")
+    for count in (0, 2):
+        for found in ranks(count, dtypes, settings(world, model=str(tmp_path / "m"))):
+            assert found == (torch.bfloat16, {torch.float32})
+
+
 def refused(s: train.Settings) -> str:
     try:
         prepared(s)
@@ -276,6 +302,24 @@ def test_unfit_weights_are_named(world, tmp_path):
     for count in (0, 2):
         for message in ranks(count, refused, settings(world, model=str(tmp_path / "m"))):
             assert "convert them to safetensors" in message
+
+
+def memory_while_loading(s: train.Settings) -> tuple[int, int]:
+    """(bytes that torch's CPU allocator had given out at most from building to loaded, bytes of this rank's parameters)"""
+    with allocated() as most:
+        run, _ = prepared(s)
+    return most[0], sum(p.to_local().nbytes for p in run.policy.parameters())
+
+
+def test_loading_copies_no_model(world, tmp_path):
+    """2 ranks, 5 files: beside its own rows a rank never holds more than one file; one copy of the model would be five."""
+    sizes = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=4, vocab_size=2000)
+    AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).save_pretrained(tmp_path, max_shard_size="8MB")
+    data.load_tokenizer(str(world / "tied")).save_pretrained(tmp_path)
+    files = [f.stat().st_size for f in tmp_path.glob("*.safetensors")]
+    assert len(files) >= 5
+    for most, own in ranks(2, memory_while_loading, settings(world, model=str(tmp_path))):
+        assert own < most < own + max(files) + 2**16  # and buffers
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -433,6 +477,24 @@ def test_full_disk_keeps_the_last_good_checkpoint(world, uninterrupted, tmp_path
         assert same(ranks(count, trained, again)[0], uninterrupted["packed", count])
 
 
+def test_too_little_space_is_said_before_training(world, tmp_path, monkeypatch, capsys):
+    """2³⁰ parameters: 12 GiB a checkpoint and 2 a bf16 export; a file that is there already counts as room."""
+    free = [36 * 2**30 - 2]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=free[0]))
+    (tmp_path / "there").write_text("x")
+    model = torch.nn.Linear(2**15, 2**15, bias=False, device="meta")
+    with pytest.raises(data.DataError, match="36.0 GiB of free space, but 3 checkpoints .* need 38.0 GiB; make room"):
+        dist.check_space(tmp_path, model, 3, torch.bfloat16)
+    free[0] = 38 * 2**30 - 1
+    dist.check_space(tmp_path, model, 3, torch.bfloat16)
+    arguments = [f"--{k}={v}" for k, v in vars(settings(world, out=str(tmp_path / "o"), max_steps=1)).items() if v is not None]
+    free[0] = 1_000_000  # enough for the 0.2 MB of the export, not for checkpoints
+    with pytest.raises(SystemExit, match="2"):
+        train.main([*arguments, "--save_every", "1"])
+    assert "make room" in capsys.readouterr().err and not any((tmp_path / "o").iterdir())
+    assert train.main(arguments)["steps"] == 1
+
+
 def test_export_of_a_checkpoint(world, tmp_path):
     """A checkpoint of 2 ranks, exported by the command line, is the model that the run exported."""
     s = settings(world, out=str(tmp_path / "o"), save_every=5)
@@ -480,6 +542,31 @@ def test_sigterm_saves_and_resumes(world, tmp_path):
     (found,) = dist.complete_checkpoints(tmp_path / "o/checkpoints")
     reached = json.loads((found / "step.json").read_text())["step"]
     assert 3 <= reached < 200 and json.loads((tmp_path / "o/metrics.jsonl").read_text().splitlines()[-1])["step"] == reached
+
+
+@pytest.mark.parametrize("number, to", [
+    (signal.SIGTERM, "os.getppid()"), pytest.param(signal.SIGINT, "os.getpid()", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_signals_under_torchrun(world, uninterrupted, tmp_path, number, to):
+    """A signal to torchrun, or to one of 2 ranks, during step 3: step 3 is finished and saved, the ranks exit with 0, and
+    --resume gives the uninterrupted run to the last bit. torchrun's own exit code is 0 only if no signal came to itself."""
+    script = tmp_path / "signalled.py"
+    script.write_text(
+        f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r})\nimport train, distributed as dist\n"
+        "step = train.accumulate_gradients\n"
+        "def signalled(run, examples, known, seed, *more):\n"
+        f"    if seed[1] == 2 and dist.rank() == 1:\n        os.kill({to}, {int(number)})\n        time.sleep(1)\n"
+        "    return step(run, examples, known, seed, *more)\n"
+        "train.accumulate_gradients, train.matmul_rate = signalled, lambda *_: 1.0\ntrain.main()\n"
+    )
+    s = settings(world, out=str(tmp_path / "o"))
+    line = [str(script) if x.endswith("train.py") else x for x in command(s, 2)]
+    run = subprocess.run(line, capture_output=True, text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert "stopped after step 3; go on with --resume" in run.stderr
+    assert run.returncode == (0 if to == "os.getpid()" else 1) and "exitcode" not in run.stderr
+    assert [p.name for p in dist.complete_checkpoints(tmp_path / "o/checkpoints")] == ["step-000003"]
+    s.resume = True
+    assert same(ranks(2, trained, s)[0], uninterrupted["packed", 2])
 
 
 def test_a_dead_rank_ends_the_run(world, tmp_path):
@@ -533,7 +620,7 @@ def test_kill_nine_at_ten_moments(world, uninterrupted, tmp_path):
 
 def peak_of_two_steps(config, pairs: int, checkpointing: bool) -> int:
     """Bytes that torch's CPU allocator had given out at most while two real optimizer steps ran."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with allocated() as most:
         policy = dist.shard(ResponseLogProbs(AutoModelForCausalLM.from_config(config)), checkpointing=checkpointing)
         policy.use_layout("packed")
         optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
@@ -542,8 +629,7 @@ def peak_of_two_steps(config, pairs: int, checkpointing: bool) -> int:
             policy(batch)[0].sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-    changes = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return int(np.cumsum([e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())]).max())
+    return most[0]
 
 
 @pytest.mark.parametrize("family, pairs, checkpointing", [("llama", 1, False), ("llama", 3, True), ("gemma", 1, False)])
