@@ -934,7 +934,7 @@ def embedded_world(s: Settings) -> tuple[Path, Path]:
     annotator = data.Annotator(s.annotator_noise, s.length_bias, s.seed)
     pairs = folder / f"pairs-{s.annotator_noise}-{s.length_bias}.jsonl"
     if not pairs.exists():
-        scored, part = (f"{pairs}.{os.getpid()}.{name}" for name in ("scored", "part"))
+        scored, part = (f"{pairs}.{os.getpid()}.{name}.jsonl" for name in ("scored", "part"))
         data.score(str(folder / "sampled.jsonl"), scored, rule=annotator)
         data.pairs(scored, part, how="best_worst")
         os.remove(scored)
