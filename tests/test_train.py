@@ -492,10 +492,10 @@ START = {"repetition": 0.05, "eval_drift": 0.0, "eval_logp_w_per_token": -0.8}
     [
         (START, []),
         ({}, []),  # nothing recorded: no samples, no desirable rows
-        ({**START, "repetition": 0.29}, []),
-        ({**START, "repetition": 0.31}, ["repetition"]),
-        ({**START, "eval_drift": 0.99, "eval_logp_w_per_token": -1.79}, []),
-        ({**START, "eval_drift": 1.01}, ["drift"]),
+        ({**START, "repetition": 0.39}, []),
+        ({**START, "repetition": 0.41}, ["repetition"]),
+        ({**START, "eval_drift": 1.49, "eval_logp_w_per_token": -1.79}, []),
+        ({**START, "eval_drift": 1.51}, ["drift"]),
         ({**START, "eval_drift": -3.0, "eval_logp_w_per_token": -0.1}, []),  # both more likely
         ({**START, "eval_logp_w_per_token": -1.81}, ["collapse"]),
         ({**START, "repetition": 0.9, "eval_drift": 5.0, "eval_logp_w_per_token": -7.0}, ["repetition", "drift", "collapse"]),
