@@ -1191,7 +1191,7 @@ def _resumed(out: str, made: dict | None = None) -> set[str]:
     if complete != text:
         path.write_text(complete, encoding="utf-8")
     try:
-        rows = [json.loads(line) for line in complete.splitlines()]
+        rows = [json.loads(line) for line in complete.split("\n")[:-1]]
         done = {row["id"] for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{out}: not the output of an earlier run of this command, so it cannot be continued") from error

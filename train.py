@@ -3,6 +3,7 @@
     python train.py                                                        # the embedded world: no download, no GPU
     python train.py --model MODEL --dataset PAIRS.jsonl --objective "simpo(beta=2.5, gamma=0.5)" --lr 1e-6
     python train.py settings.yaml --lr 5e-7                                # a file of settings; the command line wins
+    python train.py generate --model MODEL --prompts FILE --out FILE       # answers for AlpacaEval or Arena-Hard
 
 Reads top to bottom: settings → objective → scoring → one step → evaluation → the run. Rows are preference pairs, or single
 completions for unpaired objectives. All losses are means over the rows of the whole optimizer batch, so the gradient of a step
@@ -127,6 +128,17 @@ PUBLISHED = {
         "simpo": ("simpo(beta=10.0, gamma=5.0)", 8e-7), "alpha-dpo": ("alpha_dpo(beta=10.0, gamma=4.0, alpha=0.5)", 8e-7),
         "gamma-simpo": ("gamma_simpo(beta=10.0, gamma=5.0, tau=20.0)", 8e-7)}),
 }  # fmt: skip
+
+
+# Published decoding: start → style → (temperature, max_new_tokens), all with top_p 1. α-DPO paper, appendix B.1, "Decoding
+# hyperparameters": those of SimPO, and its footnote 4 gives the folder of SimPO's released code (eval/) that has the numbers.
+# That folder has none for Gemma-2 and none of its own for Llama-3-Instruct v0.2, so there is no such entry.
+DECODING = {
+    "mistral-7b-base": {"alpaca_eval": (0.7, 2048), "arena_hard": (0.0, 4096)},
+    "mistral-7b-instruct": {"alpaca_eval": (0.5, 2048), "arena_hard": (0.0, 4096)},
+    "llama-3-8b-base": {"alpaca_eval": (0.9, 4096), "arena_hard": (0.0, 4096)},
+    "llama-3-8b-instruct": {"alpaca_eval": (0.9, 4096), "arena_hard": (0.0, 4096)},
+}
 
 
 def recipe(name: str) -> dict:
@@ -790,7 +802,7 @@ def write_samples(file: Path, prompts: list[str], texts: dict[str, list[str]]) -
 def read_samples(file: Path, last: int) -> dict[str, list[str]]:
     """The completions "during" an earlier part of a run, {step: one for each prompt}, up to step `last`."""
     try:
-        rows = [json.loads(line)["during"] for line in file.read_text().splitlines()]
+        rows = [json.loads(line)["during"] for line in file.read_text().split("\n")[:-1]]
         return {step: [row[step] for row in rows] for step in (rows[0] if rows else ()) if int(step) <= last}
     except (OSError, ValueError, KeyError):
         return {}  # no such file, or of a version that kept none
@@ -803,9 +815,9 @@ def repetition(texts: list[str]) -> float:
     return 1 - sum(len(set(grams)) for grams in seen) / total if total else 0.0
 
 
-# Bounds of the divergence guards: ours, wide enough for the runs in the README to stay silent.
-REPETITION, REPETITION_RISE = 0.3, 0.2  # shares of 3-grams: at all, and above the start
-DRIFT = 1.0  # nats per token
+# Bounds of the divergence guards: ours, between what good and what spoilt runs of the embedded world showed.
+REPETITION, REPETITION_RISE = 0.4, 0.2  # shares of 3-grams: at all, and above the start
+DRIFT = 1.5  # nats per token
 COLLAPSE, COLLAPSE_RATIO = 1.0, 2.0  # nats per token lost, and times as low as at the start
 
 
@@ -1345,13 +1357,121 @@ def report_end(summary: dict, samples: list[dict]) -> None:
     say(f"everything is in {summary['out']}; the model is in {summary['out']}/model")
 
 
+# ---- answers for outside judges --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Generation:
+    model: str = field(metadata={"help": "folder or hub name of a causal language model, such as runs/mine/model"})
+    prompts: str = field(metadata={"help": "AlpacaEval's JSON, Arena-Hard's question.jsonl, or any rows with a prompt"})
+    out: str = field(metadata={"help": "file to write; a killed run goes on from OUT.part"})
+    style: str = option("alpaca_eval", "format of out: alpaca_eval (a JSON list) or arena_hard (v0.1's answers, JSON lines)")
+    name: str | None = option(None, "what the judge calls the model (generator, model_id); without it, its folder's name")
+    decoding: str | None = option(None, f"published settings of a start: {', '.join(DECODING)}")
+    temperature: float | None = option(None, "of sampling, 0 is greedy; without it and decoding: 0")
+    max_new_tokens: int | None = option(None, "answers are cut there, and kept; without it and decoding: 2048")
+    top_p: float = option(1.0, "share of the probability that is sampled from")
+    batch_size: int = option(8, "prompts at a time; answers depend on it where temperature > 0")
+    columns: str = option("", "columns to rename, new=old: prompt=question")
+    seed: int = option(0, "of sampling")
+    device: str = option("auto", "cpu, cuda, or auto")
+
+
+STYLES = ("alpaca_eval", "arena_hard")
+
+
+def generate(argv: list[str]) -> dict:
+    """Answer every prompt of a benchmark once and write the answers as its official judge reads them.
+
+    Rows keep their order, and a prompt that is there twice is answered twice. Answers that reach max_new_tokens are kept as far
+    as they went and counted. A run that was killed goes on with the same command to what an unbroken one would have written.
+
+        python train.py generate --model runs/mine/model --prompts alpaca_eval.json --out outputs.json --temperature 0.9
+        python train.py generate --model runs/mine/model --prompts question.jsonl --out mine.jsonl --style arena_hard
+    """
+    parser = HfArgumentParser(
+        Generation,
+        prog="train.py generate",
+        description=inspect.cleandoc(generate.__doc__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    g, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+    if unknown:
+        raise SettingsError(f"unknown setting {' '.join(unknown)}; `python train.py generate --help` lists all of them")
+    how, out, part = decoding(g), Path(g.out), Path(f"{g.out}.part")
+    if out.exists():
+        raise SettingsError(f"out {out} is there already; choose another file, or delete it")
+    whole = Path(f"{out}.whole")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        whole.write_text("")
+        whole.unlink()
+    except OSError as error:
+        raise SettingsError(f"out {out} cannot be written ({error})") from error
+    rows = list(data.prompts_of(g.prompts, g.columns, repeats=True))
+    if not rows:
+        raise SettingsError(f"{g.prompts}: no row with a prompt")
+    folder = Path(g.model).resolve()  # an exported model is RUN/model: the run's name says more
+    name = g.name or (folder.parent.name if folder.name == "model" else Path(g.model).name)
+    say(f"{name}: {len(rows)} prompts, {', '.join(f'{k} {v:g}' for k, v in how.items())}, seed {g.seed}")
+    data.sample(g.model, rows, str(part), n=1, **how, batch_size=g.batch_size, seed=g.seed, device=g.device, keep_all=True)
+    found = {row["id"]: row for row in map(json.loads, part.read_text(encoding="utf-8").split("\n")[:-1])}
+    answers = [found[row["id"]]["responses"][0] for _, row, _ in rows]
+    cut = sum(found[row["id"]]["unfinished"] for _, row, _ in rows)
+    if g.style == "alpaca_eval":
+        text = json.dumps([alpaca_eval(*x, name) for x in zip(rows, answers)], ensure_ascii=False, indent=2) + "\n"
+    else:
+        tokenizer = data.load_tokenizer(g.model)
+        lines = (json.dumps(arena_hard(*x, name, tokenizer), ensure_ascii=False) for x in zip(rows, answers))
+        text = "".join(f"{line}\n" for line in lines)
+    whole.write_text(text, encoding="utf-8")
+    os.replace(whole, out)
+    part.unlink()
+    say(f"{len(answers)} answers in {out}, {cut} of them cut at {how['max_tokens']} tokens, {answers.count('')} empty")
+    return {"out": str(out), "answers": len(answers), "cut": cut}
+
+
+def decoding(g: Generation) -> dict:
+    """Keyword arguments of data.sample: published ones, and over them what was asked for."""
+    if g.style not in STYLES:
+        raise SettingsError(f"style is {g.style!r}; accepted are {', '.join(STYLES)}")
+    if g.decoding is not None and g.decoding not in DECODING:
+        raise SettingsError(f"decoding is {g.decoding!r}; published are {', '.join(DECODING)}")
+    if g.device not in ("auto", "cpu") and not (g.device.partition(":")[0] == "cuda" and torch.cuda.is_available()):
+        raise SettingsError(f"device is {g.device!r}; accepted here are auto, cpu{', cuda' * torch.cuda.is_available()}")
+    temperature, tokens = (0.0, 2048) if g.decoding is None else DECODING[g.decoding][g.style]
+    temperature = temperature if g.temperature is None else g.temperature
+    tokens = tokens if g.max_new_tokens is None else g.max_new_tokens
+    if not 0 <= temperature < math.inf or tokens < 1 or not 0 < g.top_p <= 1 or g.batch_size < 1:
+        raise SettingsError("temperature is at least 0, max_new_tokens and batch_size at least 1, top_p above 0 and at most 1")
+    return dict(temperature=temperature, top_p=g.top_p, max_tokens=tokens)
+
+
+def alpaca_eval(row: tuple[str, dict, list[dict]], answer: str, name: str) -> dict:
+    """One output as AlpacaEval reads it; a conversation becomes an instruction of several paragraphs."""
+    _, given, prompt = row
+    instruction = "\n\n".join(m["content"] for m in prompt)
+    return {"instruction": instruction, "output": answer, "generator": name} | {k: given[k] for k in ("dataset",) if k in given}
+
+
+def arena_hard(row: tuple[str, dict, list[dict]], answer: str, name: str, tokenizer) -> dict:
+    """One answer as Arena-Hard v0.1 reads it; token_len in tokens of the model's own tokenizer (its authors count GPT's)."""
+    _, given, _ = row
+    question = given.get("question_id", given["id"])
+    turn = {"content": answer, "token_len": len(tokenizer(answer, add_special_tokens=False)["input_ids"])}
+    unique = hashlib.sha256(json.dumps([name, given["id"], answer]).encode()).hexdigest()[:22]
+    choices = [{"index": 0, "turns": [turn]}]
+    return {"question_id": question, "answer_id": unique, "model_id": name, "choices": choices, "tstamp": time.time()}
+
+
 def main(argv: list[str] | None = None) -> dict:
     """The command line as a function; returns the summary. What the user can mend ends with a message and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors: far fewer page faults
     transformers.utils.logging.disable_progress_bar()
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        return train(parse_settings(sys.argv[1:] if argv is None else argv))
+        return generate(argv[1:]) if argv[:1] == ["generate"] else train(parse_settings(argv))
     except (DataError, SettingsError) as error:
         dist.fail(error)
     except OSError as error:

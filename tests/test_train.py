@@ -492,10 +492,10 @@ START = {"repetition": 0.05, "eval_drift": 0.0, "eval_logp_w_per_token": -0.8}
     [
         (START, []),
         ({}, []),  # nothing recorded: no samples, no desirable rows
-        ({**START, "repetition": 0.29}, []),
-        ({**START, "repetition": 0.31}, ["repetition"]),
-        ({**START, "eval_drift": 0.99, "eval_logp_w_per_token": -1.79}, []),
-        ({**START, "eval_drift": 1.01}, ["drift"]),
+        ({**START, "repetition": 0.39}, []),
+        ({**START, "repetition": 0.41}, ["repetition"]),
+        ({**START, "eval_drift": 1.49, "eval_logp_w_per_token": -1.79}, []),
+        ({**START, "eval_drift": 1.51}, ["drift"]),
         ({**START, "eval_drift": -3.0, "eval_logp_w_per_token": -0.1}, []),  # both more likely
         ({**START, "eval_logp_w_per_token": -1.81}, ["collapse"]),
         ({**START, "repetition": 0.9, "eval_drift": 5.0, "eval_logp_w_per_token": -7.0}, ["repetition", "drift", "collapse"]),
@@ -709,3 +709,147 @@ def test_another_reference_is_found_out_at_step_zero():
     scores = Scores(torch.tensor([[2, 2]]), torch.tensor([[-4.0, -2.0]]), torch.tensor([[-2.0, -2.0]]))
     with pytest.raises(SettingsError, match="differ by 1 nats"):
         train.check_step_zero(scores, 1e-3)
+
+
+# ---- answers for outside judges --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def speaker(world, tmp_path_factory) -> Path:
+    """A model with weights so large that its greedy answers differ from prompt to prompt."""
+    folder = tmp_path_factory.mktemp("speaker") / "run-7" / "model"
+    model = AutoModelForCausalLM.from_pretrained(world / "model")
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(world / "model").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def questions(world) -> list[str]:
+    """Six different prompts of the world, and the first of them again."""
+    rows = [json.loads(line)["prompt"][0]["content"] for line in (world / "pairs.jsonl").read_text().splitlines()]
+    return [*list(dict.fromkeys(rows))[:6], rows[0]]
+
+
+def spoken(folder: Path, question: str, tokens: int) -> tuple[str, int, bool]:
+    """(text, its tokens, whether it ended) by transformers alone, one prompt at a time."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    out = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=3, eos_token_id=3)[0, ids.shape[1] :]
+    text = tokenizer.decode(out, skip_special_tokens=True).strip()
+    return text, len(tokenizer(text, add_special_tokens=False)["input_ids"]), 3 in out.tolist()
+
+
+def generate(model: Path, prompts: Path, out: Path, **more) -> dict:
+    values = dict(model=model, prompts=prompts, out=out, device="cpu", max_new_tokens=6, batch_size=2) | more
+    return train.main(["generate", *(x for k, v in values.items() for x in (f"--{k.replace('_', '-')}", str(v)))])
+
+
+def test_alpaca_eval_outputs(speaker, questions, tmp_path, capsys):
+    """Greedy answers, cut ones too, in the order of the prompts, under AlpacaEval's keys; a dataset is passed on."""
+    rows = [{"instruction": q, "dataset": f"set {i}", "output": "the reference's"} for i, q in enumerate(questions)]
+    del rows[1]["dataset"]
+    rows[2] = {"prompt": [{"role": "user", "content": questions[2]}]}
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    done = generate(speaker, tmp_path / "p.json", tmp_path / "new" / "outputs.json")
+    found, hand = json.loads((tmp_path / "new" / "outputs.json").read_text()), [spoken(speaker, q, 6) for q in questions]
+    keys = ["instruction", "output", "generator"]
+    assert [list(x) for x in found[:3]] == [[*keys, "dataset"], keys, keys]
+    assert [x["instruction"] for x in found] == questions and [x["output"] for x in found] == [text for text, _, _ in hand]
+    assert len({x["output"] for x in found}) > 3 and found[0] == {**found[6], "dataset": "set 0"}
+    assert {x["generator"] for x in found} == {"run-7"} and found[6]["dataset"] == "set 6"
+    assert done["answers"] == 7 and done["cut"] == sum(not ended for _, _, ended in hand) > 0
+    assert f"{done['cut']} of them cut at 6 tokens" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["outputs.json"]
+
+
+def test_arena_hard_answers(speaker, questions, tmp_path):
+    rows = [{"question_id": f"id{i}", "category": "hard", "turns": [{"content": q}]} for i, q in enumerate(questions)]
+    (tmp_path / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generate(speaker, tmp_path / "question.jsonl", tmp_path / "mine.jsonl", style="arena_hard", name="mine")
+    found = [json.loads(line) for line in (tmp_path / "mine.jsonl").read_text().splitlines()]
+    assert [x["question_id"] for x in found] == [f"id{i}" for i in range(7)]
+    for answer, question in zip(found, questions):
+        text, tokens, _ = spoken(speaker, question, 6)
+        assert list(answer) == ["question_id", "answer_id", "model_id", "choices", "tstamp"]
+        assert answer["choices"] == [{"index": 0, "turns": [{"content": text, "token_len": tokens}]}]
+        assert answer["model_id"] == "mine" and isinstance(answer["tstamp"], float)
+    assert len({x["answer_id"] for x in found}) == 7
+
+
+def test_a_killed_generation_goes_on(speaker, questions, tmp_path, monkeypatch, capsys):
+    """Sampled; killed in the third batch. The repeated prompt has an answer of its own. Other settings are not mixed in."""
+    (tmp_path / "p.json").write_text(json.dumps([{"instruction": q} for q in questions]))
+    how = dict(temperature=1.0, seed=4)
+    generate(speaker, tmp_path / "p.json", tmp_path / "whole.json", **how)
+    answers, calls = data._answers, []
+
+    def killed(*a, **k):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return answers(*a, **k)
+
+    monkeypatch.setattr(data, "_answers", killed)
+    with pytest.raises(KeyboardInterrupt):
+        generate(speaker, tmp_path / "p.json", tmp_path / "cut.json", **how)
+    assert len((tmp_path / "cut.json.part").read_text().splitlines()) == 4 and not (tmp_path / "cut.json").exists()
+    with pytest.raises(SystemExit):
+        generate(speaker, tmp_path / "p.json", tmp_path / "cut.json", **how | dict(temperature=0.5))
+    assert "was begun with temperature 1.0, not 0.5" in capsys.readouterr().err
+    generate(speaker, tmp_path / "p.json", tmp_path / "cut.json", **how)
+    assert len(calls) == 3 + 2  # the last two of four batches
+    assert (tmp_path / "cut.json").read_text() == (tmp_path / "whole.json").read_text()
+    outputs = [x["output"] for x in json.loads((tmp_path / "whole.json").read_text())]
+    assert len(outputs) == 7 and outputs[0] != outputs[6]
+
+
+def test_published_decoding():
+    """What the released configurations say; what is asked for goes over it, and without either it is greedy."""
+    of = lambda **more: tuple(train.decoding(train.Generation("m", "p", "o", **more)).values())  # noqa: E731
+    assert of(decoding="llama-3-8b-instruct") == (0.9, 1.0, 4096)
+    assert of(decoding="mistral-7b-instruct") == (0.5, 1.0, 2048)
+    assert {of(decoding=start, style="arena_hard") for start in train.DECODING} == {(0.0, 1.0, 4096)}
+    assert of(decoding="mistral-7b-base", temperature=0.0, max_new_tokens=9) == (0.0, 1.0, 9)
+    assert of() == (0.0, 1.0, 2048)
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (dict(style="mt_bench"), ["style is 'mt_bench'", "alpaca_eval, arena_hard"]),
+        (dict(decoding="gemma"), ["decoding is 'gemma'", "mistral-7b-instruct"]),
+        (dict(temperature=-1), ["temperature is at least 0"]),
+        (dict(temperature="hot"), ["invalid float value: 'hot'"]),
+        (dict(max_new_tokens=0), ["max_new_tokens"]),
+        (dict(device="abacus"), ["device is 'abacus'", "auto, cpu"]),
+        (dict(prompts="nowhere.json"), ["nowhere.json", "no such file"]),
+        (dict(prompts="EMPTY"), ["no row with a prompt"]),
+        (dict(model="/nowhere/model"), ["/nowhere/model"]),
+        (dict(out="EMPTY"), ["there already"]),
+        (dict(out="/dev/null/outputs.json"), ["cannot be written"]),
+        (dict(temprature=1), ["unknown setting --temprature 1", "--help"]),
+    ],
+)
+def test_generate_says_what_is_wrong(speaker, tmp_path, capsys, more, said):
+    (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "p.json").write_text('[{"instruction": "list two tools"}]')
+    more = {k: tmp_path / "empty.json" if v == "EMPTY" else v for k, v in more.items()}
+    with pytest.raises(SystemExit) as stop:
+        generate(**dict(model=speaker, prompts=tmp_path / "p.json", out=tmp_path / "o.json") | more)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in error and all(part in error for part in said)
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_generate_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["generate", "--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and "official judge" in said and "--decoding" in said and "llama-3-8b-instruct" in said
