@@ -19,14 +19,17 @@ import importlib.util
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import platform
 import resource
 import shutil
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -60,7 +63,7 @@ class Settings:
     out: str | None = option(None, "output folder; without it, a fresh one under runs/")
     overwrite: bool = option(False, "delete what is in out")
     resume: bool = option(False, "continue the run in out from its newest complete checkpoint")
-    lr: float | None = option(None, "peak learning rate; without it 1e-6, or 1e-3 for the embedded world")
+    lr: float | None = option(None, "peak learning rate; without it 1e-6, or 2e-4 for the embedded world")
     batch_size: int = option(32, "rows of one optimizer step (pairs, or completions when unpaired), all ranks together")
     tokens_per_microbatch: int = option(2048, "token budget of one forward and backward pass")
     layout: str = option("packed", "packed (the prompt computed once, no padding) or padded (the textbook batch)")
@@ -99,8 +102,11 @@ class Settings:
     log_to: str | None = option(None, "also send the metrics to tensorboard or wandb, if installed")
     device: str = option("auto", "cpu, cuda, or auto")
     recipe: str | None = option(None, "a published run, such as gemma-2-9b-it-simpo: model, data, objective, lr, lengths")
+    compare: list[str] | None = option(None, "embedded world: tune and compare these objectives (all, names, or calls)")
+    sweeps: list[str] | None = option(None, "embedded world: figures of these sweeps (all, or names of SWEEPS)")
+    seeds: int = option(3, "of a comparison: runs of each setting, each in a world of its own")
     annotator_noise: float = option(0.1, "embedded world: error (standard deviation) of the annotator about a quality")
-    length_bias: float = option(0.02, "embedded world: what the annotator adds to a response's quality per word")
+    length_bias: float = option(0.01, "embedded world: what the annotator adds to a response's quality per word")
     mesh: str | None = option(None, "under torchrun: copies x parts, such as 2x4; without it one copy cut over all ranks")
     trust_remote_code: bool = option(False, "allow a model folder to bring Python code that is then run")
 
@@ -844,14 +850,22 @@ def divergence(start: dict, now: dict) -> dict[str, str]:
     return found
 
 
-def draw_curves(lines: list[dict], path: Path, title: str) -> None:
+def pyplot():
+    """matplotlib.pyplot drawing to files, or None with a word about it."""
     try:
         import matplotlib
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        return say('no curves.png: matplotlib is missing (pip install "plainpo[plot]")')
+        return say('no pictures: matplotlib is missing (pip install "plainpo[plot]")')
+    return plt
+
+
+def draw_curves(lines: list[dict], path: Path, title: str) -> None:
+    plt = pyplot()
+    if plt is None:
+        return
     panels = [("loss", ["loss"]), ("reward margin", ["reward_margin"]), ("reward accuracy", ["reward_accuracy"]),
               ("log-prob per token (nats)", ["logp_w_per_token", "logp_l_per_token"])]  # fmt: skip
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), constrained_layout=True)
@@ -920,7 +934,7 @@ def prepare_out(s: Settings) -> Path:
 # The papers' experiment with a known truth: supervised start → 5 samples per prompt → an annotator's scores → best against
 # worst → training → win rate against the start. Every step is the code that real models go through.
 
-SUPERVISED_STEPS, PROMPTS = 400, 2248
+SUPERVISED_STEPS, PROMPTS = 400, 1736
 
 
 def embedded_world(s: Settings) -> tuple[Path, Path]:
@@ -1082,7 +1096,7 @@ def train(s: Settings) -> dict:
     objective = parse_objective(s.objective)
     try_objective(objective)
     device = dist.setup(s.device)
-    s.lr = s.lr if s.lr is not None else (1e-3 if s.model == "tiny" else 1e-6)
+    s.lr = s.lr if s.lr is not None else (2e-4 if s.model == "tiny" else 1e-6)
     out = dist.on_main(prepare_out, s)
     s.out = str(out)
     say("settings: " + json.dumps(asdict(s)))
@@ -1464,6 +1478,217 @@ def arena_hard(row: tuple[str, dict, list[dict]], answer: str, name: str, tokeni
     return {"question_id": question, "answer_id": unique, "model_id": name, "choices": choices, "tstamp": time.time()}
 
 
+# ---- comparison in the embedded world --------------------------------------------------------------------------------
+#
+# Every objective gets the same small grid: two settings of its hyper-parameters, or one where it has none, times three learning
+# rates. The best win rate in a world of its own (TUNING_SEED) goes on to `seeds` other worlds. A run is train() as it stands.
+
+LEARNING_RATES, TUNING_SEED = (1e-4, 2e-4, 5e-4), 100
+GRID = {
+    "sft": ("sft",),
+    "dpo": ("dpo(beta=0.1)", "dpo(beta=0.5)"),
+    "dpo_norm": ("dpo_norm(beta=2.0)", "dpo_norm(beta=5.0)"),
+    "robust_dpo": ("robust_dpo(beta=0.1)", "robust_dpo(beta=0.5)"),
+    "ipo": ("ipo(tau=0.1)", "ipo(tau=0.5)"),
+    "rdpo": ("rdpo(beta=0.1, alpha=0.01)", "rdpo(beta=0.1, alpha=0.05)"),
+    "rso_hinge": ("rso_hinge(beta=0.05)", "rso_hinge(beta=0.2)"),
+    "exo": ("exo(beta=0.1)", "exo(beta=0.5)"),
+    "nca": ("nca(beta=0.01)", "nca(beta=0.1)"),
+    "sppo": ("sppo(beta=0.001)", "sppo(beta=0.02)"),
+    "apo_zero": ("apo_zero(beta=0.1)", "apo_zero(beta=0.5)"),
+    "apo_down": ("apo_down(beta=0.1)", "apo_down(beta=0.5)"),
+    "discopop": ("discopop(beta=0.05)", "discopop(beta=0.2)"),
+    "f_dpo": ("f_dpo(divergence='js')", "f_dpo(divergence='forward_kl')"),
+    "tdpo1": ("tdpo1(beta=0.1)", "tdpo1(beta=0.5)"),
+    "tdpo2": ("tdpo2(beta=0.1)", "tdpo2(beta=0.5)"),
+    "beta_dpo": ("beta_dpo(beta=0.1)", "beta_dpo(beta=0.5)"),
+    "aot": ("aot(beta=0.01)", "aot(beta=0.1)"),
+    "aot_unpaired": ("aot_unpaired(beta=0.01)", "aot_unpaired(beta=0.1)"),
+    "cpo": ("cpo(beta=0.1, lam=1.0)", "cpo(beta=0.1, lam=0.1)"),
+    "slic": ("slic(delta=1.0, lam=0.1)", "slic(delta=5.0, lam=0.01)"),
+    "rrhf": ("rrhf(lam=1.0)", "rrhf(lam=0.01)"),
+    "orpo": ("orpo(lam=0.1)", "orpo(lam=1.0)"),
+    "simpo": ("simpo(beta=2.0, gamma=1.0)", "simpo(beta=10.0, gamma=3.0)"),
+    "repo": ("repo(gamma=0.2)", "repo(gamma=0.5)"),
+    "simper": ("simper",),
+    "alphapo": ("alphapo(alpha=0.25)", "alphapo(alpha=-0.25)"),
+    "alpha_dpo": ("alpha_dpo(beta=2.5, gamma=0.5, alpha=0.1)", "alpha_dpo(beta=10.0, gamma=4.0, alpha=0.5)"),
+    "alpha_dpo_kl": ("alpha_dpo_kl(beta=2.5, gamma=0.5, alpha=0.1)", "alpha_dpo_kl(beta=10.0, gamma=4.0, alpha=0.5)"),
+    "online_simpo": ("online_simpo(clip=1.0)", "online_simpo(self_normalize=True)"),
+    "gamma_dpo": ("gamma_dpo(beta=0.1)", "gamma_dpo(beta=0.5)"),
+    "gamma_simpo": ("gamma_simpo(beta=2.5, gamma=1.0)", "gamma_simpo(beta=10.0, gamma=4.0)"),
+    "amapo": ("amapo(beta=2.5)", "amapo(beta=10.0)"),
+    "kto": ("kto(beta=0.1)", "kto(beta=0.5)"),
+    "bco": ("bco(beta=0.1)", "bco(beta=0.5)"),
+    "uapo": ("uapo(beta=0.1)", "uapo(beta=0.5)"),
+}
+
+# name → what is swept, its values, and series: label → value → settings that differ from the default run
+ALPHA, SUMS = "alpha_dpo(beta=2.5, gamma=0.5, alpha={})", "simpo(beta=0.1, gamma=0.0, average=False)"
+SWEEPS = {
+    "alpha": ("α of alpha_dpo (0 is SimPO)", (0.0, 0.1, 0.3, 1.0, 3.0), {
+        "alpha_dpo": lambda x: dict(objective=ALPHA.format(x)),
+        "without stop-gradient": lambda x: dict(objective=ALPHA.format(f"{x}, stop_gradient=False"))}),
+    "gamma": ("γ of simpo (β = 2)", (0.0, 0.5, 1.0, 2.0, 4.0), {
+        "simpo": lambda x: dict(objective=f"simpo(beta=2.0, gamma={x})")}),
+    "length": ("the annotator's length bias, per word", (0.0, 0.01, 0.03), {
+        "simpo, sums": lambda x: dict(length_bias=x, objective=SUMS),
+        "simpo, sums + POET": lambda x: dict(length_bias=x, objective=SUMS, equal_length=1.0),
+        "simpo": lambda x: dict(length_bias=x),
+        "simpo + POET": lambda x: dict(length_bias=x, equal_length=1.0),
+        "dpo": lambda x: dict(length_bias=x, objective="dpo(beta=0.1)"),
+        "dpo + POET": lambda x: dict(length_bias=x, objective="dpo(beta=0.1)", equal_length=1.0)}),
+    "noise": ("noise of the annotator (standard deviation)", (0.0, 0.2, 0.5, 1.0), {
+        name: lambda x, name=name: dict(annotator_noise=x, objective=name)
+        for name in ("simpo(beta=2.5, gamma=0.5)", "alpha_dpo(beta=2.5, gamma=0.5, alpha=0.3)",
+                     "gamma_simpo(beta=2.5, gamma=0.5)", "amapo(beta=2.5)")}),
+    "replays": ("replays of each batch", (1, 2, 4), {
+        "replays": lambda x: dict(replays=x),
+        "with reset (α = ½)": lambda x: dict(replays=x, reset_alpha=0.5),
+        "LoRR: reset and SFT term": lambda x: dict(replays=x, reset_alpha=0.5, sft_weight=0.5)}),
+}  # fmt: skip
+MEASURES = {  # name → (title, number of decimals, whether percent)
+    "win_rate": ("win rate, %", 1, True), "lc_win_rate": ("length-controlled, %", 1, True), "quality": ("true quality", 3, False),
+    "length": ("words", 1, False), "kl": ("KL, nats", 2, False), "repetition": ("repeated items, %", 1, True),
+    "chosen": ("chosen, nats per token", 2, False), "rejected": ("rejected, nats per token", 2, False),
+}  # fmt: skip
+
+
+def experiment(job: dict) -> dict:
+    """A run with these settings, alone in its process: the settings and what was measured, or why it ended early."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
+        try:
+            done = train(Settings(**job, out=f"{folder}/run", samples=0, tokens_per_microbatch=4096))
+        except (DataError, SettingsError) as error:
+            return {"job": job, "error": str(error)}
+    found = {name: now for name, (_, now) in done["world"].items()} | {"start": {n: x for n, (x, _) in done["world"].items()}}
+    for side, name in (("w", "chosen"), ("l", "rejected")):  # sft has no rejected responses
+        key = f"eval_logp_{side}_per_token"
+        found[name] = done["after"][key] - done["before"][key] if key in done["after"] else math.nan
+    return {"job": job, **found, "seconds": done["seconds"]}
+
+
+def run_jobs(jobs: list[dict], file: Path) -> list[dict]:
+    """All jobs, two processes at a time on two cores; each result is a line of `file`, and those already there stay."""
+    written = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    known = {json.dumps(result["job"], sort_keys=True): result for result in written}
+    missing = [job for job in jobs if json.dumps(job, sort_keys=True) not in known]
+    worlds = {job["seed"]: {"seed": job["seed"], "cache": job["cache"], "objective": "sft", "max_steps": 1} for job in missing}
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for _ in tqdm(pool.map(experiment, worlds.values()), desc="worlds", total=len(worlds), leave=False):
+            pass  # one process each, so that no two build the same
+        futures = [pool.submit(experiment, job) for job in missing]
+        for future in tqdm(as_completed(futures), desc="runs", total=len(futures), unit=" runs"):
+            result = future.result()
+            known[json.dumps(result["job"], sort_keys=True)] = result
+            with open(file, "a") as f:
+                f.write(json.dumps(result) + "\n")
+    return [known[json.dumps(job, sort_keys=True)] for job in jobs]
+
+
+def mean_and_error(results: list[dict], name: str) -> tuple[float, float]:
+    """Mean over the runs and its standard error; not a number if a run ended early."""
+    values = torch.tensor([result.get(name, math.nan) for result in results], dtype=torch.float64)
+    return values.mean().item(), (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else 0.0
+
+
+def cell(results: list[dict], name: str) -> str:
+    """ "61.2 ± 0.8", or a dash where a run ended early."""
+    _, digits, percent = MEASURES[name]
+    mean, error = (x * (100 if percent else 1) for x in mean_and_error(results, name))
+    return "–" if math.isnan(mean) else f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+
+def compare(s: Settings) -> dict:
+    """Tune, run and tabulate objectives over several seeds, and draw sweeps; everything is in the output folder."""
+    names = list(GRID) if s.compare == ["all"] else s.compare or []
+    sweeps = list(SWEEPS) if s.sweeps == ["all"] else s.sweeps or []
+    for sweep in sweeps:
+        if sweep not in SWEEPS:
+            raise SettingsError(f"unknown sweep {sweep!r}; known are {', '.join(SWEEPS)}")
+    grid = {name: GRID.get(name, (name,)) for name in names}
+    for text in (text for texts in grid.values() for text in texts):
+        try_objective(parse_objective(text))
+    started, out = time.time(), prepare_out(s)
+    common = {"model": "tiny", "dataset": "tiny", "cache": s.cache}
+    world = common | {"annotator_noise": s.annotator_noise, "length_bias": s.length_bias}
+    tuning = {
+        name: [world | {"seed": TUNING_SEED, "objective": o, "lr": lr} for o in texts for lr in LEARNING_RATES]
+        for name, texts in grid.items()
+    }
+    tuned = iter(run_jobs([job for jobs in tuning.values() for job in jobs], out / "runs.jsonl"))
+    found = {name: [next(tuned) for _ in jobs] for name, jobs in tuning.items()}
+    best = {name: max(runs, key=lambda run: run.get("win_rate", -1.0))["job"] for name, runs in found.items()}
+    final = iter(run_jobs([job | {"seed": n} for job in best.values() for n in range(s.seeds)], out / "runs.jsonl"))
+    results = {name: [next(final) for _ in range(s.seeds)] for name in best}
+    if results:
+        table = comparison_table(best, results)
+        (out / "table.md").write_text(table)
+        print(table)
+        draw_comparison(results, out)
+    for sweep in sweeps:
+        draw_sweep(sweep, common, s.seeds, out)
+    (out / "settings.json").write_text(json.dumps(asdict(s), indent=2) + "\n")
+    say(f"{time.time() - started:.0f} s; everything is in {out}")
+    return {"out": str(out), "best": best, "results": results}
+
+
+def comparison_table(best: dict[str, dict], results: dict[str, list[dict]]) -> str:
+    """Markdown, best win rate first."""
+    titles = ["objective", "lr", *(title for title, *_ in MEASURES.values())]
+    start = [{**r["start"], "chosen": 0.0, "rejected": 0.0} for r in next(iter(results.values())) if "start" in r]
+    lines = [titles, ["---"] * len(titles), ["the start", "–", *(cell(start, m) for m in MEASURES)]]
+    for name in sorted(results, key=lambda name: -mean_and_error(results[name], "win_rate")[0]):
+        lines.append([f"`{best[name]['objective']}`", f"{best[name]['lr']:g}", *(cell(results[name], m) for m in MEASURES)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def draw_comparison(results: dict[str, list[dict]], out: Path) -> None:
+    """Each objective a labelled point: win rate against length, drift of log-probs, quality against KL."""
+    plt = pyplot()
+    if plt is None:
+        return
+    for file, x, y in (("length", "length", "win_rate"), ("drift", "chosen", "rejected"), ("kl", "kl", "quality")):
+        figure, axis = plt.subplots(figsize=(9, 6.5), constrained_layout=True)
+        for i, name in enumerate(results):
+            (at, dx), (height, dy) = (mean_and_error(results[name], key) for key in (x, y))
+            axis.errorbar(at, height, dy, dx, fmt="o", ms=4, color=f"C{i % 10}", alpha=0.7, lw=0.8)
+            axis.annotate(name, (at, height), xytext=(4, 3), textcoords="offset points", fontsize=7.5)
+        axis.set(xlabel=MEASURES[x][0].replace(", %", ""), ylabel=MEASURES[y][0].replace(", %", ""))
+        axis.grid(alpha=0.25)
+        figure.savefig(out / f"{file}.png", dpi=110)
+        plt.close(figure)
+
+
+def draw_sweep(sweep: str, common: dict, seeds: int, out: Path) -> None:
+    """Win rate, length and chosen log-prob of every series against what is swept, with standard errors; also as a table."""
+    title, values, series = SWEEPS[sweep]
+    jobs = [common | change(x) | {"seed": n} for change in series.values() for x in values for n in range(seeds)]
+    found = iter(run_jobs(jobs, out / "runs.jsonl"))
+    points = {label: [[next(found) for _ in range(seeds)] for _ in values] for label in series}
+    panels = ("win_rate", "length", "kl", "chosen")
+    lines = [["", title, *(MEASURES[p][0] for p in panels)], ["---"] * 6]
+    for label, rows in points.items():
+        for x, row in zip(values, rows):
+            lines.append([label, f"{x:g}", *(cell(row, p) for p in panels)])
+    (out / f"sweep-{sweep}.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    plt = pyplot()
+    if plt is None:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(16, 3.8), constrained_layout=True)
+    for axis, panel in zip(axes, panels):
+        for label, rows in points.items():
+            means, errors = zip(*(mean_and_error(row, panel) for row in rows))
+            axis.errorbar(range(len(values)), means, errors, marker="o", ms=4, capsize=2, label=label)
+        axis.set(xlabel=title, title=MEASURES[panel][0].replace(", %", ""))
+        axis.set_xticks(range(len(values)), [f"{x:g}" for x in values])
+        axis.grid(alpha=0.25)
+    axes[0].legend(fontsize=8)
+    figure.savefig(out / f"sweep-{sweep}.png", dpi=110)
+    plt.close(figure)
+
+
 def main(argv: list[str] | None = None) -> dict:
     """The command line as a function; returns the summary. What the user can mend ends with a message and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -1471,7 +1696,10 @@ def main(argv: list[str] | None = None) -> dict:
     transformers.utils.logging.disable_progress_bar()
     argv = sys.argv[1:] if argv is None else argv
     try:
-        return generate(argv[1:]) if argv[:1] == ["generate"] else train(parse_settings(argv))
+        if argv[:1] == ["generate"]:
+            return generate(argv[1:])
+        s = parse_settings(argv)
+        return compare(s) if s.compare or s.sweeps else train(s)
     except (DataError, SettingsError) as error:
         dist.fail(error)
     except OSError as error:
