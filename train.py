@@ -1532,7 +1532,7 @@ SWEEPS = {
         "without stop-gradient": lambda x: dict(objective=ALPHA.format(f"{x}, stop_gradient=False"))}),
     "gamma": ("γ of simpo (β = 2)", (0.0, 0.5, 1.0, 2.0, 4.0), {
         "simpo": lambda x: dict(objective=f"simpo(beta=2.0, gamma={x})")}),
-    "length": ("the annotator's length bias, per word", (0.0, 0.03, 0.06, 0.1), {
+    "length": ("the annotator's length bias, per word", (0.0, 0.03, 0.06), {
         "simpo, sums": lambda x: dict(length_bias=x, objective=SUMS),
         "simpo, sums + POET": lambda x: dict(length_bias=x, objective=SUMS, equal_length=1.0),
         "simpo": lambda x: dict(length_bias=x),
@@ -1549,18 +1549,24 @@ SWEEPS = {
         "LoRR: reset and SFT term": lambda x: dict(replays=x, reset_alpha=0.5, sft_weight=0.5)}),
 }  # fmt: skip
 MEASURES = {  # name → (title, number of decimals, whether percent)
-    "win_rate": ("win rate, %", 1, True), "lc_win_rate": ("length-controlled, %", 1, True), "quality": ("true quality", 3, False),
-    "length": ("words", 1, False), "kl": ("KL, nats", 2, False), "repetition": ("repeated items, %", 1, True),
-    "chosen": ("chosen, nats per token", 2, False), "rejected": ("rejected, nats per token", 2, False),
-}  # fmt: skip
+    "win_rate": ("win rate, %", 1, True),
+    "lc_win_rate": ("length-controlled, %", 1, True),
+    "quality": ("true quality", 3, False),
+    "length": ("words", 1, False),
+    "kl": ("KL, nats", 2, False),
+    "repetition": ("repeated items, %", 1, True),
+    "chosen": ("chosen, nats per token", 2, False),
+    "rejected": ("rejected, nats per token", 2, False),
+}
 
 
 def experiment(job: dict) -> dict:
     """A run with these settings, alone in its process: the settings and what was measured, or why it ended early."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
+        plain = dict(out=f"{folder}/run", samples=0, layout="padded", dtype="fp32", tokens_per_microbatch=4096)
         try:
-            done = train(Settings(**job, out=f"{folder}/run", samples=0, layout="padded", dtype="fp32", tokens_per_microbatch=4096))
+            done = train(Settings(**plain, **job))
         except (DataError, SettingsError) as error:
             return {"job": job, "error": str(error)}
     found = {name: now for name, (_, now) in done["world"].items()} | {"start": {n: x for n, (x, _) in done["world"].items()}}
@@ -1612,6 +1618,8 @@ def compare(s: Settings) -> dict:
     for text in (text for texts in grid.values() for text in texts):
         try_objective(parse_objective(text))
     started, out = time.time(), prepare_out(s)
+    (out / "checkpoints").rmdir()
+    (out / "settings.json").write_text(json.dumps(asdict(s), indent=2) + "\n")
     common = {"model": "tiny", "dataset": "tiny", "cache": s.cache}
     world = common | {"annotator_noise": s.annotator_noise, "length_bias": s.length_bias}
     tuning = {
@@ -1630,7 +1638,6 @@ def compare(s: Settings) -> dict:
         draw_comparison(results, out)
     for sweep in sweeps:
         draw_sweep(sweep, common, s.seeds, out)
-    (out / "settings.json").write_text(json.dumps(asdict(s), indent=2) + "\n")
     say(f"{time.time() - started:.0f} s; everything is in {out}")
     return {"out": str(out), "best": best, "results": results}
 
