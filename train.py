@@ -1618,7 +1618,6 @@ def compare(s: Settings) -> dict:
     for text in (text for texts in grid.values() for text in texts):
         try_objective(parse_objective(text))
     started, out = time.time(), prepare_out(s)
-    (out / "checkpoints").rmdir()
     (out / "settings.json").write_text(json.dumps(asdict(s), indent=2) + "\n")
     common = {"model": "tiny", "dataset": "tiny", "cache": s.cache}
     world = common | {"annotator_noise": s.annotator_noise, "length_bias": s.length_bias}
