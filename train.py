@@ -825,17 +825,16 @@ def evaluate(run: Run, held_out: list[Example], known: Scores) -> dict[str, floa
 SUPERVISED_STEPS = 400
 
 
-def supervised_start(run: Run, demonstrations: list[Example]) -> None:
-    """A short supervised training of the embedded world's model, in place; cached, being the same for every run."""
+def supervised_start(run: Run, demonstrations: list[Example]) -> dict[str, Tensor]:
+    """The embedded world's model after a short supervised training, by name; cached, being the same for every run."""
     s, key = run.settings, hashlib.sha256()
     shown = [[e.prompt, e.responses] for e in demonstrations]
     key.update(json.dumps(["1", SUPERVISED_STEPS, s.seed, torch.__version__, shown]).encode())
     file = Path(s.cache).expanduser() / f"world-{key.hexdigest()[:32]}.safetensors"
     named = dict(run.policy.model.named_parameters())
     if (found := dist.load_tensors(file)) is not None and found.keys() == named.keys():
-        for name, parameter in named.items():
-            dist.copy_rows(parameter, found[name])
-        return say(f"supervised start: from {file}")
+        say(f"supervised start: from {file}")
+        return found
     optimizer = torch.optim.AdamW(run.policy.parameters(), lr=0.0)
     plan = [rows for epoch in range(64) for rows in data.step_plan(len(demonstrations), 64, s.seed, epoch)][:SUPERVISED_STEPS]
     bar = tqdm(plan, desc="supervised start", unit=" steps", leave=False, disable=not dist.is_main())
@@ -850,6 +849,7 @@ def supervised_start(run: Run, demonstrations: list[Example]) -> None:
         bar.set_postfix(loss=f"{loss.mean():.3f}")
     dist.save_tensors(named, file)
     say(f"supervised start: {SUPERVISED_STEPS} steps on noisy demonstrations, last loss {loss.mean():.3f} nats per token")
+    return {name: parameter.detach().cpu() for name, parameter in named.items()}
 
 
 def compare_layouts(run: Run, examples: list[Example], bound: float) -> None:
@@ -907,16 +907,18 @@ def train(s: Settings) -> dict:
     came_in = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.float32
     export_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": came_in}[s.export_dtype]
     dist.on_main(dist.check_space, out, model, s.keep + 1 if s.save_every else 0, export_dtype)
-    in_bf16 = not exact and s.model != "tiny"  # whose supervised start is in fp32; autocast does the rest
-    policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, in_bf16, s.gradient_checkpointing)
+    if s.model == "tiny":  # on one rank before the model is cut up, so that every number of processes starts from the same
+        whole = ResponseLogProbs(model)
+        whole.use_layout(s.layout)
+        sft = Run(whole, parse_objective("sft"), Settings(**{**asdict(s), "lr": 3e-3, "dtype": "fp32"}), device)
+        model.load_state_dict(dist.on_main(supervised_start, sft, world_examples(demonstrations, tokenizer, s)), strict=False)
+        whole.use_layout("padded")
+    policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, not exact, s.gradient_checkpointing)
     for part in (model, reference) if reference is not None else (model,):
         dist.load_weights(part, s.model, device)
     run = Run(policy, objective, s, device)
     policy.use_layout(s.layout)
     model.train()
-    if s.model == "tiny":
-        sft = Run(policy, parse_objective("sft"), Settings(**{**asdict(s), "lr": 3e-3, "dtype": "fp32"}), device)
-        supervised_start(sft, world_examples(demonstrations, tokenizer, s))
     if s.compile:
         model.base_model.compile(dynamic=True)
 
