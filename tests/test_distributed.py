@@ -228,6 +228,32 @@ def test_bf16_within_its_bound(world):
         assert ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs) > 0.99
 
 
+def test_rank_0_alone(world):
+    """What on_main calls sees one process, also when it fails; afterwards all are there again."""
+
+    def count():
+        try:
+            dist.on_main(lambda: 1 // 0)
+        except ZeroDivisionError:
+            return dist.on_main(dist.world_size), dist.world_size()
+
+    assert ranks(2, count) == [(1, 2)] * 2
+
+
+def test_the_embedded_world_starts_alike(tmp_path):
+    """Each number of processes makes its own supervised start, and goes on from it to the same metrics."""
+
+    def two_steps(count: int) -> dict:
+        train.SUPERVISED_STEPS = 3
+        how = dict(dtype="fp32", device="cpu", max_steps=2, eval_size=4, samples=0)
+        return trained(train.Settings(**how, out=str(tmp_path / f"o{count}"), cache=str(tmp_path / f"c{count}")))
+
+    one = ranks(0, two_steps, 1)[0]
+    for found in ranks(2, two_steps, 2):
+        for a, b in zip(found["lines"], one["lines"], strict=True):
+            assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
+
+
 # ---- loading and export ----------------------------------------------------------------------------------------------
 
 
@@ -603,22 +629,26 @@ def test_kill_nine_at_ten_moments(world, uninterrupted, tmp_path):
 # ---- will it fit? ----------------------------------------------------------------------------------------------------
 
 
-def peak_of_two_steps(config, pairs: int, checkpointing: bool) -> int:
+def peak_of_two_steps(config, pairs: int, checkpointing: bool, reference: bool) -> int:
     """Bytes that torch's CPU allocator had given out at most while two real optimizer steps ran."""
     with allocated() as most:
-        policy = dist.shard(ResponseLogProbs(AutoModelForCausalLM.from_config(config)), checkpointing=checkpointing)
+        model = AutoModelForCausalLM.from_config(config)
+        frozen = AutoModelForCausalLM.from_config(config).requires_grad_(False) if reference else None
+        policy = dist.shard(ResponseLogProbs(model, frozen), checkpointing=checkpointing)
         policy.use_layout("packed")
-        optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         batch = data.packed_batch([data.Example([1] * 200, [[2] * 150, [3] * 150])] * pairs)
         for _ in range(2):
-            policy(batch)[0].sum().backward()
+            sum(x.sum() for x in policy(batch, reference) if x is not None).backward()
             optimizer.step()
             optimizer.zero_grad()
     return most[0]
 
 
-@pytest.mark.parametrize("family, pairs, checkpointing", [("llama", 1, False), ("llama", 3, True), ("gemma", 1, False)])
-def test_plan_against_measured_memory(family, pairs, checkpointing):
+@pytest.mark.parametrize("family, pairs, checkpointing, reference", [
+    ("llama", 1, False, False), ("llama", 3, True, False), ("gemma", 1, False, False), ("llama", 1, False, True),
+])  # fmt: skip
+def test_plan_against_measured_memory(family, pairs, checkpointing, reference):
     """Weights, moments and the plan's microbatch, gradients included, within 2 % of what the allocator counts in a real run.
 
     What the kernel counts as resident is no measure here: it takes pages away from a process when others want them.
@@ -627,9 +657,22 @@ def test_plan_against_measured_memory(family, pairs, checkpointing):
     config = LlamaConfig(num_hidden_layers=6, **sizes)
     if family == "gemma":
         config = Gemma2Config(num_hidden_layers=4, head_dim=64, **sizes)
-    found = dist.one_microbatch(config, pairs, (200, 150, 150), torch.float32, checkpointing, True)
-    planned = 12 * found["parameters"] + found["peak"]
-    assert planned == pytest.approx(ranks(0, peak_of_two_steps, config, pairs, checkpointing)[0], rel=0.02)
+    found = dist.one_microbatch(config, pairs, (200, 150, 150), torch.float32, checkpointing, True, reference)
+    planned = (16 if reference else 12) * found["parameters"] + found["peak"]
+    assert planned == pytest.approx(ranks(0, peak_of_two_steps, config, pairs, checkpointing, reference)[0], rel=0.02)
+
+
+def test_plan_of_a_recipe(monkeypatch, capsys):
+    """A recipe names model and batch size; a reference adds 4 bytes per parameter and GPU share, and its gathered layers."""
+    small = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=1000)
+    monkeypatch.setitem(dist.SHAPES, "gemma-2-9b", ("llama", small))
+    dist.main(["plan", "--recipe", "gemma-2-9b-it-simpo", "--lengths", "8", "8", "8", "--reference"])
+    said = capsys.readouterr().out
+    assert "8 GPUs of 80 GB" in said and "a step of 128 pairs" in said and said.count("reference, fp32") == 2
+    for arguments, message in (([], "plan needs --model or --recipe"), (["--recipe", "x"], "unknown recipe 'x'")):
+        with pytest.raises(SystemExit):
+            dist.main(["plan", *arguments])
+        assert message in capsys.readouterr().err
 
 
 def test_recipes_can_be_called():
