@@ -626,6 +626,39 @@ def test_kill_nine_at_ten_moments(world, uninterrupted, tmp_path):
         kill_and_resume(world, tmp_path / str(i), delay, uninterrupted["packed", 0])
 
 
+def killed_at(s: train.Settings, event: int) -> int:
+    """A run that kills itself at the event-th flush, rename or deletion of a folder, all inside saves; how many there were."""
+    seen = []
+
+    def counted(function):
+        def call(*args, **kwargs):
+            seen.append(function)
+            if len(seen) == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    os.fsync, os.rename, shutil.rmtree = map(counted, (os.fsync, os.rename, shutil.rmtree))
+    trained(s)
+    return len(seen)
+
+
+@pytest.mark.parametrize("count", [10, pytest.param(None, marks=pytest.mark.slow)])
+def test_kill_inside_a_save(world, uninterrupted, tmp_path, count):
+    """Ten random moments inside saves, or all of them: the run goes on to the uninterrupted one's weights, bit for bit."""
+    events = ranks(0, killed_at, settings(world, out=str(tmp_path / "all"), save_every=1), 0)[0]
+    assert events > 60  # 5 checkpoints of 8 files each, and what renames, marks and deletes them
+    for event in np.random.default_rng(0).permutation(np.arange(1, events + 1))[:count]:
+        s = settings(world, out=str(tmp_path / str(event)), save_every=1)
+        child = multiprocessing.get_context("fork").Process(target=killed_at, args=(s, event))
+        child.start()
+        child.join(60)
+        assert child.exitcode == -signal.SIGKILL
+        s.resume = True
+        assert same(ranks(0, trained, s)[0], uninterrupted["packed", 0]), f"killed at event {event} of {events}"
+
+
 # ---- will it fit? ----------------------------------------------------------------------------------------------------
 
 
