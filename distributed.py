@@ -73,8 +73,16 @@ def setup(device: str) -> torch.device:
             torch.cuda.set_device(place)
         group.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=10))
         sys.excepthook = _leave
-        atexit.register(group.destroy_process_group)
+        atexit.register(_end)
     return place
+
+
+def _end() -> None:
+    """The way out of a run that ended well: without the rest of Python's, where a thread of gloo that is late would abort."""
+    group.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _leave(kind, error, trace) -> None:
@@ -91,7 +99,7 @@ def fail(error: Exception) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)  # torchrun ends us here if rank 0 failed too
     print(f"error: {error}" if is_main() else f"error on rank {rank()}: {error}", file=sys.stderr, flush=True)
-    if world_size() > 1:
+    if group.is_initialized():
         os._exit(2)
     raise SystemExit(2)
 
