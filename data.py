@@ -1023,10 +1023,14 @@ KINDS = {
     "colors": "red blue green white black brown pink gray",
     "tools": "hammer saw drill wrench file axe rake shovel",
     "metals": "iron gold tin zinc lead silver copper nickel",
+    "trees": "oak pine elm ash birch maple cedar willow",
+    "foods": "bread rice soup cheese pasta salad cake stew",
+    "clothes": "hat coat shirt scarf glove boot belt sock",
 }
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 ASKS = ("name", "list", "write")
 IDLE = ("well", "so", "maybe", "sure", "really")
+HELD_OUT_PROMPTS = 512  # the first of an order: never demonstrated, never in a pair
 KIND_OF = {word: kind for kind, words in KINDS.items() for word in words.split()}
 
 
@@ -1050,49 +1054,81 @@ def world_tokenizer():
     return tokenizer
 
 
-def world_prompt(rng: np.random.Generator) -> str:
-    return f"{rng.choice(ASKS)} {rng.choice(list(NUMBERS))} {rng.choice(list(KINDS))}"
+def world_prompts(seed: int = 0) -> list[str]:
+    """All 4,320 prompts, "name three fruits" or "list two metals and four tools", each once, in an order of the seed's."""
+    single = [f"{number} {kind}" for number in NUMBERS for kind in KINDS]
+    double = [f"{a} and {b}" for a, b in itertools.product(single, single) if a.split()[1] != b.split()[1]]
+    prompts = [f"{ask} {what}" for ask in ASKS for what in single + double]
+    return [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))]
+
+
+def _asked(prompt: str) -> dict[str, int]:
+    """ "list two metals and four tools" → {"metals": 2, "tools": 4}."""
+    words = prompt.split()
+    return {kind: NUMBERS[number] for number, kind in zip(words[1::3], words[2::3])}
 
 
 def world_demonstration(prompt: str, rng: np.random.Generator) -> str:
     """What a careless person would answer: idle words, then items of which some are wrong, repeated, missing or too many."""
-    _, number, kind = prompt.split()
-    own, count = KINDS[kind].split(), NUMBERS[number] + rng.choice([-1, 0, 0, 0, 1, 2])
-    start = rng.integers(len(own))
-    items = [own[(start + i) % len(own)] for i in range(count)]  # the customary order, from anywhere
-    for i in range(len(items)):
-        if rng.random() < 0.1:
-            items[i] = rng.choice(list(KIND_OF))
-        elif i and rng.random() < 0.1:
-            items[i] = items[i - 1]
+    parts = []
+    for kind, number in _asked(prompt).items():
+        own, start = KINDS[kind].split(), rng.integers(8)
+        items = [own[(start + i) % 8] for i in range(number + rng.choice([-1, 0, 0, 0, 1, 2]))]  # the customary order
+        for i in range(len(items)):
+            if rng.random() < 0.1:
+                items[i] = rng.choice(list(KIND_OF))
+            elif i and rng.random() < 0.1:
+                items[i] = items[i - 1]
+        parts.append(" , ".join(items))
     idle = [rng.choice(IDLE) for _ in range(rng.integers(0, 3))]
-    return " ".join([*idle, " , ".join(items)])
+    return " ".join([*idle, " and ".join(parts)])
 
 
 def world_quality(prompt: str, response: str) -> float:
     """True quality of a response, at most 1: the share of the asked items given, less ½ share per wrong, repeated or surplus
     item and 0.1 per idle word."""
-    _, number, kind = prompt.split()
-    n, items = NUMBERS[number], [w for w in response.split() if w in KIND_OF]
-    right = min(n, len({w for w in items if KIND_OF[w] == kind}))
-    idle = sum(w in IDLE for w in response.split())
+    words = response.split()
+    items, idle = [w for w in words if w in KIND_OF], sum(w in IDLE for w in words)
+    n = sum(_asked(prompt).values())
+    right = sum(min(number, len({w for w in items if KIND_OF[w] == kind})) for kind, number in _asked(prompt).items())
     return right / n - 0.5 * (len(items) - right) / n - 0.1 * idle
 
 
-def tiny_world(seed: int = 0, demonstrations: int = 4096, pairs: int = 3272) -> tuple:
+def world_repetition(response: str) -> float:
+    """Share of the items that were named before in the same response."""
+    items = [w for w in response.split() if w in KIND_OF]
+    return 1 - len(set(items)) / len(items) if items else 0.0
+
+
+class Annotator(NamedTuple):
+    """Prefers by true quality, as far as it can see: a score is quality + noise · N(0, 1) + length_bias · words.
+
+    The noise of a (prompt, response) is drawn from seed and texts, so a response scored twice has one score.
+    """
+
+    noise: float = 0.0
+    length_bias: float = 0.0
+    seed: int = 0
+
+    def __call__(self, row: dict, response: str) -> float:
+        prompt = row["prompt"][-1]["content"]
+        drawn = random.Random(f"{self.seed} {prompt} {response}").gauss(0.0, self.noise)
+        return world_quality(prompt, response) + drawn + self.length_bias * len(response.split())
+
+
+def tiny_world(seed: int = 0, demonstrations: int = 4096, pairs: int = 0) -> tuple:
     """(tokenizer, demonstration rows, preference rows): data in the same form as real data, with a known true quality.
 
     A pair is two demonstrations of one prompt, the truly better one chosen; ties are drawn again.
     """
-    rng = np.random.default_rng(seed)
+    rng, prompts = np.random.default_rng(seed), world_prompts(seed)[HELD_OUT_PROMPTS:]
     user = lambda prompt: [{"role": "user", "content": prompt}]  # noqa: E731
     shown = []
-    for _ in range(demonstrations):
-        prompt = world_prompt(rng)
-        shown.append(Row(user(prompt), [world_demonstration(prompt, rng)]))
+    for prompt in rng.choice(prompts, demonstrations):
+        shown.append(Row(user(str(prompt)), [world_demonstration(prompt, rng)]))
     compared = []
     while len(compared) < pairs:
-        prompt = world_prompt(rng)
+        prompt = str(rng.choice(prompts))
         a, b = world_demonstration(prompt, rng), world_demonstration(prompt, rng)
         better, worse = world_quality(prompt, a), world_quality(prompt, b)
         if better != worse:
@@ -1108,28 +1144,44 @@ def tiny_world(seed: int = 0, demonstrations: int = 4096, pairs: int = 3272) -> 
 #   pairs   {prompt, responses, scores}             → {prompt, chosen, rejected, score_chosen, score_rejected}
 
 
-def prompts_of(source: str, columns: str = "") -> Iterator[tuple[str, dict, list[dict]]]:
-    """(where, row, prompt messages) of every usable row, a prompt once; rows of other shapes are named on stderr."""
-    renamed, seen = _renamed(columns), set()
+def _prompt(row: dict, where: str) -> list[dict]:
+    """The prompt of a row: a prompt column, AlpacaEval's instruction, Arena-Hard's one turn, or that of any pair format."""
+    turns = row.get("turns")
+    if "prompt" in row or "instruction" in row:
+        return _row(_messages(row.get("prompt", row.get("instruction")), "prompt"), []).prompt
+    if turns is None:
+        return format_of(row, where)[0](row).prompt
+    if not isinstance(turns, list) or len(turns) != 1 or not isinstance(turns[0], dict):
+        raise DataError("turns is not a list of one turn {content}")
+    return _messages(turns[0].get("content"), "turns")
+
+
+def prompts_of(source: str, columns: str = "", repeats: bool = False) -> Iterator[tuple[str, dict, list[dict]]]:
+    """(where, row, prompt messages) of every usable row; rows of other shapes are named on stderr.
+
+    A prompt comes once, or with `repeats` as often as it is there, with an id of its own each time.
+    """
+    renamed, seen = _renamed(columns), Counter()
     for where, raw in read(source):
         try:
             if not isinstance(raw, dict):
                 raise raw if isinstance(raw, DataError) else DataError("the row is not an object with columns")
             row = raw | {new: raw.get(old) for new, old in renamed.items()}
-            prompt = (
-                _row(_messages(row["prompt"], "prompt"), []).prompt if "prompt" in row else format_of(row, where)[0](row).prompt
-            )
+            prompt = _prompt(row, where)
         except DataError as error:
             print(f"{where}: left out ({error})", file=sys.stderr)
             continue
         key = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16]
-        if key not in seen:
-            seen.add(key)
-            yield where, {**row, "id": key}, prompt
+        seen[key] += 1
+        if repeats or seen[key] == 1:
+            yield where, {**row, "id": key if seen[key] == 1 else f"{key}-{seen[key]}"}, prompt
 
 
-def _resumed(out: str) -> set[str]:
-    """The ids of complete lines in an unfinished output; a line cut short by a kill is taken off."""
+def _resumed(out: str, made: dict | None = None) -> set[str]:
+    """The ids of complete lines in an unfinished output; a line cut short by a kill is taken off.
+
+    Lines that say of themselves that they were made otherwise than `made` are not continued.
+    """
     path = Path(out)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1139,9 +1191,14 @@ def _resumed(out: str) -> set[str]:
     if complete != text:
         path.write_text(complete, encoding="utf-8")
     try:
-        return {json.loads(line)["id"] for line in complete.splitlines()}
+        rows = [json.loads(line) for line in complete.split("\n")[:-1]]
+        done = {row["id"] for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{out}: not the output of an earlier run of this command, so it cannot be continued") from error
+    for key, value in (made or {}).items():
+        if others := [row[key] for row in rows if row.get(key, value) != value]:
+            raise DataError(f"{out}: was begun with {key} {others[0]!r}, not {value!r}, so it cannot be continued; delete it")
+    return done
 
 
 def _write(out: str, rows: list[dict]) -> None:
@@ -1161,8 +1218,13 @@ def _load_model(name: str, auto, device: str):
 
 
 @torch.no_grad()
-def _answers(model, tokenizer, prompts: list[list[dict]], temperature, top_p, max_tokens, seed) -> list[str | None]:
-    """One answer to each prompt, sampled (temperature 0: greedy); None for one that did not end within max_tokens."""
+def _answers(
+    model, tokenizer, prompts: list[list[dict]], temperature, top_p, max_tokens, seed, cut: list[int] | None = None
+) -> list[str | None]:
+    """One answer to each prompt, sampled (temperature 0: greedy); None for one that did not end within max_tokens.
+
+    Given a list `cut`, such an answer is returned as far as it went, and its place is put into the list.
+    """
     ids = [encode(Row(p, [MARK]), tokenizer, 2**31, 2**31)[0].prompt for p in prompts]
     width = max(map(len, ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -1179,7 +1241,9 @@ def _answers(model, tokenizer, prompts: list[list[dict]], temperature, top_p, ma
     stops = {stop} if isinstance(stop, int) else set(stop)
     ended = [bool(stops & set(answer)) for answer in out[:, width:].tolist()]
     texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-    return [text.strip() if done else None for text, done in zip(texts, ended)]
+    if cut is not None:
+        cut += [i for i, done in enumerate(ended) if not done]
+    return [text.strip() if done or cut is not None else None for text, done in zip(texts, ended)]
 
 
 STEP_BY_STEP = "\n\nThink step by step, then give the final answer."
@@ -1193,7 +1257,7 @@ def _with(prompt: list[dict], addition: str) -> list[dict]:
 
 def sample(
     model: str,
-    prompts: str,
+    prompts: str | list,
     out: str,
     *,
     n: int = 5,
@@ -1205,9 +1269,12 @@ def sample(
     columns: str = "",
     seed: int = 0,
     device: str = "auto",
+    keep_all: bool = False,
 ) -> None:
     """Sample n responses to every prompt and add them to `out`, which is continued if it is there.
 
+    prompts: a source of rows, or what `prompts_of` made of one. keep_all: every answer is written, as a judge needs them,
+    also one that is empty, did not end (it is still counted), or is equal to another.
     strategy: "plain"; "cot" asks for thinking step by step; "dts" first asks for n different approaches and then for an answer
     by each. The prompt that is written is the one that was given. Equal responses are kept once; one that did not end within
     max_tokens is counted and left out, since no terminator followed it. Prompts go in fixed batches with a seed of their own,
@@ -1217,12 +1284,12 @@ def sample(
         raise DataError(f"strategy is {strategy!r}; accepted are plain, cot, dts")
     if n < 1 or batch_size < 1 or max_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise DataError("n, batch_size and max_tokens are at least 1, temperature at least 0, top_p above 0 and at most 1")
-    done, rows = _resumed(out), list(prompts_of(prompts, columns))
+    how = dict(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
+    made = dict(model=model, strategy=strategy, **how, seed=seed)
+    done, rows = _resumed(out, made), list(prompts_of(prompts, columns)) if isinstance(prompts, str) else prompts
     from transformers import AutoModelForCausalLM
 
     tokenizer, policy = load_tokenizer(model), _load_model(model, AutoModelForCausalLM, device)
-    how = dict(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
-    made = dict(model=model, strategy=strategy, **how, seed=seed)
     for start in tqdm(range(0, len(rows), batch_size), desc="sample", unit=" batches", disable=not sys.stderr.isatty()):
         part = rows[start : start + batch_size]
         if all(row["id"] in done for _, row, _ in part):
@@ -1237,15 +1304,15 @@ def sample(
             asked = [
                 _with(p, BY_APPROACH.format(approach=a)) if a else p for (_, _, p), names in zip(part, lists) for a in names
             ]
-        answers = _answers(policy, tokenizer, asked, **how, seed=seed + start + 1)
+        cut = [] if keep_all else None
+        answers = _answers(policy, tokenizer, asked, **how, seed=seed + start + 1, cut=cut)
         lines = []
         for i, (_, row, prompt) in enumerate(part):
             mine = answers[i * n : (i + 1) * n]
-            responses = list(dict.fromkeys(a for a in mine if a))
+            responses = mine if keep_all else list(dict.fromkeys(a for a in mine if a))
+            unfinished = sum(i * n <= place < (i + 1) * n for place in cut) if keep_all else mine.count(None)
             if row["id"] not in done:
-                lines.append(
-                    {"id": row["id"], "prompt": prompt, "responses": responses, "unfinished": mine.count(None), **made}
-                )
+                lines.append({"id": row["id"], "prompt": prompt, "responses": responses, "unfinished": unfinished, **made})
         _write(out, lines)
 
 
@@ -1264,16 +1331,16 @@ def _rule(name: str) -> Callable[[dict, str], float]:
         raise DataError(f"rule is {name!r}, which is no file.py:function or module:function ({_brief(error)})") from error
 
 
-def score(responses: str, out: str, *, reward_model: str = "", rule: str = "", device: str = "auto") -> None:
+def score(responses: str, out: str, *, reward_model: str = "", rule: str | Callable = "", device: str = "auto") -> None:
     """Add `scores` to rows of {prompt, responses} and write them to `out`, which is continued if it is there.
 
     reward_model: a transformers sequence-classification model with one output; it reads prompt and response through its own
-    chat template. rule: a Python function of (row, response) that gives a number, or true and false.
+    chat template. rule: a Python function of (row, response), or its name, that gives a number, or true and false.
     """
     if bool(reward_model) == bool(rule):
         raise DataError("score needs either reward_model or rule")
     if rule:
-        function = _rule(rule)
+        function = _rule(rule) if isinstance(rule, str) else rule
         grade = lambda row, prompt, texts: [float(function(row, text)) for text in texts]  # noqa: E731
     else:
         from transformers import AutoModelForSequenceClassification

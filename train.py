@@ -3,6 +3,7 @@
     python train.py                                                        # the embedded world: no download, no GPU
     python train.py --model MODEL --dataset PAIRS.jsonl --objective "simpo(beta=2.5, gamma=0.5)" --lr 1e-6
     python train.py settings.yaml --lr 5e-7                                # a file of settings; the command line wins
+    python train.py generate --model MODEL --prompts FILE --out FILE       # answers for AlpacaEval or Arena-Hard
 
 Reads top to bottom: settings → objective → scoring → one step → evaluation → the run. Rows are preference pairs, or single
 completions for unpaired objectives. All losses are means over the rows of the whole optimizer batch, so the gradient of a step
@@ -18,15 +19,18 @@ import importlib.util
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import platform
 import resource
 import shutil
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,7 +63,7 @@ class Settings:
     out: str | None = option(None, "output folder; without it, a fresh one under runs/")
     overwrite: bool = option(False, "delete what is in out")
     resume: bool = option(False, "continue the run in out from its newest complete checkpoint")
-    lr: float | None = option(None, "peak learning rate; without it 1e-6, or 1e-3 for the embedded world")
+    lr: float | None = option(None, "peak learning rate; without it 1e-6, or 2e-4 for the embedded world")
     batch_size: int = option(32, "rows of one optimizer step (pairs, or completions when unpaired), all ranks together")
     tokens_per_microbatch: int = option(2048, "token budget of one forward and backward pass")
     layout: str = option("packed", "packed (the prompt computed once, no padding) or padded (the textbook batch)")
@@ -68,6 +72,10 @@ class Settings:
     warmup_ratio: float = option(0.1, "share of the steps in which the learning rate rises to lr")
     weight_decay: float = option(0.0, "AdamW weight decay, on matrices only")
     max_grad_norm: float = option(1.0, "gradients are scaled to at most this global norm (0: never)")
+    replays: int = option(1, "LoRR: optimizer steps in a row on each batch (its paper: 3)")
+    reset_alpha: float = option(1.0, "LoRR: after a step θ ← αθ + (1−α)θ⁰ in reset_modules (its paper: 0.5; 1: no reset)")
+    reset_modules: str = option("down_proj", "parts of parameter names, commas between, that reset_alpha acts on")
+    sft_weight: float = option(0.0, "LoRR: weight that the likelihood of the chosen has at the last replay (its paper: 0.5)")
     seed: int = option(0, "order of rows, held-out rows, and everything random in the embedded world")
     max_length: int = option(2048, "tokens of prompt + response; a longer response is cut")
     max_prompt_length: int | None = option(None, "longer prompts lose their oldest tokens; without it 7/8 of max_length")
@@ -87,13 +95,18 @@ class Settings:
     eval_every: int = option(0, "evaluate every so many steps (always before and after)")
     save_every: int = option(0, "write a checkpoint every so many steps (always when stopped by SIGTERM or Ctrl-C)")
     keep: int = option(2, "complete checkpoints to keep")
-    samples: int = option(4, "held-out prompts whose greedy completions are recorded before and after")
+    samples: int = option(4, "held-out prompts whose greedy completions are recorded before, at evaluations and after")
     sample_tokens: int = option(64, "length limit of those completions")
     cache: str = option("~/.cache/plainpo", "folder for reference log-probs, found again by a hash of all they depend on")
     compile: bool = option(False, "torch.compile the decoder (CUDA)")
     log_to: str | None = option(None, "also send the metrics to tensorboard or wandb, if installed")
     device: str = option("auto", "cpu, cuda, or auto")
     recipe: str | None = option(None, "a published run, such as gemma-2-9b-it-simpo: model, data, objective, lr, lengths")
+    compare: list[str] | None = option(None, "embedded world: tune and compare these objectives (all, names, or calls)")
+    sweeps: list[str] | None = option(None, "embedded world: figures of these sweeps (all, or names of SWEEPS)")
+    seeds: int = option(3, "of a comparison: runs of each setting, each in a world of its own")
+    annotator_noise: float = option(0.1, "embedded world: error (standard deviation) of the annotator about a quality")
+    length_bias: float = option(0.01, "embedded world: what the annotator adds to a response's quality per word")
     mesh: str | None = option(None, "under torchrun: copies x parts, such as 2x4; without it one copy cut over all ranks")
     trust_remote_code: bool = option(False, "allow a model folder to bring Python code that is then run")
 
@@ -121,6 +134,17 @@ PUBLISHED = {
         "simpo": ("simpo(beta=10.0, gamma=5.0)", 8e-7), "alpha-dpo": ("alpha_dpo(beta=10.0, gamma=4.0, alpha=0.5)", 8e-7),
         "gamma-simpo": ("gamma_simpo(beta=10.0, gamma=5.0, tau=20.0)", 8e-7)}),
 }  # fmt: skip
+
+
+# Published decoding: start → style → (temperature, max_new_tokens), all with top_p 1. α-DPO paper, appendix B.1, "Decoding
+# hyperparameters": those of SimPO, and its footnote 4 gives the folder of SimPO's released code (eval/) that has the numbers.
+# That folder has none for Gemma-2 and none of its own for Llama-3-Instruct v0.2, so there is no such entry.
+DECODING = {
+    "mistral-7b-base": {"alpaca_eval": (0.7, 2048), "arena_hard": (0.0, 4096)},
+    "mistral-7b-instruct": {"alpaca_eval": (0.5, 2048), "arena_hard": (0.0, 4096)},
+    "llama-3-8b-base": {"alpaca_eval": (0.9, 4096), "arena_hard": (0.0, 4096)},
+    "llama-3-8b-instruct": {"alpaca_eval": (0.9, 4096), "arena_hard": (0.0, 4096)},
+}
 
 
 def recipe(name: str) -> dict:
@@ -192,7 +216,7 @@ def check_settings(s: Settings) -> None:
     for name, accepted in CHOICES.items():
         if getattr(s, name) not in accepted:
             raise SettingsError(f"{name} is {getattr(s, name)!r}; accepted are {', '.join(str(a) for a in accepted if a)}")
-    for name in ("batch_size", "tokens_per_microbatch", "epochs", "keep"):
+    for name in ("batch_size", "tokens_per_microbatch", "epochs", "keep", "replays"):
         if getattr(s, name) < 1:
             raise SettingsError(f"{name} is {getattr(s, name)}; it must be at least 1")
     for name in ("eval_size", "eval_every", "save_every", "weight_decay", "max_grad_norm", "samples", "seed"):
@@ -204,6 +228,10 @@ def check_settings(s: Settings) -> None:
         raise SettingsError(f"max_steps is {s.max_steps}; it must be at least 1")
     if not 0 <= s.warmup_ratio <= 1 or not 0 <= s.max_drop_fraction <= 1:
         raise SettingsError("warmup_ratio and max_drop_fraction are shares between 0 and 1")
+    if not 0 <= s.reset_alpha <= 1:
+        raise SettingsError(f"reset_alpha is {s.reset_alpha}; it is the share of the trained weights that stays, from 0 to 1")
+    if not 0 <= s.sft_weight < math.inf:
+        raise SettingsError(f"sft_weight is {s.sft_weight}; it must not be negative")
     longest_prompt = s.max_prompt_length if s.max_prompt_length is not None else s.max_length * 7 // 8
     if s.max_length < 2 or not 1 <= longest_prompt < s.max_length:
         raise SettingsError(
@@ -457,8 +485,13 @@ def mismatched(examples: list[Example]) -> list[Example]:
 # ---- one step --------------------------------------------------------------------------------------------------------
 
 
-def coefficients(objective: Objective, scores: Scores, seed: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss per row (rows,) and the gradient of their sum with respect to every log-prob and KL, (n, k) each."""
+def coefficients(
+    objective: Objective, scores: Scores, seed: list[int], sft: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss per row (rows,) and the gradient of their sum with respect to every log-prob and KL, (n, k) each.
+
+    sft: weight of the SFT term, which is −logp/length (nats per token) of a chosen or desirable response, 0 of another.
+    """
     if not len(scores.logp):  # a rank without rows in this microbatch
         empty = torch.zeros_like(scores.logp)
         return empty.flatten(), empty, None if scores.kl is None else empty
@@ -466,15 +499,18 @@ def coefficients(objective: Objective, scores: Scores, seed: list[int]) -> tuple
         logp=scores.logp.detach().requires_grad_(), kl=None if scores.kl is None else scores.kl.detach().requires_grad_()
     )
     loss = call(objective, leaves.by_name(objective), seed)
+    if sft:
+        term = -(leaves.logp / leaves.length) * leaves.label
+        loss = loss + sft * (term.flatten() if objective.unpaired else term.sum(-1))
     inputs = [leaves.logp] if leaves.kl is None else [leaves.logp, leaves.kl]
     grads = torch.autograd.grad(loss.sum(), inputs, allow_unused=True, materialize_grads=True)
     return loss.detach(), grads[0], grads[1] if len(grads) > 1 else None
 
 
 def accumulate_gradients(
-    run: Run, examples: list[Example], known: Scores, seed: list[int], batches=None
+    run: Run, examples: list[Example], known: Scores, seed: list[int], batches=None, sft: float = 0.0
 ) -> tuple[Scores, Tensor]:
-    """Put the gradient of the mean loss over `examples` into the policy's parameters.
+    """Put the gradient of the mean loss over `examples`, with the SFT term where `sft` > 0, into the policy's parameters.
 
     The gradient of a microbatch is Σ (∂L/∂logp) · ∂logp/∂θ. The factors ∂L/∂logp come from the microbatch itself, or, where the
     objective couples the rows, from a first pass that scores the whole batch without gradient. A coupled batch that is a
@@ -492,7 +528,7 @@ def accumulate_gradients(
     whole, kept = None, None
     if objective.coupled and len(batches) > 1:
         logp, kl = score(run, examples, with_kl)
-        whole = coefficients(objective, known._replace(logp=logp, kl=kl), seed)
+        whole = coefficients(objective, known._replace(logp=logp, kl=kl), seed, sft)
     losses, logps, kls = {}, {}, {}
     with run.arithmetic():
         for i, (group, batch) in enumerate(batches):
@@ -505,9 +541,9 @@ def accumulate_gradients(
             at = torch.tensor(group, dtype=torch.long)
             if objective.coupled and whole is None:
                 kept = dist.gather_rows(logps, len(examples)), dist.gather_rows(kls, len(examples)) if with_kl else None
-                whole = coefficients(objective, known._replace(logp=kept[0], kl=kept[1]), seed)
+                whole = coefficients(objective, known._replace(logp=kept[0], kl=kept[1]), seed, sft)
             if whole is None:
-                loss, d_logp, d_kl = coefficients(objective, known.at(at)._replace(logp=logp, kl=kl), seed)
+                loss, d_logp, d_kl = coefficients(objective, known.at(at)._replace(logp=logp, kl=kl), seed, sft)
                 losses |= zip(group, loss.view(len(group), k if objective.unpaired else 1))
             else:
                 loss, d_logp, d_kl = whole[0], whole[1][at], whole[2][at] if with_kl else None
@@ -517,6 +553,37 @@ def accumulate_gradients(
     if with_kl:
         everything = everything._replace(kl=dist.gather_rows(kls, len(examples)))
     return everything, whole[0] if whole is not None else dist.gather_rows(losses, len(examples)).flatten()
+
+
+# LoRR (Liu 2025, 2508.06412), a schedule around any objective. RECONSTRUCTED: the sources at hand fix replaying each batch,
+# resetting towards the initial weights after a replay, and a hybrid loss whose SFT weight grows with the replay. Ours are: the
+# formula of that weight; a reset after every replay, the last one too; Adam's moments that stay as they are; one learning rate
+# schedule over all optimizer steps.
+
+
+def replay_of(step: int, s: Settings) -> tuple[int, float]:
+    """(replay, weight of the SFT term) of an optimizer step, both counting from 0: λ_l = sft_weight · (l + 1) / L."""
+    replay = step % s.replays
+    return replay, s.sft_weight * (replay + 1) / s.replays
+
+
+def reset_parameters(model: torch.nn.Module, s: Settings) -> list[torch.nn.Parameter]:
+    """The parameters that reset_alpha acts on, by name; none where nothing is reset."""
+    if s.reset_alpha == 1:
+        return []
+    parts, named = [x.strip() for x in s.reset_modules.split(",") if x.strip()], dict(model.named_parameters())
+    for part in parts or [""]:
+        if not part or not any(part in name for name in named):
+            last = list(named)[-12:]
+            raise SettingsError(f"reset_modules: {part!r} is part of no parameter's name; the last names are {', '.join(last)}")
+    return [p for name, p in named.items() if any(part in name for part in parts)]
+
+
+@torch.no_grad()
+def reset(parameters: list[torch.nn.Parameter], origin: list[Tensor], alpha: float) -> None:
+    """θ ← αθ + (1−α)θ⁰, in place; where a parameter is cut over ranks each rank does its rows."""
+    for parameter, start in zip(parameters, origin):
+        parameter.mul_(alpha).add_(start, alpha=1 - alpha)
 
 
 def learning_rate(step: int, steps: int, s: Settings) -> float:
@@ -565,25 +632,18 @@ def stop_if_not_finite(examples: list[Example], scores: Scores, loss: Tensor, gr
 # ---- model and data --------------------------------------------------------------------------------------------------
 
 
-def load_model(name: str, device: torch.device, vocabulary: int, s: Settings) -> torch.nn.Module:
-    """A transformers model with fp32 weights and dropout off; "tiny" builds a Llama of about 350,000 parameters.
+def load_model(s: Settings) -> torch.nn.Module:
+    """A transformers model with fp32 weights and dropout off.
 
     Under torchrun the weights of a folder come later, when the model has been cut up: see `distributed.load_weights`.
     """
-    if name == "tiny":
-        torch.manual_seed(s.seed)
-        config = LlamaConfig(
-            vocab_size=vocabulary, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-            max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None, eos_token_id=3, pad_token_id=3,
-        )  # fmt: skip
-        return LlamaForCausalLM(config).to(device)
     try:
-        model = dist.build_model(name, s.trust_remote_code)
+        model = dist.build_model(s.model, s.trust_remote_code)
     except DataError:
         raise
     except Exception as error:  # transformers raises many kinds; all mean that there is no loadable model
         raise SettingsError(
-            f"{name}: no loadable causal language model there ({str(error).strip().splitlines()[0]})"
+            f"{s.model}: no loadable causal language model there ({str(error).strip().splitlines()[0]})"
         ) from error
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         for key in [k for k in config.to_dict() if "dropout" in k or k.endswith("pdrop")]:
@@ -629,11 +689,6 @@ def load_rows(s: Settings, tokenizer, objective: Objective) -> tuple[list[Exampl
                 f"{objective.name} compares pairs, but {e.where} is a single labelled completion; use kto, bco or uapo"
             )
     return data.mapped(examples, lambda e: _fit(e, objective)), data.mapped(held_out, lambda e: _fit(e, objective)), reports
-
-
-def world_examples(rows: list[data.Row], tokenizer, s: Settings) -> list[Example]:
-    coded = [data.encode(row, tokenizer, s.max_length, s.max_length)[0] for row in rows]
-    return [e._replace(where=f"world row {i}") for i, e in enumerate(coded, 1)]
 
 
 def _fit(e: Example, objective: Objective) -> Example:
@@ -738,14 +793,79 @@ def complete(policy: ResponseLogProbs, tokenizer, prompts: list[list[int]], toke
     return [t.strip() for t in texts]
 
 
-def draw_curves(lines: list[dict], path: Path, title: str) -> None:
+def write_samples(file: Path, prompts: list[str], texts: dict[str, list[str]]) -> list[dict]:
+    """samples.jsonl: for each prompt the completions "before", "during" ({step: text}) and "after" (null until the end)."""
+    rows = []
+    for i, prompt in enumerate(prompts):
+        during = {step: found[i] for step, found in texts.items() if step.isdigit()}
+        after = texts["after"][i] if "after" in texts else None
+        rows.append({"prompt": prompt, "before": texts["before"][i], "during": during, "after": after})
+    file.with_suffix(".part").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    os.replace(file.with_suffix(".part"), file)
+    return rows
+
+
+def read_samples(file: Path, last: int) -> dict[str, list[str]]:
+    """The completions "during" an earlier part of a run, {step: one for each prompt}, up to step `last`."""
+    try:
+        rows = [json.loads(line)["during"] for line in file.read_text().split("\n")[:-1]]
+        return {step: [row[step] for row in rows] for step in (rows[0] if rows else ()) if int(step) <= last}
+    except (OSError, ValueError, KeyError):
+        return {}  # no such file, or of a version that kept none
+
+
+def repetition(texts: list[str]) -> float:
+    """Share of all word 3-grams of the texts that occurred before in the same text, from 0 to near 1; 0 if there are none."""
+    seen = [list(zip(*(text.split()[i:] for i in range(3)))) for text in texts]
+    total = sum(map(len, seen))
+    return 1 - sum(len(set(grams)) for grams in seen) / total if total else 0.0
+
+
+# Bounds of the divergence guards: ours, between what good and what spoilt runs of the embedded world showed.
+REPETITION, REPETITION_RISE = 0.4, 0.2  # shares of 3-grams: at all, and above the start
+DRIFT = 1.5  # nats per token
+COLLAPSE, COLLAPSE_RATIO = 1.0, 2.0  # nats per token lost, and times as low as at the start
+
+
+def divergence(start: dict, now: dict) -> dict[str, str]:
+    """{guard: warning with advice} of an evaluation, as recorded, against the one at step 0; what is not recorded is passed."""
+    found, slower = {}, "Lower lr (try a third), or stop earlier: --eval-every shows where it began"
+    was, is_now = start.get("repetition", 0.0), now.get("repetition", 0.0)
+    if is_now > REPETITION and is_now > was + REPETITION_RISE:
+        found["repetition"] = (
+            f"the sample completions repeat themselves: {is_now:.0%} of their word 3-grams occurred before in the same answer, "
+            f"{was:.0%} at the start. Read samples.jsonl. {slower}"
+        )
+    if now.get("eval_drift", 0.0) > DRIFT:
+        found["drift"] = (
+            f"the model is far from its start: held-out responses have lost {now['eval_drift']:.2f} nats per token. {slower}; "
+            "objectives with a reference hold on to the start with a larger beta"
+        )
+    was, is_now = start.get("eval_logp_w_per_token"), now.get("eval_logp_w_per_token")
+    if was is not None and is_now is not None and is_now < was - COLLAPSE and is_now < COLLAPSE_RATIO * was:
+        found["collapse"] = (
+            f"the chosen responses themselves become unlikely: {was:.2f} → {is_now:.2f} nats per token on held-out rows. "
+            f"{slower}; --sft-weight 0.1 holds them up"
+        )
+    return found
+
+
+def pyplot():
+    """matplotlib.pyplot drawing to files, or None with a word about it."""
     try:
         import matplotlib
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        return say('no curves.png: matplotlib is missing (pip install "plainpo[plot]")')
+        return say('no pictures: matplotlib is missing (pip install "plainpo[plot]")')
+    return plt
+
+
+def draw_curves(lines: list[dict], path: Path, title: str) -> None:
+    plt = pyplot()
+    if plt is None:
+        return
     panels = [("loss", ["loss"]), ("reward margin", ["reward_margin"]), ("reward accuracy", ["reward_accuracy"]),
               ("log-prob per token (nats)", ["logp_w_per_token", "logp_l_per_token"])]  # fmt: skip
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), constrained_layout=True)
@@ -809,47 +929,144 @@ def prepare_out(s: Settings) -> Path:
     return out
 
 
+# ---- the embedded world ----------------------------------------------------------------------------------------------
+#
+# The papers' experiment with a known truth: supervised start → 5 samples per prompt → an annotator's scores → best against
+# worst → training → win rate against the start. Every step is the code that real models go through.
+
+SUPERVISED_STEPS, PROMPTS = 400, 1736
+
+
+def embedded_world(s: Settings) -> tuple[Path, Path]:
+    """(folder with model, prompts, samples and the start's answers to held-out prompts; file of pairs), built once."""
+    tokenizer, demonstrations, _ = data.tiny_world(s.seed, 8192)
+    made_of = json.dumps(["3", SUPERVISED_STEPS, PROMPTS, s.seed, torch.__version__, demonstrations])
+    folder = Path(s.cache).expanduser() / f"world-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}"
+    if not folder.exists():
+        part = folder.with_suffix(f".{os.getpid()}")
+        supervised_start(demonstrations, tokenizer, s.seed).save_pretrained(part / "model")
+        tokenizer.save_pretrained(part / "model")
+        prompts = [json.dumps({"prompt": p}) + "\n" for p in data.world_prompts(s.seed)]
+        held_out, prompts = prompts[: data.HELD_OUT_PROMPTS], prompts[data.HELD_OUT_PROMPTS :][:PROMPTS]
+        (part / "held_out.jsonl").write_text("".join(held_out))
+        (part / "prompts.jsonl").write_text("".join(prompts))
+        answer(part / "model", part / "held_out.jsonl", part / "answers.jsonl", s.seed)
+        model, sampled = str(part / "model"), str(part / "sampled.jsonl")
+        data.sample(model, str(part / "prompts.jsonl"), sampled, n=5, max_tokens=64, batch_size=128, seed=s.seed, device="cpu")
+        try:
+            part.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(part)
+    annotator = data.Annotator(s.annotator_noise, s.length_bias, s.seed)
+    pairs = folder / f"pairs-{s.annotator_noise}-{s.length_bias}.jsonl"
+    if not pairs.exists():
+        scored, part = (f"{pairs}.{os.getpid()}.{name}.jsonl" for name in ("scored", "part"))
+        data.score(str(folder / "sampled.jsonl"), scored, rule=annotator)
+        data.pairs(scored, part, how="best_worst")
+        os.remove(scored)
+        os.replace(part, pairs)
+    return folder, pairs
+
+
+def supervised_start(rows: list[data.Row], tokenizer, seed: int) -> LlamaForCausalLM:
+    """A Llama of 350,000 parameters that has learned to answer from noisy demonstrations."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None, eos_token_id=3, pad_token_id=3,
+    ))  # fmt: skip
+    policy, optimizer = ResponseLogProbs(model), torch.optim.AdamW(model.parameters(), fused=True)
+    policy.use_layout("padded")
+    examples = [data.encode(row, tokenizer, 128, 100)[0] for row in rows]
+    plan = [part for epoch in range(64) for part in data.step_plan(len(examples), 64, seed, epoch)][:SUPERVISED_STEPS]
+    schedule = Settings(lr=3e-3)
+    bar = tqdm(plan, desc="supervised start", unit=" steps", leave=False)
+    for step, part in enumerate(bar):
+        batch = data.padded_batch([examples[i] for i in part])
+        loss = OBJECTIVES["sft"](policy(batch)[0], batch.lengths).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, len(plan), schedule)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss:.3f}")
+    say(f"supervised start: {len(plan)} steps on noisy demonstrations, last loss {loss:.3f} nats per token")
+    return model
+
+
+def answer(model: Path, prompts: Path, out: Path, seed: int = 0) -> None:
+    """One answer to each prompt as the model gives it: temperature 1, nothing cut off."""
+    out.unlink(missing_ok=True)
+    data.sample(str(model), str(prompts), str(out), n=1, temperature=1.0, top_p=1.0, max_tokens=64, batch_size=512,
+                seed=seed, keep_all=True, device="cpu")  # fmt: skip
+
+
+def judge(model: Path, world: Path, out: Path) -> dict[str, list[float]]:
+    """What changed in the answers to held-out prompts; [start, now] of each measure.
+
+    win_rate: share of prompts where the answer's true quality is above the start's, ties ½. lc_win_rate: see below.
+    length: words. kl: KL(now ‖ start) in nats per response, a mean of log-ratios over the answers. repetition: share of items
+    that were named before in the same answer.
+    """
+    answer(model, world / "held_out.jsonl", out)
+    rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in (world / "answers.jsonl", out)]
+    prompts = [row["prompt"] for row in rows[0]]
+    texts = [[row["responses"][0] if row["responses"] else "" for row in side] for side in rows]
+    quality, length, repetition = (
+        torch.tensor([[f(p[-1]["content"], text) for p, text in zip(prompts, side)] for side in texts], dtype=torch.float64)
+        for f in (data.world_quality, lambda _, text: len(text.split()), lambda _, text: data.world_repetition(text))
+    )
+    win = 0.5 + 0.5 * (quality[1] - quality[0]).sign()
+    tokenizer = data.load_tokenizer(str(model))
+    answers = [data.encode(data.Row(p, [t]), tokenizer, 256, 128)[0] for p, t in zip(prompts, texts[1])]
+    start, now = summed_logps(world / "model", answers), summed_logps(model, answers)
+    found = {"quality": quality.mean(1).tolist(), "length": length.mean(1).tolist(), "repetition": repetition.mean(1).tolist()}
+    found |= {"win_rate": [0.5, win.mean().item()], "lc_win_rate": [0.5, length_controlled(win, length[1] - length[0])]}
+    return found | {"kl": [0.0, (now - start).mean().item()]}
+
+
+def length_controlled(win: Tensor, difference: Tensor) -> float:
+    """The win rate at equal length, as AlpacaEval 2 estimates it (without its term for a prompt's difficulty).
+
+    win ~ σ(θ + φ tanh(Δ/std Δ)) by logistic regression, Newton's method with a touch of ridge; σ(θ). win: (n,) in [0, 1].
+    """
+    x = torch.stack([torch.ones_like(win), torch.tanh(difference / difference.std().clamp(min=1e-9))], 1)
+    weights = torch.zeros(2, dtype=win.dtype)
+    for _ in range(30):
+        p = torch.sigmoid(x @ weights)
+        hessian = x.T @ (x * (p * (1 - p))[:, None]) + 1e-3 * torch.eye(2, dtype=win.dtype)
+        weights = weights + torch.linalg.solve(hessian, x.T @ (win - p) - 1e-3 * weights)
+    return torch.sigmoid(weights[0]).item()
+
+
+@torch.no_grad()
+def summed_logps(model: Path, examples: list[Example]) -> Tensor:
+    policy = ResponseLogProbs(LlamaForCausalLM.from_pretrained(model, dtype=torch.float32))
+    policy.use_layout("padded")
+    return torch.cat([policy(data.padded_batch(examples[i : i + 128]))[0] for i in range(0, len(examples), 128)])
+
+
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def evaluate(run: Run, held_out: list[Example], known: Scores) -> dict[str, float]:
-    """Measures of the held-out examples as one batch, each name with eval_ in front."""
+def evaluate(run: Run, held_out: list[Example], known: Scores, start: Tensor | None = None) -> dict[str, float]:
+    """Measures of the held-out examples as one batch, each name with eval_ in front.
+
+    Args:
+        start: (n, k) summed log-probs before the first step. With them eval_drift, nats per token: the mean over responses of
+            (start − now) / length. It estimates KL(start ‖ now) per token only if the responses are the start's own samples
+            (then ≥ 0 up to noise); of other texts it says by how much they became less likely, below 0 where more likely.
+    """
     logp, kl = score(run, held_out, run.objective.needs("kl_"), progress="evaluate")
     scores = known._replace(logp=logp, kl=kl)
     if run.objective.needs("logp_kl"):
         scores = scores._replace(logp_mismatch=score(run, mismatched(held_out))[0].flatten())
     loss = call(run.objective, scores.by_name(run.objective), seed=[run.settings.seed])
-    return {f"eval_{k}": v for k, v in measures(run.objective, scores, loss).items()}
-
-
-SUPERVISED_STEPS = 400
-
-
-def supervised_start(run: Run, demonstrations: list[Example]) -> dict[str, Tensor]:
-    """The embedded world's model after a short supervised training, by name; cached, being the same for every run."""
-    s, key = run.settings, hashlib.sha256()
-    shown = [[e.prompt, e.responses] for e in demonstrations]
-    key.update(json.dumps(["1", SUPERVISED_STEPS, s.seed, torch.__version__, shown]).encode())
-    file = Path(s.cache).expanduser() / f"world-{key.hexdigest()[:32]}.safetensors"
-    named = dict(run.policy.model.named_parameters())
-    if (found := dist.load_tensors(file)) is not None and found.keys() == named.keys():
-        say(f"supervised start: from {file}")
-        return found
-    optimizer = torch.optim.AdamW(run.policy.parameters(), lr=0.0)
-    plan = [rows for epoch in range(64) for rows in data.step_plan(len(demonstrations), 64, s.seed, epoch)][:SUPERVISED_STEPS]
-    bar = tqdm(plan, desc="supervised start", unit=" steps", leave=False, disable=not dist.is_main())
-    for step, rows in enumerate(bar):
-        examples = [demonstrations[i] for i in rows]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, SUPERVISED_STEPS, s)
-        _, loss = accumulate_gradients(run, examples, known_scores(examples, None, None, run.device), [s.seed, step])
-        dist.clip_gradients(run.policy, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.mean():.3f}")
-    dist.save_tensors(named, file)
-    say(f"supervised start: {SUPERVISED_STEPS} steps on noisy demonstrations, last loss {loss.mean():.3f} nats per token")
-    return {name: parameter.detach().cpu() for name, parameter in named.items()}
+    found = measures(run.objective, scores, loss)
+    if start is not None:
+        found["drift"] = ((start - logp) / known.length).mean().item()
+    return {f"eval_{k}": v for k, v in found.items()}
 
 
 def compare_layouts(run: Run, examples: list[Example], bound: float) -> None:
@@ -879,22 +1096,21 @@ def train(s: Settings) -> dict:
     objective = parse_objective(s.objective)
     try_objective(objective)
     device = dist.setup(s.device)
-    s.lr = s.lr if s.lr is not None else (1e-3 if s.model == "tiny" else 1e-6)
+    s.lr = s.lr if s.lr is not None else (2e-4 if s.model == "tiny" else 1e-6)
     out = dist.on_main(prepare_out, s)
     s.out = str(out)
     say("settings: " + json.dumps(asdict(s)))
 
     # data
-    if s.dataset == "tiny":
-        tokenizer, demonstrations, pairs = data.tiny_world(s.seed)
-        examples, held_out = data.split_held_out(world_examples(pairs, tokenizer, s), s.eval_size, s.seed)
-        examples, held_out, report = [_fit(e, objective) for e in examples], [_fit(e, objective) for e in held_out], {}
-    else:
-        tokenizer = data.load_tokenizer(s.model, s.trust_remote_code)
-        examples, held_out, report = load_rows(s, tokenizer, objective)
+    given, world = asdict(s), None
+    if s.model == "tiny":
+        world, pairs = dist.on_main(embedded_world, s)
+        s = replace(s, model=str(world / "model"), dataset=str(pairs))
+    tokenizer = data.load_tokenizer(s.model, s.trust_remote_code)
+    examples, held_out, report = load_rows(s, tokenizer, objective)
 
     # model: fp32 weights; the reference of an objective is the model as it is before the first step
-    model = load_model(s.model, device, len(tokenizer), s)
+    model = load_model(s)
     embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
         raise SettingsError(f"the tokenizer has {len(tokenizer)} ids, but the model only {embeddings} embeddings: no match")
@@ -903,22 +1119,17 @@ def train(s: Settings) -> dict:
     exact = not uses_bf16(s, device)
     reference = None
     if objective.needs("kl_w"):
-        reference = load_model(s.model, device, len(tokenizer), s).requires_grad_(False).eval()
+        reference = load_model(s).requires_grad_(False).eval()
     came_in = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.float32
     export_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": came_in}[s.export_dtype]
     dist.on_main(dist.check_space, out, model, s.keep + 1 if s.save_every else 0, export_dtype)
-    if s.model == "tiny":  # on one rank before the model is cut up, so that every number of processes starts from the same
-        whole = ResponseLogProbs(model)
-        whole.use_layout(s.layout)
-        sft = Run(whole, parse_objective("sft"), Settings(**{**asdict(s), "lr": 3e-3, "dtype": "fp32"}), device)
-        model.load_state_dict(dist.on_main(supervised_start, sft, world_examples(demonstrations, tokenizer, s)), strict=False)
-        whole.use_layout("padded")
     policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, not exact, s.gradient_checkpointing)
     for part in (model, reference) if reference is not None else (model,):
         dist.load_weights(part, s.model, device)
     run = Run(policy, objective, s, device)
     policy.use_layout(s.layout)
     model.train()
+    resettable = reset_parameters(model, s)
     if s.compile:
         model.base_model.compile(dynamic=True)
 
@@ -935,27 +1146,23 @@ def train(s: Settings) -> dict:
 
     # the whole plan of the run, and what the reference says of every row in it
     epochs = [[r.tolist() for r in data.step_plan(len(examples), s.batch_size, s.seed, e)] for e in range(s.epochs)]
-    plan = [rows for epoch in epochs for rows in epoch][: s.max_steps]
+    plan = [rows for epoch in epochs for rows in epoch for _ in range(s.replays)][: s.max_steps]
     ref = ref_eval = ref_mismatch = None
     if objective.needs("ref"):
         ref, ref_eval = reference_scores(run, examples, "rows"), reference_scores(run, held_out, "held-out rows")
     mismatch_eval = None
     if objective.needs("ref_kl"):
-        rows = [mismatched([examples[i] for i in step]) for step in plan]
+        rows = [mismatched([examples[i] for i in step]) for step in plan[:: s.replays]]
         flat = reference_scores(run, [e for step in rows for e in step], "mismatched rows").flatten()
         ref_mismatch = flat.split([len(step) for step in rows])
         mismatch_eval = reference_scores(run, mismatched(held_out), "mismatched held-out rows").flatten() if held_out else None
-    if reference is not None:
-        reference.load_state_dict(model.state_dict())  # the embedded world's has had its supervised start
     known_eval = known_scores(held_out, ref_eval, mismatch_eval, device) if held_out else None
 
-    # what the model answers before the first step, also of a run that is resumed
+    # what the model says and answers before the first step, also of a run that is resumed
+    start_eval = ref_eval if ref_eval is not None or not held_out else score(run, held_out)[0]
+    origin = [p.detach().clone() for p in resettable]
     prompts = [e.prompt for e in held_out[: s.samples]]
-    world_prompts = [e.prompt for e in held_out] if s.dataset == "tiny" else []
-    before, quality_before = (
-        complete(policy, tokenizer, prompts, s.sample_tokens),
-        world_score(policy, tokenizer, world_prompts),
-    )
+    before = complete(policy, tokenizer, prompts, s.sample_tokens)
 
     # optimizer; resume
     matrices = [p for p in model.parameters() if p.ndim >= 2]
@@ -967,13 +1174,21 @@ def train(s: Settings) -> dict:
     if s.resume and (found := dist.newest_checkpoint(out / "checkpoints", say)):
         first = dist.load_checkpoint(found, model, optimizer, same_run)["step"]
         say(f"resumed after step {first} from {found}")
-    dist.on_main(open_records, s, out, first, report)
+    dist.on_main(open_records, s, given, out, first, report)
     log = open_log(s, out)
+    texts = {"before": before, **dist.on_main(read_samples, out / "samples.jsonl", first)}
+    shown = [tokenizer.decode(p) for p in prompts]
     recorder = open(metrics if dist.is_main() else os.devnull, "a", buffering=1)
 
     def record(line: dict) -> None:
         recorder.write(json.dumps(line) + "\n")
         log(line)
+
+    def evaluated(step: int, answers: list[str]) -> dict:
+        found = evaluate(run, held_out, known_eval, start_eval) | ({"repetition": repetition(answers)} if answers else {})
+        record({"step": step, **found})
+        say(f"{f'step {step}' if step else 'before'}: {brief(found)}")
+        return found
 
     # before
     say(
@@ -982,8 +1197,9 @@ def train(s: Settings) -> dict:
     )
     evaluation = {}
     if held_out and first == 0:
-        record({"step": 0, **(evaluation := evaluate(run, held_out, known_eval))})
-        say(f"before: {brief(evaluation)}")
+        evaluation = evaluated(0, before)
+    start = next((x for x in dist.on_main(read_metrics, metrics) if x["step"] == 0), {})
+    warned = set()
 
     # the loop
     loop_started, rows_done, tokens_done, flops_done = time.time(), 0, 0, 0.0
@@ -994,12 +1210,12 @@ def train(s: Settings) -> dict:
     for step in bar:
         tick = time.time()
         batch = [examples[i] for i in plan[step]]
-        known = known_scores(
-            batch, None if ref is None else ref[plan[step]], None if ref_mismatch is None else ref_mismatch[step], device
-        )
+        mismatch = None if ref_mismatch is None else ref_mismatch[step // s.replays]
+        known = known_scores(batch, None if ref is None else ref[plan[step]], mismatch, device)
         if objective.needs("logp_kl"):
             known = known._replace(logp_mismatch=score(run, mismatched(batch))[0].flatten())
-        scores, loss = accumulate_gradients(run, batch, known, [s.seed, step], ahead)
+        replay, sft = replay_of(step, s)
+        scores, loss = accumulate_gradients(run, batch, known, [s.seed, step], ahead, sft)
         ahead = run.microbatches([examples[i] for i in plan[step + 1]]) if step + 1 < len(plan) else []  # while a GPU works
         grad_norm = float(dist.clip_gradients(policy, s.max_grad_norm))
         stop_if_not_finite(batch, scores, loss, grad_norm)
@@ -1009,6 +1225,7 @@ def train(s: Settings) -> dict:
             group["lr"] = learning_rate(step, len(plan), s)
         optimizer.step()
         optimizer.zero_grad()
+        reset(resettable, origin, s.reset_alpha)
         tokens = sum(map(data.tokens_of, batch))
         rows_done, tokens_done, seconds = rows_done + len(loss), tokens_done + tokens, time.time() - tick
         line = {
@@ -1021,12 +1238,20 @@ def train(s: Settings) -> dict:
         flops_done += flops
         line |= {"pairs": len(loss), "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
         line |= {"flops": flops, "mfu": flops / seconds / rate, **run.balance(batch)}
+        line |= {"replay": replay + 1} if s.replays > 1 else {}
+        line |= {"sft_weight": sft} if sft else {}
         record(line)
-        shown = {"loss": "loss", "reward_margin": "margin", "reward_accuracy": "accuracy"}
-        bar.set_postfix({v: f"{line[k]:.3f}" for k, v in shown.items() if k in line} | {"tok/s": f"{tokens / seconds:.0f}"})
+        headline = {"loss": "loss", "reward_margin": "margin", "reward_accuracy": "accuracy"}
+        bar.set_postfix({v: f"{line[k]:.3f}" for k, v in headline.items() if k in line} | {"tok/s": f"{tokens / seconds:.0f}"})
         if held_out and (step + 1 == len(plan) or s.eval_every and (step + 1) % s.eval_every == 0):
-            record({"step": step + 1, **(evaluation := evaluate(run, held_out, known_eval))})
-            say(f"step {step + 1}: {brief(evaluation)}")
+            answers = complete(policy, tokenizer, prompts, s.sample_tokens)
+            evaluation = evaluated(step + 1, answers)
+            texts["after" if step + 1 == len(plan) else str(step + 1)] = answers
+            dist.on_main(write_samples, out / "samples.jsonl", shown, texts)
+            for guard, warning in divergence(start, evaluation).items():
+                if guard not in warned:
+                    say(f"warning: {warning}")
+            warned |= divergence(start, evaluation).keys()
         stopping = stop.requested()
         if stopping or s.save_every and (step + 1) % s.save_every == 0:
             state = {"step": step + 1, "run": same_run}
@@ -1041,22 +1266,20 @@ def train(s: Settings) -> dict:
     recorder.close()
 
     # after: samples, model, curves, summary
-    after, quality_after = complete(policy, tokenizer, prompts, s.sample_tokens), world_score(policy, tokenizer, world_prompts)
-    texts = zip((tokenizer.decode(p) for p in prompts), before, after)
-    samples = [{"prompt": p, "before": b, "after": a} for p, b, a in texts]
-    dist.on_main((out / "samples.jsonl").write_text, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in samples))
+    if "after" not in texts:  # resumed at the end
+        texts["after"] = complete(policy, tokenizer, prompts, s.sample_tokens)
+    samples = dist.on_main(write_samples, out / "samples.jsonl", shown, texts)
     policy.use_layout("padded")
     lines = dist.on_main(read_metrics, metrics)
     measured = {k: v for line in lines[-2:] for k, v in line.items()}
-    card = dist.model_card(out.name, {**asdict(s), "objective": str(objective)}, measured)
+    card = dist.model_card(out.name, {**given, "objective": str(objective)}, measured)
     dist.export(model, tokenizer, out / "model", export_dtype, card)
     dist.on_main(draw_curves, lines, out / "curves.png", f"{objective} on {Path(s.dataset).name}")
-    start = next((x for x in lines if x["step"] == 0), {})
-    evaluation = evaluation or {k: v for x in lines for k, v in x.items() if k.startswith("eval_")}  # resumed at the end
+    evaluation = evaluation or {k: v for x in lines for k, v in x.items() if k.startswith("eval_") or k == "repetition"}
     summary = {
         "objective": str(objective), "steps": len(plan), "rows": len(examples), "held_out": len(held_out),
         "before": {k: v for k, v in start.items() if k != "step"}, "after": evaluation,
-        **({"quality_before": quality_before, "quality_after": quality_after} if world_prompts else {}),
+        **({"world": dist.on_main(judge, out / "model", world, out / "answers.jsonl")} if world else {}),
         "pairs_per_second": rows_done / loop_seconds, "tokens_per_second": tokens_done / loop_seconds,
         "mfu": flops_done / loop_seconds / rate, "matmul_flops_per_second": rate,
         "train_seconds": loop_seconds, "seconds": time.time() - started, "peak_memory_gib": peak_memory(device),
@@ -1067,15 +1290,6 @@ def train(s: Settings) -> dict:
     dist.on_main((out / "summary.json").write_text, json.dumps(summary, indent=2) + "\n")
     report_end(summary, samples)
     return summary
-
-
-def world_score(policy, tokenizer, prompts: list[list[int]]) -> float | None:
-    """Mean true quality of greedy completions in the embedded world, at most 1."""
-    if not prompts:
-        return None
-    texts = complete(policy, tokenizer, prompts, 32)
-    asked = [tokenizer.decode(p, skip_special_tokens=True).strip() for p in prompts]
-    return sum(map(data.world_quality, asked, texts)) / len(texts)
 
 
 def check_step_zero(scores: Scores, bound: float) -> None:
@@ -1100,6 +1314,7 @@ def identity(s: Settings, objective: Objective, examples: list[Example]) -> dict
     """What must be equal for a run to go on from a checkpoint: all that its losses depend on but the number of ranks."""
     rows = hashlib.sha256(json.dumps([[e.prompt, e.responses] for e in examples]).encode()).hexdigest()[:16]
     names = ("lr", "batch_size", "epochs", "max_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "max_length")
+    names += ("replays", "reset_alpha", "reset_modules", "sft_weight")
     same = {"model": Path(s.model).name, "dataset": Path(s.dataset).name, "objective": str(objective)}
     return {**same, **{k: getattr(s, k) for k in names}, "training rows (hash)": rows}
 
@@ -1113,7 +1328,7 @@ def read_metrics(file: Path, last: int | None = None) -> list[dict]:
     return [line for line in lines if last is None or line["step"] <= last]
 
 
-def open_records(s: Settings, out: Path, first: int, report: dict) -> None:
+def open_records(s: Settings, given: dict, out: Path, first: int, report: dict) -> None:
     """Clear an earlier run that is overwritten, or the metrics of steps after the one that is resumed from; note settings."""
     if s.overwrite:  # only now that data and model have loaded is the earlier run given up
         shutil.rmtree(out)
@@ -1122,7 +1337,7 @@ def open_records(s: Settings, out: Path, first: int, report: dict) -> None:
         kept = read_metrics(out / "metrics.jsonl", first) if first else []
         (out / "metrics.part").write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(out / "metrics.part", out / "metrics.jsonl")
-    (out / "settings.json").write_text(json.dumps(asdict(s), indent=2) + "\n")
+    (out / "settings.json").write_text(json.dumps(given, indent=2) + "\n")
     (out / "data.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
@@ -1145,8 +1360,10 @@ def report_end(summary: dict, samples: list[dict]) -> None:
                 f" (± {math.sqrt(max(after[key] * (1 - after[key]), 0) / n):.3f} standard error)" if "accuracy" in key else ""
             )
             say(f"{name}: {before[key]:.4f} → {after[key]:.4f}{error}")
-    if "quality_before" in summary:
-        say(f"true quality of greedy answers: {summary['quality_before']:.3f} → {summary['quality_after']:.3f} (1 is perfect)")
+    if "world" in summary:
+        say("answers to held-out prompts, before → after: " + ", ".join(
+            f"{name} {was:.3f} → {now:.3f}" for name, (was, now) in summary["world"].items()
+        ))  # fmt: skip
     say(
         f"{summary['pairs_per_second']:.2f} rows/s, {summary['seconds']:.0f} s in all, "
         f"peak memory {summary['peak_memory_gib']:.2f} GiB"
@@ -1154,13 +1371,335 @@ def report_end(summary: dict, samples: list[dict]) -> None:
     say(f"everything is in {summary['out']}; the model is in {summary['out']}/model")
 
 
+# ---- answers for outside judges --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Generation:
+    model: str = field(metadata={"help": "folder or hub name of a causal language model, such as runs/mine/model"})
+    prompts: str = field(metadata={"help": "AlpacaEval's JSON, Arena-Hard's question.jsonl, or any rows with a prompt"})
+    out: str = field(metadata={"help": "file to write; a killed run goes on from OUT.part"})
+    style: str = option("alpaca_eval", "format of out: alpaca_eval (a JSON list) or arena_hard (v0.1's answers, JSON lines)")
+    name: str | None = option(None, "what the judge calls the model (generator, model_id); without it, its folder's name")
+    decoding: str | None = option(None, f"published settings of a start: {', '.join(DECODING)}")
+    temperature: float | None = option(None, "of sampling, 0 is greedy; without it and decoding: 0")
+    max_new_tokens: int | None = option(None, "answers are cut there, and kept; without it and decoding: 2048")
+    top_p: float = option(1.0, "share of the probability that is sampled from")
+    batch_size: int = option(8, "prompts at a time; answers depend on it where temperature > 0")
+    columns: str = option("", "columns to rename, new=old: prompt=question")
+    seed: int = option(0, "of sampling")
+    device: str = option("auto", "cpu, cuda, or auto")
+
+
+STYLES = ("alpaca_eval", "arena_hard")
+
+
+def generate(argv: list[str]) -> dict:
+    """Answer every prompt of a benchmark once and write the answers as its official judge reads them.
+
+    Rows keep their order, and a prompt that is there twice is answered twice. Answers that reach max_new_tokens are kept as far
+    as they went and counted. A run that was killed goes on with the same command to what an unbroken one would have written.
+
+        python train.py generate --model runs/mine/model --prompts alpaca_eval.json --out outputs.json --temperature 0.9
+        python train.py generate --model runs/mine/model --prompts question.jsonl --out mine.jsonl --style arena_hard
+    """
+    parser = HfArgumentParser(
+        Generation,
+        prog="train.py generate",
+        description=inspect.cleandoc(generate.__doc__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    g, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+    if unknown:
+        raise SettingsError(f"unknown setting {' '.join(unknown)}; `python train.py generate --help` lists all of them")
+    how, out, part = decoding(g), Path(g.out), Path(f"{g.out}.part")
+    if out.exists():
+        raise SettingsError(f"out {out} is there already; choose another file, or delete it")
+    whole = Path(f"{out}.whole")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        whole.write_text("")
+        whole.unlink()
+    except OSError as error:
+        raise SettingsError(f"out {out} cannot be written ({error})") from error
+    rows = list(data.prompts_of(g.prompts, g.columns, repeats=True))
+    if not rows:
+        raise SettingsError(f"{g.prompts}: no row with a prompt")
+    folder = Path(g.model).resolve()  # an exported model is RUN/model: the run's name says more
+    name = g.name or (folder.parent.name if folder.name == "model" else Path(g.model).name)
+    say(f"{name}: {len(rows)} prompts, {', '.join(f'{k} {v:g}' for k, v in how.items())}, seed {g.seed}")
+    data.sample(g.model, rows, str(part), n=1, **how, batch_size=g.batch_size, seed=g.seed, device=g.device, keep_all=True)
+    found = {row["id"]: row for row in map(json.loads, part.read_text(encoding="utf-8").split("\n")[:-1])}
+    answers = [found[row["id"]]["responses"][0] for _, row, _ in rows]
+    cut = sum(found[row["id"]]["unfinished"] for _, row, _ in rows)
+    if g.style == "alpaca_eval":
+        text = json.dumps([alpaca_eval(*x, name) for x in zip(rows, answers)], ensure_ascii=False, indent=2) + "\n"
+    else:
+        tokenizer = data.load_tokenizer(g.model)
+        lines = (json.dumps(arena_hard(*x, name, tokenizer), ensure_ascii=False) for x in zip(rows, answers))
+        text = "".join(f"{line}\n" for line in lines)
+    whole.write_text(text, encoding="utf-8")
+    os.replace(whole, out)
+    part.unlink()
+    say(f"{len(answers)} answers in {out}, {cut} of them cut at {how['max_tokens']} tokens, {answers.count('')} empty")
+    return {"out": str(out), "answers": len(answers), "cut": cut}
+
+
+def decoding(g: Generation) -> dict:
+    """Keyword arguments of data.sample: published ones, and over them what was asked for."""
+    if g.style not in STYLES:
+        raise SettingsError(f"style is {g.style!r}; accepted are {', '.join(STYLES)}")
+    if g.decoding is not None and g.decoding not in DECODING:
+        raise SettingsError(f"decoding is {g.decoding!r}; published are {', '.join(DECODING)}")
+    if g.device not in ("auto", "cpu") and not (g.device.partition(":")[0] == "cuda" and torch.cuda.is_available()):
+        raise SettingsError(f"device is {g.device!r}; accepted here are auto, cpu{', cuda' * torch.cuda.is_available()}")
+    temperature, tokens = (0.0, 2048) if g.decoding is None else DECODING[g.decoding][g.style]
+    temperature = temperature if g.temperature is None else g.temperature
+    tokens = tokens if g.max_new_tokens is None else g.max_new_tokens
+    if not 0 <= temperature < math.inf or tokens < 1 or not 0 < g.top_p <= 1 or g.batch_size < 1:
+        raise SettingsError("temperature is at least 0, max_new_tokens and batch_size at least 1, top_p above 0 and at most 1")
+    return dict(temperature=temperature, top_p=g.top_p, max_tokens=tokens)
+
+
+def alpaca_eval(row: tuple[str, dict, list[dict]], answer: str, name: str) -> dict:
+    """One output as AlpacaEval reads it; a conversation becomes an instruction of several paragraphs."""
+    _, given, prompt = row
+    instruction = "\n\n".join(m["content"] for m in prompt)
+    return {"instruction": instruction, "output": answer, "generator": name} | {k: given[k] for k in ("dataset",) if k in given}
+
+
+def arena_hard(row: tuple[str, dict, list[dict]], answer: str, name: str, tokenizer) -> dict:
+    """One answer as Arena-Hard v0.1 reads it; token_len in tokens of the model's own tokenizer (its authors count GPT's)."""
+    _, given, _ = row
+    question = given.get("question_id", given["id"])
+    turn = {"content": answer, "token_len": len(tokenizer(answer, add_special_tokens=False)["input_ids"])}
+    unique = hashlib.sha256(json.dumps([name, given["id"], answer]).encode()).hexdigest()[:22]
+    choices = [{"index": 0, "turns": [turn]}]
+    return {"question_id": question, "answer_id": unique, "model_id": name, "choices": choices, "tstamp": time.time()}
+
+
+# ---- comparison in the embedded world --------------------------------------------------------------------------------
+#
+# Every objective gets the same small grid: two settings of its hyper-parameters, or one where it has none, times three learning
+# rates. The best win rate in a world of its own (TUNING_SEED) goes on to `seeds` other worlds. A run is train() as it stands.
+
+LEARNING_RATES, TUNING_SEED = (1e-4, 2e-4, 5e-4), 100
+GRID = {
+    "sft": ("sft",),
+    "dpo": ("dpo(beta=0.1)", "dpo(beta=0.5)"),
+    "dpo_norm": ("dpo_norm(beta=2.0)", "dpo_norm(beta=5.0)"),
+    "robust_dpo": ("robust_dpo(beta=0.1)", "robust_dpo(beta=0.5)"),
+    "ipo": ("ipo(tau=0.1)", "ipo(tau=0.5)"),
+    "rdpo": ("rdpo(beta=0.1, alpha=0.01)", "rdpo(beta=0.1, alpha=0.05)"),
+    "rso_hinge": ("rso_hinge(beta=0.05)", "rso_hinge(beta=0.2)"),
+    "exo": ("exo(beta=0.1)", "exo(beta=0.5)"),
+    "nca": ("nca(beta=0.01)", "nca(beta=0.1)"),
+    "sppo": ("sppo(beta=0.001)", "sppo(beta=0.02)"),
+    "apo_zero": ("apo_zero(beta=0.1)", "apo_zero(beta=0.5)"),
+    "apo_down": ("apo_down(beta=0.1)", "apo_down(beta=0.5)"),
+    "discopop": ("discopop(beta=0.05)", "discopop(beta=0.2)"),
+    "f_dpo": ("f_dpo(divergence='js')", "f_dpo(divergence='forward_kl')"),
+    "tdpo1": ("tdpo1(beta=0.1)", "tdpo1(beta=0.5)"),
+    "tdpo2": ("tdpo2(beta=0.1)", "tdpo2(beta=0.5)"),
+    "beta_dpo": ("beta_dpo(beta=0.1)", "beta_dpo(beta=0.5)"),
+    "aot": ("aot(beta=0.01)", "aot(beta=0.1)"),
+    "aot_unpaired": ("aot_unpaired(beta=0.01)", "aot_unpaired(beta=0.1)"),
+    "cpo": ("cpo(beta=0.1, lam=1.0)", "cpo(beta=0.1, lam=0.1)"),
+    "slic": ("slic(delta=1.0, lam=0.1)", "slic(delta=5.0, lam=0.01)"),
+    "rrhf": ("rrhf(lam=1.0)", "rrhf(lam=0.01)"),
+    "orpo": ("orpo(lam=0.1)", "orpo(lam=1.0)"),
+    "simpo": ("simpo(beta=2.0, gamma=1.0)", "simpo(beta=10.0, gamma=3.0)"),
+    "repo": ("repo(gamma=0.2)", "repo(gamma=0.5)"),
+    "simper": ("simper",),
+    "alphapo": ("alphapo(alpha=0.25)", "alphapo(alpha=-0.25)"),
+    "alpha_dpo": ("alpha_dpo(beta=2.5, gamma=0.5, alpha=0.1)", "alpha_dpo(beta=10.0, gamma=4.0, alpha=0.5)"),
+    "alpha_dpo_kl": ("alpha_dpo_kl(beta=2.5, gamma=0.5, alpha=0.1)", "alpha_dpo_kl(beta=10.0, gamma=4.0, alpha=0.5)"),
+    "online_simpo": ("online_simpo(clip=1.0)", "online_simpo(self_normalize=True)"),
+    "gamma_dpo": ("gamma_dpo(beta=0.1)", "gamma_dpo(beta=0.5)"),
+    "gamma_simpo": ("gamma_simpo(beta=2.5, gamma=1.0)", "gamma_simpo(beta=10.0, gamma=4.0)"),
+    "amapo": ("amapo(beta=2.5)", "amapo(beta=10.0)"),
+    "kto": ("kto(beta=0.1)", "kto(beta=0.5)"),
+    "bco": ("bco(beta=0.1)", "bco(beta=0.5)"),
+    "uapo": ("uapo(beta=0.1)", "uapo(beta=0.5)"),
+}
+
+# name → what is swept, its values, and series: label → value → settings that differ from the default run
+ALPHA, SUMS = "alpha_dpo(beta=2.5, gamma=0.5, alpha={})", "simpo(beta=0.1, gamma=0.0, average=False)"
+SWEEPS = {
+    "alpha": ("α of alpha_dpo (0 is SimPO)", (0.0, 0.1, 0.3, 1.0, 3.0), {
+        "alpha_dpo": lambda x: dict(objective=ALPHA.format(x)),
+        "without stop-gradient": lambda x: dict(objective=ALPHA.format(f"{x}, stop_gradient=False"))}),
+    "gamma": ("γ of simpo (β = 2)", (0.0, 0.5, 1.0, 2.0, 4.0), {
+        "simpo": lambda x: dict(objective=f"simpo(beta=2.0, gamma={x})")}),
+    "length": ("the annotator's length bias, per word", (0.0, 0.01, 0.03), {
+        "simpo, sums": lambda x: dict(length_bias=x, objective=SUMS),
+        "simpo, sums + POET": lambda x: dict(length_bias=x, objective=SUMS, equal_length=1.0),
+        "simpo": lambda x: dict(length_bias=x),
+        "simpo + POET": lambda x: dict(length_bias=x, equal_length=1.0),
+        "dpo": lambda x: dict(length_bias=x, objective="dpo(beta=0.1)"),
+        "dpo + POET": lambda x: dict(length_bias=x, objective="dpo(beta=0.1)", equal_length=1.0)}),
+    "noise": ("noise of the annotator (standard deviation)", (0.0, 0.2, 0.5, 1.0), {
+        name: lambda x, name=name: dict(annotator_noise=x, objective=name)
+        for name in ("simpo(beta=2.5, gamma=0.5)", "alpha_dpo(beta=2.5, gamma=0.5, alpha=0.3)",
+                     "gamma_simpo(beta=2.5, gamma=0.5)", "amapo(beta=2.5)")}),
+    "replays": ("replays of each batch", (1, 2, 4), {
+        "replays": lambda x: dict(replays=x),
+        "with reset (α = ½)": lambda x: dict(replays=x, reset_alpha=0.5),
+        "LoRR: reset and SFT term": lambda x: dict(replays=x, reset_alpha=0.5, sft_weight=0.5)}),
+}  # fmt: skip
+MEASURES = {  # name → (title, number of decimals, whether percent)
+    "win_rate": ("win rate, %", 1, True), "lc_win_rate": ("length-controlled, %", 1, True), "quality": ("true quality", 3, False),
+    "length": ("words", 1, False), "kl": ("KL, nats", 2, False), "repetition": ("repeated items, %", 1, True),
+    "chosen": ("chosen, nats per token", 2, False), "rejected": ("rejected, nats per token", 2, False),
+}  # fmt: skip
+
+
+def experiment(job: dict) -> dict:
+    """A run with these settings, alone in its process: the settings and what was measured, or why it ended early."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
+        try:
+            done = train(Settings(**job, out=f"{folder}/run", samples=0, tokens_per_microbatch=4096))
+        except (DataError, SettingsError) as error:
+            return {"job": job, "error": str(error)}
+    found = {name: now for name, (_, now) in done["world"].items()} | {"start": {n: x for n, (x, _) in done["world"].items()}}
+    for side, name in (("w", "chosen"), ("l", "rejected")):  # sft has no rejected responses
+        key = f"eval_logp_{side}_per_token"
+        found[name] = done["after"][key] - done["before"][key] if key in done["after"] else math.nan
+    return {"job": job, **found, "seconds": done["seconds"]}
+
+
+def run_jobs(jobs: list[dict], file: Path) -> list[dict]:
+    """All jobs, two processes at a time on two cores; each result is a line of `file`, and those already there stay."""
+    written = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    known = {json.dumps(result["job"], sort_keys=True): result for result in written}
+    missing = [job for job in jobs if json.dumps(job, sort_keys=True) not in known]
+    worlds = {job["seed"]: {"seed": job["seed"], "cache": job["cache"], "objective": "sft", "max_steps": 1} for job in missing}
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for _ in tqdm(pool.map(experiment, worlds.values()), desc="worlds", total=len(worlds), leave=False):
+            pass  # one process each, so that no two build the same
+        futures = [pool.submit(experiment, job) for job in missing]
+        for future in tqdm(as_completed(futures), desc="runs", total=len(futures), unit=" runs"):
+            result = future.result()
+            known[json.dumps(result["job"], sort_keys=True)] = result
+            with open(file, "a") as f:
+                f.write(json.dumps(result) + "\n")
+    return [known[json.dumps(job, sort_keys=True)] for job in jobs]
+
+
+def mean_and_error(results: list[dict], name: str) -> tuple[float, float]:
+    """Mean over the runs and its standard error; not a number if a run ended early."""
+    values = torch.tensor([result.get(name, math.nan) for result in results], dtype=torch.float64)
+    return values.mean().item(), (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else 0.0
+
+
+def cell(results: list[dict], name: str) -> str:
+    """ "61.2 ± 0.8", or a dash where a run ended early."""
+    _, digits, percent = MEASURES[name]
+    mean, error = (x * (100 if percent else 1) for x in mean_and_error(results, name))
+    return "–" if math.isnan(mean) else f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+
+def compare(s: Settings) -> dict:
+    """Tune, run and tabulate objectives over several seeds, and draw sweeps; everything is in the output folder."""
+    names = list(GRID) if s.compare == ["all"] else s.compare or []
+    sweeps = list(SWEEPS) if s.sweeps == ["all"] else s.sweeps or []
+    for sweep in sweeps:
+        if sweep not in SWEEPS:
+            raise SettingsError(f"unknown sweep {sweep!r}; known are {', '.join(SWEEPS)}")
+    grid = {name: GRID.get(name, (name,)) for name in names}
+    for text in (text for texts in grid.values() for text in texts):
+        try_objective(parse_objective(text))
+    started, out = time.time(), prepare_out(s)
+    common = {"model": "tiny", "dataset": "tiny", "cache": s.cache}
+    world = common | {"annotator_noise": s.annotator_noise, "length_bias": s.length_bias}
+    tuning = {
+        name: [world | {"seed": TUNING_SEED, "objective": o, "lr": lr} for o in texts for lr in LEARNING_RATES]
+        for name, texts in grid.items()
+    }
+    tuned = iter(run_jobs([job for jobs in tuning.values() for job in jobs], out / "runs.jsonl"))
+    found = {name: [next(tuned) for _ in jobs] for name, jobs in tuning.items()}
+    best = {name: max(runs, key=lambda run: run.get("win_rate", -1.0))["job"] for name, runs in found.items()}
+    final = iter(run_jobs([job | {"seed": n} for job in best.values() for n in range(s.seeds)], out / "runs.jsonl"))
+    results = {name: [next(final) for _ in range(s.seeds)] for name in best}
+    if results:
+        table = comparison_table(best, results)
+        (out / "table.md").write_text(table)
+        print(table)
+        draw_comparison(results, out)
+    for sweep in sweeps:
+        draw_sweep(sweep, common, s.seeds, out)
+    (out / "settings.json").write_text(json.dumps(asdict(s), indent=2) + "\n")
+    say(f"{time.time() - started:.0f} s; everything is in {out}")
+    return {"out": str(out), "best": best, "results": results}
+
+
+def comparison_table(best: dict[str, dict], results: dict[str, list[dict]]) -> str:
+    """Markdown, best win rate first."""
+    titles = ["objective", "lr", *(title for title, *_ in MEASURES.values())]
+    start = [{**r["start"], "chosen": 0.0, "rejected": 0.0} for r in next(iter(results.values())) if "start" in r]
+    lines = [titles, ["---"] * len(titles), ["the start", "–", *(cell(start, m) for m in MEASURES)]]
+    for name in sorted(results, key=lambda name: -mean_and_error(results[name], "win_rate")[0]):
+        lines.append([f"`{best[name]['objective']}`", f"{best[name]['lr']:g}", *(cell(results[name], m) for m in MEASURES)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def draw_comparison(results: dict[str, list[dict]], out: Path) -> None:
+    """Each objective a labelled point: win rate against length, drift of log-probs, quality against KL."""
+    plt = pyplot()
+    if plt is None:
+        return
+    for file, x, y in (("length", "length", "win_rate"), ("drift", "chosen", "rejected"), ("kl", "kl", "quality")):
+        figure, axis = plt.subplots(figsize=(9, 6.5), constrained_layout=True)
+        for i, name in enumerate(results):
+            (at, dx), (height, dy) = (mean_and_error(results[name], key) for key in (x, y))
+            axis.errorbar(at, height, dy, dx, fmt="o", ms=4, color=f"C{i % 10}", alpha=0.7, lw=0.8)
+            axis.annotate(name, (at, height), xytext=(4, 3), textcoords="offset points", fontsize=7.5)
+        axis.set(xlabel=MEASURES[x][0].replace(", %", ""), ylabel=MEASURES[y][0].replace(", %", ""))
+        axis.grid(alpha=0.25)
+        figure.savefig(out / f"{file}.png", dpi=110)
+        plt.close(figure)
+
+
+def draw_sweep(sweep: str, common: dict, seeds: int, out: Path) -> None:
+    """Win rate, length and chosen log-prob of every series against what is swept, with standard errors; also as a table."""
+    title, values, series = SWEEPS[sweep]
+    jobs = [common | change(x) | {"seed": n} for change in series.values() for x in values for n in range(seeds)]
+    found = iter(run_jobs(jobs, out / "runs.jsonl"))
+    points = {label: [[next(found) for _ in range(seeds)] for _ in values] for label in series}
+    panels = ("win_rate", "length", "kl", "chosen")
+    lines = [["", title, *(MEASURES[p][0] for p in panels)], ["---"] * 6]
+    for label, rows in points.items():
+        for x, row in zip(values, rows):
+            lines.append([label, f"{x:g}", *(cell(row, p) for p in panels)])
+    (out / f"sweep-{sweep}.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    plt = pyplot()
+    if plt is None:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(16, 3.8), constrained_layout=True)
+    for axis, panel in zip(axes, panels):
+        for label, rows in points.items():
+            means, errors = zip(*(mean_and_error(row, panel) for row in rows))
+            axis.errorbar(range(len(values)), means, errors, marker="o", ms=4, capsize=2, label=label)
+        axis.set(xlabel=title, title=MEASURES[panel][0].replace(", %", ""))
+        axis.set_xticks(range(len(values)), [f"{x:g}" for x in values])
+        axis.grid(alpha=0.25)
+    axes[0].legend(fontsize=8)
+    figure.savefig(out / f"sweep-{sweep}.png", dpi=110)
+    plt.close(figure)
+
+
 def main(argv: list[str] | None = None) -> dict:
     """The command line as a function; returns the summary. What the user can mend ends with a message and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors: far fewer page faults
     transformers.utils.logging.disable_progress_bar()
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        return train(parse_settings(sys.argv[1:] if argv is None else argv))
+        if argv[:1] == ["generate"]:
+            return generate(argv[1:])
+        s = parse_settings(argv)
+        return compare(s) if s.compare or s.sweeps else train(s)
     except (DataError, SettingsError) as error:
         dist.fail(error)
     except OSError as error:

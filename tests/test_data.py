@@ -1167,6 +1167,38 @@ def test_pairs_by_hand(tmp_path, chatml):
         data.pairs(scored, out, how="worst")
 
 
+def test_prompts_of_benchmarks(tmp_path, capsys):
+    """AlpacaEval's and Arena-Hard's rows; the k-th repeat has an id of its own; what is no single turn is named."""
+    rows = [{"instruction": "Q"}, {"question_id": 1, "turns": [{"content": "R"}]}, {"prompt": "Q"}, {"instruction": ""},
+            {"turns": [{"content": "a"}, {"content": "b"}]}, {"turns": "a"}, {"instruction": "Q", "dataset": "d"}]  # fmt: skip
+    source = write(tmp_path, "p.jsonl", rows)
+    found = list(data.prompts_of(source, repeats=True))
+    assert [p[0]["content"] for _, _, p in found] == ["Q", "R", "Q", "Q"] and found[3][1]["dataset"] == "d"
+    first = found[0][1]["id"]
+    assert [row["id"] for _, row, _ in found][2:] == [f"{first}-2", f"{first}-3"]
+    assert [row["id"] for _, row, _ in data.prompts_of(source)] == [first, found[1][1]["id"]]
+    said = capsys.readouterr().err
+    assert said.count("left out") == 6 and said.count("turns is not a list of one turn") == 4
+
+
+def test_sample_keeps_all_when_asked(sampled, world_model, tmp_path):
+    """The same draws as without: finished answers are the same texts, the others are there too, as many as are counted."""
+    source, out, options = sampled
+    data.sample(world_model, source, str(tmp_path / "all.jsonl"), **options, keep_all=True)
+    for kept, dropped in zip(lines_of(tmp_path / "all.jsonl"), lines_of(out), strict=True):
+        assert len(kept["responses"]) == 4 and kept["unfinished"] == dropped["unfinished"] and kept["id"] == dropped["id"]
+        assert [x for x in kept["responses"] if x in dropped["responses"]] == dropped["responses"]
+    assert sum(row["unfinished"] for row in lines_of(out)) > 0
+
+
+def test_a_sample_is_not_continued_with_other_settings(sampled, world_model):
+    source, out, options = sampled
+    whole = Path(out).read_text()
+    with pytest.raises(DataError, match="begun with seed 5, not 6"):
+        data.sample(world_model, source, out, **options | dict(seed=6))
+    assert Path(out).read_text() == whole
+
+
 def test_another_output_is_not_continued(world_model, tmp_path):
     source = write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
     (tmp_path / "out").write_text("notes\n")

@@ -240,20 +240,6 @@ def test_rank_0_alone(world):
     assert ranks(2, count) == [(1, 2)] * 2
 
 
-def test_the_embedded_world_starts_alike(tmp_path):
-    """Each number of processes makes its own supervised start, and goes on from it to the same metrics."""
-
-    def two_steps(count: int) -> dict:
-        train.SUPERVISED_STEPS = 3
-        how = dict(dtype="fp32", device="cpu", max_steps=2, eval_size=4, samples=0)
-        return trained(train.Settings(**how, out=str(tmp_path / f"o{count}"), cache=str(tmp_path / f"c{count}")))
-
-    one = ranks(0, two_steps, 1)[0]
-    for found in ranks(2, two_steps, 2):
-        for a, b in zip(found["lines"], one["lines"], strict=True):
-            assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
-
-
 # ---- loading and export ----------------------------------------------------------------------------------------------
 
 
@@ -424,6 +410,21 @@ def test_resume_on_other_numbers_of_ranks(world, uninterrupted, tmp_path):
         for a, b in zip(found["lines"], one["lines"], strict=True):
             assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
         assert apart(found["weights"], one["weights"]) < 1e-5
+
+
+def test_replay_and_reset_on_two_ranks(world, tmp_path):
+    """LoRR with evaluations and samples in between, cut over two ranks and stopped there, against one process."""
+    more = dict(replays=2, reset_alpha=0.5, sft_weight=0.5, eval_every=2, save_every=3)
+    one = ranks(0, trained, settings(world, out=str(tmp_path / "a"), **more))[0]
+    s = settings(world, out=str(tmp_path / "b"), **more)
+    ranks(2, stopped_after, s, 4)
+    s.resume = True
+    for found in ranks(2, trained, s):
+        for a, b in zip(found["lines"], one["lines"], strict=True):
+            assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+        assert apart(found["weights"], one["weights"]) < 1e-5
+    samples = [(tmp_path / folder / "samples.jsonl").read_text() for folder in "ab"]
+    assert samples[0] == samples[1] and '"during": {"2":' in samples[0]
 
 
 def test_damaged_checkpoints_are_skipped(world, uninterrupted, tmp_path, capfd):

@@ -246,7 +246,8 @@ def test_loss_falls_and_everything_is_recorded(arguments, tmp_path):
     assert [x["step"] for x in metrics(out) if "eval_loss" in x] == [0, 4, 8, 12, 16, 20, 24]
     assert json.loads((out / "settings.json").read_text())["objective"] == "simpo(beta=2.0, gamma=1.0)"
     assert json.loads((out / "summary.json").read_text()) == summary
-    assert {"prompt", "before", "after"} == json.loads((out / "samples.jsonl").read_text().splitlines()[0]).keys()
+    (sample,) = map(json.loads, (out / "samples.jsonl").read_text().splitlines())
+    assert list(sample) == ["prompt", "before", "during", "after"] and list(sample["during"]) == ["4", "8", "12", "16", "20"]
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -281,13 +282,19 @@ def test_step_is_the_same_alone_or_with_a_short_last_batch(arguments, tmp_path):
     assert [line["pairs"] for line in steps(tmp_path / "out")] == [8, 8, 8, 8, 3]
 
 
-@pytest.mark.parametrize("objective", ["simpo", "dpo", "beta_dpo"])
-def test_resumed_run_equals_the_uninterrupted_one(arguments, tmp_path, objective):
-    train.main(arguments(objective=objective, save_every=2, keep=3, max_steps=6, epochs=2, out=tmp_path / "a"))
+@pytest.mark.parametrize(
+    "objective, more",
+    [("simpo", {}), ("dpo", {}), ("beta_dpo", {}),
+     ("simpo", dict(replays=3, reset_alpha=0.5, sft_weight=0.5)), ("kto", dict(replays=3, reset_alpha=0.5, sft_weight=0.5))],
+)  # fmt: skip
+def test_resumed_run_equals_the_uninterrupted_one(arguments, tmp_path, objective, more):
+    more = dict(objective=objective, save_every=2, eval_every=1, keep=3, max_steps=6, epochs=2) | more
+    train.main(arguments(**more, out=tmp_path / "a"))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     for late in ("step-000006", "step-000004"):  # as if killed in step 5
         shutil.rmtree(tmp_path / "b" / "checkpoints" / late, ignore_errors=True)
-    train.main(arguments(objective=objective, save_every=2, keep=3, max_steps=6, epochs=2, out=tmp_path / "b") + ["--resume"])
+    train.main(arguments(**more, out=tmp_path / "b") + ["--resume"])
+    assert (tmp_path / "a" / "samples.jsonl").read_text() == (tmp_path / "b" / "samples.jsonl").read_text()
     noise = {"seconds", "tokens_per_second", "mfu"}
     strip = lambda lines: [{k: v for k, v in x.items() if k not in noise} for x in lines]  # noqa: E731
     assert strip(metrics(tmp_path / "b")) == strip(metrics(tmp_path / "a"))
@@ -358,6 +365,165 @@ def test_the_embedded_world_improves(tmp_path):
     assert summary["after"]["eval_reward_margin"] > summary["before"]["eval_reward_margin"]
 
 
+# ---- LoRR: replay, reset, SFT term -----------------------------------------------------------------------------------
+
+
+def test_weight_of_the_sft_term_by_hand():
+    """λ_l = w · (l + 1) / L: thirds of 0.6; one replay has the whole weight."""
+    s = Settings(replays=3, sft_weight=0.6)
+    assert [train.replay_of(step, s)[0] for step in range(5)] == [0, 1, 2, 0, 1]
+    assert [train.replay_of(step, s)[1] for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.2])
+    assert train.replay_of(7, Settings(sft_weight=0.6)) == (0, 0.6) and train.replay_of(7, Settings()) == (0, 0.0)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_sft_term_adds_up(world, name):
+    """Loss and gradient are linear: objective + w · SFT, each taken alone, in microbatches of two pairs and in one.
+
+    The SFT term of a pair is the objective `sft`; unpaired rows are counted one by one, so half of them have none.
+    """
+    weight, (_, plain, grads), (_, sft, sft_grads) = 0.3, one_step(world, name), one_step(world, "sft")
+    share = weight * (0.5 if train.parse_objective(name).unpaired else 1.0)
+    expected = {n: g + share * sft_grads[n] for n, g in grads.items()}
+    largest = max(g.abs().max().item() for g in expected.values())
+    for budget in (10**6, 60):
+        run, examples, known = setting_up(world, name, budget=budget)
+        _, loss = train.accumulate_gradients(run, examples, known, [0, 1], sft=weight)
+        assert loss.mean().item() == pytest.approx((plain.mean() + share * sft.mean()).item(), abs=2e-6, rel=1e-6)
+        for n, p in run.policy.model.named_parameters():
+            assert (p.grad - expected[n]).abs().max().item() <= 4e-6 * largest, n
+
+
+def test_replays_are_steps_on_the_same_batch(arguments, tmp_path):
+    """One batch of all 32 training pairs, three times: the same as three epochs of it, in which only the order changes."""
+    train.main(arguments(batch_size=32, replays=3, max_steps=None, out=tmp_path / "a"))
+    train.main(arguments(batch_size=32, epochs=3, max_steps=None, out=tmp_path / "b"))
+    a, b = steps(tmp_path / "a"), steps(tmp_path / "b")
+    assert [x["replay"] for x in a] == [1, 2, 3] and "replay" not in b[0] and [x["step"] for x in a] == [1, 2, 3]
+    for key in ("loss", "grad_norm", "lr", "tokens", "reward_margin"):
+        assert [x[key] for x in a] == pytest.approx([x[key] for x in b], rel=1e-4), key
+
+
+@pytest.mark.parametrize("objective", ["simpo", "dpo", "alpha_dpo", "kto", "tdpo1", "sft"])
+def test_lorr_with_every_kind_of_objective(arguments, tmp_path, objective):
+    """16 pairs a step, replayed twice: the plan is each batch repeated, with one learning rate schedule over all steps."""
+    more = dict(replays=2, reset_alpha=0.5, sft_weight=0.4, batch_size=16, max_steps=None)
+    summary = train.main(arguments(objective=objective, **more))
+    lines = steps(tmp_path / "out")
+    assert summary["steps"] == len(lines) == 4 and [x["replay"] for x in lines] == [1, 2, 1, 2]
+    assert [x["sft_weight"] for x in lines] == pytest.approx([0.2, 0.4, 0.2, 0.4])
+    assert [x["lr"] for x in lines] == [train.learning_rate(i, 4, Settings(lr=1e-3)) for i in range(4)]
+    tokens = [x["tokens"] for x in lines]
+    assert tokens[0] == tokens[1] and tokens[2] == tokens[3] and all(math.isfinite(x["loss"]) for x in lines)
+
+
+def test_reset_by_hand(arguments, world, tmp_path):
+    """θ ← αθ + (1−α)θ⁰ on what matches: after one step half-way back, after α = 0 exactly the start; the rest untouched."""
+    parameter = torch.nn.Parameter(torch.tensor([2.0, -4.0]))
+    train.reset([parameter], [torch.tensor([1.0, 0.0])], 0.25)
+    assert parameter.tolist() == [1.25, -1.0]
+    start = dict(AutoModelForCausalLM.from_pretrained(world / "model").named_parameters())
+    ends = {}
+    for alpha in (1.0, 0.5, 0.0):
+        which = dict(reset_alpha=alpha, reset_modules="down_proj, input_layernorm")
+        train.main(arguments(**which, max_steps=1, out=tmp_path / str(alpha)))
+        ends[alpha] = dict(AutoModelForCausalLM.from_pretrained(tmp_path / str(alpha) / "model").named_parameters())
+    for name, p in ends[1.0].items():
+        assert not torch.equal(p, start[name])
+        if "down_proj" in name or "input_layernorm" in name:
+            torch.testing.assert_close(ends[0.5][name], 0.5 * p + 0.5 * start[name], rtol=0, atol=1e-7)
+            assert torch.equal(ends[0.0][name], start[name])
+        else:
+            assert torch.equal(ends[0.5][name], p) and torch.equal(ends[0.0][name], p)
+
+
+def test_another_schedule_is_not_resumed(arguments, capsys):
+    train.main(arguments(save_every=4))
+    for more, said in ((dict(replays=2), "replays is 2 here and 1 there"), (dict(sft_weight=0.5), "sft_weight is 0.5"),
+                       (dict(reset_alpha=0.5), "reset_alpha is 0.5")):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments(save_every=4, **more) + ["--resume"])
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+# ---- samples during training, divergence guards ----------------------------------------------------------------------
+
+
+def test_samples_are_written_at_every_evaluation(arguments, tmp_path, monkeypatch):
+    """Also readable while the run goes on, with the end still open; each text is what the model said at that step."""
+    said, seen = [], []
+    complete, write = train.complete, train.write_samples
+    monkeypatch.setattr(train, "complete", lambda *a: said.append(complete(*a)) or said[-1])
+    monkeypatch.setattr(train, "write_samples", lambda *a: seen.append(write(*a)) or seen[-1])
+    train.main(arguments(samples=2, eval_every=2, epochs=2, max_steps=6, lr=3e-2))
+    assert [sorted(rows[0]["during"]) for rows in seen[:3]] == [["2"], ["2", "4"], ["2", "4"]]
+    assert [rows[1]["after"] for rows in seen[:2]] == [None, None]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    for i, row in enumerate(rows):
+        assert [row["before"], *row["during"].values(), row["after"]] == [texts[i] for texts in said]
+    assert len(rows) == 2 and len({rows[0]["before"], *rows[0]["during"].values(), rows[0]["after"]}) > 1
+    lines = [x for x in metrics(tmp_path / "out") if "eval_loss" in x]
+    assert [x["repetition"] for x in lines] == [train.repetition(texts) for texts in said]
+
+
+def test_repetition_by_hand():
+    """a b c a b c a: the 3-grams abc bca cab abc bca, two of five came before; counted within one text only."""
+    assert train.repetition(["a b c a b c a"]) == pytest.approx(2 / 5)
+    assert train.repetition(["a b c a b c a", "a b c", "", "a b"]) == pytest.approx(2 / 6)
+    assert train.repetition(["so so so so so so"]) == pytest.approx(3 / 4)
+    assert train.repetition(["a b c d e"]) == train.repetition(["a b"]) == train.repetition([]) == 0
+
+
+def test_drift_is_the_mean_fall_per_token(world):
+    """Start 1 nat per token higher on every chosen, and 3 on every rejected response: 2 on average. Its own start: 0."""
+    run, examples, known = setting_up(world, "simpo")
+    logp, _ = train.score(run, examples)
+    start = logp + torch.tensor([1.0, 3.0]) * known.length
+    assert train.evaluate(run, examples, known, start)["eval_drift"] == pytest.approx(2, abs=1e-5)
+    assert train.evaluate(run, examples, known, logp)["eval_drift"] == 0
+    assert "eval_drift" not in train.evaluate(run, examples, known)
+
+
+START = {"repetition": 0.05, "eval_drift": 0.0, "eval_logp_w_per_token": -0.8}
+
+
+@pytest.mark.parametrize(
+    "now, fired",
+    [
+        (START, []),
+        ({}, []),  # nothing recorded: no samples, no desirable rows
+        ({**START, "repetition": 0.39}, []),
+        ({**START, "repetition": 0.41}, ["repetition"]),
+        ({**START, "eval_drift": 1.49, "eval_logp_w_per_token": -1.79}, []),
+        ({**START, "eval_drift": 1.51}, ["drift"]),
+        ({**START, "eval_drift": -3.0, "eval_logp_w_per_token": -0.1}, []),  # both more likely
+        ({**START, "eval_logp_w_per_token": -1.81}, ["collapse"]),
+        ({**START, "repetition": 0.9, "eval_drift": 5.0, "eval_logp_w_per_token": -7.0}, ["repetition", "drift", "collapse"]),
+    ],
+)
+def test_guards_fire_where_they_should(now, fired):
+    found = train.divergence(START, now)
+    assert list(found) == fired and all("lr" in text for text in found.values())
+
+
+def test_guards_look_at_the_start_too():
+    """A model that repeated itself from the start, or whose chosen responses were unlikely (5 → 6.5 is not twice)."""
+    start = {"repetition": 0.4, "eval_logp_w_per_token": -5.0}
+    assert train.divergence(start, {"repetition": 0.55, "eval_logp_w_per_token": -6.5}) == {}
+    assert list(train.divergence(start, {"repetition": 0.65, "eval_logp_w_per_token": -10.5})) == ["repetition", "collapse"]
+
+
+def test_guards_warn_once_and_let_the_run_end(arguments, tmp_path, capsys):
+    """Learning rate 0.5: everything goes wrong, each guard speaks once in four evaluations, and the summary is written."""
+    train.main(arguments(lr=0.5, eval_every=1, objective="dpo(beta=1.0)", sample_tokens=16))
+    said = capsys.readouterr().err
+    assert said.count("warning: the model is far from its start") == 1
+    assert sum(x.get("eval_drift", 0) > train.DRIFT for x in metrics(tmp_path / "out")) > 1
+    assert (tmp_path / "out" / "summary.json").exists()
+    train.main(arguments(lr=1e-4, out=tmp_path / "calm"))
+    assert "warning:" not in capsys.readouterr().err
+
+
 # ---- settings ------------------------------------------------------------------------------------------------------------
 
 
@@ -414,6 +580,12 @@ BAD = {
     "held out all": (dict(eval_size=40), ["eval_size 40"]),
     "resume without a run": (dict(resume=True), ["no run to resume"]),
     "overwrite and resume": (dict(resume=True, overwrite=True), ["exclude each other"]),
+    "no replay": (dict(replays=0), ["replays is 0"]),
+    "reset above 1": (dict(reset_alpha=1.5), ["reset_alpha is 1.5", "0 to 1"]),
+    "reset nan": (dict(reset_alpha="nan"), ["reset_alpha is nan"]),
+    "reset of nothing": (dict(reset_alpha=0.5, reset_modules="down_proj,c_proj"), ["'c_proj' is part of no", "mlp.down_proj"]),
+    "reset of no name": (dict(reset_alpha=0.5, reset_modules=","), ["reset_modules: ''"]),
+    "negative weight": (dict(sft_weight=-0.1), ["sft_weight is -0.1"]),
     "tiny with real data": (dict(model="tiny"), ["embedded world"]),
     "unpaired data for a paired objective": (dict(dataset="ROWS"), ["compares pairs", "kto"]),
     "wandb missing": (dict(log_to="wandb"), ["wandb", "pip install"]),
@@ -537,3 +709,147 @@ def test_another_reference_is_found_out_at_step_zero():
     scores = Scores(torch.tensor([[2, 2]]), torch.tensor([[-4.0, -2.0]]), torch.tensor([[-2.0, -2.0]]))
     with pytest.raises(SettingsError, match="differ by 1 nats"):
         train.check_step_zero(scores, 1e-3)
+
+
+# ---- answers for outside judges --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def speaker(world, tmp_path_factory) -> Path:
+    """A model with weights so large that its greedy answers differ from prompt to prompt."""
+    folder = tmp_path_factory.mktemp("speaker") / "run-7" / "model"
+    model = AutoModelForCausalLM.from_pretrained(world / "model")
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(world / "model").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def questions(world) -> list[str]:
+    """Six different prompts of the world, and the first of them again."""
+    rows = [json.loads(line)["prompt"][0]["content"] for line in (world / "pairs.jsonl").read_text().splitlines()]
+    return [*list(dict.fromkeys(rows))[:6], rows[0]]
+
+
+def spoken(folder: Path, question: str, tokens: int) -> tuple[str, int, bool]:
+    """(text, its tokens, whether it ended) by transformers alone, one prompt at a time."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    out = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=3, eos_token_id=3)[0, ids.shape[1] :]
+    text = tokenizer.decode(out, skip_special_tokens=True).strip()
+    return text, len(tokenizer(text, add_special_tokens=False)["input_ids"]), 3 in out.tolist()
+
+
+def generate(model: Path, prompts: Path, out: Path, **more) -> dict:
+    values = dict(model=model, prompts=prompts, out=out, device="cpu", max_new_tokens=6, batch_size=2) | more
+    return train.main(["generate", *(x for k, v in values.items() for x in (f"--{k.replace('_', '-')}", str(v)))])
+
+
+def test_alpaca_eval_outputs(speaker, questions, tmp_path, capsys):
+    """Greedy answers, cut ones too, in the order of the prompts, under AlpacaEval's keys; a dataset is passed on."""
+    rows = [{"instruction": q, "dataset": f"set {i}", "output": "the reference's"} for i, q in enumerate(questions)]
+    del rows[1]["dataset"]
+    rows[2] = {"prompt": [{"role": "user", "content": questions[2]}]}
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    done = generate(speaker, tmp_path / "p.json", tmp_path / "new" / "outputs.json")
+    found, hand = json.loads((tmp_path / "new" / "outputs.json").read_text()), [spoken(speaker, q, 6) for q in questions]
+    keys = ["instruction", "output", "generator"]
+    assert [list(x) for x in found[:3]] == [[*keys, "dataset"], keys, keys]
+    assert [x["instruction"] for x in found] == questions and [x["output"] for x in found] == [text for text, _, _ in hand]
+    assert len({x["output"] for x in found}) > 3 and found[0] == {**found[6], "dataset": "set 0"}
+    assert {x["generator"] for x in found} == {"run-7"} and found[6]["dataset"] == "set 6"
+    assert done["answers"] == 7 and done["cut"] == sum(not ended for _, _, ended in hand) > 0
+    assert f"{done['cut']} of them cut at 6 tokens" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["outputs.json"]
+
+
+def test_arena_hard_answers(speaker, questions, tmp_path):
+    rows = [{"question_id": f"id{i}", "category": "hard", "turns": [{"content": q}]} for i, q in enumerate(questions)]
+    (tmp_path / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generate(speaker, tmp_path / "question.jsonl", tmp_path / "mine.jsonl", style="arena_hard", name="mine")
+    found = [json.loads(line) for line in (tmp_path / "mine.jsonl").read_text().splitlines()]
+    assert [x["question_id"] for x in found] == [f"id{i}" for i in range(7)]
+    for answer, question in zip(found, questions):
+        text, tokens, _ = spoken(speaker, question, 6)
+        assert list(answer) == ["question_id", "answer_id", "model_id", "choices", "tstamp"]
+        assert answer["choices"] == [{"index": 0, "turns": [{"content": text, "token_len": tokens}]}]
+        assert answer["model_id"] == "mine" and isinstance(answer["tstamp"], float)
+    assert len({x["answer_id"] for x in found}) == 7
+
+
+def test_a_killed_generation_goes_on(speaker, questions, tmp_path, monkeypatch, capsys):
+    """Sampled; killed in the third batch. The repeated prompt has an answer of its own. Other settings are not mixed in."""
+    (tmp_path / "p.json").write_text(json.dumps([{"instruction": q} for q in questions]))
+    how = dict(temperature=1.0, seed=4)
+    generate(speaker, tmp_path / "p.json", tmp_path / "whole.json", **how)
+    answers, calls = data._answers, []
+
+    def killed(*a, **k):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return answers(*a, **k)
+
+    monkeypatch.setattr(data, "_answers", killed)
+    with pytest.raises(KeyboardInterrupt):
+        generate(speaker, tmp_path / "p.json", tmp_path / "cut.json", **how)
+    assert len((tmp_path / "cut.json.part").read_text().splitlines()) == 4 and not (tmp_path / "cut.json").exists()
+    with pytest.raises(SystemExit):
+        generate(speaker, tmp_path / "p.json", tmp_path / "cut.json", **how | dict(temperature=0.5))
+    assert "was begun with temperature 1.0, not 0.5" in capsys.readouterr().err
+    generate(speaker, tmp_path / "p.json", tmp_path / "cut.json", **how)
+    assert len(calls) == 3 + 2  # the last two of four batches
+    assert (tmp_path / "cut.json").read_text() == (tmp_path / "whole.json").read_text()
+    outputs = [x["output"] for x in json.loads((tmp_path / "whole.json").read_text())]
+    assert len(outputs) == 7 and outputs[0] != outputs[6]
+
+
+def test_published_decoding():
+    """What the released configurations say; what is asked for goes over it, and without either it is greedy."""
+    of = lambda **more: tuple(train.decoding(train.Generation("m", "p", "o", **more)).values())  # noqa: E731
+    assert of(decoding="llama-3-8b-instruct") == (0.9, 1.0, 4096)
+    assert of(decoding="mistral-7b-instruct") == (0.5, 1.0, 2048)
+    assert {of(decoding=start, style="arena_hard") for start in train.DECODING} == {(0.0, 1.0, 4096)}
+    assert of(decoding="mistral-7b-base", temperature=0.0, max_new_tokens=9) == (0.0, 1.0, 9)
+    assert of() == (0.0, 1.0, 2048)
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (dict(style="mt_bench"), ["style is 'mt_bench'", "alpaca_eval, arena_hard"]),
+        (dict(decoding="gemma"), ["decoding is 'gemma'", "mistral-7b-instruct"]),
+        (dict(temperature=-1), ["temperature is at least 0"]),
+        (dict(temperature="hot"), ["invalid float value: 'hot'"]),
+        (dict(max_new_tokens=0), ["max_new_tokens"]),
+        (dict(device="abacus"), ["device is 'abacus'", "auto, cpu"]),
+        (dict(prompts="nowhere.json"), ["nowhere.json", "no such file"]),
+        (dict(prompts="EMPTY"), ["no row with a prompt"]),
+        (dict(model="/nowhere/model"), ["/nowhere/model"]),
+        (dict(out="EMPTY"), ["there already"]),
+        (dict(out="/dev/null/outputs.json"), ["cannot be written"]),
+        (dict(temprature=1), ["unknown setting --temprature 1", "--help"]),
+    ],
+)
+def test_generate_says_what_is_wrong(speaker, tmp_path, capsys, more, said):
+    (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "p.json").write_text('[{"instruction": "list two tools"}]')
+    more = {k: tmp_path / "empty.json" if v == "EMPTY" else v for k, v in more.items()}
+    with pytest.raises(SystemExit) as stop:
+        generate(**dict(model=speaker, prompts=tmp_path / "p.json", out=tmp_path / "o.json") | more)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in error and all(part in error for part in said)
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_generate_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["generate", "--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and "official judge" in said and "--decoding" in said and "llama-3-8b-instruct" in said
