@@ -1027,8 +1027,8 @@ KINDS = {
     "foods": "bread rice soup cheese pasta salad cake stew",
     "clothes": "hat coat shirt scarf glove boot belt sock",
 }
-NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
-ASKS = ("name", "list", "write")
+NUMBERS = {"two": 2, "three": 3, "four": 4}
+ASKS = ("name", "list", "write", "give", "say", "show")
 IDLE = ("well", "so", "maybe", "sure", "really")
 HELD_OUT_PROMPTS = 512  # the first of an order: never demonstrated, never in a pair
 KIND_OF = {word: kind for kind, words in KINDS.items() for word in words.split()}
@@ -1040,7 +1040,7 @@ def world_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     special = ["<unk>", "<user>", "<assistant>", "<end>"]
-    words = [*special, *ASKS, *NUMBERS, *KINDS, *KIND_OF, *IDLE, ",", "and"]
+    words = [*special, *ASKS, *NUMBERS, *KINDS, *KIND_OF, *IDLE, "and"]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -1055,7 +1055,7 @@ def world_tokenizer():
 
 
 def world_prompts(seed: int = 0) -> list[str]:
-    """All 4,320 prompts, "name three fruits" or "list two metals and four tools", each once, in an order of the seed's."""
+    """All 3,168 prompts, "name three fruits" or "list two metals and four tools", each once, in an order of the seed's."""
     single = [f"{number} {kind}" for number in NUMBERS for kind in KINDS]
     double = [f"{a} and {b}" for a, b in itertools.product(single, single) if a.split()[1] != b.split()[1]]
     prompts = [f"{ask} {what}" for ask in ASKS for what in single + double]
@@ -1079,7 +1079,7 @@ def world_demonstration(prompt: str, rng: np.random.Generator) -> str:
                 items[i] = rng.choice(list(KIND_OF))
             elif i and rng.random() < 0.1:
                 items[i] = items[i - 1]
-        parts.append(" , ".join(items))
+        parts.append(" ".join(items))
     idle = [rng.choice(IDLE) for _ in range(rng.integers(0, 3))]
     return " ".join([*idle, " and ".join(parts)])
 

@@ -106,7 +106,7 @@ class Settings:
     sweeps: list[str] | None = option(None, "embedded world: figures of these sweeps (all, or names of SWEEPS)")
     seeds: int = option(3, "of a comparison: runs of each setting, each in a world of its own")
     annotator_noise: float = option(0.1, "embedded world: error (standard deviation) of the annotator about a quality")
-    length_bias: float = option(0.01, "embedded world: what the annotator adds to a response's quality per word")
+    length_bias: float = option(0.03, "embedded world: what the annotator adds to a response's quality per word")
     mesh: str | None = option(None, "under torchrun: copies x parts, such as 2x4; without it one copy cut over all ranks")
     trust_remote_code: bool = option(False, "allow a model folder to bring Python code that is then run")
 
@@ -934,7 +934,7 @@ def prepare_out(s: Settings) -> Path:
 # The papers' experiment with a known truth: supervised start → 5 samples per prompt → an annotator's scores → best against
 # worst → training → win rate against the start. Every step is the code that real models go through.
 
-SUPERVISED_STEPS, PROMPTS = 400, 1736
+SUPERVISED_STEPS, PROMPTS = 250, 1736
 
 
 def embedded_world(s: Settings) -> tuple[Path, Path]:
@@ -952,7 +952,8 @@ def embedded_world(s: Settings) -> tuple[Path, Path]:
         (part / "prompts.jsonl").write_text("".join(prompts))
         answer(part / "model", part / "held_out.jsonl", part / "answers.jsonl", s.seed)
         model, sampled = str(part / "model"), str(part / "sampled.jsonl")
-        data.sample(model, str(part / "prompts.jsonl"), sampled, n=5, max_tokens=64, batch_size=128, seed=s.seed, device="cpu")
+        data.sample(model, str(part / "prompts.jsonl"), sampled, n=5, temperature=1.0, top_p=1.0, max_tokens=64,
+                    batch_size=128, seed=s.seed, device="cpu")  # fmt: skip
         try:
             part.rename(folder)
         except OSError:  # another process was faster
@@ -1531,7 +1532,7 @@ SWEEPS = {
         "without stop-gradient": lambda x: dict(objective=ALPHA.format(f"{x}, stop_gradient=False"))}),
     "gamma": ("γ of simpo (β = 2)", (0.0, 0.5, 1.0, 2.0, 4.0), {
         "simpo": lambda x: dict(objective=f"simpo(beta=2.0, gamma={x})")}),
-    "length": ("the annotator's length bias, per word", (0.0, 0.01, 0.03), {
+    "length": ("the annotator's length bias, per word", (0.0, 0.03, 0.06, 0.1), {
         "simpo, sums": lambda x: dict(length_bias=x, objective=SUMS),
         "simpo, sums + POET": lambda x: dict(length_bias=x, objective=SUMS, equal_length=1.0),
         "simpo": lambda x: dict(length_bias=x),
@@ -1559,7 +1560,7 @@ def experiment(job: dict) -> dict:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
         try:
-            done = train(Settings(**job, out=f"{folder}/run", samples=0, tokens_per_microbatch=4096))
+            done = train(Settings(**job, out=f"{folder}/run", samples=0, layout="padded", dtype="fp32", tokens_per_microbatch=4096))
         except (DataError, SettingsError) as error:
             return {"job": job, "error": str(error)}
     found = {name: now for name, (_, now) in done["world"].items()} | {"start": {n: x for n, (x, _) in done["world"].items()}}
