@@ -130,7 +130,7 @@ def prepared(s: train.Settings) -> tuple:
     tokenizer = data.load_tokenizer(s.model)
     examples, _ = data.load(s.dataset, tokenizer)
     examples = list(examples)
-    model, reference = (train.load_model(s.model, device, len(tokenizer), s) for _ in range(2))
+    model, reference = (train.load_model(s) for _ in range(2))
     reference = reference.requires_grad_(False) if objective.needs("kl_w") else None
     policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, s.dtype == "bf16", s.gradient_checkpointing)
     for part in filter(None, (model, reference)):
