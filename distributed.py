@@ -53,6 +53,7 @@ import data
 from data import DataError
 from logprobs import ResponseLogProbs
 
+alone = False  # while on_main's function runs, in which nothing may wait for another rank
 FILE_LIMIT = 5 * 10**9  # bytes of one file of an exported model
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------
@@ -72,8 +73,16 @@ def setup(device: str) -> torch.device:
             torch.cuda.set_device(place)
         group.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=10))
         sys.excepthook = _leave
-        atexit.register(group.destroy_process_group)
+        atexit.register(_end)
     return place
+
+
+def _end() -> None:
+    """The way out of a run that ended well: without the rest of Python's, where a thread of gloo that is late would abort."""
+    group.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _leave(kind, error, trace) -> None:
@@ -90,7 +99,7 @@ def fail(error: Exception) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)  # torchrun ends us here if rank 0 failed too
     print(f"error: {error}" if is_main() else f"error on rank {rank()}: {error}", file=sys.stderr, flush=True)
-    if world_size() > 1:
+    if group.is_initialized():
         os._exit(2)
     raise SystemExit(2)
 
@@ -100,7 +109,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    return group.get_world_size() if group.is_initialized() else 1
+    return group.get_world_size() if group.is_initialized() and not alone else 1
 
 
 def is_main() -> bool:
@@ -108,17 +117,20 @@ def is_main() -> bool:
 
 
 def on_main(function: Callable, *args):
-    """function(…) called on rank 0 only; every rank gets its result, or its DataError or OSError."""
+    """function(…) called on rank 0 only, as if it were the only one; every rank gets its result, DataError or OSError."""
+    global alone
+    if world_size() == 1:
+        return function(*args)
     outcome = [None, None]
     if is_main():
         try:
+            alone = True
             outcome[0] = function(*args)
         except Exception as error:
-            if world_size() == 1:
-                raise
             outcome[1] = error
-    if world_size() > 1:
-        group.broadcast_object_list(outcome, src=0)
+        finally:
+            alone = False
+    group.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]

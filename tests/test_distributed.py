@@ -130,7 +130,7 @@ def prepared(s: train.Settings) -> tuple:
     tokenizer = data.load_tokenizer(s.model)
     examples, _ = data.load(s.dataset, tokenizer)
     examples = list(examples)
-    model, reference = (train.load_model(s.model, device, len(tokenizer), s) for _ in range(2))
+    model, reference = (train.load_model(s) for _ in range(2))
     reference = reference.requires_grad_(False) if objective.needs("kl_w") else None
     policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, s.dtype == "bf16", s.gradient_checkpointing)
     for part in filter(None, (model, reference)):
@@ -226,6 +226,18 @@ def test_bf16_within_its_bound(world):
         ours, theirs = (np.concatenate([x["grad"][n].ravel() for n in x["grad"]]) for x in (found, exact))
         assert ours.dtype == np.float32
         assert ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs) > 0.99
+
+
+def test_rank_0_alone(world):
+    """What on_main calls sees one process, also when it fails; afterwards all are there again."""
+
+    def count():
+        try:
+            dist.on_main(lambda: 1 // 0)
+        except ZeroDivisionError:
+            return dist.on_main(dist.world_size), dist.world_size()
+
+    assert ranks(2, count) == [(1, 2)] * 2
 
 
 # ---- loading and export ----------------------------------------------------------------------------------------------
@@ -615,25 +627,62 @@ def test_kill_nine_at_ten_moments(world, uninterrupted, tmp_path):
         kill_and_resume(world, tmp_path / str(i), delay, uninterrupted["packed", 0])
 
 
+def killed_at(s: train.Settings, event: int) -> int:
+    """A run that kills itself at the event-th flush, rename or deletion of a folder, all inside saves; how many there were."""
+    seen = []
+
+    def counted(function):
+        def call(*args, **kwargs):
+            seen.append(function)
+            if len(seen) == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    os.fsync, os.rename, shutil.rmtree = map(counted, (os.fsync, os.rename, shutil.rmtree))
+    trained(s)
+    return len(seen)
+
+
+@pytest.mark.parametrize("count", [10, pytest.param(None, marks=pytest.mark.slow)])
+def test_kill_inside_a_save(world, uninterrupted, tmp_path, count):
+    """Ten random moments inside saves, or all of them: the run goes on to the uninterrupted one's weights, bit for bit."""
+    events = ranks(0, killed_at, settings(world, out=str(tmp_path / "all"), save_every=1), 0)[0]
+    assert events > 60  # 5 checkpoints of 8 files each, and what renames, marks and deletes them
+    for event in np.random.default_rng(0).permutation(np.arange(1, events + 1))[:count]:
+        s = settings(world, out=str(tmp_path / str(event)), save_every=1)
+        child = multiprocessing.get_context("fork").Process(target=killed_at, args=(s, event))
+        child.start()
+        child.join(60)
+        assert child.exitcode == -signal.SIGKILL
+        s.resume = True
+        assert same(ranks(0, trained, s)[0], uninterrupted["packed", 0]), f"killed at event {event} of {events}"
+
+
 # ---- will it fit? ----------------------------------------------------------------------------------------------------
 
 
-def peak_of_two_steps(config, pairs: int, checkpointing: bool) -> int:
+def peak_of_two_steps(config, pairs: int, checkpointing: bool, reference: bool) -> int:
     """Bytes that torch's CPU allocator had given out at most while two real optimizer steps ran."""
     with allocated() as most:
-        policy = dist.shard(ResponseLogProbs(AutoModelForCausalLM.from_config(config)), checkpointing=checkpointing)
+        model = AutoModelForCausalLM.from_config(config)
+        frozen = AutoModelForCausalLM.from_config(config).requires_grad_(False) if reference else None
+        policy = dist.shard(ResponseLogProbs(model, frozen), checkpointing=checkpointing)
         policy.use_layout("packed")
-        optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         batch = data.packed_batch([data.Example([1] * 200, [[2] * 150, [3] * 150])] * pairs)
         for _ in range(2):
-            policy(batch)[0].sum().backward()
+            sum(x.sum() for x in policy(batch, reference) if x is not None).backward()
             optimizer.step()
             optimizer.zero_grad()
     return most[0]
 
 
-@pytest.mark.parametrize("family, pairs, checkpointing", [("llama", 1, False), ("llama", 3, True), ("gemma", 1, False)])
-def test_plan_against_measured_memory(family, pairs, checkpointing):
+@pytest.mark.parametrize("family, pairs, checkpointing, reference", [
+    ("llama", 1, False, False), ("llama", 3, True, False), ("gemma", 1, False, False), ("llama", 1, False, True),
+])  # fmt: skip
+def test_plan_against_measured_memory(family, pairs, checkpointing, reference):
     """Weights, moments and the plan's microbatch, gradients included, within 2 % of what the allocator counts in a real run.
 
     What the kernel counts as resident is no measure here: it takes pages away from a process when others want them.
@@ -642,9 +691,22 @@ def test_plan_against_measured_memory(family, pairs, checkpointing):
     config = LlamaConfig(num_hidden_layers=6, **sizes)
     if family == "gemma":
         config = Gemma2Config(num_hidden_layers=4, head_dim=64, **sizes)
-    found = dist.one_microbatch(config, pairs, (200, 150, 150), torch.float32, checkpointing, True)
-    planned = 12 * found["parameters"] + found["peak"]
-    assert planned == pytest.approx(ranks(0, peak_of_two_steps, config, pairs, checkpointing)[0], rel=0.02)
+    found = dist.one_microbatch(config, pairs, (200, 150, 150), torch.float32, checkpointing, True, reference)
+    planned = (16 if reference else 12) * found["parameters"] + found["peak"]
+    assert planned == pytest.approx(ranks(0, peak_of_two_steps, config, pairs, checkpointing, reference)[0], rel=0.02)
+
+
+def test_plan_of_a_recipe(monkeypatch, capsys):
+    """A recipe names model and batch size; a reference adds 4 bytes per parameter and GPU share, and its gathered layers."""
+    small = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=1000)
+    monkeypatch.setitem(dist.SHAPES, "gemma-2-9b", ("llama", small))
+    dist.main(["plan", "--recipe", "gemma-2-9b-it-simpo", "--lengths", "8", "8", "8", "--reference"])
+    said = capsys.readouterr().out
+    assert "8 GPUs of 80 GB" in said and "a step of 128 pairs" in said and said.count("reference, fp32") == 2
+    for arguments, message in (([], "plan needs --model or --recipe"), (["--recipe", "x"], "unknown recipe 'x'")):
+        with pytest.raises(SystemExit):
+            dist.main(["plan", *arguments])
+        assert message in capsys.readouterr().err
 
 
 def test_recipes_can_be_called():
