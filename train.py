@@ -633,6 +633,7 @@ def load_rows(s: Settings, tokenizer, objective: Objective) -> tuple[list[Exampl
 
 def world_examples(rows: list[data.Row], tokenizer, s: Settings) -> list[Example]:
     coded = [data.encode(row, tokenizer, s.max_length, s.max_length)[0] for row in rows]
+    coded = [data.to_equal_length(e, s.equal_length, s.seed) if s.equal_length else e for e in coded]
     return [e._replace(where=f"world row {i}") for i, e in enumerate(coded, 1)]
 
 
