@@ -792,10 +792,57 @@ def test_compat_simpo_truncation_by_hand(families):
     assert found[:2] == (prompt, [chosen[:3], rejected[:3]]) and cuts == ["response cut"]
 
 
+def test_compat_simpo_keeps_1800_of_2048_prompt_tokens(tmp_path, families):
+    tokenizer = families["llama3"]
+    path = write(tmp_path, "a.jsonl", [{"prompt": "x " * 3000, "chosen": "y " * 500, "rejected": "Bad"}])
+    (example,), report = load(path, tokenizer, compat="simpo")
+    whole = raw_ids(tokenizer, f"{L3_USER}{('x ' * 3000).strip()}<|eot_id|>")
+    answer = raw_ids(tokenizer, L3_ASSISTANT + ("y " * 500).strip())
+    assert len(whole) > 1800 and len(answer) > 248
+    assert example.prompt == whole[-1800:] and example.responses[0] == answer[:248]
+    assert report.cut == {"prompt cut": 1, "response cut": 1}
+    assert len(load(path, tokenizer)[0][0].prompt) == 1792  # our own limit: seven eighths
+    for lengths in (dict(max_length=1), dict(max_prompt_length=0), dict(max_prompt_length=2048)):
+        with pytest.raises(DataError, match="leaves no room"):
+            load(path, tokenizer, **lengths)
+
+
+# the templates that the released Mistral and Gemma configurations bring along, as they render a prompt and a lone answer
+JOINED = (  # a system turn becomes the beginning of the first user turn
+    "{% set ns = namespace(system='') %}{% for m in messages %}{% if m['role'] == 'system' %}{% set ns.system = m['content'] %}"
+    "{% else %}{% set content = (ns.system + '\n\n' + m['content'] if ns.system else m['content']) | trim %}"
+)
+RELEASED = {
+    "mistral": JOINED + "{% if m['role'] == 'user' %}[INST] {{ content }} [/INST]"
+    "{% else %}{{ ' ' + content + ' ' + eos_token }}{% endif %}{% set ns.system = '' %}{% endif %}{% endfor %}",
+    "gemma2": "{{ bos_token }}" + JOINED + "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else 'user') + '\n' }}"
+    "{{ content + '<end_of_turn>\n' }}{% set ns.system = '' %}{% endif %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize(
+    "name, prompt, prompt_text, response_text",
+    [
+        ("mistral", ASKED, "<s>[INST] Ask me [/INST]", " Good day </s>"),
+        ("mistral", SYSTEM, "<s>[INST] Be kind\n\nAsk me [/INST]", " Good day </s>"),
+        ("gemma2", ASKED, "<bos><start_of_turn>user\nAsk me<end_of_turn>\n",
+         "<start_of_turn>model\nGood day<end_of_turn>\n<eos>"),
+    ],
+)  # fmt: skip
+def test_compat_simpo_with_the_released_templates(name, prompt, prompt_text, response_text):
+    tokenizer = family(name)
+    tokenizer.chat_template = RELEASED[name]
+    example, _ = data.encode_simpo(Row(prompt, ["Good day", "Yes"]), tokenizer, 1000, 900)
+    bos = [tokenizer.bos_token_id]  # put in front of the ids, or written by the template: one either way
+    ids = lambda text: bos + raw_ids(tokenizer, text.removeprefix(tokenizer.bos_token))  # noqa: E731
+    assert example.prompt == ids(prompt_text)
+    assert example.prompt + example.responses[0] == ids(prompt_text + response_text)
+
+
 def test_compat_is_a_setting(tmp_path, families):
     path = write(tmp_path, "a.jsonl", [PAIR])
     (example,), _ = load(path, families["llama3"], compat="simpo")
-    assert example[:2] == data.encode_simpo(data.from_pair(PAIR), families["llama3"], 2048, 1792)[0][:2]
+    assert example[:2] == data.encode_simpo(data.from_pair(PAIR), families["llama3"], 2048, 1800)[0][:2]
     with pytest.raises(DataError, match="compat is 'trl'"):
         load(path, families["llama3"], compat="trl")
 
@@ -1075,9 +1122,16 @@ def test_sample_writes_each_prompt_once(sampled, world_model):
     )  # no repeats at this length
     assert 0 < sum(row["unfinished"] for row in rows) < 16
     assert all("<" not in text and len(text.split()) < 40 for row in rows for text in row["responses"])
-    assert {k: rows[0][k] for k in ("model", "strategy", "temperature", "top_p", "max_tokens", "seed")} == {
-        "model": world_model, "strategy": "plain", "temperature": 1.0, "top_p": 0.95, "max_tokens": 40, "seed": 5,
+    assert all(row["strategies"] == ["plain"] * len(row["responses"]) for row in rows)
+    made = {
+        "model": world_model, "strategy": "plain", "n": 4, "batch_size": 2, "temperature": 1.0, "top_p": 0.95, "max_tokens": 40,
+        "seed": 5,
     }  # fmt: skip
+    assert {k: rows[0][k] for k in made} == made
+    with pytest.raises(DataError, match="was begun with n 4, now 3; seed 5, now 6; give the same"):
+        data.sample(world_model, source, out, **options | {"n": 3, "seed": 6})
+    with pytest.raises(DataError, match="is read and written at once"):
+        data.sample(world_model, out, out, **options)
 
 
 @pytest.mark.parametrize("left", [1, 2])
@@ -1115,6 +1169,10 @@ def test_strategies_ask_as_they_say(world_model, tmp_path, monkeypatch):
     assert asked[1] == ["Q" + data.APPROACHES.format(n=3)]
     assert asked[2] == ["Q" + data.BY_APPROACH.format(approach=a) for a in ("first", "second")] + ["Q"]  # one was missing
     assert lines_of(tmp_path / "dts")[0]["responses"] == ["an answer 0", "an answer 1", "an answer 2"]
+    data.sample(world_model, source, str(tmp_path / "all"), n=2, strategy="cot,plain")  # the same answers: the first is named
+    (row,) = lines_of(tmp_path / "all")
+    assert asked[3:] == [["Q" + data.STEP_BY_STEP] * 2, ["Q"] * 2]
+    assert row["responses"] == ["an answer 0", "an answer 1"] and row["strategies"] == ["cot", "cot"]
     with pytest.raises(DataError, match="strategy is 'best'"):
         data.sample(world_model, source, str(tmp_path / "x"), strategy="best")
 
@@ -1132,6 +1190,14 @@ def test_score_by_a_rule_and_by_a_model(sampled, world_model, tmp_path):
         for text, value in zip(row["responses"], row["scores"]):
             ids = tokenizer(f"<user> {row['prompt'][0]['content']} <assistant> {text} <end>", return_tensors="pt")["input_ids"]
             assert judge(input_ids=ids).logits.item() == pytest.approx(value, abs=1e-6)
+    many = write(
+        tmp_path, "many.jsonl", [{**row, "responses": [*row["responses"], "plum", "fig " * 9]} for row in lines_of(out)]
+    )
+    for size in (1, 3, 100):  # padded together or one at a time: the same
+        data.score(many, str(tmp_path / f"many{size}"), reward_model=f"{world_model}/judge", batch_size=size)
+        scores = [s for row in lines_of(tmp_path / f"many{size}") for s in row["scores"]]
+        assert scores == pytest.approx([s for row in lines_of(tmp_path / "many1") for s in row["scores"]], abs=1e-6)
+    assert len(set(scores)) > 8
     whole = Path(by_rule).read_text()
     Path(by_rule).write_text(whole[: len(whole) // 2])
     data.score(out, by_rule, rule=f"{tmp_path}/rules.py:words")
@@ -1141,6 +1207,54 @@ def test_score_by_a_rule_and_by_a_model(sampled, world_model, tmp_path):
             data.score(out, str(tmp_path / "x"), rule=wrong)
     with pytest.raises(DataError, match="either reward_model or rule"):
         data.score(out, str(tmp_path / "x"))
+
+
+def test_padding_of_a_reward_model_without_a_padding_token(world_model, tmp_path):
+    judge = LlamaForSequenceClassification.from_pretrained(f"{world_model}/judge")
+    judge.config.pad_token_id = None
+    judge.save_pretrained(tmp_path / "judge")
+    data.world_tokenizer().save_pretrained(tmp_path / "judge")
+    source = write(
+        tmp_path, "s.jsonl", [{"prompt": "name two fruits", "responses": ["fig", "fig , plum and pear", "fig , plum"]}]
+    )
+    for size in (1, 8):
+        data.score(source, str(tmp_path / f"{size}"), reward_model=str(tmp_path / "judge"), batch_size=size)
+    (one,), (batch,) = (lines_of(tmp_path / f"{size}") for size in (1, 8))
+    assert batch["scores"] == pytest.approx(one["scores"], abs=1e-6) and len(set(one["scores"])) == 3
+
+
+def test_what_cannot_be_scored_is_named(world_model, tmp_path, capsys):
+    bodies = {"fails": "1 / 0", "words": "text", "none": "float('nan')"}
+    (tmp_path / "rules.py").write_text("".join(f"def {k}(row, text):\n    return {v}\n" for k, v in bodies.items()))
+    source = write(tmp_path, "s.jsonl", [{"prompt": "A", "responses": ["a", "b"]}])
+    for rule, message in (("fails", "division by zero"), ("words", "could not convert"), ("none", "not a finite number")):
+        with pytest.raises(DataError, match=rf"s.jsonl row 1: .*rules.py:{rule} cannot score it .*{message}"):
+            data.score(source, str(tmp_path / "out"), rule=f"{tmp_path}/rules.py:{rule}")
+    with pytest.raises(DataError, match="is another kind of model, it lacks score.weight"):
+        data.score(source, str(tmp_path / "out"), reward_model=world_model)
+    capsys.readouterr()
+    bad = write(tmp_path, "bad.jsonl", [{"q": i} for i in range(7)])
+    with pytest.raises(DataError, match="no row with a usable prompt"):
+        data.pairs(bad, str(tmp_path / "out"))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 6 and said[0].startswith(f"{bad} row 1: left out (unknown shape") and "7 rows left out" in said[5]
+    with pytest.raises(DataError, match="gives no pair: 1 responses and scores are not two lists"):
+        data.pairs(source, str(tmp_path / "out"))
+    with pytest.raises(SystemExit) as error:  # a folder where a file should be written
+        data.main(["pairs", "--scored", write(tmp_path, "t.jsonl", [SCORED]), "--out", str(tmp_path)])
+    assert error.value.code == 2 and capsys.readouterr().err == f"error: {tmp_path}: Is a directory\n"
+
+
+def test_answers_of_several_files_and_rows_are_joined_by_prompt(tmp_path):
+    one = write(
+        tmp_path,
+        "one.jsonl",
+        [{"prompt": "A", "responses": ["a1"], "scores": [1]}, {"prompt": "B", "responses": [], "scores": []}],
+    )
+    two = write(tmp_path, "two.jsonl", [{"prompt": "A", "responses": ["a2", "a1"], "scores": [0, 1]}])
+    counts = data.pairs(f"{one}, {two}", str(tmp_path / "pairs.jsonl"))
+    (pair,) = lines_of(tmp_path / "pairs.jsonl")
+    assert (pair["chosen"], pair["rejected"]) == ("a1", "a2") and counts == {"pairs": 1, "fewer than two responses": 1}
 
 
 def test_pairs_by_hand(tmp_path, chatml):
