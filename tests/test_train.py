@@ -336,6 +336,23 @@ def test_unpaired_objective_takes_each_pair_as_two_rows(arguments, tmp_path):
     assert steps(tmp_path / "out")[0]["pairs"] == 16
 
 
+@pytest.mark.parametrize("objective", ["simpo", "dpo", "alpha_dpo", "tdpo2", "kto"])
+def test_equal_length_changes_unequal_pairs_only_and_scores_its_own_reference(arguments, world, tmp_path, objective):
+    """The cut pairs train; the step-0 check would stop a run whose reference was scored on other tokens."""
+    pairs = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    words = lambda text: len(text.split())  # noqa: E731 (the world's tokenizer: a token a word)
+    (tmp_path / "equal.jsonl").write_text(
+        "".join(json.dumps(p | {"rejected": " ".join(reversed(p["chosen"].split()))}) + "\n" for p in pairs)
+    )
+    assert any(words(p["chosen"]) != words(p["rejected"]) for p in pairs)
+    for name, dataset in (("equal", tmp_path / "equal.jsonl"), ("unequal", world / "pairs.jsonl")):
+        losses = []
+        for share in (0, 0.5, 1):
+            train.main(arguments(objective=objective, dataset=dataset, equal_length=share, out=tmp_path / f"{name}{share}"))
+            losses.append([x["loss"] for x in steps(tmp_path / f"{name}{share}")])
+        assert losses[0] == losses[1] == losses[2] if name == "equal" else len(set(map(tuple, losses))) == 3
+
+
 def test_objectives_without_ref_never_score_a_reference(arguments, monkeypatch):
     monkeypatch.setattr(train, "reference_scores", lambda *a: pytest.fail("a reference was scored"))
     train.main(arguments(objective="simpo"))
