@@ -1117,6 +1117,8 @@ def tiny_world(seed: int = 0, demonstrations: int = 4096, pairs: int = 3272) -> 
 def prompts_of(source: str, columns: str = "") -> Iterator[tuple[str, dict, list[dict]]]:
     """(where, row with an id, prompt messages) of every usable row of all sources; what is left out is named on stderr."""
     renamed, used, left_out = _renamed(columns), 0, 0
+    if any(weight != 1 for _, weight in _sources(source)):
+        raise DataError(f"{source}: a weight (@) says how often to train on a row; here it has no meaning")
     for where, raw in itertools.chain.from_iterable(read(name) for name, _ in _sources(source)):
         try:
             if not isinstance(raw, dict):

@@ -1255,6 +1255,8 @@ def test_answers_of_several_files_and_rows_are_joined_by_prompt(tmp_path):
     counts = data.pairs(f"{one}, {two}", str(tmp_path / "pairs.jsonl"))
     (pair,) = lines_of(tmp_path / "pairs.jsonl")
     assert (pair["chosen"], pair["rejected"]) == ("a1", "a2") and counts == {"pairs": 1, "fewer than two responses": 1}
+    with pytest.raises(DataError, match="here it has no meaning"):
+        data.pairs(f"{one}@2", str(tmp_path / "pairs.jsonl"))
 
 
 def test_pairs_by_hand(tmp_path, chatml):
