@@ -688,7 +688,7 @@ def load(
     Args:
         dataset: one or several sources (see `read`) with commas between. "@w" after a source takes it w times: 2 repeats every
             row, 0.5 takes a random half.
-        max_length: tokens of prompt + response. max_prompt_length: None means seven eighths of it.
+        max_length: tokens of prompt + response. max_prompt_length: None means seven eighths of it (compat "simpo": 1800/2048).
         max_drop_fraction: more invalid rows than this share is an error. Ties and rows that the switches below drop are valid.
         format: a key of FORMATS, or "auto": by the columns of the source's first row.
         columns: "prompt=question, chosen=good": new=old names, applied before anything else.
@@ -707,7 +707,13 @@ def load(
         raise DataError(f"compat is {compat!r}; accepted is simpo")
     if not 0 <= equal_length <= 1:
         raise DataError(f"equal_length is {equal_length}; it is a share between 0 and 1")
-    lengths = dict(max_length=max_length, max_prompt_length=max_prompt_length or max_length * 7 // 8)
+    if max_prompt_length is None:
+        max_prompt_length = max_length * (225 if compat else 224) // 256  # released SimPO: 1800 of 2048; else seven eighths
+    if not 1 <= max_prompt_length < max_length:
+        raise DataError(
+            f"max_length {max_length} with max_prompt_length {max_prompt_length} leaves no room for a prompt and a response"
+        )
+    lengths = dict(max_length=max_length, max_prompt_length=max_prompt_length)
     own = functools.partial(encode, **lengths, control_tokens=control_tokens)
     rule = functools.partial(encode_simpo, **lengths) if compat else own
     job = functools.partial(
@@ -1062,7 +1068,7 @@ def world_prompts(seed: int = 0) -> list[str]:
     return [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))]
 
 
-def _asked(prompt: str) -> dict[str, int]:
+def _wanted(prompt: str) -> dict[str, int]:
     """ "list two metals and four tools" → {"metals": 2, "tools": 4}."""
     words = prompt.split()
     return {kind: NUMBERS[number] for number, kind in zip(words[1::3], words[2::3])}
@@ -1071,7 +1077,7 @@ def _asked(prompt: str) -> dict[str, int]:
 def world_demonstration(prompt: str, rng: np.random.Generator) -> str:
     """What a careless person would answer: idle words, then items of which some are wrong, repeated, missing or too many."""
     parts = []
-    for kind, number in _asked(prompt).items():
+    for kind, number in _wanted(prompt).items():
         own, start = KINDS[kind].split(), rng.integers(8)
         items = [own[(start + i) % 8] for i in range(number + rng.choice([-1, 0, 0, 0, 1, 2]))]  # the customary order
         for i in range(len(items)):
@@ -1089,8 +1095,8 @@ def world_quality(prompt: str, response: str) -> float:
     item and 0.1 per idle word."""
     words = response.split()
     items, idle = [w for w in words if w in KIND_OF], sum(w in IDLE for w in words)
-    n = sum(_asked(prompt).values())
-    right = sum(min(number, len({w for w in items if KIND_OF[w] == kind})) for kind, number in _asked(prompt).items())
+    n = sum(_wanted(prompt).values())
+    right = sum(min(number, len({w for w in items if KIND_OF[w] == kind})) for kind, number in _wanted(prompt).items())
     return right / n - 0.5 * (len(items) - right) / n - 0.1 * idle
 
 
@@ -1139,9 +1145,9 @@ def tiny_world(seed: int = 0, demonstrations: int = 4096, pairs: int = 0) -> tup
 # ---- making pairs on policy: sample → score → pairs ------------------------------------------------------------------
 #
 # Every step reads and writes JSON lines, so another engine can take its place:
-#   sample  {prompt} or any row with a prompt       → {id, prompt: [messages], responses: [text], unfinished, …how it was made}
-#   score   {prompt, responses}                     → the same with scores: [number]
-#   pairs   {prompt, responses, scores}             → {prompt, chosen, rejected, score_chosen, score_rejected}
+#   sample  {prompt} or any row with a prompt  → {id, prompt: [messages], responses: [text], strategies, unfinished, …settings}
+#   score   {prompt, responses}                → the same with scores: [number]
+#   pairs   {prompt, responses, scores}        → {id, prompt, chosen, rejected, score_chosen, score_rejected}
 
 
 def _prompt(row: dict, where: str) -> list[dict]:
@@ -1156,49 +1162,53 @@ def _prompt(row: dict, where: str) -> list[dict]:
     return _messages(turns[0].get("content"), "turns")
 
 
-def prompts_of(source: str, columns: str = "", repeats: bool = False) -> Iterator[tuple[str, dict, list[dict]]]:
-    """(where, row, prompt messages) of every usable row; rows of other shapes are named on stderr.
-
-    A prompt comes once, or with `repeats` as often as it is there, with an id of its own each time.
-    """
-    renamed, seen = _renamed(columns), Counter()
-    for where, raw in read(source):
+def prompts_of(source: str, columns: str = "") -> Iterator[tuple[str, dict, list[dict]]]:
+    """(where, row with an id, prompt messages) of every usable row of all sources; what is left out is named on stderr."""
+    renamed, used, left_out = _renamed(columns), 0, 0
+    if any(weight != 1 for _, weight in _sources(source)):
+        raise DataError(f"{source}: a weight (@) says how often to train on a row; here it has no meaning")
+    for where, raw in itertools.chain.from_iterable(read(name) for name, _ in _sources(source)):
         try:
             if not isinstance(raw, dict):
                 raise raw if isinstance(raw, DataError) else DataError("the row is not an object with columns")
             row = raw | {new: raw.get(old) for new, old in renamed.items()}
             prompt = _prompt(row, where)
         except DataError as error:
-            print(f"{where}: left out ({error})", file=sys.stderr)
+            left_out += 1
+            if left_out <= 5:
+                print(f"{where}: left out ({str(error).removeprefix(f'{where}: ')})", file=sys.stderr)
             continue
-        key = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16]
-        seen[key] += 1
-        if repeats or seen[key] == 1:
-            yield where, {**row, "id": key if seen[key] == 1 else f"{key}-{seen[key]}"}, prompt
+        used += 1
+        yield where, {**row, "id": hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16]}, prompt
+    if left_out > 5:
+        print(f"{source}: {left_out} rows left out in all", file=sys.stderr)
+    if not used:
+        raise DataError(f"{source}: no row with a usable prompt")
 
 
-def _resumed(out: str, made: dict | None = None) -> set[str]:
-    """The ids of complete lines in an unfinished output; a line cut short by a kill is taken off.
-
-    Lines that say of themselves that they were made otherwise than `made` are not continued.
-    """
+def _resumed(source: str, out: str) -> list[dict]:
+    """The rows of an unfinished output; a line cut short by a kill is taken off."""
     path = Path(out)
+    _keep_apart(source, out)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return set()
-    text = path.read_text(encoding="utf-8")
-    complete = text[: text.rfind("\n") + 1]
-    if complete != text:
-        path.write_text(complete, encoding="utf-8")
+        return []
     try:
-        rows = [json.loads(line) for line in complete.split("\n")[:-1]]
-        done = {row["id"] for row in rows}
+        text = path.read_text(encoding="utf-8")
+        complete = text[: text.rfind("\n") + 1]
+        rows = [json.loads(line) for line in complete.split("\n") if line]
+        if not all(isinstance(row["id"], str) and isinstance(row["responses"], list) for row in rows):
+            raise ValueError
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{out}: not the output of an earlier run of this command, so it cannot be continued") from error
-    for key, value in (made or {}).items():
-        if others := [row[key] for row in rows if row.get(key, value) != value]:
-            raise DataError(f"{out}: was begun with {key} {others[0]!r}, not {value!r}, so it cannot be continued; delete it")
-    return done
+    if complete != text:
+        path.write_text(complete, encoding="utf-8")
+    return rows
+
+
+def _keep_apart(source: str, out: str) -> None:
+    if any(os.path.exists(name) and os.path.exists(out) and os.path.samefile(name, out) for name, _ in _sources(source)):
+        raise DataError(f"{out}: is read and written at once; give another --out")
 
 
 def _write(out: str, rows: list[dict]) -> None:
@@ -1208,23 +1218,23 @@ def _write(out: str, rows: list[dict]) -> None:
 
 def _load_model(name: str, auto, device: str):
     try:
-        model = auto.from_pretrained(name, dtype="auto", use_safetensors=True)
+        model, found = auto.from_pretrained(name, dtype="auto", use_safetensors=True, output_loading_info=True)
     except Exception as error:  # transformers raises many kinds; all mean that there is no such model
         raise DataError(
             f"{name}: no loadable {auto.__name__.removeprefix('AutoModelFor')} model there ({_brief(error)})"
         ) from error
+    if found["missing_keys"]:  # transformers would fill them with noise
+        raise DataError(f"{name}: is another kind of model, it lacks {', '.join(sorted(found['missing_keys'])[:3])}")
     device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).train(False)
 
 
 @torch.no_grad()
 def _answers(
-    model, tokenizer, prompts: list[list[dict]], temperature, top_p, max_tokens, seed, cut: list[int] | None = None
-) -> list[str | None]:
-    """One answer to each prompt, sampled (temperature 0: greedy); None for one that did not end within max_tokens.
-
-    Given a list `cut`, such an answer is returned as far as it went, and its place is put into the list.
-    """
+    model, tokenizer, prompts: list[list[dict]], temperature, top_p, max_tokens, seed, cut: list[int]
+) -> list[str]:
+    """One answer to each prompt, sampled (temperature 0: greedy); the places of those that did not end within max_tokens are
+    added to `cut`."""
     ids = [encode(Row(p, [MARK]), tokenizer, 2**31, 2**31)[0].prompt for p in prompts]
     width = max(map(len, ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -1241,9 +1251,8 @@ def _answers(
     stops = {stop} if isinstance(stop, int) else set(stop)
     ended = [bool(stops & set(answer)) for answer in out[:, width:].tolist()]
     texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-    if cut is not None:
-        cut += [i for i, done in enumerate(ended) if not done]
-    return [text.strip() if done or cut is not None else None for text, done in zip(texts, ended)]
+    cut += [i for i, done in enumerate(ended) if not done]
+    return [text.strip() for text in texts]
 
 
 STEP_BY_STEP = "\n\nThink step by step, then give the final answer."
@@ -1255,9 +1264,21 @@ def _with(prompt: list[dict], addition: str) -> list[dict]:
     return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + addition}]
 
 
+def _asked(strategy: str, prompts: list[list[dict]], n: int, answer: Callable) -> list[list[dict]]:
+    """The n questions that a strategy puts for each prompt, prompt by prompt; `answer` is asked for approaches first by dts."""
+    if strategy == "plain":
+        return [p for p in prompts for _ in range(n)]
+    if strategy == "cot":
+        return [_with(p, STEP_BY_STEP) for p in prompts for _ in range(n)]
+    plans = answer([_with(p, APPROACHES.format(n=n)) for p in prompts], cut=[])
+    found = [re.findall(r"^\s*\d+[.):]\s*(.+)$", plan, re.MULTILINE)[:n] for plan in plans]
+    lists = [names + [None] * (n - len(names)) for names in found]  # too few approaches: the rest is sampled plainly
+    return [_with(p, BY_APPROACH.format(approach=a)) if a else p for p, names in zip(prompts, lists) for a in names]
+
+
 def sample(
     model: str,
-    prompts: str | list,
+    prompts: str,
     out: str,
     *,
     n: int = 5,
@@ -1269,51 +1290,50 @@ def sample(
     columns: str = "",
     seed: int = 0,
     device: str = "auto",
-    keep_all: bool = False,
+    keep_unfinished: bool = False,
 ) -> None:
     """Sample n responses to every prompt and add them to `out`, which is continued if it is there.
 
-    prompts: a source of rows, or what `prompts_of` made of one. keep_all: every answer is written, as a judge needs them,
-    also one that is empty, did not end (it is still counted), or is equal to another.
     strategy: "plain"; "cot" asks for thinking step by step; "dts" first asks for n different approaches and then for an answer
-    by each. The prompt that is written is the one that was given. Equal responses are kept once; one that did not end within
-    max_tokens is counted and left out, since no terminator followed it. Prompts go in fixed batches with a seed of their own,
-    so a continued run writes what an unbroken one would have written.
+    by each; several with commas between give n responses each. The prompt that is written is the one that was given. Equal
+    responses are kept once; one that did not end within max_tokens is counted and left out, since no terminator followed it,
+    unless `keep_unfinished`, which keeps empty ones too, as a judge needs them.
+    Prompts go in fixed batches with a seed of their own, so a continued run writes what an unbroken one would have written.
     """
-    if strategy not in ("plain", "cot", "dts"):
-        raise DataError(f"strategy is {strategy!r}; accepted are plain, cot, dts")
+    strategies = [name.strip() for name in strategy.split(",")]
+    if not set(strategies) <= {"plain", "cot", "dts"}:
+        raise DataError(f"strategy is {strategy!r}; accepted are plain, cot, dts, or several with commas between")
     if n < 1 or batch_size < 1 or max_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise DataError("n, batch_size and max_tokens are at least 1, temperature at least 0, top_p above 0 and at most 1")
     how = dict(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
-    made = dict(model=model, strategy=strategy, **how, seed=seed)
-    done, rows = _resumed(out, made), list(prompts_of(prompts, columns)) if isinstance(prompts, str) else prompts
+    made = dict(model=model, strategy=strategy, n=n, batch_size=batch_size, **how, seed=seed)
+    done = {row["id"]: row for row in _resumed(prompts, out)}
+    for row in done.values():
+        if other := [f"{k} {row[k]}, now {v}" for k, v in made.items() if row.get(k, v) != v]:
+            raise DataError(f"{out}: was begun with {'; '.join(other)}; give the same settings or another --out")
+    rows = list({row["id"]: prompt for _, row, prompt in prompts_of(prompts, columns)}.items())
     from transformers import AutoModelForCausalLM
 
     tokenizer, policy = load_tokenizer(model), _load_model(model, AutoModelForCausalLM, device)
+    answer = functools.partial(_answers, policy, tokenizer, **how)
     for start in tqdm(range(0, len(rows), batch_size), desc="sample", unit=" batches", disable=not sys.stderr.isatty()):
         part = rows[start : start + batch_size]
-        if all(row["id"] in done for _, row, _ in part):
+        if all(key in done for key, _ in part):
             continue
-        asked = [_with(p, STEP_BY_STEP) if strategy == "cot" else p for _, _, p in part for _ in range(n)]
-        if strategy == "dts":
-            plans = _answers(
-                policy, tokenizer, [_with(p, APPROACHES.format(n=n)) for _, _, p in part], **how, seed=seed + start
-            )
-            found = [re.findall(r"^\s*\d+[.):]\s*(.+)$", plan or "", re.MULTILINE)[:n] for plan in plans]
-            lists = [names + [None] * (n - len(names)) for names in found]  # too few approaches: the rest is sampled plainly
-            asked = [
-                _with(p, BY_APPROACH.format(approach=a)) if a else p for (_, _, p), names in zip(part, lists) for a in names
-            ]
-        cut = [] if keep_all else None
-        answers = _answers(policy, tokenizer, asked, **how, seed=seed + start + 1, cut=cut)
-        lines = []
-        for i, (_, row, prompt) in enumerate(part):
-            mine = answers[i * n : (i + 1) * n]
-            responses = mine if keep_all else list(dict.fromkeys(a for a in mine if a))
-            unfinished = sum(i * n <= place < (i + 1) * n for place in cut) if keep_all else mine.count(None)
-            if row["id"] not in done:
-                lines.append({"id": row["id"], "prompt": prompt, "responses": responses, "unfinished": unfinished, **made})
-        _write(out, lines)
+        ended, unfinished = [{} for _ in part], Counter()  # per prompt: response → the strategy that gave it first
+        for name in strategies:
+            asked = _asked(name, [prompt for _, prompt in part], n, functools.partial(answer, seed=seed + start))
+            cut = []
+            for i, text in enumerate(answer(asked, seed=seed + start + 1, cut=cut)):
+                if keep_unfinished or text and i not in cut:
+                    ended[i // n].setdefault(text, name)
+            unfinished.update(i // n for i in cut)
+        lines = [
+            {"id": key, "prompt": prompt, "responses": list(by), "strategies": list(by.values()), "unfinished": unfinished[i]}
+            for i, ((key, prompt), by) in enumerate(zip(part, ended))
+            if key not in done
+        ]
+        _write(out, [line | made for line in lines])
 
 
 def _rule(name: str) -> Callable[[dict, str], float]:
@@ -1331,79 +1351,99 @@ def _rule(name: str) -> Callable[[dict, str], float]:
         raise DataError(f"rule is {name!r}, which is no file.py:function or module:function ({_brief(error)})") from error
 
 
-def score(responses: str, out: str, *, reward_model: str = "", rule: str | Callable = "", device: str = "auto") -> None:
+def _judge(name: str, device: str, batch_size: int) -> Callable[[dict, list[dict], list[str]], list[float]]:
+    """A reward model as a function of (row, prompt, responses); responses go padded on the right, batch_size at a time."""
+    from transformers import AutoModelForSequenceClassification
+
+    tokenizer, judge = load_tokenizer(name), _load_model(name, AutoModelForSequenceClassification, device)
+    if judge.config.num_labels != 1:
+        raise DataError(f"{name}: gives {judge.config.num_labels} numbers per text; a reward model gives one")
+    config = judge.config.get_text_config()
+    own = config.pad_token_id
+
+    @torch.no_grad()
+    def grade(row, prompt, texts):
+        coded = [encode(Row(prompt, [text]), tokenizer, 2**31, 2**31)[0] for text in texts]
+        ids, found = [e.prompt + e.responses[0] for e in coded], []
+        if own is None:  # transformers looks for the last token that is no padding, so padding must be an id not in use
+            config.pad_token_id = next(i for i in range(config.vocab_size) if not any(i in x for x in ids))
+        for start in range(0, len(ids), batch_size):
+            part = ids[start : start + batch_size]
+            width = max(map(len, part))
+            inputs = torch.tensor([x + [config.pad_token_id] * (width - len(x)) for x in part], device=judge.device)
+            mask = torch.tensor([[1] * len(x) + [0] * (width - len(x)) for x in part], device=judge.device)
+            found += judge(input_ids=inputs, attention_mask=mask).logits[:, 0].tolist()
+        return found
+
+    return grade
+
+
+def score(
+    responses: str, out: str, *, reward_model: str = "", rule: str | Callable = "", batch_size: int = 8, device: str = "auto"
+) -> None:
     """Add `scores` to rows of {prompt, responses} and write them to `out`, which is continued if it is there.
 
     reward_model: a transformers sequence-classification model with one output; it reads prompt and response through its own
     chat template. rule: a Python function of (row, response), or its name, that gives a number, or true and false.
     """
-    if bool(reward_model) == bool(rule):
-        raise DataError("score needs either reward_model or rule")
+    if bool(reward_model) == bool(rule) or batch_size < 1:
+        raise DataError("score needs either reward_model or rule, and a batch_size of at least 1")
+    key = lambda row: json.dumps([row["id"], row["responses"]])  # noqa: E731
+    done = set(map(key, _resumed(responses, out)))
     if rule:
         function = _rule(rule) if isinstance(rule, str) else rule
         grade = lambda row, prompt, texts: [float(function(row, text)) for text in texts]  # noqa: E731
     else:
-        from transformers import AutoModelForSequenceClassification
-
-        tokenizer, judge = load_tokenizer(reward_model), _load_model(reward_model, AutoModelForSequenceClassification, device)
-        if judge.config.num_labels != 1:
-            raise DataError(f"{reward_model}: gives {judge.config.num_labels} numbers per text; a reward model gives one")
-
-        @torch.no_grad()
-        def grade(row, prompt, texts):
-            found = []
-            for text in texts:
-                example, _ = encode(Row(prompt, [text]), tokenizer, 2**31, 2**31)
-                ids = torch.tensor([example.prompt + example.responses[0]], device=judge.device)
-                found.append(judge(input_ids=ids).logits[0, 0].item())
-            return found
-
-    done = _resumed(out)
+        grade = _judge(reward_model, device, batch_size)
     for where, row, prompt in tqdm(prompts_of(responses), desc="score", unit=" rows", disable=not sys.stderr.isatty()):
-        if row["id"] in done:
-            continue
         if not isinstance(row.get("responses"), list) or not all(isinstance(x, str) for x in row["responses"]):
             raise DataError(f"{where}: responses is not a list of texts")
-        _write(out, [{**row, "scores": grade(row, prompt, row["responses"])}])
+        if key(row) in done:
+            continue
+        try:
+            scores = [_score(x, "a score") for x in grade(row, prompt, row["responses"])]
+        except Exception as error:  # a rule is anybody's code
+            why = f"{type(error).__name__}: {_brief(error)}"
+            raise DataError(f"{where}: {rule or reward_model} cannot score it ({why})") from error
+        _write(out, [{**row, "scores": scores}])
 
 
 def pairs(scored: str, out: str, *, how: str = "best_worst", min_margin: float = 0.0, seed: int = 0) -> Counter:
-    """Turn rows of {prompt, responses, scores} into preference pairs; returns how many rows gave a pair, or why not.
+    """Turn rows of {prompt, responses, scores} into preference pairs; returns how many prompts gave a pair, or why not.
 
+    Responses of several rows with the same prompt are taken together.
     how: "best_worst"; "random", two responses of different score; "correct", a random response with a score above ½ against a
     random one with at most ½. min_margin: the least difference of scores of a pair.
     """
     if how not in ("best_worst", "random", "correct"):
         raise DataError(f"how is {how!r}; accepted are best_worst, random, correct")
-    counts, lines = Counter(), []
+    _keep_apart(scored, out)
+    counts, lines, prompts = Counter(), [], {}
     for _, row, prompt in prompts_of(scored):
+        texts, values = row.get("responses"), row.get("scores")
         try:
-            texts = [_text(x, f"responses {i}") for i, x in enumerate(row.get("responses") or [], 1)]
-            if len(texts) < 2:
-                raise DataError("fewer than two responses")
-            values = _scores(row.get("scores"), "scores", len(texts))
-        except (DataError, TypeError) as error:
+            if not isinstance(texts, list) or not isinstance(values, list) or len(texts) != len(values):
+                raise DataError("responses and scores are not two lists of the same length")
+            texts = [_text(x, f"responses {i}") for i, x in enumerate(texts, 1)]
+            found = dict(zip(texts, [_score(x, "scores") for x in values]))
+        except DataError as error:
             counts[str(error)] += 1
             continue
-        rng, order = random.Random(f"{seed} {row['id']}"), sorted(range(len(texts)), key=lambda i: -values[i])
-        found = [
-            (a, b) for a, b in itertools.permutations(order, 2) if values[a] > values[b] and values[a] - values[b] >= min_margin
-        ]
+        prompts.setdefault(row["id"], (prompt, {}))[1].update(found)
+    for key, (prompt, scores) in prompts.items():
+        rng, order = random.Random(f"{seed} {key}"), sorted(scores, key=lambda text: -scores[text])
+        found = [(a, b) for a, b in itertools.combinations(order, 2) if scores[a] - scores[b] >= min_margin]
+        found = [(a, b) for a, b in found if scores[a] > scores[b] and (how != "correct" or scores[a] > 0.5 >= scores[b])]
         if how == "best_worst":
-            found = [(a, b) for a, b in found if values[a] == max(values) and values[b] == min(values)]
-        if how == "correct":
-            found = [(a, b) for a, b in found if values[a] > 0.5 >= values[b]]
-        counts["pairs" if found else f"no two responses that differ as asked ({how}, min_margin {min_margin:g})"] += 1
+            found = [(a, b) for a, b in found if scores[a] == scores[order[0]] and scores[b] == scores[order[-1]]][:1]
+        few, alike = "fewer than two responses", f"no two responses that differ as asked ({how}, min_margin {min_margin:g})"
+        counts["pairs" if found else few if len(order) < 2 else alike] += 1
         if found:
-            a, b = found[0] if how == "best_worst" else rng.choice(found)
-            pair = {
-                "prompt": prompt,
-                "chosen": texts[a],
-                "rejected": texts[b],
-                "score_chosen": values[a],
-                "score_rejected": values[b],
-            }
-            lines.append({"id": row["id"], **pair})
+            a, b = rng.choice(found)
+            answers = {"chosen": a, "rejected": b, "score_chosen": scores[a], "score_rejected": scores[b]}
+            lines.append({"id": key, "prompt": prompt, **answers})
+    if not lines:
+        raise DataError(f"{scored}: gives no pair: {'; '.join(f'{n} {why}' for why, n in counts.items())}")
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_text("", encoding="utf-8")
     _write(out, lines)
@@ -1457,7 +1497,7 @@ def stats(examples: Sequence[Example], report: Report) -> str:
 
 LOAD_HELP = {
     "max_length": (int, "tokens of prompt + response; a longer response is cut"),
-    "max_prompt_length": (int, "longer prompts lose their oldest tokens; without it 7/8 of max_length"),
+    "max_prompt_length": (int, "longer prompts lose their oldest tokens; without it 7/8 of max_length, with compat 1800/2048"),
     "format": (str, f"auto, or one of {', '.join(FORMATS)}"),
     "columns": (str, "columns to rename, new=old: prompt=question,chosen=good"),
     "compat": (str, "simpo: tokenise and cut as the released SimPO code does"),
@@ -1484,7 +1524,7 @@ def _add_options(command: argparse.ArgumentParser, options: dict[str, tuple], de
 
 SAMPLE_HELP = {
     "n": (int, "responses per prompt"),
-    "strategy": (str, "plain, cot (think step by step) or dts (n different approaches, then an answer by each)"),
+    "strategy": (str, "plain, cot (think step by step), dts (n approaches, then an answer by each), or several with commas"),
     "temperature": (float, "of sampling; 0 is greedy"),
     "top_p": (float, "share of the probability that is sampled from"),
     "max_tokens": (int, "longer responses are left out"),
@@ -1496,6 +1536,7 @@ SAMPLE_HELP = {
 SCORE_HELP = {
     "reward_model": (str, "folder or hub name of a sequence-classification model"),
     "rule": (str, "file.py:function or module:function; called with (row, response), returns a number"),
+    "batch_size": (int, "responses at a time"),
     "device": (str, "cpu, cuda or auto"),
 }
 PAIRS_HELP = {
@@ -1554,6 +1595,9 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(2) from None
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a place that cannot be written, a full disk
+        print(f"error: {error.filename or args.command}: {error.strerror or error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -1000,7 +1000,7 @@ def answer(model: Path, prompts: Path, out: Path, seed: int = 0) -> None:
     """One answer to each prompt as the model gives it: temperature 1, nothing cut off."""
     out.unlink(missing_ok=True)
     data.sample(str(model), str(prompts), str(out), n=1, temperature=1.0, top_p=1.0, max_tokens=64, batch_size=512,
-                seed=seed, keep_all=True, device="cpu")  # fmt: skip
+                seed=seed, keep_unfinished=True, device="cpu")  # fmt: skip
 
 
 def judge(model: Path, world: Path, out: Path) -> dict[str, list[float]]:
@@ -1398,8 +1398,8 @@ STYLES = ("alpaca_eval", "arena_hard")
 def generate(argv: list[str]) -> dict:
     """Answer every prompt of a benchmark once and write the answers as its official judge reads them.
 
-    Rows keep their order, and a prompt that is there twice is answered twice. Answers that reach max_new_tokens are kept as far
-    as they went and counted. A run that was killed goes on with the same command to what an unbroken one would have written.
+    Rows keep their order; a prompt that is there twice has the same answer twice. Answers that reach max_new_tokens are kept as
+    far as they went and counted. A run that was killed goes on with the same command to what an unbroken one would have made.
 
         python train.py generate --model runs/mine/model --prompts alpaca_eval.json --out outputs.json --temperature 0.9
         python train.py generate --model runs/mine/model --prompts question.jsonl --out mine.jsonl --style arena_hard
@@ -1423,13 +1423,12 @@ def generate(argv: list[str]) -> dict:
         whole.unlink()
     except OSError as error:
         raise SettingsError(f"out {out} cannot be written ({error})") from error
-    rows = list(data.prompts_of(g.prompts, g.columns, repeats=True))
-    if not rows:
-        raise SettingsError(f"{g.prompts}: no row with a prompt")
+    rows = list(data.prompts_of(g.prompts, g.columns))
     folder = Path(g.model).resolve()  # an exported model is RUN/model: the run's name says more
     name = g.name or (folder.parent.name if folder.name == "model" else Path(g.model).name)
     say(f"{name}: {len(rows)} prompts, {', '.join(f'{k} {v:g}' for k, v in how.items())}, seed {g.seed}")
-    data.sample(g.model, rows, str(part), n=1, **how, batch_size=g.batch_size, seed=g.seed, device=g.device, keep_all=True)
+    more = dict(batch_size=g.batch_size, columns=g.columns, seed=g.seed, device=g.device)
+    data.sample(g.model, g.prompts, str(part), n=1, keep_unfinished=True, **how, **more)
     found = {row["id"]: row for row in map(json.loads, part.read_text(encoding="utf-8").split("\n")[:-1])}
     answers = [found[row["id"]]["responses"][0] for _, row, _ in rows]
     cut = sum(found[row["id"]]["unfinished"] for _, row, _ in rows)

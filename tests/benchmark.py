@@ -77,7 +77,7 @@ def build(args, s):
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.model:
-        model = train.load_model(args.model, device, 0, s)
+        model = train.load_model(s)
         import distributed as dist
 
         dist.load_weights(model, args.model, device)

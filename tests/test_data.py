@@ -792,10 +792,57 @@ def test_compat_simpo_truncation_by_hand(families):
     assert found[:2] == (prompt, [chosen[:3], rejected[:3]]) and cuts == ["response cut"]
 
 
+def test_compat_simpo_keeps_1800_of_2048_prompt_tokens(tmp_path, families):
+    tokenizer = families["llama3"]
+    path = write(tmp_path, "a.jsonl", [{"prompt": "x " * 3000, "chosen": "y " * 500, "rejected": "Bad"}])
+    (example,), report = load(path, tokenizer, compat="simpo")
+    whole = raw_ids(tokenizer, f"{L3_USER}{('x ' * 3000).strip()}<|eot_id|>")
+    answer = raw_ids(tokenizer, L3_ASSISTANT + ("y " * 500).strip())
+    assert len(whole) > 1800 and len(answer) > 248
+    assert example.prompt == whole[-1800:] and example.responses[0] == answer[:248]
+    assert report.cut == {"prompt cut": 1, "response cut": 1}
+    assert len(load(path, tokenizer)[0][0].prompt) == 1792  # our own limit: seven eighths
+    for lengths in (dict(max_length=1), dict(max_prompt_length=0), dict(max_prompt_length=2048)):
+        with pytest.raises(DataError, match="leaves no room"):
+            load(path, tokenizer, **lengths)
+
+
+# the templates that the released Mistral and Gemma configurations bring along, as they render a prompt and a lone answer
+JOINED = (  # a system turn becomes the beginning of the first user turn
+    "{% set ns = namespace(system='') %}{% for m in messages %}{% if m['role'] == 'system' %}{% set ns.system = m['content'] %}"
+    "{% else %}{% set content = (ns.system + '\n\n' + m['content'] if ns.system else m['content']) | trim %}"
+)
+RELEASED = {
+    "mistral": JOINED + "{% if m['role'] == 'user' %}[INST] {{ content }} [/INST]"
+    "{% else %}{{ ' ' + content + ' ' + eos_token }}{% endif %}{% set ns.system = '' %}{% endif %}{% endfor %}",
+    "gemma2": "{{ bos_token }}" + JOINED + "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else 'user') + '\n' }}"
+    "{{ content + '<end_of_turn>\n' }}{% set ns.system = '' %}{% endif %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize(
+    "name, prompt, prompt_text, response_text",
+    [
+        ("mistral", ASKED, "<s>[INST] Ask me [/INST]", " Good day </s>"),
+        ("mistral", SYSTEM, "<s>[INST] Be kind\n\nAsk me [/INST]", " Good day </s>"),
+        ("gemma2", ASKED, "<bos><start_of_turn>user\nAsk me<end_of_turn>\n",
+         "<start_of_turn>model\nGood day<end_of_turn>\n<eos>"),
+    ],
+)  # fmt: skip
+def test_compat_simpo_with_the_released_templates(name, prompt, prompt_text, response_text):
+    tokenizer = family(name)
+    tokenizer.chat_template = RELEASED[name]
+    example, _ = data.encode_simpo(Row(prompt, ["Good day", "Yes"]), tokenizer, 1000, 900)
+    bos = [tokenizer.bos_token_id]  # put in front of the ids, or written by the template: one either way
+    ids = lambda text: bos + raw_ids(tokenizer, text.removeprefix(tokenizer.bos_token))  # noqa: E731
+    assert example.prompt == ids(prompt_text)
+    assert example.prompt + example.responses[0] == ids(prompt_text + response_text)
+
+
 def test_compat_is_a_setting(tmp_path, families):
     path = write(tmp_path, "a.jsonl", [PAIR])
     (example,), _ = load(path, families["llama3"], compat="simpo")
-    assert example[:2] == data.encode_simpo(data.from_pair(PAIR), families["llama3"], 2048, 1792)[0][:2]
+    assert example[:2] == data.encode_simpo(data.from_pair(PAIR), families["llama3"], 2048, 1800)[0][:2]
     with pytest.raises(DataError, match="compat is 'trl'"):
         load(path, families["llama3"], compat="trl")
 
@@ -1004,18 +1051,38 @@ def test_batches_move():
 # ---- the embedded world ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "response, quality",
-    [
-        ("apple , pear , plum", 1.0),
-        ("well so apple , pear , plum", 0.8),  # two idle words
-        ("apple , pear , plum , fig", 1 - 0.5 / 3),  # a fourth item is surplus
-        ("well apple , apple , hammer", 1 / 3 - 0.5 * 2 / 3 - 0.1),  # one right, one repeated, one of another kind
-        ("", 0.0),
-    ],
-)
-def test_world_quality_by_hand(response, quality):
-    assert data.world_quality("name three fruits", response) == pytest.approx(quality)
+@pytest.mark.parametrize("prompt, response, quality", [
+    ("name three fruits", "apple pear plum", 1.0),
+    ("name three fruits", "well so apple pear plum", 0.8),  # two idle words
+    ("name three fruits", "apple pear plum fig", 1 - 0.5 / 3),  # a fourth item is surplus
+    ("name three fruits", "well apple apple hammer", 1 / 3 - 0.5 * 2 / 3 - 0.1),  # one right, one repeated, one of another kind
+    ("name three fruits", "", 0.0),
+    ("list two metals and four tools", "iron gold and saw drill axe rake", 1.0),
+    ("list two metals and four tools", "iron gold tin and saw", 3 / 6 - 0.5 * 1 / 6),  # three of six; a third metal is surplus
+])  # fmt: skip
+def test_world_quality_by_hand(prompt, response, quality):
+    assert data.world_quality(prompt, response) == pytest.approx(quality)
+
+
+def test_world_repetition_by_hand():
+    assert data.world_repetition("so apple pear apple and apple") == 0.5 and data.world_repetition("so") == 0
+
+
+def test_world_prompts_are_all_there_once():
+    """6 verbs, 3 numbers of 8 kinds alone, or with one of 3 numbers of the 7 other kinds."""
+    prompts = data.world_prompts(3)
+    assert len(prompts) == len(set(prompts)) == 6 * (3 * 8 + 3 * 8 * 3 * 7)
+    assert sorted(prompts) == sorted(data.world_prompts(4)) and prompts != data.world_prompts(4)
+
+
+def test_annotator_adds_noise_and_length_bias():
+    row, quality = {"prompt": [{"role": "user", "content": "name two fruits"}]}, {"apple pear": 1.0, "so so apple pear": 0.8}
+    exact, biased = data.Annotator(), data.Annotator(length_bias=0.15)
+    assert all(exact(row, text) == pytest.approx(q) for text, q in quality.items())
+    assert [biased(row, text) for text in quality] == pytest.approx([1.0 + 0.3, 0.8 + 0.6])  # the longer is now preferred
+    noisy = [data.Annotator(noise=0.5, seed=seed)(row, "apple pear") for seed in range(2000)]
+    assert np.mean(noisy) == pytest.approx(1.0, abs=0.05) and np.std(noisy) == pytest.approx(0.5, abs=0.03)  # 4 standard errors
+    assert data.Annotator(noise=0.5, seed=7)(row, "apple pear") == noisy[7]  # drawn from texts and seed, not from a state
 
 
 def test_tiny_world_is_in_order_and_in_its_vocabulary():
@@ -1024,10 +1091,12 @@ def test_tiny_world_is_in_order_and_in_its_vocabulary():
     for row in pairs:
         better, worse = (data.world_quality(row.prompt[0]["content"], r) for r in row.responses)
         assert better > worse
+    held_out = data.world_prompts(1)[: data.HELD_OUT_PROMPTS]
     for row in shown + pairs:
-        example, cuts = encode(row, tokenizer, 128, 128)
+        example, cuts = encode(row, tokenizer, 128, 120)
         assert tokenizer.unk_token_id not in example.prompt + sum(example.responses, []) and not cuts
         assert all(r[-1] == tokenizer.eos_token_id for r in example.responses)
+        assert row.prompt[0]["content"] not in held_out
     again = data.tiny_world(seed=1, demonstrations=50, pairs=50)
     assert again[1:] == (shown, pairs) and data.tiny_world(2, 50, 50)[2] != pairs
 
@@ -1070,14 +1139,19 @@ def test_sample_writes_each_prompt_once(sampled, world_model):
     rows = lines_of(out)
     assert [row["prompt"] for row in rows] == [[user(f"name {n} fruits")] for n in ("two", "three", "four", "five")]
     assert len({row["id"] for row in rows}) == 4
-    assert (
-        sum(row["unfinished"] for row in rows) + sum(len(row["responses"]) for row in rows) == 16
-    )  # no repeats at this length
+    assert 14 <= sum(row["unfinished"] + len(row["responses"]) for row in rows) <= 16  # 4 each; equal ones are kept once
     assert 0 < sum(row["unfinished"] for row in rows) < 16
     assert all("<" not in text and len(text.split()) < 40 for row in rows for text in row["responses"])
-    assert {k: rows[0][k] for k in ("model", "strategy", "temperature", "top_p", "max_tokens", "seed")} == {
-        "model": world_model, "strategy": "plain", "temperature": 1.0, "top_p": 0.95, "max_tokens": 40, "seed": 5,
+    assert all(row["strategies"] == ["plain"] * len(row["responses"]) for row in rows)
+    made = {
+        "model": world_model, "strategy": "plain", "n": 4, "batch_size": 2, "temperature": 1.0, "top_p": 0.95, "max_tokens": 40,
+        "seed": 5,
     }  # fmt: skip
+    assert {k: rows[0][k] for k in made} == made
+    with pytest.raises(DataError, match="was begun with n 4, now 3; seed 5, now 6; give the same"):
+        data.sample(world_model, source, out, **options | {"n": 3, "seed": 6})
+    with pytest.raises(DataError, match="is read and written at once"):
+        data.sample(world_model, out, out, **options)
 
 
 @pytest.mark.parametrize("left", [1, 2])
@@ -1115,6 +1189,10 @@ def test_strategies_ask_as_they_say(world_model, tmp_path, monkeypatch):
     assert asked[1] == ["Q" + data.APPROACHES.format(n=3)]
     assert asked[2] == ["Q" + data.BY_APPROACH.format(approach=a) for a in ("first", "second")] + ["Q"]  # one was missing
     assert lines_of(tmp_path / "dts")[0]["responses"] == ["an answer 0", "an answer 1", "an answer 2"]
+    data.sample(world_model, source, str(tmp_path / "all"), n=2, strategy="cot,plain")  # the same answers: the first is named
+    (row,) = lines_of(tmp_path / "all")
+    assert asked[3:] == [["Q" + data.STEP_BY_STEP] * 2, ["Q"] * 2]
+    assert row["responses"] == ["an answer 0", "an answer 1"] and row["strategies"] == ["cot", "cot"]
     with pytest.raises(DataError, match="strategy is 'best'"):
         data.sample(world_model, source, str(tmp_path / "x"), strategy="best")
 
@@ -1132,6 +1210,14 @@ def test_score_by_a_rule_and_by_a_model(sampled, world_model, tmp_path):
         for text, value in zip(row["responses"], row["scores"]):
             ids = tokenizer(f"<user> {row['prompt'][0]['content']} <assistant> {text} <end>", return_tensors="pt")["input_ids"]
             assert judge(input_ids=ids).logits.item() == pytest.approx(value, abs=1e-6)
+    many = write(
+        tmp_path, "many.jsonl", [{**row, "responses": [*row["responses"], "plum", "fig " * 9]} for row in lines_of(out)]
+    )
+    for size in (1, 3, 100):  # padded together or one at a time: the same
+        data.score(many, str(tmp_path / f"many{size}"), reward_model=f"{world_model}/judge", batch_size=size)
+        scores = [s for row in lines_of(tmp_path / f"many{size}") for s in row["scores"]]
+        assert scores == pytest.approx([s for row in lines_of(tmp_path / "many1") for s in row["scores"]], abs=1e-6)
+    assert len(set(scores)) > 8
     whole = Path(by_rule).read_text()
     Path(by_rule).write_text(whole[: len(whole) // 2])
     data.score(out, by_rule, rule=f"{tmp_path}/rules.py:words")
@@ -1141,6 +1227,56 @@ def test_score_by_a_rule_and_by_a_model(sampled, world_model, tmp_path):
             data.score(out, str(tmp_path / "x"), rule=wrong)
     with pytest.raises(DataError, match="either reward_model or rule"):
         data.score(out, str(tmp_path / "x"))
+
+
+def test_padding_of_a_reward_model_without_a_padding_token(world_model, tmp_path):
+    judge = LlamaForSequenceClassification.from_pretrained(f"{world_model}/judge")
+    judge.config.pad_token_id = None
+    judge.save_pretrained(tmp_path / "judge")
+    data.world_tokenizer().save_pretrained(tmp_path / "judge")
+    source = write(
+        tmp_path, "s.jsonl", [{"prompt": "name two fruits", "responses": ["fig", "fig , plum and pear", "fig , plum"]}]
+    )
+    for size in (1, 8):
+        data.score(source, str(tmp_path / f"{size}"), reward_model=str(tmp_path / "judge"), batch_size=size)
+    (one,), (batch,) = (lines_of(tmp_path / f"{size}") for size in (1, 8))
+    assert batch["scores"] == pytest.approx(one["scores"], abs=1e-6) and len(set(one["scores"])) == 3
+
+
+def test_what_cannot_be_scored_is_named(world_model, tmp_path, capsys):
+    bodies = {"fails": "1 / 0", "words": "text", "none": "float('nan')"}
+    (tmp_path / "rules.py").write_text("".join(f"def {k}(row, text):\n    return {v}\n" for k, v in bodies.items()))
+    source = write(tmp_path, "s.jsonl", [{"prompt": "A", "responses": ["a", "b"]}])
+    for rule, message in (("fails", "division by zero"), ("words", "could not convert"), ("none", "not a finite number")):
+        with pytest.raises(DataError, match=rf"s.jsonl row 1: .*rules.py:{rule} cannot score it .*{message}"):
+            data.score(source, str(tmp_path / "out"), rule=f"{tmp_path}/rules.py:{rule}")
+    with pytest.raises(DataError, match="is another kind of model, it lacks score.weight"):
+        data.score(source, str(tmp_path / "out"), reward_model=world_model)
+    capsys.readouterr()
+    bad = write(tmp_path, "bad.jsonl", [{"q": i} for i in range(7)])
+    with pytest.raises(DataError, match="no row with a usable prompt"):
+        data.pairs(bad, str(tmp_path / "out"))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 6 and said[0].startswith(f"{bad} row 1: left out (unknown shape") and "7 rows left out" in said[5]
+    with pytest.raises(DataError, match="gives no pair: 1 responses and scores are not two lists"):
+        data.pairs(source, str(tmp_path / "out"))
+    with pytest.raises(SystemExit) as error:  # a folder where a file should be written
+        data.main(["pairs", "--scored", write(tmp_path, "t.jsonl", [SCORED]), "--out", str(tmp_path)])
+    assert error.value.code == 2 and capsys.readouterr().err == f"error: {tmp_path}: Is a directory\n"
+
+
+def test_answers_of_several_files_and_rows_are_joined_by_prompt(tmp_path):
+    one = write(
+        tmp_path,
+        "one.jsonl",
+        [{"prompt": "A", "responses": ["a1"], "scores": [1]}, {"prompt": "B", "responses": [], "scores": []}],
+    )
+    two = write(tmp_path, "two.jsonl", [{"prompt": "A", "responses": ["a2", "a1"], "scores": [0, 1]}])
+    counts = data.pairs(f"{one}, {two}", str(tmp_path / "pairs.jsonl"))
+    (pair,) = lines_of(tmp_path / "pairs.jsonl")
+    assert (pair["chosen"], pair["rejected"]) == ("a1", "a2") and counts == {"pairs": 1, "fewer than two responses": 1}
+    with pytest.raises(DataError, match="here it has no meaning"):
+        data.pairs(f"{one}@2", str(tmp_path / "pairs.jsonl"))
 
 
 def test_pairs_by_hand(tmp_path, chatml):
@@ -1168,35 +1304,26 @@ def test_pairs_by_hand(tmp_path, chatml):
 
 
 def test_prompts_of_benchmarks(tmp_path, capsys):
-    """AlpacaEval's and Arena-Hard's rows; the k-th repeat has an id of its own; what is no single turn is named."""
+    """AlpacaEval's and Arena-Hard's rows; a repeated prompt has the same id; what is no single turn is named."""
     rows = [{"instruction": "Q"}, {"question_id": 1, "turns": [{"content": "R"}]}, {"prompt": "Q"}, {"instruction": ""},
             {"turns": [{"content": "a"}, {"content": "b"}]}, {"turns": "a"}, {"instruction": "Q", "dataset": "d"}]  # fmt: skip
     source = write(tmp_path, "p.jsonl", rows)
-    found = list(data.prompts_of(source, repeats=True))
+    found = list(data.prompts_of(source))
     assert [p[0]["content"] for _, _, p in found] == ["Q", "R", "Q", "Q"] and found[3][1]["dataset"] == "d"
     first = found[0][1]["id"]
-    assert [row["id"] for _, row, _ in found][2:] == [f"{first}-2", f"{first}-3"]
-    assert [row["id"] for _, row, _ in data.prompts_of(source)] == [first, found[1][1]["id"]]
+    assert [row["id"] == first for _, row, _ in found] == [True, False, True, True]
     said = capsys.readouterr().err
-    assert said.count("left out") == 6 and said.count("turns is not a list of one turn") == 4
+    assert said.count("left out") == 3 and said.count("turns is not a list of one turn") == 2
 
 
-def test_sample_keeps_all_when_asked(sampled, world_model, tmp_path):
+def test_sample_keeps_unfinished_when_asked(sampled, world_model, tmp_path):
     """The same draws as without: finished answers are the same texts, the others are there too, as many as are counted."""
     source, out, options = sampled
-    data.sample(world_model, source, str(tmp_path / "all.jsonl"), **options, keep_all=True)
+    data.sample(world_model, source, str(tmp_path / "all.jsonl"), **options, keep_unfinished=True)
     for kept, dropped in zip(lines_of(tmp_path / "all.jsonl"), lines_of(out), strict=True):
-        assert len(kept["responses"]) == 4 and kept["unfinished"] == dropped["unfinished"] and kept["id"] == dropped["id"]
+        assert len(kept["responses"]) >= 3 and kept["unfinished"] == dropped["unfinished"] and kept["id"] == dropped["id"]
         assert [x for x in kept["responses"] if x in dropped["responses"]] == dropped["responses"]
     assert sum(row["unfinished"] for row in lines_of(out)) > 0
-
-
-def test_a_sample_is_not_continued_with_other_settings(sampled, world_model):
-    source, out, options = sampled
-    whole = Path(out).read_text()
-    with pytest.raises(DataError, match="begun with seed 5, not 6"):
-        data.sample(world_model, source, out, **options | dict(seed=6))
-    assert Path(out).read_text() == whole
 
 
 def test_another_output_is_not_continued(world_model, tmp_path):

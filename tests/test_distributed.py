@@ -118,7 +118,7 @@ def world(tmp_path_factory) -> Path:
 
 
 def settings(world: Path, **changed) -> train.Settings:
-    values = dict(model=str(world / "tied"), dataset=str(world / "pairs.jsonl"), lr=1e-3, dtype="fp32", device="cpu")
+    values = dict(model=str(world / "tied"), dataset=str(world / "pairs.jsonl"), lr=1e-4, dtype="fp32", device="cpu")
     values |= dict(batch_size=10, tokens_per_microbatch=120, max_steps=5, eval_size=6, samples=2, sample_tokens=4)
     values["cache"] = str(world / "cache")
     return train.Settings(**values | changed)
@@ -190,11 +190,14 @@ def alone(world) -> dict:
 
 @pytest.mark.parametrize("count, more", [(1, {}), (2, {"gradient_checkpointing": True}), (4, {"mesh": "2x2"}), (4, {})])
 def test_ranks_follow_one_trajectory(world, alone, count, more):
-    """1, 2, 4 ranks, hybrid too: losses, all gradients, weights, evaluation and samples of one process, to fp32 rounding."""
+    """1, 2, 4 ranks, hybrid too: losses, all gradients, weights, evaluation and samples of one process, to fp32 rounding.
+
+    A response's log-prob is a sum near −40 nats, whose last place in fp32 is 4e-6: no loss can be known better.
+    """
     for found in ranks(count, steps_of_all, lambda name: settings(world, objective=name, **more)):
         for name, one in alone.items():
             many = found[name]
-            assert many["loss"] == pytest.approx(one["loss"], rel=1e-6), name
+            assert many["loss"] == pytest.approx(one["loss"], abs=4e-6), name
             assert many["norm"] == pytest.approx(one["norm"], rel=2e-6), name
             assert apart(many["grad"], one["grad"]) < 3e-6, name
             assert apart(many["weights"], one["weights"]) < 1e-6, name
