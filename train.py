@@ -1473,7 +1473,7 @@ def arena_hard(row: tuple[str, dict, list[dict]], answer: str, name: str, tokeni
     _, given, _ = row
     question = given.get("question_id", given["id"])
     turn = {"content": answer, "token_len": len(tokenizer(answer, add_special_tokens=False)["input_ids"])}
-    unique = hashlib.sha256(json.dumps([name, given["id"], answer]).encode()).hexdigest()[:22]
+    unique = hashlib.sha256(json.dumps([name, question, answer]).encode()).hexdigest()[:22]
     choices = [{"index": 0, "turns": [turn]}]
     return {"question_id": question, "answer_id": unique, "model_id": name, "choices": choices, "tstamp": time.time()}
 

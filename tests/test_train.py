@@ -375,170 +375,103 @@ def test_layouts_record_the_same_losses(arguments, tmp_path):
     assert all(x["padding"] == 0 for x in a) and all(x["padding"] > 0.3 for x in b)  # prompts twice, and short rows filled up
 
 
-def test_the_embedded_world_improves(tmp_path):
-    """The default run of the README, cut to 30 steps: true quality and held-out margin must rise."""
-    summary = train.main(["--max-steps", "30", "--out", str(tmp_path / "out"), "--samples", "2"])
+@pytest.fixture(scope="session")
+def default_run(tmp_path_factory) -> tuple[dict, Path]:
+    """The default run of the README, cut to 30 steps, and the cache that holds its world."""
+    folder = tmp_path_factory.mktemp("default")
+    return train.main(["--max-steps", "30", "--out", str(folder / "out"), "--cache", str(folder / "cache")]), folder / "cache"
+
+
+def test_the_embedded_world_improves(default_run):
+    summary, _ = default_run
     assert summary["world"]["quality"][1] > summary["world"]["quality"][0] + 0.02
     assert summary["after"]["eval_reward_margin"] > summary["before"]["eval_reward_margin"]
 
 
-# ---- LoRR: replay, reset, SFT term -----------------------------------------------------------------------------------
+def test_the_world_is_a_real_run_on_files(default_run):
+    """Its folder holds what the pipeline for real models writes: prompts, samples, scored pairs, a model."""
+    summary, cache = default_run
+    (world,) = cache.glob("world-*")
+    pairs = [json.loads(line) for line in (world / "pairs-0.1-0.03.jsonl").read_text().splitlines()]
+    held_out = set(data.world_prompts(0)[: data.HELD_OUT_PROMPTS])
+    assert len(pairs) == train.PROMPTS and not held_out & {row["prompt"][0]["content"] for row in pairs}
+    annotator = data.Annotator(0.1, 0.03, 0)
+    for row in pairs[:50]:
+        assert annotator(row, row["chosen"]) == row["score_chosen"] > row["score_rejected"] == annotator(row, row["rejected"])
+    assert {json.loads(line)["prompt"] for line in (world / "held_out.jsonl").read_text().splitlines()} == held_out
+    assert summary["rows"] == train.PROMPTS - 200
 
 
-def test_weight_of_the_sft_term_by_hand():
-    """λ_l = w · (l + 1) / L: thirds of 0.6; one replay has the whole weight."""
-    s = Settings(replays=3, sft_weight=0.6)
-    assert [train.replay_of(step, s)[0] for step in range(5)] == [0, 1, 2, 0, 1]
-    assert [train.replay_of(step, s)[1] for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.2])
-    assert train.replay_of(7, Settings(sft_weight=0.6)) == (0, 0.6) and train.replay_of(7, Settings()) == (0, 0.0)
+def test_judging_the_start_against_itself(default_run, tmp_path):
+    """The start's own answers with the start's seed: every measure as before, no KL; with another seed half of the wins."""
+    _, cache = default_run
+    (world,) = cache.glob("world-*")
+    same = train.judge(world / "model", world, tmp_path / "a.jsonl")
+    assert all(now == pytest.approx(was, abs=1e-6) for was, now in same.values())
+    assert same["win_rate"] == [0.5, 0.5] and same["length"][0] > 5
+    train.answer(world / "model", world / "held_out.jsonl", tmp_path / "b.jsonl", seed=1)
+    answers = [json.loads(line)["responses"] for line in (tmp_path / "b.jsonl").read_text().splitlines()]
+    assert len(answers) == data.HELD_OUT_PROMPTS and all(len(x) == 1 for x in answers)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_sft_term_adds_up(world, name):
-    """Loss and gradient are linear: objective + w · SFT, each taken alone, in microbatches of two pairs and in one.
-
-    The SFT term of a pair is the objective `sft`; unpaired rows are counted one by one, so half of them have none.
-    """
-    weight, (_, plain, grads), (_, sft, sft_grads) = 0.3, one_step(world, name), one_step(world, "sft")
-    share = weight * (0.5 if train.parse_objective(name).unpaired else 1.0)
-    expected = {n: g + share * sft_grads[n] for n, g in grads.items()}
-    largest = max(g.abs().max().item() for g in expected.values())
-    for budget in (10**6, 60):
-        run, examples, known = setting_up(world, name, budget=budget)
-        _, loss = train.accumulate_gradients(run, examples, known, [0, 1], sft=weight)
-        assert loss.mean().item() == pytest.approx((plain.mean() + share * sft.mean()).item(), abs=2e-6, rel=1e-6)
-        for n, p in run.policy.model.named_parameters():
-            assert (p.grad - expected[n]).abs().max().item() <= 4e-6 * largest, n
+def test_length_controlled_win_rate():
+    """Wins drawn from σ(θ + φ tanh(Δ/std)): the estimate is σ(θ), wherever the lengths lie; without lengths the plain rate."""
+    generator = torch.Generator().manual_seed(0)
+    difference = torch.randn(40_000, generator=generator, dtype=torch.float64) * 5 + 4
+    chance = torch.sigmoid(0.4 + 1.5 * torch.tanh(difference / difference.std()))
+    win = (torch.rand(40_000, generator=generator, dtype=torch.float64) < chance).double()
+    assert win.mean() > 0.7
+    assert train.length_controlled(win, difference) == pytest.approx(1 / (1 + math.exp(-0.4)), abs=0.02)
+    assert train.length_controlled(win, torch.zeros_like(win)) == pytest.approx(win.mean().item(), abs=1e-4)
 
 
-def test_replays_are_steps_on_the_same_batch(arguments, tmp_path):
-    """One batch of all 32 training pairs, three times: the same as three epochs of it, in which only the order changes."""
-    train.main(arguments(batch_size=32, replays=3, max_steps=None, out=tmp_path / "a"))
-    train.main(arguments(batch_size=32, epochs=3, max_steps=None, out=tmp_path / "b"))
-    a, b = steps(tmp_path / "a"), steps(tmp_path / "b")
-    assert [x["replay"] for x in a] == [1, 2, 3] and "replay" not in b[0] and [x["step"] for x in a] == [1, 2, 3]
-    for key in ("loss", "grad_norm", "lr", "tokens", "reward_margin"):
-        assert [x[key] for x in a] == pytest.approx([x[key] for x in b], rel=1e-4), key
+def test_comparison(tmp_path, monkeypatch, capsys):
+    """Grid, choice by win rate in the tuning world, then every seed; a run that ended early is a dash; nothing is run twice."""
+    monkeypatch.setattr(train, "run_jobs", lambda jobs, file: [made_up(job) for job in jobs])
+    seen = []
+
+    def made_up(job):
+        seen.append(job)
+        if job["objective"] == "simper":
+            return {"job": job, "error": "the loss is not finite"}
+        rate = 0.5 + 1e3 * job.get("lr", 0) / 10 * ("0.5" in job["objective"])
+        measures = dict.fromkeys(train.MEASURES, 1.0) | {"win_rate": rate + 0.01 * (job["seed"] % 100)}
+        return {"job": job, **measures, "start": dict.fromkeys(train.MEASURES, 0.5)}
+
+    done = train.main(["--compare", "dpo", "simper", "--sweeps", "gamma", "--out", str(tmp_path / "out")])
+    assert [job["seed"] for job in seen].count(train.TUNING_SEED) == 2 * 3 + 3 and len(seen) == 9 + 2 * 3 + 5 * 3
+    assert done["best"]["dpo"]["objective"] == "dpo(beta=0.5)" and done["best"]["dpo"]["lr"] == 5e-4
+    table = (tmp_path / "out" / "table.md").read_text().splitlines()
+    # 0.55 + 0, 0.01, 0.02: mean 56 %, standard error 1/√3 = 0.6 %
+    assert table[3].startswith("| `dpo(beta=0.5)` | 0.0005 | 56.0 ± 0.6 |") and table[4].startswith("| `simper` | 0.0001 | – |")
+    assert "\n".join(table) in capsys.readouterr().out
+    pictures = {"length.png", "drift.png", "kl.png", "sweep-gamma.png"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == pictures | {"sweep-gamma.md", "table.md", "settings.json"}
 
 
-@pytest.mark.parametrize("objective", ["simpo", "dpo", "alpha_dpo", "kto", "tdpo1", "sft"])
-def test_lorr_with_every_kind_of_objective(arguments, tmp_path, objective):
-    """16 pairs a step, replayed twice: the plan is each batch repeated, with one learning rate schedule over all steps."""
-    more = dict(replays=2, reset_alpha=0.5, sft_weight=0.4, batch_size=16, max_steps=None)
-    summary = train.main(arguments(objective=objective, **more))
-    lines = steps(tmp_path / "out")
-    assert summary["steps"] == len(lines) == 4 and [x["replay"] for x in lines] == [1, 2, 1, 2]
-    assert [x["sft_weight"] for x in lines] == pytest.approx([0.2, 0.4, 0.2, 0.4])
-    assert [x["lr"] for x in lines] == [train.learning_rate(i, 4, Settings(lr=1e-3)) for i in range(4)]
-    tokens = [x["tokens"] for x in lines]
-    assert tokens[0] == tokens[1] and tokens[2] == tokens[3] and all(math.isfinite(x["loss"]) for x in lines)
+def test_jobs_are_run_once(tmp_path, default_run):
+    """Two real runs in processes of their own; a second call finds both in the file."""
+    _, cache = default_run
+    job = dict(model="tiny", dataset="tiny", cache=str(cache), seed=0, max_steps=2)
+    jobs = [job | {"objective": "simpo"}, job | {"objective": "simpo(gamma=0.5)", "lr": 1e3}]
+    found = train.run_jobs(jobs, tmp_path / "runs.jsonl")
+    assert [x["job"] for x in found] == jobs and set(found[0]) >= set(train.MEASURES)
+    text = (tmp_path / "runs.jsonl").read_text()
+    assert train.run_jobs(jobs[::-1], tmp_path / "runs.jsonl") == found[::-1] and (tmp_path / "runs.jsonl").read_text() == text
 
 
-def test_reset_by_hand(arguments, world, tmp_path):
-    """θ ← αθ + (1−α)θ⁰ on what matches: after one step half-way back, after α = 0 exactly the start; the rest untouched."""
-    parameter = torch.nn.Parameter(torch.tensor([2.0, -4.0]))
-    train.reset([parameter], [torch.tensor([1.0, 0.0])], 0.25)
-    assert parameter.tolist() == [1.25, -1.0]
-    start = dict(AutoModelForCausalLM.from_pretrained(world / "model").named_parameters())
-    ends = {}
-    for alpha in (1.0, 0.5, 0.0):
-        which = dict(reset_alpha=alpha, reset_modules="down_proj, input_layernorm")
-        train.main(arguments(**which, max_steps=1, out=tmp_path / str(alpha)))
-        ends[alpha] = dict(AutoModelForCausalLM.from_pretrained(tmp_path / str(alpha) / "model").named_parameters())
-    for name, p in ends[1.0].items():
-        assert not torch.equal(p, start[name])
-        if "down_proj" in name or "input_layernorm" in name:
-            torch.testing.assert_close(ends[0.5][name], 0.5 * p + 0.5 * start[name], rtol=0, atol=1e-7)
-            assert torch.equal(ends[0.0][name], start[name])
-        else:
-            assert torch.equal(ends[0.5][name], p) and torch.equal(ends[0.0][name], p)
-
-
-def test_another_schedule_is_not_resumed(arguments, capsys):
-    train.main(arguments(save_every=4))
-    for more, said in ((dict(replays=2), "replays is 2 here and 1 there"), (dict(sft_weight=0.5), "sft_weight is 0.5"),
-                       (dict(reset_alpha=0.5), "reset_alpha is 0.5")):  # fmt: skip
-        with pytest.raises(SystemExit) as stop:
-            train.main(arguments(save_every=4, **more) + ["--resume"])
-        assert stop.value.code == 2 and said in capsys.readouterr().err
-
-
-# ---- samples during training, divergence guards ----------------------------------------------------------------------
-
-
-def test_samples_are_written_at_every_evaluation(arguments, tmp_path, monkeypatch):
-    """Also readable while the run goes on, with the end still open; each text is what the model said at that step."""
-    said, seen = [], []
-    complete, write = train.complete, train.write_samples
-    monkeypatch.setattr(train, "complete", lambda *a: said.append(complete(*a)) or said[-1])
-    monkeypatch.setattr(train, "write_samples", lambda *a: seen.append(write(*a)) or seen[-1])
-    train.main(arguments(samples=2, eval_every=2, epochs=2, max_steps=6, lr=3e-2))
-    assert [sorted(rows[0]["during"]) for rows in seen[:3]] == [["2"], ["2", "4"], ["2", "4"]]
-    assert [rows[1]["after"] for rows in seen[:2]] == [None, None]
-    rows = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
-    for i, row in enumerate(rows):
-        assert [row["before"], *row["during"].values(), row["after"]] == [texts[i] for texts in said]
-    assert len(rows) == 2 and len({rows[0]["before"], *rows[0]["during"].values(), rows[0]["after"]}) > 1
-    lines = [x for x in metrics(tmp_path / "out") if "eval_loss" in x]
-    assert [x["repetition"] for x in lines] == [train.repetition(texts) for texts in said]
-
-
-def test_repetition_by_hand():
-    """a b c a b c a: the 3-grams abc bca cab abc bca, two of five came before; counted within one text only."""
-    assert train.repetition(["a b c a b c a"]) == pytest.approx(2 / 5)
-    assert train.repetition(["a b c a b c a", "a b c", "", "a b"]) == pytest.approx(2 / 6)
-    assert train.repetition(["so so so so so so"]) == pytest.approx(3 / 4)
-    assert train.repetition(["a b c d e"]) == train.repetition(["a b"]) == train.repetition([]) == 0
-
-
-def test_drift_is_the_mean_fall_per_token(world):
-    """Start 1 nat per token higher on every chosen, and 3 on every rejected response: 2 on average. Its own start: 0."""
-    run, examples, known = setting_up(world, "simpo")
-    logp, _ = train.score(run, examples)
-    start = logp + torch.tensor([1.0, 3.0]) * known.length
-    assert train.evaluate(run, examples, known, start)["eval_drift"] == pytest.approx(2, abs=1e-5)
-    assert train.evaluate(run, examples, known, logp)["eval_drift"] == 0
-    assert "eval_drift" not in train.evaluate(run, examples, known)
-
-
-START = {"repetition": 0.05, "eval_drift": 0.0, "eval_logp_w_per_token": -0.8}
-
-
-@pytest.mark.parametrize(
-    "now, fired",
-    [
-        (START, []),
-        ({}, []),  # nothing recorded: no samples, no desirable rows
-        ({**START, "repetition": 0.39}, []),
-        ({**START, "repetition": 0.41}, ["repetition"]),
-        ({**START, "eval_drift": 1.49, "eval_logp_w_per_token": -1.79}, []),
-        ({**START, "eval_drift": 1.51}, ["drift"]),
-        ({**START, "eval_drift": -3.0, "eval_logp_w_per_token": -0.1}, []),  # both more likely
-        ({**START, "eval_logp_w_per_token": -1.81}, ["collapse"]),
-        ({**START, "repetition": 0.9, "eval_drift": 5.0, "eval_logp_w_per_token": -7.0}, ["repetition", "drift", "collapse"]),
-    ],
-)
-def test_guards_fire_where_they_should(now, fired):
-    found = train.divergence(START, now)
-    assert list(found) == fired and all("lr" in text for text in found.values())
-
-
-def test_guards_look_at_the_start_too():
-    """A model that repeated itself from the start, or whose chosen responses were unlikely (5 → 6.5 is not twice)."""
-    start = {"repetition": 0.4, "eval_logp_w_per_token": -5.0}
-    assert train.divergence(start, {"repetition": 0.55, "eval_logp_w_per_token": -6.5}) == {}
-    assert list(train.divergence(start, {"repetition": 0.65, "eval_logp_w_per_token": -10.5})) == ["repetition", "collapse"]
-
-
-def test_guards_warn_once_and_let_the_run_end(arguments, tmp_path, capsys):
-    """Learning rate 0.5: everything goes wrong, each guard speaks once in four evaluations, and the summary is written."""
-    train.main(arguments(lr=0.5, eval_every=1, objective="dpo(beta=1.0)", sample_tokens=16))
-    said = capsys.readouterr().err
-    assert said.count("warning: the model is far from its start") == 1
-    assert sum(x.get("eval_drift", 0) > train.DRIFT for x in metrics(tmp_path / "out")) > 1
-    assert (tmp_path / "out" / "summary.json").exists()
-    train.main(arguments(lr=1e-4, out=tmp_path / "calm"))
-    assert "warning:" not in capsys.readouterr().err
+def test_every_call_of_the_grid_and_the_sweeps_is_understood():
+    assert set(train.GRID) == set(OBJECTIVES)
+    for name, texts in train.GRID.items():
+        for text in texts:
+            train.try_objective(train.parse_objective(text))
+            assert train.parse_objective(text).name == name
+    for _, values, series in train.SWEEPS.values():
+        for change in series.values():
+            for x in values:
+                s = train.Settings(**{"lr": 1e-4, **change(x)})
+                train.check_settings(s)
+                train.try_objective(train.parse_objective(s.objective))
 
 
 # ---- settings ------------------------------------------------------------------------------------------------------------
