@@ -1483,7 +1483,7 @@ def arena_hard(row: tuple[str, dict, list[dict]], answer: str, name: str, tokeni
 # Every objective gets the same small grid: two settings of its hyper-parameters, or one where it has none, times three learning
 # rates. The best win rate in a world of its own (TUNING_SEED) goes on to `seeds` other worlds. A run is train() as it stands.
 
-LEARNING_RATES, TUNING_SEED = (1e-4, 2e-4, 5e-4), 100
+LEARNING_RATES, TUNING_SEED = (2e-4, 5e-4, 1e-3), 100
 GRID = {
     "sft": ("sft",),
     "dpo": ("dpo(beta=0.1)", "dpo(beta=0.5)"),

@@ -440,10 +440,10 @@ def test_comparison(tmp_path, monkeypatch, capsys):
 
     done = train.main(["--compare", "dpo", "simper", "--sweeps", "gamma", "--out", str(tmp_path / "out")])
     assert [job["seed"] for job in seen].count(train.TUNING_SEED) == 2 * 3 + 3 and len(seen) == 9 + 2 * 3 + 5 * 3
-    assert done["best"]["dpo"]["objective"] == "dpo(beta=0.5)" and done["best"]["dpo"]["lr"] == 5e-4
+    assert done["best"]["dpo"]["objective"] == "dpo(beta=0.5)" and done["best"]["dpo"]["lr"] == 1e-3
     table = (tmp_path / "out" / "table.md").read_text().splitlines()
-    # 0.55 + 0, 0.01, 0.02: mean 56 %, standard error 1/√3 = 0.6 %
-    assert table[3].startswith("| `dpo(beta=0.5)` | 0.0005 | 56.0 ± 0.6 |") and table[4].startswith("| `simper` | 0.0001 | – |")
+    # 0.6 + 0, 0.01, 0.02: mean 61 %, standard error 1/√3 = 0.6 %
+    assert table[3].startswith("| `dpo(beta=0.5)` | 0.001 | 61.0 ± 0.6 |") and table[4].startswith("| `simper` | 0.0002 | – |")
     assert "\n".join(table) in capsys.readouterr().out
     pictures = {"length.png", "drift.png", "kl.png", "sweep-gamma.png"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == pictures | {"sweep-gamma.md", "table.md", "settings.json"}
