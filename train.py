@@ -3,11 +3,13 @@
     python train.py                                                        # the embedded world: no download, no GPU
     python train.py --model MODEL --dataset PAIRS.jsonl --objective "simpo(beta=2.5, gamma=0.5)" --lr 1e-6
     python train.py settings.yaml --lr 5e-7                                # a file of settings; the command line wins
+    python train.py --compare dpo simpo simper                             # which does what, in the embedded world
     python train.py generate --model MODEL --prompts FILE --out FILE       # answers for AlpacaEval or Arena-Hard
 
-Reads top to bottom: settings → objective → scoring → one step → evaluation → the run. Rows are preference pairs, or single
-completions for unpaired objectives. All losses are means over the rows of the whole optimizer batch, so the gradient of a step
-does not depend on how the batch is cut into microbatches.
+Reads top to bottom: settings → objective → scoring → one step → evaluation → the run; after it come the embedded world, the
+comparison in it, and answers for judges, which the run does without. Rows are preference pairs, or single completions for
+unpaired objectives. All losses are means over the rows of the whole optimizer batch, so the gradient of a step does not depend
+on how the batch is cut into microbatches.
 """
 
 import argparse
@@ -134,17 +136,6 @@ PUBLISHED = {
         "simpo": ("simpo(beta=10.0, gamma=5.0)", 8e-7), "alpha-dpo": ("alpha_dpo(beta=10.0, gamma=4.0, alpha=0.5)", 8e-7),
         "gamma-simpo": ("gamma_simpo(beta=10.0, gamma=5.0, tau=20.0)", 8e-7)}),
 }  # fmt: skip
-
-
-# Published decoding: start → style → (temperature, max_new_tokens), all with top_p 1. α-DPO paper, appendix B.1, "Decoding
-# hyperparameters": those of SimPO, and its footnote 4 gives the folder of SimPO's released code (eval/) that has the numbers.
-# That folder has none for Gemma-2 and none of its own for Llama-3-Instruct v0.2, so there is no such entry.
-DECODING = {
-    "mistral-7b-base": {"alpaca_eval": (0.7, 2048), "arena_hard": (0.0, 4096)},
-    "mistral-7b-instruct": {"alpaca_eval": (0.5, 2048), "arena_hard": (0.0, 4096)},
-    "llama-3-8b-base": {"alpaca_eval": (0.9, 4096), "arena_hard": (0.0, 4096)},
-    "llama-3-8b-instruct": {"alpaca_eval": (0.9, 4096), "arena_hard": (0.0, 4096)},
-}
 
 
 def recipe(name: str) -> dict:
@@ -929,125 +920,6 @@ def prepare_out(s: Settings) -> Path:
     return out
 
 
-# ---- the embedded world ----------------------------------------------------------------------------------------------
-#
-# The papers' experiment with a known truth: supervised start → 5 samples per prompt → an annotator's scores → best against
-# worst → training → win rate against the start. Every step is the code that real models go through.
-
-SUPERVISED_STEPS, PROMPTS = 250, 1736
-
-
-def embedded_world(s: Settings) -> tuple[Path, Path]:
-    """(folder with model, prompts, samples and the start's answers to held-out prompts; file of pairs), built once."""
-    tokenizer, demonstrations, _ = data.tiny_world(s.seed, 8192)
-    made_of = json.dumps(["3", SUPERVISED_STEPS, PROMPTS, s.seed, torch.__version__, demonstrations])
-    folder = Path(s.cache).expanduser() / f"world-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}"
-    if not folder.exists():
-        part = folder.with_suffix(f".{os.getpid()}")
-        supervised_start(demonstrations, tokenizer, s.seed).save_pretrained(part / "model")
-        tokenizer.save_pretrained(part / "model")
-        prompts = [json.dumps({"prompt": p}) + "\n" for p in data.world_prompts(s.seed)]
-        held_out, prompts = prompts[: data.HELD_OUT_PROMPTS], prompts[data.HELD_OUT_PROMPTS :][:PROMPTS]
-        (part / "held_out.jsonl").write_text("".join(held_out))
-        (part / "prompts.jsonl").write_text("".join(prompts))
-        answer(part / "model", part / "held_out.jsonl", part / "answers.jsonl", s.seed)
-        model, sampled = str(part / "model"), str(part / "sampled.jsonl")
-        data.sample(model, str(part / "prompts.jsonl"), sampled, n=5, temperature=1.0, top_p=1.0, max_tokens=64,
-                    batch_size=128, seed=s.seed, device="cpu")  # fmt: skip
-        try:
-            part.rename(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(part)
-    annotator = data.Annotator(s.annotator_noise, s.length_bias, s.seed)
-    pairs = folder / f"pairs-{s.annotator_noise}-{s.length_bias}.jsonl"
-    if not pairs.exists():
-        scored, part = (f"{pairs}.{os.getpid()}.{name}.jsonl" for name in ("scored", "part"))
-        data.score(str(folder / "sampled.jsonl"), scored, rule=annotator)
-        data.pairs(scored, part, how="best_worst")
-        os.remove(scored)
-        os.replace(part, pairs)
-    return folder, pairs
-
-
-def supervised_start(rows: list[data.Row], tokenizer, seed: int) -> LlamaForCausalLM:
-    """A Llama of 350,000 parameters that has learned to answer from noisy demonstrations."""
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None, eos_token_id=3, pad_token_id=3,
-    ))  # fmt: skip
-    policy, optimizer = ResponseLogProbs(model), torch.optim.AdamW(model.parameters(), fused=True)
-    policy.use_layout("padded")
-    examples = [data.encode(row, tokenizer, 128, 100)[0] for row in rows]
-    plan = [part for epoch in range(64) for part in data.step_plan(len(examples), 64, seed, epoch)][:SUPERVISED_STEPS]
-    schedule = Settings(lr=3e-3)
-    bar = tqdm(plan, desc="supervised start", unit=" steps", leave=False)
-    for step, part in enumerate(bar):
-        batch = data.padded_batch([examples[i] for i in part])
-        loss = OBJECTIVES["sft"](policy(batch)[0], batch.lengths).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, len(plan), schedule)
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss:.3f}")
-    say(f"supervised start: {len(plan)} steps on noisy demonstrations, last loss {loss:.3f} nats per token")
-    return model
-
-
-def answer(model: Path, prompts: Path, out: Path, seed: int = 0) -> None:
-    """One answer to each prompt as the model gives it: temperature 1, nothing cut off."""
-    out.unlink(missing_ok=True)
-    data.sample(str(model), str(prompts), str(out), n=1, temperature=1.0, top_p=1.0, max_tokens=64, batch_size=512,
-                seed=seed, keep_unfinished=True, device="cpu")  # fmt: skip
-
-
-def judge(model: Path, world: Path, out: Path) -> dict[str, list[float]]:
-    """What changed in the answers to held-out prompts; [start, now] of each measure.
-
-    win_rate: share of prompts where the answer's true quality is above the start's, ties ½. lc_win_rate: see below.
-    length: words. kl: KL(now ‖ start) in nats per response, a mean of log-ratios over the answers. repetition: share of items
-    that were named before in the same answer.
-    """
-    answer(model, world / "held_out.jsonl", out)
-    rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in (world / "answers.jsonl", out)]
-    prompts = [row["prompt"] for row in rows[0]]
-    texts = [[row["responses"][0] if row["responses"] else "" for row in side] for side in rows]
-    quality, length, repetition = (
-        torch.tensor([[f(p[-1]["content"], text) for p, text in zip(prompts, side)] for side in texts], dtype=torch.float64)
-        for f in (data.world_quality, lambda _, text: len(text.split()), lambda _, text: data.world_repetition(text))
-    )
-    win = 0.5 + 0.5 * (quality[1] - quality[0]).sign()
-    tokenizer = data.load_tokenizer(str(model))
-    answers = [data.encode(data.Row(p, [t]), tokenizer, 256, 128)[0] for p, t in zip(prompts, texts[1])]
-    start, now = summed_logps(world / "model", answers), summed_logps(model, answers)
-    found = {"quality": quality.mean(1).tolist(), "length": length.mean(1).tolist(), "repetition": repetition.mean(1).tolist()}
-    found |= {"win_rate": [0.5, win.mean().item()], "lc_win_rate": [0.5, length_controlled(win, length[1] - length[0])]}
-    return found | {"kl": [0.0, (now - start).mean().item()]}
-
-
-def length_controlled(win: Tensor, difference: Tensor) -> float:
-    """The win rate at equal length, as AlpacaEval 2 estimates it (without its term for a prompt's difficulty).
-
-    win ~ σ(θ + φ tanh(Δ/std Δ)) by logistic regression, Newton's method with a touch of ridge; σ(θ). win: (n,) in [0, 1].
-    """
-    x = torch.stack([torch.ones_like(win), torch.tanh(difference / difference.std().clamp(min=1e-9))], 1)
-    weights = torch.zeros(2, dtype=win.dtype)
-    for _ in range(30):
-        p = torch.sigmoid(x @ weights)
-        hessian = x.T @ (x * (p * (1 - p))[:, None]) + 1e-3 * torch.eye(2, dtype=win.dtype)
-        weights = weights + torch.linalg.solve(hessian, x.T @ (win - p) - 1e-3 * weights)
-    return torch.sigmoid(weights[0]).item()
-
-
-@torch.no_grad()
-def summed_logps(model: Path, examples: list[Example]) -> Tensor:
-    policy = ResponseLogProbs(LlamaForCausalLM.from_pretrained(model, dtype=torch.float32))
-    policy.use_layout("padded")
-    return torch.cat([policy(data.padded_batch(examples[i : i + 128]))[0] for i in range(0, len(examples), 128)])
-
-
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
@@ -1372,110 +1244,123 @@ def report_end(summary: dict, samples: list[dict]) -> None:
     say(f"everything is in {summary['out']}; the model is in {summary['out']}/model")
 
 
-# ---- answers for outside judges --------------------------------------------------------------------------------------
+# ---- the embedded world ----------------------------------------------------------------------------------------------
+#
+# The papers' experiment with a known truth: supervised start → 5 samples per prompt → an annotator's scores → best against
+# worst → training → win rate against the start. Every step is the code that real models go through.
+
+SUPERVISED_STEPS, PROMPTS = 250, 1736
 
 
-@dataclass
-class Generation:
-    model: str = field(metadata={"help": "folder or hub name of a causal language model, such as runs/mine/model"})
-    prompts: str = field(metadata={"help": "AlpacaEval's JSON, Arena-Hard's question.jsonl, or any rows with a prompt"})
-    out: str = field(metadata={"help": "file to write; a killed run goes on from OUT.part"})
-    style: str = option("alpaca_eval", "format of out: alpaca_eval (a JSON list) or arena_hard (v0.1's answers, JSON lines)")
-    name: str | None = option(None, "what the judge calls the model (generator, model_id); without it, its folder's name")
-    decoding: str | None = option(None, f"published settings of a start: {', '.join(DECODING)}")
-    temperature: float | None = option(None, "of sampling, 0 is greedy; without it and decoding: 0")
-    max_new_tokens: int | None = option(None, "answers are cut there, and kept; without it and decoding: 2048")
-    top_p: float = option(1.0, "share of the probability that is sampled from")
-    batch_size: int = option(8, "prompts at a time; answers depend on it where temperature > 0")
-    columns: str = option("", "columns to rename, new=old: prompt=question")
-    seed: int = option(0, "of sampling")
-    device: str = option("auto", "cpu, cuda, or auto")
+def embedded_world(s: Settings) -> tuple[Path, Path]:
+    """(folder with model, prompts, samples and the start's answers to held-out prompts; file of pairs), built once."""
+    tokenizer, demonstrations, _ = data.tiny_world(s.seed, 8192)
+    made_of = json.dumps(["3", SUPERVISED_STEPS, PROMPTS, s.seed, torch.__version__, demonstrations])
+    folder = Path(s.cache).expanduser() / f"world-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}"
+    if not folder.exists():
+        part = folder.with_suffix(f".{os.getpid()}")
+        supervised_start(demonstrations, tokenizer, s.seed).save_pretrained(part / "model")
+        tokenizer.save_pretrained(part / "model")
+        prompts = [json.dumps({"prompt": p}) + "\n" for p in data.world_prompts(s.seed)]
+        held_out, prompts = prompts[: data.HELD_OUT_PROMPTS], prompts[data.HELD_OUT_PROMPTS :][:PROMPTS]
+        (part / "held_out.jsonl").write_text("".join(held_out))
+        (part / "prompts.jsonl").write_text("".join(prompts))
+        answer(part / "model", part / "held_out.jsonl", part / "answers.jsonl", s.seed)
+        model, sampled = str(part / "model"), str(part / "sampled.jsonl")
+        data.sample(model, str(part / "prompts.jsonl"), sampled, n=5, temperature=1.0, top_p=1.0, max_tokens=64,
+                    batch_size=128, seed=s.seed, device="cpu")  # fmt: skip
+        try:
+            part.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(part)
+    annotator = data.Annotator(s.annotator_noise, s.length_bias, s.seed)
+    pairs = folder / f"pairs-{s.annotator_noise}-{s.length_bias}.jsonl"
+    if not pairs.exists():
+        scored, part = (f"{pairs}.{os.getpid()}.{name}.jsonl" for name in ("scored", "part"))
+        data.score(str(folder / "sampled.jsonl"), scored, rule=annotator)
+        data.pairs(scored, part, how="best_worst")
+        os.remove(scored)
+        os.replace(part, pairs)
+    return folder, pairs
 
 
-STYLES = ("alpaca_eval", "arena_hard")
+def supervised_start(rows: list[data.Row], tokenizer, seed: int) -> LlamaForCausalLM:
+    """A Llama of 350,000 parameters that has learned to answer from noisy demonstrations."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None, eos_token_id=3, pad_token_id=3,
+    ))  # fmt: skip
+    policy, optimizer = ResponseLogProbs(model), torch.optim.AdamW(model.parameters(), fused=True)
+    policy.use_layout("padded")
+    examples = [data.encode(row, tokenizer, 128, 100)[0] for row in rows]
+    plan = [part for epoch in range(64) for part in data.step_plan(len(examples), 64, seed, epoch)][:SUPERVISED_STEPS]
+    schedule = Settings(lr=3e-3)
+    bar = tqdm(plan, desc="supervised start", unit=" steps", leave=False)
+    for step, part in enumerate(bar):
+        batch = data.padded_batch([examples[i] for i in part])
+        loss = OBJECTIVES["sft"](policy(batch)[0], batch.lengths).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, len(plan), schedule)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss:.3f}")
+    say(f"supervised start: {len(plan)} steps on noisy demonstrations, last loss {loss:.3f} nats per token")
+    return model
 
 
-def generate(argv: list[str]) -> dict:
-    """Answer every prompt of a benchmark once and write the answers as its official judge reads them.
+def answer(model: Path, prompts: Path, out: Path, seed: int = 0) -> None:
+    """One answer to each prompt as the model gives it: temperature 1, nothing cut off."""
+    out.unlink(missing_ok=True)
+    data.sample(str(model), str(prompts), str(out), n=1, temperature=1.0, top_p=1.0, max_tokens=64, batch_size=512,
+                seed=seed, keep_unfinished=True, device="cpu")  # fmt: skip
 
-    Rows keep their order; a prompt that is there twice has the same answer twice. Answers that reach max_new_tokens are kept as
-    far as they went and counted. A run that was killed goes on with the same command to what an unbroken one would have made.
 
-        python train.py generate --model runs/mine/model --prompts alpaca_eval.json --out outputs.json --temperature 0.9
-        python train.py generate --model runs/mine/model --prompts question.jsonl --out mine.jsonl --style arena_hard
+def judge(model: Path, world: Path, out: Path) -> dict[str, list[float]]:
+    """What changed in the answers to held-out prompts; [start, now] of each measure.
+
+    win_rate: share of prompts where the answer's true quality is above the start's, ties ½. lc_win_rate: see below.
+    length: words. kl: KL(now ‖ start) in nats per response, a mean of log-ratios over the answers. repetition: share of items
+    that were named before in the same answer.
     """
-    parser = HfArgumentParser(
-        Generation,
-        prog="train.py generate",
-        description=inspect.cleandoc(generate.__doc__),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    answer(model, world / "held_out.jsonl", out)
+    rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in (world / "answers.jsonl", out)]
+    prompts = [row["prompt"] for row in rows[0]]
+    texts = [[row["responses"][0] if row["responses"] else "" for row in side] for side in rows]
+    quality, length, repetition = (
+        torch.tensor([[f(p[-1]["content"], text) for p, text in zip(prompts, side)] for side in texts], dtype=torch.float64)
+        for f in (data.world_quality, lambda _, text: len(text.split()), lambda _, text: data.world_repetition(text))
     )
-    g, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
-    if unknown:
-        raise SettingsError(f"unknown setting {' '.join(unknown)}; `python train.py generate --help` lists all of them")
-    how, out, part = decoding(g), Path(g.out), Path(f"{g.out}.part")
-    if out.exists():
-        raise SettingsError(f"out {out} is there already; choose another file, or delete it")
-    whole = Path(f"{out}.whole")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        whole.write_text("")
-        whole.unlink()
-    except OSError as error:
-        raise SettingsError(f"out {out} cannot be written ({error})") from error
-    rows = list(data.prompts_of(g.prompts, g.columns))
-    folder = Path(g.model).resolve()  # an exported model is RUN/model: the run's name says more
-    name = g.name or (folder.parent.name if folder.name == "model" else Path(g.model).name)
-    say(f"{name}: {len(rows)} prompts, {', '.join(f'{k} {v:g}' for k, v in how.items())}, seed {g.seed}")
-    more = dict(batch_size=g.batch_size, columns=g.columns, seed=g.seed, device=g.device)
-    data.sample(g.model, g.prompts, str(part), n=1, keep_unfinished=True, **how, **more)
-    found = {row["id"]: row for row in map(json.loads, part.read_text(encoding="utf-8").split("\n")[:-1])}
-    answers = [found[row["id"]]["responses"][0] for _, row, _ in rows]
-    cut = sum(found[row["id"]]["unfinished"] for _, row, _ in rows)
-    if g.style == "alpaca_eval":
-        text = json.dumps([alpaca_eval(*x, name) for x in zip(rows, answers)], ensure_ascii=False, indent=2) + "\n"
-    else:
-        tokenizer = data.load_tokenizer(g.model)
-        lines = (json.dumps(arena_hard(*x, name, tokenizer), ensure_ascii=False) for x in zip(rows, answers))
-        text = "".join(f"{line}\n" for line in lines)
-    whole.write_text(text, encoding="utf-8")
-    os.replace(whole, out)
-    part.unlink()
-    say(f"{len(answers)} answers in {out}, {cut} of them cut at {how['max_tokens']} tokens, {answers.count('')} empty")
-    return {"out": str(out), "answers": len(answers), "cut": cut}
+    win = 0.5 + 0.5 * (quality[1] - quality[0]).sign()
+    tokenizer = data.load_tokenizer(str(model))
+    answers = [data.encode(data.Row(p, [t]), tokenizer, 256, 128)[0] for p, t in zip(prompts, texts[1])]
+    start, now = summed_logps(world / "model", answers), summed_logps(model, answers)
+    found = {"quality": quality.mean(1).tolist(), "length": length.mean(1).tolist(), "repetition": repetition.mean(1).tolist()}
+    found |= {"win_rate": [0.5, win.mean().item()], "lc_win_rate": [0.5, length_controlled(win, length[1] - length[0])]}
+    return found | {"kl": [0.0, (now - start).mean().item()]}
 
 
-def decoding(g: Generation) -> dict:
-    """Keyword arguments of data.sample: published ones, and over them what was asked for."""
-    if g.style not in STYLES:
-        raise SettingsError(f"style is {g.style!r}; accepted are {', '.join(STYLES)}")
-    if g.decoding is not None and g.decoding not in DECODING:
-        raise SettingsError(f"decoding is {g.decoding!r}; published are {', '.join(DECODING)}")
-    if g.device not in ("auto", "cpu") and not (g.device.partition(":")[0] == "cuda" and torch.cuda.is_available()):
-        raise SettingsError(f"device is {g.device!r}; accepted here are auto, cpu{', cuda' * torch.cuda.is_available()}")
-    temperature, tokens = (0.0, 2048) if g.decoding is None else DECODING[g.decoding][g.style]
-    temperature = temperature if g.temperature is None else g.temperature
-    tokens = tokens if g.max_new_tokens is None else g.max_new_tokens
-    if not 0 <= temperature < math.inf or tokens < 1 or not 0 < g.top_p <= 1 or g.batch_size < 1:
-        raise SettingsError("temperature is at least 0, max_new_tokens and batch_size at least 1, top_p above 0 and at most 1")
-    return dict(temperature=temperature, top_p=g.top_p, max_tokens=tokens)
+def length_controlled(win: Tensor, difference: Tensor) -> float:
+    """The win rate at equal length, as AlpacaEval 2 estimates it (without its term for a prompt's difficulty).
+
+    win ~ σ(θ + φ tanh(Δ/std Δ)) by logistic regression, Newton's method with a touch of ridge; σ(θ). win: (n,) in [0, 1].
+    """
+    x = torch.stack([torch.ones_like(win), torch.tanh(difference / difference.std().clamp(min=1e-9))], 1)
+    weights = torch.zeros(2, dtype=win.dtype)
+    for _ in range(30):
+        p = torch.sigmoid(x @ weights)
+        hessian = x.T @ (x * (p * (1 - p))[:, None]) + 1e-3 * torch.eye(2, dtype=win.dtype)
+        weights = weights + torch.linalg.solve(hessian, x.T @ (win - p) - 1e-3 * weights)
+    return torch.sigmoid(weights[0]).item()
 
 
-def alpaca_eval(row: tuple[str, dict, list[dict]], answer: str, name: str) -> dict:
-    """One output as AlpacaEval reads it; a conversation becomes an instruction of several paragraphs."""
-    _, given, prompt = row
-    instruction = "\n\n".join(m["content"] for m in prompt)
-    return {"instruction": instruction, "output": answer, "generator": name} | {k: given[k] for k in ("dataset",) if k in given}
-
-
-def arena_hard(row: tuple[str, dict, list[dict]], answer: str, name: str, tokenizer) -> dict:
-    """One answer as Arena-Hard v0.1 reads it; token_len in tokens of the model's own tokenizer (its authors count GPT's)."""
-    _, given, _ = row
-    question = given.get("question_id", given["id"])
-    turn = {"content": answer, "token_len": len(tokenizer(answer, add_special_tokens=False)["input_ids"])}
-    unique = hashlib.sha256(json.dumps([name, question, answer]).encode()).hexdigest()[:22]
-    choices = [{"index": 0, "turns": [turn]}]
-    return {"question_id": question, "answer_id": unique, "model_id": name, "choices": choices, "tstamp": time.time()}
+@torch.no_grad()
+def summed_logps(model: Path, examples: list[Example]) -> Tensor:
+    policy = ResponseLogProbs(LlamaForCausalLM.from_pretrained(model, dtype=torch.float32))
+    policy.use_layout("padded")
+    return torch.cat([policy(data.padded_batch(examples[i : i + 128]))[0] for i in range(0, len(examples), 128)])
 
 
 # ---- comparison in the embedded world --------------------------------------------------------------------------------
@@ -1693,6 +1578,124 @@ def draw_sweep(sweep: str, common: dict, seeds: int, out: Path) -> None:
     axes[0].legend(fontsize=8)
     figure.savefig(out / f"sweep-{sweep}.png", dpi=110)
     plt.close(figure)
+
+
+# ---- answers for outside judges --------------------------------------------------------------------------------------
+
+
+# Published decoding: start → style → (temperature, max_new_tokens), all with top_p 1. α-DPO paper, appendix B.1, "Decoding
+# hyperparameters": those of SimPO, and its footnote 4 gives the folder of SimPO's released code (eval/) that has the numbers.
+# That folder has none for Gemma-2 and none of its own for Llama-3-Instruct v0.2, so there is no such entry.
+DECODING = {
+    "mistral-7b-base": {"alpaca_eval": (0.7, 2048), "arena_hard": (0.0, 4096)},
+    "mistral-7b-instruct": {"alpaca_eval": (0.5, 2048), "arena_hard": (0.0, 4096)},
+    "llama-3-8b-base": {"alpaca_eval": (0.9, 4096), "arena_hard": (0.0, 4096)},
+    "llama-3-8b-instruct": {"alpaca_eval": (0.9, 4096), "arena_hard": (0.0, 4096)},
+}
+STYLES = ("alpaca_eval", "arena_hard")
+
+
+@dataclass
+class Generation:
+    model: str = field(metadata={"help": "folder or hub name of a causal language model, such as runs/mine/model"})
+    prompts: str = field(metadata={"help": "AlpacaEval's JSON, Arena-Hard's question.jsonl, or any rows with a prompt"})
+    out: str = field(metadata={"help": "file to write; a killed run goes on from OUT.part"})
+    style: str = option("alpaca_eval", "format of out: alpaca_eval (a JSON list) or arena_hard (v0.1's answers, JSON lines)")
+    name: str | None = option(None, "what the judge calls the model (generator, model_id); without it, its folder's name")
+    decoding: str | None = option(None, f"published settings of a start: {', '.join(DECODING)}")
+    temperature: float | None = option(None, "of sampling, 0 is greedy; without it and decoding: 0")
+    max_new_tokens: int | None = option(None, "answers are cut there, and kept; without it and decoding: 2048")
+    top_p: float = option(1.0, "share of the probability that is sampled from")
+    batch_size: int = option(8, "prompts at a time; answers depend on it where temperature > 0")
+    columns: str = option("", "columns to rename, new=old: prompt=question")
+    seed: int = option(0, "of sampling")
+    device: str = option("auto", "cpu, cuda, or auto")
+
+
+def generate(argv: list[str]) -> dict:
+    """Answer every prompt of a benchmark once and write the answers as its official judge reads them.
+
+    Rows keep their order; a prompt that is there twice has the same answer twice. Answers that reach max_new_tokens are kept as
+    far as they went and counted. A run that was killed goes on with the same command to what an unbroken one would have made.
+
+        python train.py generate --model runs/mine/model --prompts alpaca_eval.json --out outputs.json --temperature 0.9
+        python train.py generate --model runs/mine/model --prompts question.jsonl --out mine.jsonl --style arena_hard
+    """
+    parser = HfArgumentParser(
+        Generation,
+        prog="train.py generate",
+        description=inspect.cleandoc(generate.__doc__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    g, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+    if unknown:
+        raise SettingsError(f"unknown setting {' '.join(unknown)}; `python train.py generate --help` lists all of them")
+    how, out, part = decoding(g), Path(g.out), Path(f"{g.out}.part")
+    if out.exists():
+        raise SettingsError(f"out {out} is there already; choose another file, or delete it")
+    whole = Path(f"{out}.whole")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        whole.write_text("")
+        whole.unlink()
+    except OSError as error:
+        raise SettingsError(f"out {out} cannot be written ({error})") from error
+    rows = list(data.prompts_of(g.prompts, g.columns))
+    folder = Path(g.model).resolve()  # an exported model is RUN/model: the run's name says more
+    name = g.name or (folder.parent.name if folder.name == "model" else Path(g.model).name)
+    say(f"{name}: {len(rows)} prompts, {', '.join(f'{k} {v:g}' for k, v in how.items())}, seed {g.seed}")
+    more = dict(batch_size=g.batch_size, columns=g.columns, seed=g.seed, device=g.device)
+    data.sample(g.model, g.prompts, str(part), n=1, keep_unfinished=True, **how, **more)
+    found = {row["id"]: row for row in map(json.loads, part.read_text(encoding="utf-8").split("\n")[:-1])}
+    answers = [found[row["id"]]["responses"][0] for _, row, _ in rows]
+    cut = sum(found[row["id"]]["unfinished"] for _, row, _ in rows)
+    if g.style == "alpaca_eval":
+        text = json.dumps([alpaca_eval(*x, name) for x in zip(rows, answers)], ensure_ascii=False, indent=2) + "\n"
+    else:
+        tokenizer = data.load_tokenizer(g.model)
+        lines = (json.dumps(arena_hard(*x, name, tokenizer), ensure_ascii=False) for x in zip(rows, answers))
+        text = "".join(f"{line}\n" for line in lines)
+    whole.write_text(text, encoding="utf-8")
+    os.replace(whole, out)
+    part.unlink()
+    say(f"{len(answers)} answers in {out}, {cut} of them cut at {how['max_tokens']} tokens, {answers.count('')} empty")
+    return {"out": str(out), "answers": len(answers), "cut": cut}
+
+
+def decoding(g: Generation) -> dict:
+    """Keyword arguments of data.sample: published ones, and over them what was asked for."""
+    if g.style not in STYLES:
+        raise SettingsError(f"style is {g.style!r}; accepted are {', '.join(STYLES)}")
+    if g.decoding is not None and g.decoding not in DECODING:
+        raise SettingsError(f"decoding is {g.decoding!r}; published are {', '.join(DECODING)}")
+    if g.device not in ("auto", "cpu") and not (g.device.partition(":")[0] == "cuda" and torch.cuda.is_available()):
+        raise SettingsError(f"device is {g.device!r}; accepted here are auto, cpu{', cuda' * torch.cuda.is_available()}")
+    temperature, tokens = (0.0, 2048) if g.decoding is None else DECODING[g.decoding][g.style]
+    temperature = temperature if g.temperature is None else g.temperature
+    tokens = tokens if g.max_new_tokens is None else g.max_new_tokens
+    if not 0 <= temperature < math.inf or tokens < 1 or not 0 < g.top_p <= 1 or g.batch_size < 1:
+        raise SettingsError("temperature is at least 0, max_new_tokens and batch_size at least 1, top_p above 0 and at most 1")
+    return dict(temperature=temperature, top_p=g.top_p, max_tokens=tokens)
+
+
+def alpaca_eval(row: tuple[str, dict, list[dict]], answer: str, name: str) -> dict:
+    """One output as AlpacaEval reads it; a conversation becomes an instruction of several paragraphs."""
+    _, given, prompt = row
+    instruction = "\n\n".join(m["content"] for m in prompt)
+    return {"instruction": instruction, "output": answer, "generator": name} | {k: given[k] for k in ("dataset",) if k in given}
+
+
+def arena_hard(row: tuple[str, dict, list[dict]], answer: str, name: str, tokenizer) -> dict:
+    """One answer as Arena-Hard v0.1 reads it; token_len in tokens of the model's own tokenizer (its authors count GPT's)."""
+    _, given, _ = row
+    question = given.get("question_id", given["id"])
+    turn = {"content": answer, "token_len": len(tokenizer(answer, add_special_tokens=False)["input_ids"])}
+    unique = hashlib.sha256(json.dumps([name, question, answer]).encode()).hexdigest()[:22]
+    choices = [{"index": 0, "turns": [turn]}]
+    return {"question_id": question, "answer_id": unique, "model_id": name, "choices": choices, "tstamp": time.time()}
+
+
+# ---- the command line -------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> dict:
