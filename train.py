@@ -1439,8 +1439,8 @@ MEASURES = {  # name → (title, number of decimals, whether percent)
     "length": ("words", 1, False),
     "kl": ("KL, nats", 2, False),
     "repetition": ("repeated items, %", 1, True),
-    "chosen": ("chosen, nats per token", 2, False),
-    "rejected": ("rejected, nats per token", 2, False),
+    "chosen": ("chosen, change in nats per token", 2, False),
+    "rejected": ("rejected, change in nats per token", 2, False),
 }
 
 
@@ -1536,17 +1536,32 @@ def comparison_table(best: dict[str, dict], results: dict[str, list[dict]]) -> s
 
 
 def draw_comparison(results: dict[str, list[dict]], out: Path) -> None:
-    """Each objective a labelled point: win rate against length, drift of log-probs, quality against KL."""
+    """Each objective a point with its name at the right: win rate against length, drift of log-probs, quality against KL.
+
+    A point that is further from the median than five times the middle half of all is left out and named instead.
+    """
     plt = pyplot()
     if plt is None:
         return
     for file, x, y in (("length", "length", "win_rate"), ("drift", "chosen", "rejected"), ("kl", "kl", "quality")):
-        figure, axis = plt.subplots(figsize=(9, 6.5), constrained_layout=True)
-        for i, name in enumerate(results):
-            (at, dx), (height, dy) = (mean_and_error(results[name], key) for key in (x, y))
-            axis.errorbar(at, height, dy, dx, fmt="o", ms=4, color=f"C{i % 10}", alpha=0.7, lw=0.8)
-            axis.annotate(name, (at, height), xytext=(4, 3), textcoords="offset points", fontsize=7.5)
+        points = {name: [mean_and_error(row, key) for key in (x, y)] for name, row in results.items()}
+        points = {name: p for name, p in points.items() if math.isfinite(p[0][0] + p[1][0])}
+        means = torch.tensor([[p[0][0], p[1][0]] for p in points.values()])
+        low, middle, high = means.quantile(torch.tensor([0.25, 0.5, 0.75]), 0)
+        inside = ((means - middle).abs() <= 5 * (high - low) + 1e-9).all(1).tolist()
+        away = [f"{n} ({p[0][0]:.3g}, {p[1][0]:.3g})" for (n, p), near in zip(points.items(), inside) if not near]
+        shown = sorted((n for n, near in zip(points, inside) if near), key=lambda n: -points[n][1][0])
+        figure, axis = plt.subplots(figsize=(9.5, 7.5))
+        figure.subplots_adjust(left=0.08, right=0.8, top=0.94, bottom=0.08)
+        for i, name in enumerate(shown):
+            (at, dx), (height, dy) = points[name]
+            axis.errorbar(at, height, dy, dx, fmt="o", ms=4, color=f"C{i % 10}", alpha=0.8, lw=0.8)
+            axis.annotate(
+                name, (at, height), xytext=(1.06, 0.99 - 0.98 * i / max(1, len(shown) - 1)), textcoords="axes fraction",
+                fontsize=8, va="center", arrowprops=dict(arrowstyle="-", color=f"C{i % 10}", lw=0.5, alpha=0.6, relpos=(0, 0.5)),
+            )  # fmt: skip
         axis.set(xlabel=MEASURES[x][0].replace(", %", ""), ylabel=MEASURES[y][0].replace(", %", ""))
+        axis.set_title("; ".join(["mean ± standard error", *(["outside: " + ", ".join(away)] if away else [])]), fontsize=9)
         axis.grid(alpha=0.25)
         figure.savefig(out / f"{file}.png", dpi=110)
         plt.close(figure)
