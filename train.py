@@ -1558,7 +1558,8 @@ def draw_comparison(results: dict[str, list[dict]], out: Path) -> None:
             axis.errorbar(at, height, dy, dx, fmt="o", ms=4, color=f"C{i % 10}", alpha=0.8, lw=0.8)
             axis.annotate(
                 name, (at, height), xytext=(1.06, 0.99 - 0.98 * i / max(1, len(shown) - 1)), textcoords="axes fraction",
-                fontsize=8, va="center", arrowprops=dict(arrowstyle="-", color=f"C{i % 10}", lw=0.5, alpha=0.6, relpos=(0, 0.5)),
+                fontsize=8, va="center",
+                arrowprops=dict(arrowstyle="-", color=f"C{i % 10}", lw=0.5, alpha=0.6, relpos=(0, 0.5)),
             )  # fmt: skip
         axis.set(xlabel=MEASURES[x][0].replace(", %", ""), ylabel=MEASURES[y][0].replace(", %", ""))
         axis.set_title("; ".join(["mean ± standard error", *(["outside: " + ", ".join(away)] if away else [])]), fontsize=9)
