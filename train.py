@@ -733,6 +733,13 @@ def model_flops(model: torch.nn.Module, examples: list[Example]) -> float:
     return 6.0 * body * sum(map(data.tokens_of, examples)) + 6.0 * head * scored + attention
 
 
+def work(model: torch.nn.Module, batch: list[Example], seconds: float, rate: float) -> dict[str, float]:
+    """What a step computed and how fast; `rate` in floating-point operations per second of all ranks."""
+    tokens, flops = sum(map(data.tokens_of, batch)), model_flops(model, batch)
+    speed = {"seconds": seconds, "tokens_per_second": tokens / seconds, "mfu": flops / seconds / rate}
+    return {"tokens": tokens, "flops": flops, **speed}
+
+
 def matmul_rate(model: torch.nn.Module, run: Run) -> float:
     """Best floating-point operations per second of a few products: 2,048 tokens through the model's MLP, and 2,048³."""
     config = model.config.get_text_config()
@@ -1075,7 +1082,7 @@ def train(s: Settings) -> dict:
     warned = set()
 
     # the loop
-    loop_started, rows_done, tokens_done, flops_done = time.time(), 0, 0, 0.0
+    loop_started, done = time.time(), Counter()
     rate = matmul_rate(model, run) * dist.world_size()
     ahead = run.microbatches([examples[i] for i in plan[first]]) if first < len(plan) else []
     bar = tqdm(range(first, len(plan)), desc="train", unit=" steps", initial=first, total=len(plan), disable=not dist.is_main())
@@ -1099,23 +1106,14 @@ def train(s: Settings) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         reset(resettable, origin, s.reset_alpha)
-        tokens = sum(map(data.tokens_of, batch))
-        rows_done, tokens_done, seconds = rows_done + len(loss), tokens_done + tokens, time.time() - tick
-        line = {
-            "step": step + 1,
-            **measures(objective, scores, loss),
-            "grad_norm": grad_norm,
-            "lr": learning_rate(step, len(plan), s),
-        }
-        flops = model_flops(model, batch)
-        flops_done += flops
-        line |= {"pairs": len(loss), "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
-        line |= {"flops": flops, "mfu": flops / seconds / rate, **run.balance(batch)}
+        line = {"step": step + 1, **measures(objective, scores, loss), "grad_norm": grad_norm, "lr": group["lr"]}
+        line |= {"pairs": len(loss), **work(model, batch, time.time() - tick, rate), **run.balance(batch)}
         line |= {"replay": replay + 1} if s.replays > 1 else {}
         line |= {"sft_weight": sft} if sft else {}
+        done.update({k: line[k] for k in ("pairs", "tokens", "flops")})
         record(line)
-        headline = {"loss": "loss", "reward_margin": "margin", "reward_accuracy": "accuracy"}
-        bar.set_postfix({v: f"{line[k]:.3f}" for k, v in headline.items() if k in line} | {"tok/s": f"{tokens / seconds:.0f}"})
+        headline = {"loss": "loss", "reward_margin": "margin", "reward_accuracy": "accuracy", "tokens_per_second": "tok/s"}
+        bar.set_postfix({v: f"{line[k]:.4g}" for k, v in headline.items() if k in line})
         if held_out and (step + 1 == len(plan) or s.eval_every and (step + 1) % s.eval_every == 0):
             answers = complete(policy, tokenizer, prompts, s.sample_tokens)
             evaluation = evaluated(step + 1, answers)
@@ -1124,7 +1122,7 @@ def train(s: Settings) -> dict:
             for guard, warning in divergence(start, evaluation).items():
                 if guard not in warned:
                     say(f"warning: {warning}")
-            warned |= divergence(start, evaluation).keys()
+                    warned.add(guard)
         stopping = stop.requested()
         if stopping or s.save_every and (step + 1) % s.save_every == 0:
             state = {"step": step + 1, "run": same_run}
@@ -1153,8 +1151,8 @@ def train(s: Settings) -> dict:
         "objective": str(objective), "steps": len(plan), "rows": len(examples), "held_out": len(held_out),
         "before": {k: v for k, v in start.items() if k != "step"}, "after": evaluation,
         **({"world": dist.on_main(judge, out / "model", world, out / "answers.jsonl")} if world else {}),
-        "pairs_per_second": rows_done / loop_seconds, "tokens_per_second": tokens_done / loop_seconds,
-        "mfu": flops_done / loop_seconds / rate, "matmul_flops_per_second": rate,
+        "pairs_per_second": done["pairs"] / loop_seconds, "tokens_per_second": done["tokens"] / loop_seconds,
+        "mfu": done["flops"] / loop_seconds / rate, "matmul_flops_per_second": rate,
         "train_seconds": loop_seconds, "seconds": time.time() - started, "peak_memory_gib": peak_memory(device),
         "dtype": "fp32" if exact else "bf16", "device": str(device), "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
