@@ -1232,9 +1232,9 @@ def report_end(summary: dict, samples: list[dict]) -> None:
             )
             say(f"{name}: {before[key]:.4f} → {after[key]:.4f}{error}")
     if "world" in summary:
-        say("answers to held-out prompts, before → after: " + ", ".join(
-            f"{name} {was:.3f} → {now:.3f}" for name, (was, now) in summary["world"].items()
-        ))  # fmt: skip
+        say(f"answers to {data.HELD_OUT_PROMPTS} held-out prompts (temperature 1):")
+        for name, (was, now) in summary["world"].items():
+            say(f"  {MEASURES[name][0].replace(', %', ''):<20} {was:.3f} → {now:.3f}")
     say(
         f"{summary['pairs_per_second']:.2f} rows/s, {summary['seconds']:.0f} s in all, "
         f"peak memory {summary['peak_memory_gib']:.2f} GiB"
