@@ -632,6 +632,7 @@ def test_kill_nine_at_ten_moments(world, uninterrupted, tmp_path):
 
 def killed_at(s: train.Settings, event: int) -> int:
     """A run that kills itself at the event-th flush, rename or deletion of a folder, all inside saves; how many there were."""
+    torch.set_num_threads(1)  # the threads of the process that this one was forked from are not here
     seen = []
 
     def counted(function):
@@ -655,7 +656,7 @@ def test_kill_inside_a_save(world, uninterrupted, tmp_path, count):
     assert events > 60  # 5 checkpoints of 8 files each, and what renames, marks and deletes them
     for event in np.random.default_rng(0).permutation(np.arange(1, events + 1))[:count]:
         s = settings(world, out=str(tmp_path / str(event)), save_every=1)
-        child = multiprocessing.get_context("fork").Process(target=killed_at, args=(s, event))
+        child = multiprocessing.get_context("fork").Process(target=killed_at, args=(s, event), daemon=True)
         child.start()
         child.join(60)
         assert child.exitcode == -signal.SIGKILL

@@ -107,9 +107,9 @@ def one_step(world, objective: str, layout="packed", budget=10**6, checkpointing
 
 
 def assert_same_step(a, b, bound=1e-6):
-    """Losses within 1e-6 relative; each parameter's gradient within 2e-6 of that parameter's largest entry (or of a tenth of
-    the model's largest, where the parameter's own are rounding noise)."""
-    torch.testing.assert_close(a[1], b[1], rtol=bound, atol=bound)
+    """Losses within 2e-6 relative (β = 10 multiplies the rounding of a log-prob); each parameter's gradient within 2e-6 of that
+    parameter's largest entry (or of a tenth of the model's largest, where the parameter's own are rounding noise)."""
+    torch.testing.assert_close(a[1], b[1], rtol=2 * bound, atol=bound)
     largest = max(g.abs().max().item() for g in b[2].values())
     for name, g in b[2].items():
         assert (a[2][name] - g).abs().max().item() <= 2 * bound * max(g.abs().max().item(), 0.1 * largest), name
