@@ -207,10 +207,11 @@ def check_settings(s: Settings) -> None:
     for name, accepted in CHOICES.items():
         if getattr(s, name) not in accepted:
             raise SettingsError(f"{name} is {getattr(s, name)!r}; accepted are {', '.join(str(a) for a in accepted if a)}")
-    for name in ("batch_size", "tokens_per_microbatch", "epochs", "keep", "replays"):
+    for name in ("seeds", "batch_size", "tokens_per_microbatch", "epochs", "keep", "replays"):
         if getattr(s, name) < 1:
             raise SettingsError(f"{name} is {getattr(s, name)}; it must be at least 1")
-    for name in ("eval_size", "eval_every", "save_every", "weight_decay", "max_grad_norm", "samples", "seed"):
+    not_negative = ("eval_size", "eval_every", "save_every", "weight_decay", "max_grad_norm", "samples", "seed")
+    for name in (*not_negative, "annotator_noise"):
         if getattr(s, name) < 0:
             raise SettingsError(f"{name} is {getattr(s, name)}; it must not be negative")
     if s.lr is not None and not (0 < s.lr < math.inf):
@@ -235,6 +236,8 @@ def check_settings(s: Settings) -> None:
         raise SettingsError("overwrite and resume exclude each other")
     if (s.overwrite or s.resume) and s.out is None:
         raise SettingsError("overwrite and resume need --out, the folder of the earlier run")
+    if (s.compare or s.sweeps) and (s.model != "tiny" or "RANK" in os.environ):
+        raise SettingsError("compare and sweeps run in the embedded world, without --model and without torchrun")
     if (s.model == "tiny") != (s.dataset == "tiny"):
         raise SettingsError(
             'the embedded world needs both model "tiny" and dataset "tiny"; give a real model and a real dataset'
@@ -1448,7 +1451,7 @@ def experiment(job: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
         plain = dict(out=f"{folder}/run", samples=0, layout="padded", dtype="fp32", tokens_per_microbatch=4096)
         try:
-            done = train(Settings(**plain, **job))
+            done = train(Settings(**plain | job))
         except (DataError, SettingsError) as error:
             return {"job": job, "error": str(error)}
     found = {name: now for name, (_, now) in done["world"].items()} | {"start": {n: x for n, (x, _) in done["world"].items()}}
@@ -1501,10 +1504,11 @@ def compare(s: Settings) -> dict:
         try_objective(parse_objective(text))
     started, out = time.time(), prepare_out(s)
     (out / "settings.json").write_text(json.dumps(asdict(s), indent=2) + "\n")
-    common = {"model": "tiny", "dataset": "tiny", "cache": s.cache}
-    world = common | {"annotator_noise": s.annotator_noise, "length_bias": s.length_bias}
+    own = ("compare", "sweeps", "seeds", "out", "overwrite", "resume", "objective", "lr", "seed")
+    common = {k: v for k, v in asdict(s).items() if k not in own and v != getattr(Settings(), k)}
+    common |= {"model": "tiny", "dataset": "tiny", "cache": s.cache}
     tuning = {
-        name: [world | {"seed": TUNING_SEED, "objective": o, "lr": lr} for o in texts for lr in LEARNING_RATES]
+        name: [common | {"seed": TUNING_SEED, "objective": o, "lr": lr} for o in texts for lr in LEARNING_RATES]
         for name, texts in grid.items()
     }
     tuned = iter(run_jobs([job for jobs in tuning.values() for job in jobs], out / "runs.jsonl"))

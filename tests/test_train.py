@@ -438,7 +438,9 @@ def test_comparison(tmp_path, monkeypatch, capsys):
         measures = dict.fromkeys(train.MEASURES, 1.0) | {"win_rate": rate + 0.01 * (job["seed"] % 100)}
         return {"job": job, **measures, "start": dict.fromkeys(train.MEASURES, 0.5)}
 
-    done = train.main(["--compare", "dpo", "simper", "--sweeps", "gamma", "--out", str(tmp_path / "out")])
+    line = ["--compare", "dpo", "simper", "--sweeps", "gamma", "--out", str(tmp_path / "out"), "--epochs", "2"]
+    done = train.main(line)
+    assert all(job["epochs"] == 2 and "batch_size" not in job for job in seen)
     assert [job["seed"] for job in seen].count(train.TUNING_SEED) == 2 * 3 + 3 and len(seen) == 9 + 2 * 3 + 5 * 3
     assert done["best"]["dpo"]["objective"] == "dpo(beta=0.5)" and done["best"]["dpo"]["lr"] == 1e-3
     table = (tmp_path / "out" / "table.md").read_text().splitlines()
@@ -537,6 +539,10 @@ BAD = {
     "reset of no name": (dict(reset_alpha=0.5, reset_modules=","), ["reset_modules: ''"]),
     "negative weight": (dict(sft_weight=-0.1), ["sft_weight is -0.1"]),
     "tiny with real data": (dict(model="tiny"), ["embedded world"]),
+    "compare with a real model": (dict(compare="dpo"), ["run in the embedded world, without --model"]),
+    "unknown sweep": (dict(model="tiny", dataset="tiny", sweeps="x"), ["unknown sweep 'x'", "alpha, gamma, length"]),
+    "no seeds": (dict(seeds=0), ["seeds is 0", "at least 1"]),
+    "negative noise": (dict(annotator_noise=-1), ["annotator_noise is -1", "not be negative"]),
     "unpaired data for a paired objective": (dict(dataset="ROWS"), ["compares pairs", "kto"]),
     "wandb missing": (dict(log_to="wandb"), ["wandb", "pip install"]),
 }  # fmt: skip
