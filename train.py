@@ -775,7 +775,7 @@ def complete(policy: ResponseLogProbs, tokenizer, prompts: list[list[int]], toke
     """Greedy completions of prompts given as token ids, with the model's own attention."""
     model, texts = policy.model, []
     layout, was_training = policy.use_layout("padded"), model.training
-    model.eval()
+    model.train(False)
     for i in range(0, len(prompts), 32):
         part = prompts[i : i + 32]
         width = max(map(len, part))
@@ -1002,7 +1002,7 @@ def train(s: Settings) -> dict:
     exact = not uses_bf16(s, device)
     reference = None
     if objective.needs("kl_w"):
-        reference = load_model(s).requires_grad_(False).eval()
+        reference = load_model(s).requires_grad_(False).train(False)
     came_in = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.float32
     export_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": came_in}[s.export_dtype]
     dist.on_main(dist.check_space, out, model, s.keep + 1 if s.save_every else 0, export_dtype)
