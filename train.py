@@ -1260,6 +1260,10 @@ def embedded_world(s: Settings) -> tuple[Path, Path]:
     folder = Path(s.cache).expanduser() / f"world-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}"
     if not folder.exists():
         part = folder.with_suffix(f".{os.getpid()}")
+        try:
+            part.mkdir(parents=True)
+        except OSError as error:
+            raise SettingsError(f"cache {s.cache} cannot be written ({error})") from error
         supervised_start(demonstrations, tokenizer, s.seed).save_pretrained(part / "model")
         tokenizer.save_pretrained(part / "model")
         prompts = [json.dumps({"prompt": p}) + "\n" for p in data.world_prompts(s.seed)]

@@ -402,6 +402,13 @@ def test_the_world_is_a_real_run_on_files(default_run):
     assert summary["rows"] == train.PROMPTS - 200
 
 
+def test_a_cache_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "file" / "cache")])
+    assert stop.value.code == 2 and "file/cache cannot be written" in capsys.readouterr().err
+
+
 def test_judging_the_start_against_itself(default_run, tmp_path):
     """The start's own answers with the start's seed: every measure as before, no KL; with another seed half of the wins."""
     _, cache = default_run
