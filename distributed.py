@@ -312,7 +312,7 @@ def load_weights(model: nn.Module, name: str, device: torch.device) -> None:
                 elif (shape := tuple(saved.get_slice(key).get_shape())) != tuple(target.shape):
                     wrong.append(f"{key} is {shape}, the model has {tuple(target.shape)}")
                 else:
-                    copy_rows(target, saved.get_slice(key) if target.ndim else saved.get_tensor(key))
+                    _copy_rows(target, saved.get_slice(key) if target.ndim else saved.get_tensor(key))
                     missing.pop(id(target), None)
     for what, names in (("of another shape", wrong), ("unexpected", unexpected), ("missing", sorted(missing.values()))):
         if names:
@@ -327,8 +327,8 @@ def _download(name: str) -> Path:
 
 
 @torch.no_grad()
-def copy_rows(target: Tensor, source) -> None:
-    """Fill a tensor, or the rows of it that this rank owns, from a whole one, in memory or in a safetensors file."""
+def _copy_rows(target: Tensor, source) -> None:
+    """Fill a tensor, or the rows of it that this rank owns, from a whole one in a safetensors file."""
     if not isinstance(target, DTensor):
         target.copy_(source[:] if target.ndim else source)
         return

@@ -1194,7 +1194,7 @@ def identity(s: Settings, objective: Objective, examples: list[Example]) -> dict
 
 
 def read_metrics(file: Path, last: int | None = None) -> list[dict]:
-    """The lines of metrics.jsonl up to a step; a line that a killed run left half-written is passed over."""
+    """The lines of metrics.jsonl, all or up to a step; a line that a killed run left half-written is passed over."""
     lines = []
     for text in file.read_text().splitlines() if file.exists() else ():
         with contextlib.suppress(ValueError):
@@ -1450,9 +1450,8 @@ MEASURES = {  # name → (title, number of decimals, whether percent)
 
 
 def experiment(job: dict) -> dict:
-    """A run with these settings, alone in its process: the settings and what was measured, or why it ended early."""
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
+    """A run with these settings: the settings and what was measured, or why it ended early."""
+    with tempfile.TemporaryDirectory() as folder:
         plain = dict(out=f"{folder}/run", samples=0, layout="padded", dtype="fp32", tokens_per_microbatch=4096)
         try:
             done = train(Settings(**plain | job))
@@ -1465,14 +1464,19 @@ def experiment(job: dict) -> dict:
     return {"job": job, **found, "seconds": done["seconds"]}
 
 
+def one_of_many() -> None:
+    """How a process of run_jobs begins: with one thread, and silent."""
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")
+
+
 def run_jobs(jobs: list[dict], file: Path) -> list[dict]:
     """All jobs, two processes at a time on two cores; each result is a line of `file`, and those already there stay."""
-    written = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    known = {json.dumps(result["job"], sort_keys=True): result for result in written}
+    known = {json.dumps(result["job"], sort_keys=True): result for result in read_metrics(file)}
     missing = [job for job in jobs if json.dumps(job, sort_keys=True) not in known]
-    worlds = {job["seed"]: {"seed": job["seed"], "cache": job["cache"], "objective": "sft", "max_steps": 1} for job in missing}
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        for _ in tqdm(pool.map(experiment, worlds.values()), desc="worlds", total=len(worlds), leave=False):
+    worlds = {job["seed"]: Settings(seed=job["seed"], cache=job["cache"]) for job in missing}
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), one_of_many) as pool:
+        for _ in tqdm(pool.map(embedded_world, worlds.values()), desc="worlds", total=len(worlds), leave=False):
             pass  # one process each, so that no two build the same
         futures = [pool.submit(experiment, job) for job in missing]
         for future in tqdm(as_completed(futures), desc="runs", total=len(futures), unit=" runs"):

@@ -465,6 +465,8 @@ def test_jobs_are_run_once(tmp_path, default_run):
     jobs = [job | {"objective": "simpo"}, job | {"objective": "simpo(gamma=0.5)", "lr": 1e3}]
     found = train.run_jobs(jobs, tmp_path / "runs.jsonl")
     assert [x["job"] for x in found] == jobs and set(found[0]) >= set(train.MEASURES)
+    with open(tmp_path / "runs.jsonl", "a") as f:
+        f.write('{"job": {"mod')  # killed while it wrote
     text = (tmp_path / "runs.jsonl").read_text()
     assert train.run_jobs(jobs[::-1], tmp_path / "runs.jsonl") == found[::-1] and (tmp_path / "runs.jsonl").read_text() == text
 
