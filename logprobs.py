@@ -1,8 +1,8 @@
-"""From hidden states to the log-probability of a response.
+"""From a causal language model to the log-probability of a response.
 
-A causal language model gives a hidden state per position; the state at position t predicts the token at t + 1. This file
-scores exactly the positions that predict a response token, in chunks, so that the (tokens × vocabulary) logits of a batch
-never exist at once, and sums the token log-probs over each response. It knows no data format and no loss.
+`response_logprob` is the definition, in six lines. Everything after it computes the same number for many responses at once:
+only the positions that predict a response token reach the head, in chunks, so that the (tokens × vocabulary) logits of a
+batch never exist at once, and a prompt is computed once for all its responses. This file knows no data format and no loss.
 
     policy = ResponseLogProbs(model)           # any transformers causal language model
     policy.use_layout("packed")                # or "padded"; must match the batches
@@ -22,6 +22,17 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 CHUNK_ELEMENTS = 2**25  # logits alive at once, tokens × vocabulary: 128 MiB in fp32
+
+
+def response_logprob(model: nn.Module, prompt: list[int], response: list[int]) -> Tensor:
+    """log π(response | prompt) = Σₜ log softmax(logitsₜ)[responseₜ], nats: the textbook, one response at a time."""
+    ids = torch.tensor([prompt + response], device=model.device)
+    logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]  # the prompt's last position predicts the first token
+    logp = logits.log_softmax(-1)
+    return logp.gather(-1, ids[0, len(prompt) :, None]).sum()
+
+
+# ---- the head, in chunks ---------------------------------------------------------------------------------------------
 
 
 class Head(NamedTuple):
@@ -185,16 +196,16 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: i
     if not by_hand:
         key, value = (x.repeat_interleave(heads // groups, dim=1) for x in (key, value))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
-    scores = (query.reshape(groups, -1, query.shape[3]) @ key[0].transpose(1, 2)).view(heads, q, k).float() * scaling
+    logits = (query.reshape(groups, -1, query.shape[3]) @ key[0].transpose(1, 2)).view(heads, q, k).float() * scaling
     if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(value.dtype)
+        logits = softcap * torch.tanh(logits / softcap)
+    weights = logits.masked_fill(~mask, float("-inf")).softmax(-1).to(value.dtype)
     return (weights.view(groups, -1, k) @ value[0]).view(1, heads, q, -1)
 
 
 def tree_sees(tree: list[tuple[int, list[int]]], window: int | None, device):
-    """The rule of the packed tree as a function of (query, key) indices, which broadcast: same pair, not later, and the key in
-    the prompt or in the query's own response; a window counts positions, not indices."""
+    """What a token of the packed tree sees, as a function of (query, key) indices, which broadcast: same pair, not later, and
+    the key in the prompt or in the query's own response; a window counts positions, not indices."""
     parts = [(i, j, p if j else 0) for i, (p, rs) in enumerate(tree) for j in range(len(rs) + 1)]  # pair, branch, start
     lengths = torch.tensor([n for p, rs in tree for n in (p, *rs)], device=device)
     pair, branch, start = torch.tensor(parts, device=device).repeat_interleave(lengths, 0).unbind(1)
@@ -209,7 +220,7 @@ def tree_sees(tree: list[tuple[int, list[int]]], window: int | None, device):
 
 
 def tree_mask(tree: list[tuple[int, list[int]]], dtype: torch.dtype, device) -> Tensor:
-    """The rule as an additive mask (1, 1, T, T), for models whose attention is not exchangeable. O(T²) memory."""
+    """The same as an additive mask (1, 1, T, T), for models whose attention is not exchangeable. O(T²) memory."""
     index = torch.arange(sum(p + sum(rs) for p, rs in tree), device=device)
     seen = tree_sees(tree, None, device)(index[:, None], index[None, :])
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)[None, None]
@@ -327,6 +338,41 @@ class ResponseLogProbs(nn.Module):
             ref_hidden = self.states(self.reference, batch)
         kl = token_kl(hidden, ref_hidden, head, head_of(self.reference), self.chunk)
         return total.index_add(0, batch.response, logp), total.index_add(0, batch.response, kl)
+
+
+# ---- what a model says, and whether we score it right ------------------------------------------------------------------
+
+
+@torch.no_grad()
+def completions(
+    model: nn.Module, tokenizer, prompts: list[list[int]], max_tokens: int, temperature: float = 0.0, top_p: float = 1.0
+) -> tuple[list[str], list[bool]]:
+    """What the model answers to each prompt, all as one batch, with its own attention.
+
+    Args:
+        prompts: token ids; shorter ones are padded on the left.
+        max_tokens: longer answers are cut there.
+        temperature: 0 is greedy; else sampled by torch's global generator, from the share `top_p` of the probability.
+    Returns:
+        the answers as text without special tokens and outer whitespace, and whether each ended by itself.
+    """
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    stop = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    width, was_training = max(map(len, prompts)), model.training
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    how = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
+    if temperature > 0:
+        how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
+    model.train(False)
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, eos_token_id=stop, pad_token_id=pad, **how
+    )
+    model.train(was_training)
+    stops, answers = set(stop) if isinstance(stop, list) else {stop}, out[:, width:].tolist()
+    ends = [next((i for i, token in enumerate(answer) if token in stops), None) for answer in answers]
+    texts = tokenizer.batch_decode([answer[:end] for answer, end in zip(answers, ends)], skip_special_tokens=True)
+    return [text.strip() for text in texts], [end is not None for end in ends]
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from transformers import (
 
 import logprobs
 from data import Example, packed_batch, padded_batch
-from logprobs import Head, ResponseLogProbs, check_head, head_of, token_kl, token_logprobs
+from logprobs import Head, ResponseLogProbs, check_head, completions, head_of, response_logprob, token_kl, token_logprobs
 
 V = 61
 SIZE = dict(
@@ -100,15 +100,19 @@ def examples(seed: int = 0, shapes=((7, 4, 9), (1, 1, 3), (12, 6, 2), (3, 8, 8))
     return [Example(ids(p), [ids(n) for n in responses]) for p, *responses in shapes]
 
 
-def by_hand(model, pairs) -> torch.Tensor:
-    """Each prompt + response alone through the model's own logits: Σ log softmax(logits[t − 1])[token t] over the response."""
-    sums = []
-    for e in pairs:
-        for r in e.responses:
-            ids = torch.tensor([e.prompt + r])
-            logp = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
-            sums.append(sum(logp[t - 1, ids[0, t]] for t in range(len(e.prompt), ids.shape[1])))
-    return torch.stack(sums)
+def textbook(model, pairs) -> torch.Tensor:
+    """The definition, one response at a time."""
+    return torch.stack([response_logprob(model, e.prompt, r) for e in pairs for r in e.responses])
+
+
+def test_the_definition_by_hand(model):
+    """The product of the probabilities of the next token, each from a pass over what stands before it, in fp64."""
+    model, prompt, response = model.double(), [5, 9, 4, 7], [11, 6, 3]
+    product = 1.0
+    for t, token in enumerate(response):
+        logits = model(input_ids=torch.tensor([prompt + response[:t]]), use_cache=False).logits[0, -1]
+        product = product * logits[token].exp() / logits.exp().sum()
+    assert response_logprob(model, prompt, response).item() == pytest.approx(product.log().item(), rel=1e-9)
 
 
 def gradients(policy, batches, weights) -> tuple[torch.Tensor, dict]:
@@ -134,7 +138,7 @@ def assert_same(a, b, rtol=1e-6):
 def test_both_layouts_equal_the_models_own_logits(model):
     pairs = examples()
     policy = ResponseLogProbs(model)
-    expected = by_hand(model, pairs).detach()
+    expected = textbook(model, pairs).detach()
     for layout, make in (("padded", padded_batch), ("packed", packed_batch)):
         policy.use_layout(layout)
         logp, kl = policy(make(pairs))
@@ -242,7 +246,7 @@ def test_flex_attention_equals_the_segments():
             torch.testing.assert_close(whole, segments, rtol=1e-5, atol=1e-6)
 
 
-def test_the_rule_of_the_tree_by_hand():
+def test_what_the_tree_lets_see_by_hand():
     """prompt p0 p1, chosen c0, rejected r0 r1; then a pair of one token each. Rows see columns."""
     seen = logprobs.tree_mask([(2, [1, 2]), (1, [1, 1])], torch.float32, "cpu")[0, 0] == 0
     assert seen.int().tolist() == [
@@ -397,3 +401,45 @@ def test_head_of_reads_bias_scale_and_soft_cap():
 def test_attention_sinks_are_refused():
     with pytest.raises(ValueError, match="--layout padded"):
         logprobs.tree_attention(None, *(torch.zeros(1, 1, 2, 4) for _ in range(3)), None, tree=[(1, [1])], s_aux=torch.zeros(1))
+
+
+class Letters:
+    """A stand-in for a tokenizer: token i is the i-th letter, 2 ends a response and is special."""
+
+    pad_token_id, eos_token_id = None, 2
+
+    def batch_decode(self, ids, skip_special_tokens):
+        return ["".join(chr(ord("a") + i) for i in row if i != 2) for row in ids]
+
+
+def test_greedy_completions_are_the_likeliest_tokens_one_by_one():
+    """Prompts of different lengths in one batch answer as each alone does: argmax, appended, until token 2 or the limit."""
+    torch.manual_seed(4)
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZE, "pad_token_id": None, "vocab_size": 8})).train()
+    for p in model.parameters():
+        p.data.mul_(12.0)
+    prompts, expected = [[3, 4, 5], [6], [7, 3], [4], [5, 5]], []
+    for prompt in prompts:
+        answer = []
+        while len(answer) < 6 and 2 not in answer:
+            answer.append(model(input_ids=torch.tensor([prompt + answer])).logits[0, -1].argmax().item())
+        expected.append(("".join(chr(ord("a") + i) for i in answer if i != 2), 2 in answer))
+    assert {ended for _, ended in expected} == {True, False}
+    assert list(zip(*completions(model, Letters(), prompts, 6))) == expected and model.training
+
+
+def test_sampled_completions_follow_the_models_distribution():
+    """2,000 draws of one token against softmax(logits / temperature), within four standard errors."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZE, "vocab_size": 8}))
+    for p in model.parameters():
+        p.data.mul_(8.0)
+    expected = (model(input_ids=torch.tensor([[3, 4]])).logits[0, -1] / 1.5).softmax(-1)
+    torch.manual_seed(1)
+    texts, _ = completions(model, Letters(), [[3, 4]] * 2000, 1, temperature=1.5)
+    share = torch.tensor([texts.count(chr(ord("a") + i) if i != 2 else "") / 2000 for i in range(8)])
+    assert ((share - expected).abs() <= 4 * (expected * (1 - expected) / 2000).sqrt() + 1e-9).all()
+    assert (
+        completions(model, Letters(), [[3, 4]], 1, temperature=1.5, top_p=1e-6)[0]
+        == completions(model, Letters(), [[3, 4]], 1)[0]
+    )
