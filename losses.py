@@ -19,17 +19,14 @@ caller reduces (the trainer divides the sum by the rows of the whole optimizer b
 A gradient g on a sum s is a gradient g on the log-prob of every token in it; averaging enters as the formulas' 1/n.
 All Bradley–Terry losses share ∂L/∂h = −σ(−h), so only ∂h/∂s changes from one to the next.
 
-To use one elsewhere, paste the function with the primitives it names and leave `@checked` behind.
-
-Run `python losses.py` for a table of all objectives, and with matplotlib a gallery of their shapes. The examples below
-share one worked pair: s_w = −12 over 10 tokens, s_l = −24 over 12, reference −14 and −22; so a_w = −1.2, a_l = −2,
-d = 0.8, u_w = 2, u_l = −2, Δ = 4.
+To use one elsewhere, paste the function with the primitives it names and leave the decorator behind. To add one, write
+one function here. `python losses.py` prints a table of them all. The examples below share one worked pair: s_w = −12
+over 10 tokens, s_l = −24 over 12, reference −14 and −22; so a_w = −1.2, a_l = −2, d = 0.8, u_w = 2, u_l = −2, Δ = 4.
 """
 
 import functools
 import inspect
 import math
-import sys
 import textwrap
 from collections.abc import Callable
 
@@ -37,121 +34,59 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, tensor
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks: the one place where arguments are looked at. The mathematics below does not need it.
-# ---------------------------------------------------------------------------------------------------------------------
-
-LIMITS = {
-    "beta": ("above 0", lambda v: v > 0),
-    "tau": ("above 0", lambda v: v > 0),
-    "temperature": ("above 0", lambda v: v > 0),
-    "label_smoothing": ("in [0, 0.5): at one half a label says nothing", lambda v: 0 <= v < 0.5),
-    "keep": ("in (0, 1], the share of the rows that is used", lambda v: 0 < v <= 1),
-    "clip": ("at least 0 (math.inf for none)", lambda v: v >= 0),
-    "coef": ('other than 1, whose limit is divergence="reverse_kl"', lambda v: v != 1),
-}
+OBJECTIVES: dict[str, Callable[..., Tensor]] = {}  # name → loss, in the order of this file
 
 
-def checked(objective):
-    """Check an objective's arguments and compute in fp32 or, given float64, in float64; integer lengths become floats.
+def objective(*, reward: Callable[..., Tensor], coupled: bool | str = False) -> Callable:
+    """Puts a loss into OBJECTIVES, with its arguments checked (`check`) and with what a trainer asks of it as attributes.
 
-    Raises ValueError naming the function and the argument: not a tensor, not one-dimensional, another shape or device
-    than the first tensor, `desirable` not bool, log-probs not floating point, a length below 1, a hyper-parameter out
-    of its range.
+    tensors    the names of its positional arguments
+    settings   its hyper-parameters with their defaults, but for the `generator` of one that draws: `random`
+    reward     the reward of its paper, (logp, ref, length, **settings other than the defaults) → (B,)
+    coupled    whether the loss of a row depends on the other rows, so that it must see the whole optimizer batch:
+               False, True, or the name of the setting that makes it so
     """
-    signature = inspect.signature(objective)
 
-    @functools.wraps(objective)
-    def call(*args, **kwargs):
-        bound = signature.bind(*args, **kwargs)
-        hyper = {k for k in bound.arguments if signature.parameters[k].kind is inspect.Parameter.KEYWORD_ONLY}
-        rows = {k: v for k, v in bound.arguments.items() if k not in hyper}
-        first, like = next(iter(rows.items()))
+    def register(loss):
+        signature = inspect.signature(loss)
 
-        def refuse(name, problem):
-            raise ValueError(f"{objective.__name__}: `{name}` {problem}")
+        @functools.wraps(loss)
+        def checked(*args, **kwargs):
+            return loss(**check(checked, signature.bind(*args, **kwargs).arguments))
 
-        for name, x in rows.items():
-            if not isinstance(x, Tensor):
-                refuse(name, f"is a {type(x).__name__}, not a tensor; pass one number per row, shape (B,)")
-            if x.dim() != 1 or not len(x):
-                refuse(name, f"has shape {tuple(x.shape)}; pass one number per row, shape (B,) with B at least 1")
-            if x.shape != like.shape:
-                refuse(name, f"has {len(x)} rows but `{first}` has {len(like)}; pass the same rows in the same order")
-            if x.device != like.device:
-                refuse(name, f"is on {x.device} but `{first}` is on {like.device}; move them to one device")
-            if name == "desirable" and x.dtype != torch.bool:
-                refuse(name, f"has dtype {x.dtype}; pass torch.bool, True for a desirable completion")
-            if name != "desirable" and not (x.is_floating_point() or name.startswith("len_") and x.dtype != torch.bool):
-                refuse(name, f"has dtype {x.dtype}; log-probs are floating point and lengths are numbers")
-            # Values are read on the CPU only: on an accelerator a look would make the host wait for the device.
-            if name.startswith("len_") and x.device.type == "cpu" and not (x >= 1).all():
-                refuse(name, f"holds {x.min().item():g}; lengths count tokens and are at least 1: drop the row")
-        for name in hyper & LIMITS.keys():
-            rule, holds = LIMITS[name]
-            if not holds(bound.arguments[name]):
-                refuse(name, f"is {bound.arguments[name]}; it must be {rule}")
+        settings = {p.name: p.default for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
+        checked.tensors = tuple(name for name in signature.parameters if name not in settings)
+        checked.random = "generator" in settings
+        checked.settings = {name: default for name, default in settings.items() if name != "generator"}
+        checked.coupled = coupled
+        checked.reward = lambda logp, ref, length, **given: call_reward(reward, logp, ref, length, checked.settings | given)
+        OBJECTIVES[loss.__name__] = checked
+        return checked
 
-        floats = [x.dtype for x in rows.values() if x.is_floating_point()]
-        dtype = functools.reduce(torch.promote_types, floats, torch.float32)
-        bound.arguments.update({k: x if x.dtype == torch.bool else x.to(dtype) for k, x in rows.items()})
-        return objective(*bound.args, **bound.kwargs)
-
-    return call
+    return register
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Primitives
-# ---------------------------------------------------------------------------------------------------------------------
+# Rewards: what the papers call the reward of a response, β included. Each takes the settings it names.
 
 
-def bradley_terry(h: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """−(1−ε) logσ(h) − ε logσ(−h): the label is wrong with probability ε. ∂/∂h = σ(h) − (1−ε)."""
-    return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+def log_ratio(logp: Tensor, ref: Tensor, length: Tensor, *, beta: float = 1.0) -> Tensor:
+    return beta * (logp - ref)
 
 
-def log1mexp(a: Tensor) -> Tensor:
-    """log(1 − eᵃ) for a ≤ 0, kept finite by a ≤ −1e-6. ∂/∂a = −eᵃ/(1 − eᵃ), 0 beyond the clamp."""
-    # Each branch gets arguments it can handle: `where` multiplies the unused gradient by 0, and 0 · inf is NaN.
-    near = torch.log(-torch.expm1(a.clamp(max=-1e-6)))
-    far = torch.log1p(-torch.exp(a.clamp(max=-math.log(2))))
-    return torch.where(a > -math.log(2), near, far)
+def average_log_ratio(logp: Tensor, ref: Tensor, length: Tensor, *, beta: float = 1.0) -> Tensor:
+    return beta * ((logp - ref) / length)
 
 
-def capped_exp(x: Tensor) -> Tensor:
-    """eˣ with x ≤ 40: e⁴⁰ ≈ 2e17 is no loss anyone trains on, and its square still fits fp32. Gradient 0 beyond."""
-    return torch.exp(x.clamp(max=40.0))
+def sum_logp(logp: Tensor, ref: Tensor | None, length: Tensor, *, beta: float = 1.0) -> Tensor:
+    return beta * logp
 
 
-def moments(x: Tensor, mean=None, std=None) -> tuple[Tensor, Tensor]:
-    """Mean and population standard deviation of x, held constant; `mean=`/`std=` (numbers or tensors) replace them.
-
-    A spread that rounding alone explains is 0: the mean of equal numbers can miss them by one unit in the last place.
-    """
-    if mean is None:
-        mean = x.mean()
-    if std is None:
-        std = x.std(correction=0)
-        std = torch.where(std > 8 * torch.finfo(x.dtype).eps * x.abs().max(), std, 0.0)
-    # new_full, not a copy from the host, so that a number costs no wait on an accelerator.
-    return tuple(m.detach() if isinstance(m, Tensor) else x.new_full((), m) for m in (mean, std))
+def average_logp(logp: Tensor, ref: Tensor | None, length: Tensor, *, beta: float = 1.0) -> Tensor:
+    return beta * (logp / length)
 
 
-def standardize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(x − mean)/std, and 0 where std is 0 (one row, or all rows equal)."""
-    return torch.where(std > 0, (x - mean) / torch.where(std > 0, std, 1.0), 0.0)
-
-
-def quantile_matched(y: Tensor, x: Tensor) -> Tensor:
-    """y reordered so that its k-th smallest value stands in the row where x has its k-th smallest."""
-    return y.sort(stable=True).values[x.argsort(stable=True).argsort()]
-
-
-def option(name: str, value: str, choices: dict):
-    """choices[value], or a ValueError that lists what `name` may be."""
-    if value not in choices:
-        raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(map(repr, choices))}")
-    return choices[value]
+def likelihood(logp: Tensor, ref: Tensor | None, length: Tensor) -> Tensor:
+    return torch.exp(logp / length)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,8 +94,8 @@ def option(name: str, value: str, choices: dict):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@checked
-def sft(logp_w, len_w):
+@objective(reward=average_logp)
+def sft(logp_w: Tensor, len_w: Tensor) -> Tensor:
     """Raises the likelihood of the chosen response and ignores the rejected one.
 
         L = −a_w = −s_w/n_w
@@ -186,8 +121,15 @@ def sft(logp_w, len_w):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@checked
-def dpo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, label_smoothing=0.0):
+def bradley_terry(h: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """−(1−ε) logσ(h) − ε logσ(−h): the label is wrong with probability ε. ∂/∂h = σ(h) − (1−ε)."""
+    return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+
+
+@objective(reward=log_ratio)
+def dpo(
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0
+) -> Tensor:
     """Rewards a chosen response that gained more probability over the reference than the rejected one did.
 
         L = −(1−ε) logσ(βΔ) − ε logσ(−βΔ)          Δ = (s_w − s̄_w) − (s_l − s̄_l)
@@ -212,8 +154,18 @@ def dpo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, label_smoothing=0.0):
     return bradley_terry(beta * delta, label_smoothing)
 
 
-@checked
-def dpo_norm(logp_w, logp_l, ref_w, ref_l, len_w, len_l, *, beta=5.0, label_smoothing=0.0):
+@objective(reward=average_log_ratio)
+def dpo_norm(
+    logp_w: Tensor,
+    logp_l: Tensor,
+    ref_w: Tensor,
+    ref_l: Tensor,
+    len_w: Tensor,
+    len_l: Tensor,
+    *,
+    beta: float = 5.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """DPO per token: rewards the larger *average* gain over the reference, so that length buys no margin.
 
         L = −(1−ε) logσ(βΔ̃) − ε logσ(−βΔ̃)          Δ̃ = (s_w − s̄_w)/n_w − (s_l − s̄_l)/n_l
@@ -224,7 +176,6 @@ def dpo_norm(logp_w, logp_l, ref_w, ref_l, len_w, len_l, *, beta=5.0, label_smoo
       beta: β; some fifty times DPO's, because Δ̃ is a difference of averages.
       label_smoothing: ε.
 
-    Returns: (B,).
     Gradient: ∂L/∂s_w = (β/n_w)[σ(βΔ̃) − (1−ε)], ∂L/∂s_l = −(β/n_l)[σ(βΔ̃) − (1−ε)].
 
     >>> dpo_norm(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]), tensor([10]), tensor([12]))
@@ -236,8 +187,10 @@ def dpo_norm(logp_w, logp_l, ref_w, ref_l, len_w, len_l, *, beta=5.0, label_smoo
     return bradley_terry(beta * delta, label_smoothing)
 
 
-@checked
-def robust_dpo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, label_smoothing=0.1):
+@objective(reward=log_ratio)
+def robust_dpo(
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.1
+) -> Tensor:
     """DPO on labels flipped with a known probability: an unbiased estimate of the loss on clean labels.
 
         L = [−(1−ε) logσ(βΔ) + ε logσ(−βΔ)] / (1 − 2ε)
@@ -259,8 +212,18 @@ def robust_dpo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, label_smoothing=0.1):
     return (-(1 - label_smoothing) * F.logsigmoid(h) + label_smoothing * F.logsigmoid(-h)) / (1 - 2 * label_smoothing)
 
 
-@checked
-def ipo(logp_w, logp_l, ref_w, ref_l, len_w, len_l, *, tau=0.1, average=True):
+@objective(reward=average_log_ratio)
+def ipo(
+    logp_w: Tensor,
+    logp_l: Tensor,
+    ref_w: Tensor,
+    ref_l: Tensor,
+    len_w: Tensor,
+    len_l: Tensor,
+    *,
+    tau: float = 0.1,
+    average: bool = True,
+) -> Tensor:
     """Regresses the log-ratio margin onto the finite target 1/(2τ), so that certain labels cannot drive it to infinity.
 
         L = (Δ̃ − 1/(2τ))²          average=False: Δ in place of Δ̃
@@ -288,8 +251,18 @@ def ipo(logp_w, logp_l, ref_w, ref_l, len_w, len_l, *, tau=0.1, average=True):
     return (delta - 1 / (2 * tau)) ** 2
 
 
-@checked
-def rdpo(logp_w, logp_l, ref_w, ref_l, len_w, len_l, *, beta=0.1, alpha=0.01):
+@objective(reward=log_ratio)
+def rdpo(
+    logp_w: Tensor,
+    logp_l: Tensor,
+    ref_w: Tensor,
+    ref_l: Tensor,
+    len_w: Tensor,
+    len_l: Tensor,
+    *,
+    beta: float = 0.1,
+    alpha: float = 0.01,
+) -> Tensor:
     """DPO that takes out the credit a longer chosen response would earn by its length.
 
         L = −logσ(βΔ + α(n_w − n_l))
@@ -300,7 +273,6 @@ def rdpo(logp_w, logp_l, ref_w, ref_l, len_w, len_l, *, beta=0.1, alpha=0.01):
       beta: β.
       alpha: α, the price of a token.
 
-    Returns: (B,).
     Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l; the length term only says how much margin is still missing.
     Search: β ∈ {0.01, 0.05, 0.1}, α ∈ {0.05, 0.1, 0.5, 1}.
 
@@ -317,8 +289,8 @@ def rdpo(logp_w, logp_l, ref_w, ref_l, len_w, len_l, *, beta=0.1, alpha=0.01):
     return bradley_terry(beta * delta + alpha * (len_w - len_l))
 
 
-@checked
-def rso_hinge(logp_w, logp_l, ref_w, ref_l, *, beta=0.05):
+@objective(reward=log_ratio)
+def rso_hinge(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: float = 0.05) -> Tensor:
     """DPO's margin under a hinge: pushes with constant force until βΔ reaches 1, then rests.
 
         L = max(0, 1 − βΔ)
@@ -327,7 +299,6 @@ def rso_hinge(logp_w, logp_l, ref_w, ref_l, *, beta=0.05):
       logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
       beta: β; the hinge rests from Δ = 1/β on.
 
-    Returns: (B,).
     Gradient: ∂L/∂s_w = −β·1[βΔ < 1] = −∂L/∂s_l.
 
     >>> rso_hinge(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))  # 1 − 0.05·4
@@ -338,8 +309,10 @@ def rso_hinge(logp_w, logp_l, ref_w, ref_l, *, beta=0.05):
     return F.relu(1 - beta * ((logp_w - ref_w) - (logp_l - ref_l)))
 
 
-@checked
-def exo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, label_smoothing=1e-3):
+@objective(reward=log_ratio)
+def exo(
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: float = 0.1, label_smoothing: float = 1e-3
+) -> Tensor:
     """Reverse KL from the policy's preference to the label's: settles on the label instead of covering both.
 
         L = q[logσ(z) − log(1−ε)] + (1−q)[logσ(−z) − log ε]          q = σ(z), z = βΔ
@@ -364,8 +337,8 @@ def exo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, label_smoothing=1e-3):
     return torch.sigmoid(z) * (F.logsigmoid(z) - win) + torch.sigmoid(-z) * (F.logsigmoid(-z) - lose)
 
 
-@checked
-def nca(logp_w, logp_l, ref_w, ref_l, *, beta=0.01):
+@objective(reward=log_ratio)
+def nca(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: float = 0.01) -> Tensor:
     """Classifies each response against noise by itself, so that the chosen one's likelihood cannot sink along.
 
         L = −logσ(v_w) − ½ logσ(−v_w) − ½ logσ(−v_l)          v = βu
@@ -386,8 +359,8 @@ def nca(logp_w, logp_l, ref_w, ref_l, *, beta=0.01):
     return -F.logsigmoid(v_w) - 0.5 * F.logsigmoid(-v_w) - 0.5 * F.logsigmoid(-v_l)
 
 
-@checked
-def sppo(logp_w, logp_l, ref_w, ref_l, *, beta=1e-3):
+@objective(reward=log_ratio)
+def sppo(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: float = 1e-3) -> Tensor:
     """Self-play against the current policy: regresses each log-ratio onto its win probability, here a sure win or loss.
 
         L = (u_w − 1/(2β))² + (u_l + 1/(2β))²
@@ -409,8 +382,8 @@ def sppo(logp_w, logp_l, ref_w, ref_l, *, beta=1e-3):
     return (logp_w - ref_w - 0.5 / beta) ** 2 + (logp_l - ref_l + 0.5 / beta) ** 2
 
 
-@checked
-def apo_zero(logp_w, logp_l, ref_w, ref_l, *, beta=0.1):
+@objective(reward=log_ratio)
+def apo_zero(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: float = 0.1) -> Tensor:
     """Anchors both responses at the reference: chosen up, rejected down. For chosen answers above the model's level.
 
         L = 1 − σ(βu_w) + σ(βu_l)
@@ -430,8 +403,8 @@ def apo_zero(logp_w, logp_l, ref_w, ref_l, *, beta=0.1):
     return torch.sigmoid(-beta * (logp_w - ref_w)) + torch.sigmoid(beta * (logp_l - ref_l))
 
 
-@checked
-def apo_down(logp_w, logp_l, ref_w, ref_l, *, beta=0.1):
+@objective(reward=log_ratio)
+def apo_down(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: float = 0.1) -> Tensor:
     """Pushes both responses down, the rejected one more. For chosen answers below the model's level.
 
         L = σ(βu_w) + 1 − σ(βΔ)
@@ -452,8 +425,8 @@ def apo_down(logp_w, logp_l, ref_w, ref_l, *, beta=0.1):
     return torch.sigmoid(beta * u_w) + torch.sigmoid(-beta * (u_w - u_l))
 
 
-@checked
-def discopop(logp_w, logp_l, ref_w, ref_l, *, beta=0.05, tau=0.05):
+@objective(reward=log_ratio)
+def discopop(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: float = 0.05, tau: float = 0.05) -> Tensor:
     """Found by a language model's search: logistic for wrong pairs, exponential for right ones, blended by σ(h/τ).
 
         L = (1 − m)(−logσ(h)) + m e^{−h}          m = σ(h/τ), h = βΔ
@@ -463,7 +436,6 @@ def discopop(logp_w, logp_l, ref_w, ref_l, *, beta=0.05, tau=0.05):
       beta: β.
       tau: τ, the width of the blend in units of h.
 
-    Returns: (B,).
     Gradient: ∂L/∂s_w = β[(m'/τ)(e^{−h} + logσ(h)) − (1−m)σ(−h) − m e^{−h}] = −∂L/∂s_l, with m' = m(1−m). At h = 0 it is
     positive, +β(¼(1 − log 2)/τ − ¾): there the loss pushes the margin *down*.
 
@@ -478,8 +450,34 @@ def discopop(logp_w, logp_l, ref_w, ref_l, *, beta=0.05, tau=0.05):
     return -torch.sigmoid(-h / tau) * F.logsigmoid(h) + capped_exp(F.logsigmoid(h / tau) - h)
 
 
-@checked
-def f_dpo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, divergence="reverse_kl", coef=0.5):
+def f_prime(u: Tensor, divergence: str, coef: float) -> Tensor:
+    """f′ of the ratio eᵘ for an f-divergence, less a constant that no margin sees; `f_dpo` lists the four."""
+    slope = one_of("divergence", divergence, {
+        "reverse_kl": lambda u: u,
+        "forward_kl": lambda u: -capped_exp(-u),
+        "js": F.logsigmoid,
+        "alpha": lambda u: capped_exp((coef - 1) * u) / (coef - 1),
+    })  # fmt: skip
+    return slope(u)
+
+
+def f_ratio(
+    logp: Tensor, ref: Tensor, length: Tensor, *, beta: float = 1.0, divergence: str = "reverse_kl", coef: float = 0.5
+) -> Tensor:
+    return beta * f_prime(logp - ref, divergence, coef)
+
+
+@objective(reward=f_ratio)
+def f_dpo(
+    logp_w: Tensor,
+    logp_l: Tensor,
+    ref_w: Tensor,
+    ref_l: Tensor,
+    *,
+    beta: float = 0.1,
+    divergence: str = "reverse_kl",
+    coef: float = 0.5,
+) -> Tensor:
     """DPO with another divergence as the leash to the reference; the reward is f'(π/π_ref) instead of its logarithm.
 
         L = −logσ(β(g(u_w) − g(u_l)))
@@ -492,7 +490,6 @@ def f_dpo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, divergence="reverse_kl", co
       divergence: "reverse_kl", "forward_kl", "js" or "alpha".
       coef: c ≠ 1, for "alpha": c → 1 is reverse_kl, c = 0 is forward_kl. The paper's and trl's α is 1 − c.
 
-    Returns: (B,).
     Gradient: ∂L/∂s_w = −βσ(−h)g'(u_w), ∂L/∂s_l = βσ(−h)g'(u_l); g' = 1, e^{−u}, σ(−u), e^{(c−1)u}. Exponents are capped
     at 40, beyond which the gradient is 0.
 
@@ -501,17 +498,14 @@ def f_dpo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, divergence="reverse_kl", co
 
     Reference: Wang et al., 2023, arXiv 2309.16240.
     """
-    g = option("divergence", divergence, {
-        "reverse_kl": lambda u: u,
-        "forward_kl": lambda u: -capped_exp(-u),
-        "js": F.logsigmoid,
-        "alpha": lambda u: capped_exp((coef - 1) * u) / (coef - 1),
-    })  # fmt: skip
-    return bradley_terry(beta * (g(logp_w - ref_w) - g(logp_l - ref_l)))
+    g_w, g_l = f_prime(logp_w - ref_w, divergence, coef), f_prime(logp_l - ref_l, divergence, coef)
+    return bradley_terry(beta * (g_w - g_l))
 
 
-@checked
-def tdpo1(logp_w, logp_l, ref_w, ref_l, kl_w, kl_l, *, beta=0.1):
+@objective(reward=log_ratio)
+def tdpo1(
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, kl_w: Tensor, kl_l: Tensor, *, beta: float = 0.1
+) -> Tensor:
     """DPO derived per token, which leaves a difference of sequential KLs in the margin.
 
         L = −logσ(β[Δ − (D_l − D_w)])
@@ -521,7 +515,6 @@ def tdpo1(logp_w, logp_l, ref_w, ref_l, kl_w, kl_l, *, beta=0.1):
       kl_w, kl_l: (B,) summed forward KL(π_ref ‖ π_θ) along each response, nats, with gradient.
       beta: β.
 
-    Returns: (B,).
     Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l, ∂L/∂D_l = βσ(−h) = −∂L/∂D_w; ∂D/∂logits = π_θ − π_ref at each position.
 
     >>> tdpo1(*map(tensor, ([-12.0], [-24.0], [-14.0], [-22.0], [0.5], [1.5])))  # D_l − D_w = 1, h = 0.3
@@ -533,8 +526,18 @@ def tdpo1(logp_w, logp_l, ref_w, ref_l, kl_w, kl_l, *, beta=0.1):
     return bradley_terry(beta * (delta - (kl_l - kl_w)))
 
 
-@checked
-def tdpo2(logp_w, logp_l, ref_w, ref_l, kl_w, kl_l, *, beta=0.1, alpha=0.5):
+@objective(reward=log_ratio)
+def tdpo2(
+    logp_w: Tensor,
+    logp_l: Tensor,
+    ref_w: Tensor,
+    ref_l: Tensor,
+    kl_w: Tensor,
+    kl_l: Tensor,
+    *,
+    beta: float = 0.1,
+    alpha: float = 0.5,
+) -> Tensor:
     """TDPO with the KL term scaled and held constant on the chosen side, so that it reins in the rejected one only.
 
         L = −logσ(β[Δ − α(D_l − sg[D_w])])
@@ -545,7 +548,6 @@ def tdpo2(logp_w, logp_l, ref_w, ref_l, kl_w, kl_l, *, beta=0.1, alpha=0.5):
       beta: β.
       alpha: α, the weight of the KL term.
 
-    Returns: (B,).
     Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l, ∂L/∂D_l = αβσ(−h), ∂L/∂D_w = 0.
 
     >>> tdpo2(*map(tensor, ([-12.0], [-24.0], [-14.0], [-22.0], [0.5], [1.5])))  # h = 0.1·(4 − 0.5)
@@ -557,8 +559,20 @@ def tdpo2(logp_w, logp_l, ref_w, ref_l, kl_w, kl_l, *, beta=0.1, alpha=0.5):
     return bradley_terry(beta * (delta - alpha * (kl_l - kl_w.detach())))
 
 
-@checked
-def beta_dpo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, a=0.6, keep=0.8, mean=None, std=None, generator=None):
+@objective(reward=log_ratio, coupled=True)
+def beta_dpo(
+    logp_w: Tensor,
+    logp_l: Tensor,
+    ref_w: Tensor,
+    ref_l: Tensor,
+    *,
+    beta: float = 0.1,
+    a: float = 0.6,
+    keep: float = 0.8,
+    mean: float | Tensor | None = None,
+    std: float | Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """DPO that draws the rows near the typical margin and moves β with the batch: informative pairs get a larger β.
 
         k = max(1, ⌊ρB⌋) rows drawn without replacement, with weights exp(−½((Δ−m)/v)²)
@@ -594,8 +608,10 @@ def beta_dpo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, a=0.6, keep=0.8, mean=No
     return scale * bradley_terry(beta_b * delta)
 
 
-@checked
-def aot(logp_w, logp_l, ref_w, ref_l, *, beta=0.01, label_smoothing=0.0):
+@objective(reward=log_ratio, coupled=True)
+def aot(
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: float = 0.01, label_smoothing: float = 0.0
+) -> Tensor:
     """Alignment by optimal transport: the policy's *distribution* of margins should dominate the reference's.
 
         L_i = −(1−ε) logσ(βδ_i) − ε logσ(−βδ_i)
@@ -603,8 +619,7 @@ def aot(logp_w, logp_l, ref_w, ref_l, *, beta=0.01, label_smoothing=0.0):
 
     Args:
       logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
-      label_smoothing: ε.
+      beta, label_smoothing: β, ε.
 
     Returns: (B,), in the order of the pairs; sorting only decides which reference margin a pair is compared with.
     Gradient: ∂L/∂s_w = β[σ(βδ) − (1−ε)] = −∂L/∂s_l.
@@ -618,8 +633,10 @@ def aot(logp_w, logp_l, ref_w, ref_l, *, beta=0.01, label_smoothing=0.0):
     return bradley_terry(beta * (policy - quantile_matched(reference, policy)), label_smoothing)
 
 
-@checked
-def aot_unpaired(logp_w, logp_l, ref_w, ref_l, *, beta=0.01, label_smoothing=0.0):
+@objective(reward=log_ratio, coupled=True)
+def aot_unpaired(
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: float = 0.01, label_smoothing: float = 0.0
+) -> Tensor:
     """Alignment by optimal transport without pairs: chosen log-ratios, sorted, should exceed rejected ones, sorted.
 
         L_i = −(1−ε) logσ(βδ_i) − ε logσ(−βδ_i)
@@ -628,8 +645,7 @@ def aot_unpaired(logp_w, logp_l, ref_w, ref_l, *, beta=0.01, label_smoothing=0.0
     Args:
       logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats; w and l rows need not belong
         to one prompt.
-      beta: β.
-      label_smoothing: ε.
+      beta, label_smoothing: β, ε.
 
     Returns: (B,), in the order of the chosen responses.
     Gradient: ∂L/∂s_w = β[σ(βδ) − (1−ε)], and the opposite on the s_l it was matched with.
@@ -648,8 +664,8 @@ def aot_unpaired(logp_w, logp_l, ref_w, ref_l, *, beta=0.01, label_smoothing=0.0
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@checked
-def cpo(logp_w, logp_l, len_w, *, beta=0.1, lam=1.0):
+@objective(reward=sum_logp)
+def cpo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, *, beta: float = 0.1, lam: float = 1.0) -> Tensor:
     """DPO with a uniform reference, held up by the likelihood of the chosen response.
 
         L = −logσ(β(s_w − s_l)) − λ s_w/n_w
@@ -660,7 +676,6 @@ def cpo(logp_w, logp_l, len_w, *, beta=0.1, lam=1.0):
       beta: β.
       lam: λ, weight of the likelihood term.
 
-    Returns: (B,).
     Gradient: ∂L/∂s_w = −βσ(−β(s_w − s_l)) − λ/n_w, ∂L/∂s_l = βσ(−β(s_w − s_l)).
     Search: β ∈ {0.01, 0.05, 0.1}, λ = 1.
 
@@ -674,8 +689,8 @@ def cpo(logp_w, logp_l, len_w, *, beta=0.1, lam=1.0):
     return bradley_terry(beta * (logp_w - logp_l)) - lam * logp_w / len_w
 
 
-@checked
-def slic(logp_w, logp_l, *, delta=1.0, lam=0.1):
+@objective(reward=sum_logp)
+def slic(logp_w: Tensor, logp_l: Tensor, *, delta: float = 1.0, lam: float = 0.1) -> Tensor:
     """Calibrates sequence likelihood: a hinge on the summed log-prob margin plus the likelihood of the chosen response.
 
         L = max(0, δ − s_w + s_l) − λ s_w
@@ -696,8 +711,8 @@ def slic(logp_w, logp_l, *, delta=1.0, lam=0.1):
     return F.relu(delta - logp_w + logp_l) - lam * logp_w
 
 
-@checked
-def rrhf(logp_w, logp_l, len_w, len_l, *, lam=1.0):
+@objective(reward=average_logp)
+def rrhf(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, lam: float = 1.0) -> Tensor:
     """Ranks by average log-prob without a margin, plus the likelihood of the chosen response (the two-response form).
 
         L = max(0, a_l − a_w) − λ s_w
@@ -718,8 +733,8 @@ def rrhf(logp_w, logp_l, len_w, len_l, *, lam=1.0):
     return F.relu(logp_l / len_l - logp_w / len_w) - lam * logp_w
 
 
-@checked
-def orpo(logp_w, logp_l, len_w, len_l, *, lam=0.1):
+@objective(reward=average_logp)
+def orpo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, lam: float = 0.1) -> Tensor:
     """Fine-tuning and preference in one: the likelihood of the chosen response and the odds ratio of the two.
 
         L = −a_w − λ logσ(o)          o = log odds(e^{a_w}) − log odds(e^{a_l}),  log odds(eᵃ) = a − log(1 − eᵃ)
@@ -729,7 +744,6 @@ def orpo(logp_w, logp_l, len_w, len_l, *, lam=0.1):
       len_w, len_l: (B,) response tokens.
       lam: λ, weight of the odds-ratio term (trl calls it beta).
 
-    Returns: (B,).
     Gradient: ∂L/∂s_w = −1/n_w − (λ/n_w)σ(−o)/(1 − e^{a_w}), ∂L/∂s_l = (λ/n_l)σ(−o)/(1 − e^{a_l}); for a > −1e-6 the
     clamp of `log1mexp` leaves 1 in place of 1/(1 − eᵃ).
     Search: λ ∈ {0.1, 0.5, 1, 2}.
@@ -746,8 +760,18 @@ def orpo(logp_w, logp_l, len_w, len_l, *, lam=0.1):
     return -a_w + lam * bradley_terry(odds_ratio)
 
 
-@checked
-def simpo(logp_w, logp_l, len_w, len_l, *, beta=2.0, gamma=1.0, label_smoothing=0.0, average=True):
+@objective(reward=average_logp)
+def simpo(
+    logp_w: Tensor,
+    logp_l: Tensor,
+    len_w: Tensor,
+    len_l: Tensor,
+    *,
+    beta: float = 2.0,
+    gamma: float = 1.0,
+    label_smoothing: float = 0.0,
+    average: bool = True,
+) -> Tensor:
     """Rewards the average log-prob, the quantity that decoding maximises, and asks for a fixed margin.
 
         L = −(1−ε) logσ(h) − ε logσ(−h)          h = βd − γ
@@ -760,7 +784,6 @@ def simpo(logp_w, logp_l, len_w, len_l, *, beta=2.0, gamma=1.0, label_smoothing=
       label_smoothing: ε.
       average: False drops the length normalisation: sums in place of averages.
 
-    Returns: (B,).
     Gradient: ∂L/∂s_w = (β/n_w)[σ(h) − (1−ε)], ∂L/∂s_l = −(β/n_l)[σ(h) − (1−ε)]; without 1/n on sums.
     Search: β ∈ {2, 4, 6, 8}, γ ∈ {0.3, 0.5, 1, 1.2, 1.4, 1.6}; 2.5–10 for instruct models.
 
@@ -775,8 +798,8 @@ def simpo(logp_w, logp_l, len_w, len_l, *, beta=2.0, gamma=1.0, label_smoothing=
     return bradley_terry(beta * (logp_w / n_w - logp_l / n_l) - gamma, label_smoothing)
 
 
-@checked
-def repo(logp_w, logp_l, len_w, len_l, *, gamma=0.5):
+@objective(reward=average_logp)
+def repo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, gamma: float = 0.5) -> Tensor:
     """SimPO under a ReLU: pairs with enough average margin are dropped, all others weigh the same. No β.
 
         L = max(0, γ − d)
@@ -797,8 +820,8 @@ def repo(logp_w, logp_l, len_w, len_l, *, gamma=0.5):
     return F.relu(gamma - (logp_w / len_w - logp_l / len_l))
 
 
-@checked
-def simper(logp_w, logp_l, len_w, len_l):
+@objective(reward=likelihood)
+def simper(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor) -> Tensor:
     """Maximises the inverse perplexity of the chosen response and minimises that of the rejected one. Nothing to tune.
 
         L = −e^{a_w} + e^{a_l}
@@ -819,8 +842,19 @@ def simper(logp_w, logp_l, len_w, len_l):
     return -torch.exp(logp_w / len_w) + torch.exp(logp_l / len_l)
 
 
-@checked
-def alphapo(logp_w, logp_l, len_w, len_l, *, beta=2.5, gamma=0.25, alpha=0.25):
+def bent(a: Tensor, beta: float, alpha: float) -> Tensor:
+    """β(1 − e^{−αa})/α, the reward of `alphapo`, and βa at α = 0."""
+    return -beta * torch.expm1((-alpha * a).clamp(max=40.0)) / alpha if alpha else beta * a
+
+
+def bent_logp(logp: Tensor, ref: Tensor | None, length: Tensor, *, beta: float = 1.0, alpha: float = 0.25) -> Tensor:
+    return bent(logp / length, beta, alpha)
+
+
+@objective(reward=bent_logp)
+def alphapo(
+    logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, beta: float = 2.5, gamma: float = 0.25, alpha: float = 0.25
+) -> Tensor:
     """SimPO with a bent reward: α > 0 rewards getting out of low likelihood more than climbing in high likelihood.
 
         L = −logσ(r_w − r_l − γ)          r = β(1 − e^{−αa})/α,  α = 0: r = βa
@@ -832,7 +866,6 @@ def alphapo(logp_w, logp_l, len_w, len_l, *, beta=2.5, gamma=0.25, alpha=0.25):
       gamma: γ, the target margin inside the sigmoid.
       alpha: α, the bend; 0 is SimPO.
 
-    Returns: (B,).
     Gradient: ∂L/∂s_w = −(β/n_w)e^{−αa_w}σ(−h), ∂L/∂s_l = (β/n_l)e^{−αa_l}σ(−h). The exponent −αa is capped at 40,
     beyond which the gradient is 0.
 
@@ -843,11 +876,7 @@ def alphapo(logp_w, logp_l, len_w, len_l, *, beta=2.5, gamma=0.25, alpha=0.25):
 
     Reference: Gupta et al., 2025, arXiv 2501.03884.
     """
-
-    def reward(a):
-        return -beta * torch.expm1((-alpha * a).clamp(max=40.0)) / alpha if alpha else beta * a
-
-    return bradley_terry(reward(logp_w / len_w) - reward(logp_l / len_l) - gamma)
+    return bradley_terry(bent(logp_w / len_w, beta, alpha) - bent(logp_l / len_l, beta, alpha) - gamma)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -855,9 +884,25 @@ def alphapo(logp_w, logp_l, len_w, len_l, *, beta=2.5, gamma=0.25, alpha=0.25):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@checked
-def alpha_dpo(logp_w, logp_l, ref_w, ref_l, len_w, len_l, *, beta=10.0, gamma=4.0, alpha=0.5, margin="ratio",
-              normalize=True, stop_gradient=True, average=True, mean=None, std=None):
+@objective(reward=average_logp, coupled=True)
+def alpha_dpo(
+    logp_w: Tensor,
+    logp_l: Tensor,
+    ref_w: Tensor,
+    ref_l: Tensor,
+    len_w: Tensor,
+    len_l: Tensor,
+    *,
+    beta: float = 10.0,
+    gamma: float = 4.0,
+    alpha: float = 0.5,
+    margin: str = "ratio",
+    normalize: bool = True,
+    stop_gradient: bool = True,
+    average: bool = True,
+    mean: float | Tensor | None = None,
+    std: float | Tensor | None = None,
+) -> Tensor:
     """SimPO whose target margin follows the pair: more is asked where the policy already left the reference further.
 
         L = −logσ(u − sg[γ + αM*])          u = βd,  M = β·Δ̃,  M* = (M − μ)/σ_M
@@ -873,7 +918,6 @@ def alpha_dpo(logp_w, logp_l, ref_w, ref_l, len_w, len_l, *, beta=10.0, gamma=4.
       average: False drops the length normalisation from u and M alike (Appendix B.2).
       mean, std: μ, σ_M in units of M; None means of this batch, population standard deviation.
 
-    Returns: (B,).
     Gradient: ∂L/∂s_w = −(β/n_w)σ(−h), ∂L/∂s_l = (β/n_l)σ(−h). With stop_gradient=False and a margin that holds the
     policy both get the factor 1 − α/σ_M (1 − α without normalisation): for α > σ_M training runs backwards.
     Search: β ∈ {2.5, 10}, γ/β ∈ {0.1, 0.3, 0.5}, α/β ∈ {0.01, 0.05, 0.1, 0.2}.
@@ -891,14 +935,27 @@ def alpha_dpo(logp_w, logp_l, ref_w, ref_l, len_w, len_l, *, beta=10.0, gamma=4.
     n_w, n_l = (len_w, len_l) if average else (1, 1)
     u = beta * (logp_w / n_w - logp_l / n_l)
     ref = beta * (ref_w / n_w - ref_l / n_l)
-    m = option("margin", margin, {"ratio": u - ref, "policy": u, "reference": ref, "inverse_reference": -ref})
+    m = one_of("margin", margin, {"ratio": u - ref, "policy": u, "reference": ref, "inverse_reference": -ref})
     m = m.detach() if stop_gradient else m
     m = standardize(m, *moments(m, mean, std)) if normalize else m
     return bradley_terry(u - gamma - alpha * m)
 
 
-@checked
-def alpha_dpo_kl(logp_w, logp_l, len_w, len_l, kl_w, kl_l, *, beta=10.0, gamma=4.0, alpha=0.5, mean=None, std=None):
+@objective(reward=average_logp, coupled=True)
+def alpha_dpo_kl(
+    logp_w: Tensor,
+    logp_l: Tensor,
+    len_w: Tensor,
+    len_l: Tensor,
+    kl_w: Tensor,
+    kl_l: Tensor,
+    *,
+    beta: float = 10.0,
+    gamma: float = 4.0,
+    alpha: float = 0.5,
+    mean: float | Tensor | None = None,
+    std: float | Tensor | None = None,
+) -> Tensor:
     """α-DPO with TDPO's difference of sequential KLs as the margin: token-level where α-DPO is sequence-level.
 
         L = −logσ(βd − sg[γ + αδ*])          δ = β(D_l − D_w),  δ* = (δ − μ)/σ_δ
@@ -910,7 +967,6 @@ def alpha_dpo_kl(logp_w, logp_l, len_w, len_l, kl_w, kl_l, *, beta=10.0, gamma=4
       beta, gamma, alpha: β, γ, α in the paper's units.
       mean, std: μ, σ_δ in units of δ; None means of this batch.
 
-    Returns: (B,).
     Gradient: ∂L/∂s_w = −(β/n_w)σ(−h), ∂L/∂s_l = (β/n_l)σ(−h), ∂L/∂D = 0.
 
     Paper: δ ≈ M by D ≈ −u (Lemma 4.3; its appendix writes D ≈ +u and then loses the sign). We take δ as eq. 18 has it,
@@ -927,9 +983,23 @@ def alpha_dpo_kl(logp_w, logp_l, len_w, len_l, kl_w, kl_l, *, beta=10.0, gamma=4
     return bradley_terry(beta * (logp_w / len_w - logp_l / len_l) - gamma - alpha * m)
 
 
-@checked
-def online_simpo(logp_w, logp_l, ref_w, ref_l, old_w, old_l, len_w, len_l, *, beta=2.0, gamma=1.0, corrected=True,
-                 clip=5.0, self_normalize=False):
+@objective(reward=average_logp, coupled="self_normalize")
+def online_simpo(
+    logp_w: Tensor,
+    logp_l: Tensor,
+    ref_w: Tensor,
+    ref_l: Tensor,
+    old_w: Tensor,
+    old_l: Tensor,
+    len_w: Tensor,
+    len_l: Tensor,
+    *,
+    beta: float = 2.0,
+    gamma: float = 1.0,
+    corrected: bool = True,
+    clip: float = 5.0,
+    self_normalize: bool = False,
+) -> Tensor:
     """SimPO as if the pairs had been sampled from an earlier policy: each pair weighted by how likely it finds them.
 
         L = sg[w] · (−logσ(βd − γ))
@@ -945,7 +1015,6 @@ def online_simpo(logp_w, logp_l, ref_w, ref_l, old_w, old_l, len_w, len_l, *, be
       clip: |log w| ≤ clip, in nats. A sum over hundreds of tokens makes w 0 or infinity; math.inf for none.
       self_normalize: divide w by its mean over the batch.
 
-    Returns: (B,).
     Gradient: ∂L/∂s_w = −w(β/n_w)σ(−h), ∂L/∂s_l = w(β/n_l)σ(−h).
 
     Paper: a yardstick for α-DPO's theory (Lemma 4.2), not an experiment; clip and self_normalize are ours.
@@ -986,8 +1055,10 @@ def gamma_margins(r: Tensor, gamma: float, tau: float) -> Tensor:
     return gamma * log_np.exp()
 
 
-@checked
-def gamma_dpo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, gamma=1.0, tau=10.0):
+@objective(reward=log_ratio, coupled=True)
+def gamma_dpo(
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: float = 0.1, gamma: float = 1.0, tau: float = 10.0
+) -> Tensor:
     """DPO with γ-PO's margins, centred: confident pairs are asked for more, doubtful ones for less.
 
         L = −logσ(r − sg[γ_i − γ₀])          r = βΔ, γ_i from `gamma_margins`
@@ -998,7 +1069,6 @@ def gamma_dpo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, gamma=1.0, tau=10.0):
       gamma: γ₀, the mean of the γ_i.
       tau: τ; large keeps all γ_i near γ₀, and τ → ∞ is dpo.
 
-    Returns: (B,).
     Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l.
 
     >>> gamma_dpo(*map(tensor, ([-12.0, -20.0], [-24.0, -20.0], [-14.0, -20.0], [-22.0, -20.0])))  # γ_i − 1 = ±0.004
@@ -1010,8 +1080,10 @@ def gamma_dpo(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, gamma=1.0, tau=10.0):
     return bradley_terry(r - (gamma_margins(r.detach(), gamma, tau) - gamma))
 
 
-@checked
-def gamma_simpo(logp_w, logp_l, len_w, len_l, *, beta=10.0, gamma=4.0, tau=10.0):
+@objective(reward=average_logp, coupled=True)
+def gamma_simpo(
+    logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, beta: float = 10.0, gamma: float = 4.0, tau: float = 10.0
+) -> Tensor:
     """SimPO with γ-PO's margins: the mean margin stays γ₀, confident pairs are asked for more, doubtful ones for less.
 
         L = −logσ(r − sg[γ_i])          r = βd, γ_i from `gamma_margins`
@@ -1023,7 +1095,6 @@ def gamma_simpo(logp_w, logp_l, len_w, len_l, *, beta=10.0, gamma=4.0, tau=10.0)
       gamma: γ₀, the mean of the γ_i.
       tau: τ; large keeps all γ_i near γ₀, and τ → ∞ is simpo.
 
-    Returns: (B,).
     Gradient: ∂L/∂s_w = −(β/n_w)σ(−h), ∂L/∂s_l = (β/n_l)σ(−h).
     Published: β 2.5–10, γ₀ 0.375–4, τ 10–20.
 
@@ -1036,8 +1107,8 @@ def gamma_simpo(logp_w, logp_l, len_w, len_l, *, beta=10.0, gamma=4.0, tau=10.0)
     return bradley_terry(r - gamma_margins(r.detach(), gamma, tau))
 
 
-@checked
-def amapo(logp_w, logp_l, len_w, len_l, *, beta=2.5, paper=False):
+@objective(reward=average_logp, coupled=True)
+def amapo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, beta: float = 2.5, paper: bool = False) -> Tensor:
     """SimPO that adds a margin to the pairs below the batch's mean and none to those above.
 
         L = −logσ(βd − sg[m])          code: m = β exp(((μ − d)/s)·μ) where d < μ, else 0
@@ -1049,7 +1120,6 @@ def amapo(logp_w, logp_l, len_w, len_l, *, beta=2.5, paper=False):
       paper: the formula of the text, in units of r = βd: m = exp(e), e = ((μ_r − r)/s_r)·μ_r = β((μ − d)/s)μ, where
         e > 0, else 0.
 
-    Returns: (B,).
     Gradient: ∂L/∂s_w = −(β/n_w)σ(−h), ∂L/∂s_l = (β/n_l)σ(−h).
     Published: β 2–3.
 
@@ -1076,8 +1146,18 @@ def amapo(logp_w, logp_l, len_w, len_l, *, beta=2.5, paper=False):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@checked
-def kto(logp, ref, desirable, logp_kl, ref_kl, *, beta=0.1, lambda_d=1.0, lambda_u=1.0):
+@objective(reward=log_ratio, coupled=True)
+def kto(
+    logp: Tensor,
+    ref: Tensor,
+    desirable: Tensor,
+    logp_kl: Tensor,
+    ref_kl: Tensor,
+    *,
+    beta: float = 0.1,
+    lambda_d: float = 1.0,
+    lambda_u: float = 1.0,
+) -> Tensor:
     """Values a completion's log-ratio like a human values gains and losses, measured from the policy's average drift.
 
         z = sg[max(0, mean(s' − s̄'))],  v = β(s − s̄ − z)
@@ -1107,8 +1187,8 @@ def kto(logp, ref, desirable, logp_kl, ref_kl, *, beta=0.1, lambda_d=1.0, lambda
     return torch.where(desirable, lambda_d * torch.sigmoid(-v), lambda_u * torch.sigmoid(v))
 
 
-@checked
-def bco(logp, ref, desirable, *, beta=0.1, delta=None):
+@objective(reward=log_ratio, coupled=True)
+def bco(logp: Tensor, ref: Tensor, desirable: Tensor, *, beta: float = 0.1, delta: float | Tensor | None = None) -> Tensor:
     """A classifier whose logit is the reward, shifted by the mean reward so that the shift need not be learned.
 
         L = −logσ(r − δ) if desirable, −logσ(δ − r) if not          r = β(s − s̄)
@@ -1132,8 +1212,16 @@ def bco(logp, ref, desirable, *, beta=0.1, delta=None):
     return bradley_terry(torch.where(desirable, r - delta, delta - r))
 
 
-@checked
-def uapo(logp, ref, desirable, *, beta=0.1, anchor=None, temperature=1.0):
+@objective(reward=log_ratio, coupled=True)
+def uapo(
+    logp: Tensor,
+    ref: Tensor,
+    desirable: Tensor,
+    *,
+    beta: float = 0.1,
+    anchor: float | Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
     """RECONSTRUCTED. Compares each completion with a utility anchor instead of with a partner.
 
         L = −logσ(r − b) if desirable, −logσ(b − r) if not          r = β(s − s̄)/T
@@ -1162,130 +1250,118 @@ def uapo(logp, ref, desirable, *, beta=0.1, anchor=None, temperature=1.0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the trainer reads
+# Primitives
 # ---------------------------------------------------------------------------------------------------------------------
 
-OBJECTIVES: dict[str, Callable] = {
-    "sft": sft,
-    "dpo": dpo,
-    "dpo_norm": dpo_norm,
-    "robust_dpo": robust_dpo,
-    "ipo": ipo,
-    "rdpo": rdpo,
-    "rso_hinge": rso_hinge,
-    "exo": exo,
-    "nca": nca,
-    "sppo": sppo,
-    "apo_zero": apo_zero,
-    "apo_down": apo_down,
-    "discopop": discopop,
-    "f_dpo": f_dpo,
-    "tdpo1": tdpo1,
-    "tdpo2": tdpo2,
-    "beta_dpo": beta_dpo,
-    "aot": aot,
-    "aot_unpaired": aot_unpaired,
-    "cpo": cpo,
-    "slic": slic,
-    "rrhf": rrhf,
-    "orpo": orpo,
-    "simpo": simpo,
-    "repo": repo,
-    "simper": simper,
-    "alphapo": alphapo,
-    "alpha_dpo": alpha_dpo,
-    "alpha_dpo_kl": alpha_dpo_kl,
-    "online_simpo": online_simpo,
-    "gamma_dpo": gamma_dpo,
-    "gamma_simpo": gamma_simpo,
-    "amapo": amapo,
-    "kto": kto,
-    "bco": bco,
-    "uapo": uapo,
-}
 
-# Objectives whose rows depend on each other, so that they must see the whole optimizer batch at once → the switch that
-# couples them; None: always.
-BATCH_COUPLED: dict[str, str | None] = {
-    "beta_dpo": None,
-    "aot": None,
-    "aot_unpaired": None,
-    "alpha_dpo": None,
-    "alpha_dpo_kl": None,
-    "online_simpo": "self_normalize",
-    "gamma_dpo": None,
-    "gamma_simpo": None,
-    "amapo": None,
-    "kto": None,
-    "bco": None,
-    "uapo": None,
-}
+def log1mexp(a: Tensor) -> Tensor:
+    """log(1 − eᵃ) for a ≤ 0, kept finite by a ≤ −1e-6. ∂/∂a = −eᵃ/(1 − eᵃ), 0 beyond the clamp."""
+    # Each branch gets arguments it can handle: `where` multiplies the unused gradient by 0, and 0 · inf is NaN.
+    near = torch.log(-torch.expm1(a.clamp(max=-1e-6)))
+    far = torch.log1p(-torch.exp(a.clamp(max=-math.log(2))))
+    return torch.where(a > -math.log(2), near, far)
 
 
-# Rewards as each paper defines them, without β, from (summed log-prob, reference, length); `ref` is not read where the
-# reward has none. An objective called with average=False is the same reward at length 1.
-def log_ratio(logp, ref, length):
-    return logp - ref
+def capped_exp(x: Tensor) -> Tensor:
+    """eˣ with x ≤ 40: e⁴⁰ ≈ 2e17 is no loss anyone trains on, and its square still fits fp32. Gradient 0 beyond."""
+    return torch.exp(x.clamp(max=40.0))
 
 
-def average_log_ratio(logp, ref, length):
-    return (logp - ref) / length
+def moments(x: Tensor, mean: float | Tensor | None = None, std: float | Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and population standard deviation of x, held constant; `mean=`/`std=` (numbers or tensors) replace them.
+
+    A spread that rounding alone explains is 0: the mean of equal numbers can miss them by one unit in the last place.
+    """
+    if mean is None:
+        mean = x.mean()
+    if std is None:
+        std = x.std(correction=0)
+        std = torch.where(std > 8 * torch.finfo(x.dtype).eps * x.abs().max(), std, 0.0)
+    # new_full, not a copy from the host, so that a number costs no wait on an accelerator.
+    return tuple(m.detach() if isinstance(m, Tensor) else x.new_full((), m) for m in (mean, std))
 
 
-def average_logp(logp, ref, length):
-    return logp / length
+def standardize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(x − mean)/std, and 0 where std is 0 (one row, or all rows equal)."""
+    return torch.where(std > 0, (x - mean) / torch.where(std > 0, std, 1.0), 0.0)
 
 
-def sum_logp(logp, ref, length):
-    return logp
+def quantile_matched(y: Tensor, x: Tensor) -> Tensor:
+    """y reordered so that its k-th smallest value stands in the row where x has its k-th smallest."""
+    return y.sort(stable=True).values[x.argsort(stable=True).argsort()]
 
 
-def likelihood(logp, ref, length):
-    return torch.exp(logp / length)
-
-
-REWARDS: dict[str, Callable] = {
-    "sft": average_logp,
-    "dpo": log_ratio,
-    "dpo_norm": average_log_ratio,
-    "robust_dpo": log_ratio,
-    "ipo": average_log_ratio,
-    "rdpo": log_ratio,
-    "rso_hinge": log_ratio,
-    "exo": log_ratio,
-    "nca": log_ratio,
-    "sppo": log_ratio,
-    "apo_zero": log_ratio,
-    "apo_down": log_ratio,
-    "discopop": log_ratio,
-    "f_dpo": log_ratio,
-    "tdpo1": log_ratio,
-    "tdpo2": log_ratio,
-    "beta_dpo": log_ratio,
-    "aot": log_ratio,
-    "aot_unpaired": log_ratio,
-    "cpo": sum_logp,
-    "slic": sum_logp,
-    "rrhf": average_logp,
-    "orpo": average_logp,
-    "simpo": average_logp,
-    "repo": average_logp,
-    "simper": likelihood,
-    "alphapo": average_logp,
-    "alpha_dpo": average_logp,
-    "alpha_dpo_kl": average_logp,
-    "online_simpo": average_logp,
-    "gamma_dpo": log_ratio,
-    "gamma_simpo": average_logp,
-    "amapo": average_logp,
-    "kto": log_ratio,
-    "bco": log_ratio,
-    "uapo": log_ratio,
-}
+def one_of(name: str, value: str, choices: dict[str, object]) -> object:
+    """choices[value], or a ValueError that lists what `name` may be."""
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+    return choices[value]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# python losses.py [PICTURE.png]: the table and the gallery
+# At a call: the one place where arguments are looked at. The mathematics does not need it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+LIMITS = {
+    "beta": ("above 0", lambda v: v > 0),
+    "tau": ("above 0", lambda v: v > 0),
+    "temperature": ("above 0", lambda v: v > 0),
+    "label_smoothing": ("in [0, 0.5): at one half a label says nothing", lambda v: 0 <= v < 0.5),
+    "keep": ("in (0, 1], the share of the rows that is used", lambda v: 0 < v <= 1),
+    "clip": ("at least 0 (math.inf for none)", lambda v: v >= 0),
+    "coef": ('other than 1, whose limit is divergence="reverse_kl"', lambda v: v != 1),
+}
+
+
+def check(loss: Callable[..., Tensor], given: dict) -> dict:
+    """The arguments `given` to a loss, log-probs and lengths in fp32 or, given float64, in float64.
+
+    Raises ValueError naming the function and the argument: not a tensor, not one-dimensional, another shape or device
+    than the first tensor, `desirable` not bool, log-probs not floating point, a length below 1, a hyper-parameter out
+    of its range.
+    """
+    rows = {name: x for name, x in given.items() if name in loss.tensors}
+    first, like = next(iter(rows.items()))
+
+    def refuse(name, problem):
+        raise ValueError(f"{loss.__name__}: `{name}` {problem}")
+
+    for name, x in rows.items():
+        if not isinstance(x, Tensor):
+            refuse(name, f"is a {type(x).__name__}, not a tensor; pass one number per row, shape (B,)")
+        if x.dim() != 1 or not len(x):
+            refuse(name, f"has shape {tuple(x.shape)}; pass one number per row, shape (B,) with B at least 1")
+        if x.shape != like.shape:
+            refuse(name, f"has {len(x)} rows but `{first}` has {len(like)}; pass the same rows in the same order")
+        if x.device != like.device:
+            refuse(name, f"is on {x.device} but `{first}` is on {like.device}; move them to one device")
+        if name == "desirable" and x.dtype != torch.bool:
+            refuse(name, f"has dtype {x.dtype}; pass torch.bool, True for a desirable completion")
+        if name != "desirable" and not (x.is_floating_point() or name.startswith("len_") and x.dtype != torch.bool):
+            refuse(name, f"has dtype {x.dtype}; log-probs are floating point and lengths are numbers")
+        # Values are read on the CPU only: on an accelerator a look would make the host wait for the device.
+        if name.startswith("len_") and x.device.type == "cpu" and not (x >= 1).all():
+            refuse(name, f"holds {x.min().item():g}; lengths count tokens and are at least 1: drop the row")
+    for name in given.keys() & LIMITS.keys():
+        requirement, holds = LIMITS[name]
+        if not holds(given[name]):
+            refuse(name, f"is {given[name]}; it must be {requirement}")
+
+    floats = [x.dtype for x in rows.values() if x.is_floating_point()]
+    dtype = functools.reduce(torch.promote_types, floats, torch.float32)
+    return given | {name: x if x.dtype == torch.bool else x.to(dtype) for name, x in rows.items()}
+
+
+def call_reward(reward: Callable[..., Tensor], logp: Tensor, ref: Tensor | None, length: Tensor, settings: dict) -> Tensor:
+    """The reward under those of the settings that it names. average=False is the same reward at length 1."""
+    if settings.get("average") is False:
+        length = torch.ones_like(length)
+    named = inspect.signature(reward).parameters
+    return reward(logp, ref, length, **{name: value for name, value in settings.items() if name in named})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python losses.py: the table
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Two pairs, chosen and rejected; the second has no margin, so that batch statistics are not empty.
@@ -1298,104 +1374,25 @@ PAIRS = {
 ROWS = {"logp": [-12.0, -24.0], "ref": [-14.0, -22.0], "logp_kl": [-30.0, -28.0], "ref_kl": [-31.0, -29.0]}
 
 
-def needs(objective) -> tuple[list[str], dict]:
-    """The tensors an objective asks for, and its hyper-parameters with their defaults."""
-    parameters = inspect.signature(objective).parameters.values()
-    hyper = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    return [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY], hyper
-
-
 def table() -> str:
     """One line per objective: what it asks for, loss and gradient of the first worked row, settings with defaults."""
     head = f"{'objective':<13} data  ref kl  batch-coupled  {'loss':>11} {'gradient':>9}  settings with their defaults"
     lines = [head, "─" * 132]
-    for name, objective in OBJECTIVES.items():
-        names, hyper = needs(objective)
-        inputs = {k: tensor([True, False]) if k == "desirable" else tensor((PAIRS | ROWS)[k]) for k in names}
-        draw = {"generator": torch.Generator().manual_seed(1)} if "generator" in hyper else {}
-        policy = inputs[names[0]].requires_grad_()
-        loss = objective(**inputs, **draw)
-        (slope,) = torch.autograd.grad(loss.sum(), policy)
-        data = "rows" if "desirable" in names else "pairs"
-        ref = "yes" if {"ref", "ref_w", "kl_w"} & {*names} else "–"
-        kl = "yes" if "kl_w" in names else "–"
-        coupled = (BATCH_COUPLED[name] or "yes") if name in BATCH_COUPLED else "–"
-        settings = textwrap.wrap(" ".join(f"{k}={v}" for k, v in hyper.items()) or "–", 64)
-        numbers = f"{loss[0].item():>11.4f} {slope[0].item() + 0.0:>9.4f}"
+    for name, loss in OBJECTIVES.items():
+        inputs = {k: tensor([True, False]) if k == "desirable" else tensor((PAIRS | ROWS)[k]) for k in loss.tensors}
+        draw = {"generator": torch.Generator().manual_seed(1)} if loss.random else {}
+        policy = inputs[loss.tensors[0]].requires_grad_()
+        values = loss(**inputs, **draw)
+        (slope,) = torch.autograd.grad(values.sum(), policy)
+        data = "rows" if "desirable" in inputs else "pairs"
+        ref = "yes" if inputs.keys() & {"ref", "ref_w", "kl_w"} else "–"
+        kl = "yes" if "kl_w" in inputs else "–"
+        coupled = {True: "yes", False: "–"}.get(loss.coupled, loss.coupled)
+        settings = textwrap.wrap(" ".join(f"{k}={v}" for k, v in loss.settings.items()) or "–", 64)
+        numbers = f"{values[0].item():>11.4f} {slope[0].item() + 0.0:>9.4f}"
         start = f"{name:<13} {data:<5} {ref:<3} {kl:<3} {coupled:<14} {numbers}  "
         lines += [start + settings[0]] + [" " * len(start) + line for line in settings[1:]]
     return "\n".join(lines)
-
-
-def curve(objective, margin: Tensor, **hyper) -> tuple[Tensor, Tensor]:
-    """Loss and −∂L/∂s_w along the margin, one token per response: a_w, a_l = −2 ± margin/2, the reference at −2.
-
-    The drawn margins are the batch of a batch-coupled objective. Unpaired: `margin` is the log-ratio of one completion.
-    """
-    names, _ = needs(objective)
-    level = torch.full_like(margin, -2.0)
-    chosen, rejected = (level + margin / 2).requires_grad_(), level - margin / 2
-    if "logp" in names:
-        chosen = (level + margin).requires_grad_()
-    values = {"logp": chosen, "logp_w": chosen, "logp_l": rejected, "old_w": chosen, "old_l": rejected}
-    values["desirable"] = torch.full_like(margin, hyper.pop("desirable", True)).bool()
-    ones = torch.ones_like(margin)
-    loss = objective(*(values.get(k, ones if k.startswith("len") else level) for k in names), **hyper)
-    (slope,) = torch.autograd.grad(loss.sum(), chosen)
-    return loss.detach(), -slope
-
-
-LETTERS = {"label_smoothing": "ε", "tau": "τ", "gamma": "γ", "lam": "λ"}
-SIDE = {True: "desirable", False: "undesirable"}
-
-
-def gallery(path: str) -> None:
-    """Draw loss (above) and gradient weight (below) against the margin, family by family, mostly at β = 1."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    one = {"beta": 1.0}
-    families = {
-        "log-ratio, logistic": [
-            (dpo, one), (dpo, {**one, "label_smoothing": 0.1}), (robust_dpo, {**one, "label_smoothing": 0.1}),
-            (exo, {**one, "label_smoothing": 0.1}), (nca, one), (discopop, {**one, "tau": 0.5}),
-        ],
-        "log-ratio, other": [
-            (ipo, {"tau": 0.5}), (sppo, {"beta": 0.5}), (rso_hinge, one), (apo_zero, one), (apo_down, one),
-        ],
-        "divergence (f_dpo)": [
-            (f_dpo, {**one, "divergence": kind}) for kind in ("reverse_kl", "forward_kl", "js", "alpha")
-        ],
-        "no reference": [
-            (simpo, one), (repo, {"gamma": 1.0}), (alphapo, {**one, "gamma": 1.0}),
-            (cpo, one), (orpo, {"lam": 1.0}), (simper, {}),
-        ],
-        "own margins": [
-            (simpo, one), (alpha_dpo, {**one, "gamma": 1.0}), (gamma_simpo, {**one, "gamma": 1.0, "tau": 0.5}),
-            (amapo, one), (online_simpo, one),
-        ],
-        "unpaired": [(loss, {**one, "desirable": label}) for loss in (kto, bco) for label in (True, False)],
-    }  # fmt: skip
-    margin = torch.linspace(-3.5, 3.5, 281)
-    figure, axes = plt.subplots(4, 3, figsize=(12, 13.5), layout="constrained", height_ratios=(1, 0.9, 1, 0.9))
-    for i, (title, members) in enumerate(families.items()):
-        above, below = axes[2 * (i // 3) : 2 * (i // 3) + 2, i % 3]
-        for objective, hyper in members:
-            said = [f"{LETTERS[k]}={v}" if k in LETTERS else SIDE.get(v, v) for k, v in hyper.items() if k != "beta"]
-            loss, weight = curve(objective, margin, **hyper)
-            above.plot(margin, loss)
-            below.plot(margin, weight, label=" ".join([objective.__name__, *said]))
-        above.set(title=title, ylim=(-1.2, 5.2), ylabel="" if i % 3 else "loss")
-        below.set(ylim=(-1.3, 2.6), ylabel="" if i % 3 else "push on s_w:  −∂L/∂s_w")
-        below.set_xlabel("log-ratio u" if title == "unpaired" else "margin")
-        below.legend(fontsize=8.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
-        for axis in (above, below):
-            axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-            axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
-            axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":
@@ -1405,9 +1402,3 @@ if __name__ == "__main__":
         "Unpaired: this pair as two rows, mismatched log-ratio 1. Loss of row 1; gradient ∂L/∂s_w, ∂L/∂s of the sum.\n"
     )
     print(table())
-    picture = sys.argv[1] if len(sys.argv) > 1 else ".github/objectives.png"
-    try:
-        gallery(picture)
-        print(f"\nGallery: {picture}")
-    except ImportError:
-        print("\nFor the gallery of curves: pip install matplotlib")
