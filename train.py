@@ -3,13 +3,12 @@
     python train.py                                                        # the embedded world: no download, no GPU
     python train.py --model MODEL --dataset PAIRS.jsonl --objective "simpo(beta=2.5, gamma=0.5)" --lr 1e-6
     python train.py settings.yaml --lr 5e-7                                # a file of settings; the command line wins
-    python train.py --compare dpo simpo simper                             # which does what, in the embedded world
     python train.py generate --model MODEL --prompts FILE --out FILE       # answers for AlpacaEval or Arena-Hard
 
-Reads top to bottom: settings → objective → scoring → one step → evaluation → the run; after it come the embedded world, the
-comparison in it, and answers for judges, which the run does without. Rows are preference pairs, or single completions for
-unpaired objectives. All losses are means over the rows of the whole optimizer batch, so the gradient of a step does not depend
-on how the batch is cut into microbatches.
+Reads top to bottom: settings → objective → scoring → one step → evaluation → the run; after it come the embedded world and
+answers for judges, which the run does without. Rows are preference pairs, or single completions for unpaired objectives. All
+losses are means over the rows of the whole optimizer batch, so the gradient of a step does not depend on how the batch is cut
+into microbatches.
 """
 
 import argparse
@@ -21,17 +20,14 @@ import importlib.util
 import inspect
 import json
 import math
-import multiprocessing
 import os
 import platform
 import resource
 import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -104,9 +100,6 @@ class Settings:
     log_to: str | None = option(None, "also send the metrics to tensorboard or wandb, if installed")
     device: str = option("auto", "cpu, cuda, or auto")
     recipe: str | None = option(None, "a published run, such as gemma-2-9b-it-simpo: model, data, objective, lr, lengths")
-    compare: list[str] | None = option(None, "embedded world: tune and compare these objectives (all, names, or calls)")
-    sweeps: list[str] | None = option(None, "embedded world: figures of these sweeps (all, or names of SWEEPS)")
-    seeds: int = option(3, "of a comparison: runs of each setting, each in a world of its own")
     annotator_noise: float = option(0.1, "embedded world: error (standard deviation) of the annotator about a quality")
     length_bias: float = option(0.03, "embedded world: what the annotator adds to a response's quality per word")
     mesh: str | None = option(None, "under torchrun: copies x parts, such as 2x4; without it one copy cut over all ranks")
@@ -207,7 +200,7 @@ def check_settings(s: Settings) -> None:
     for name, accepted in CHOICES.items():
         if getattr(s, name) not in accepted:
             raise SettingsError(f"{name} is {getattr(s, name)!r}; accepted are {', '.join(str(a) for a in accepted if a)}")
-    for name in ("seeds", "batch_size", "tokens_per_microbatch", "epochs", "keep", "replays"):
+    for name in ("batch_size", "tokens_per_microbatch", "epochs", "keep", "replays"):
         if getattr(s, name) < 1:
             raise SettingsError(f"{name} is {getattr(s, name)}; it must be at least 1")
     not_negative = ("eval_size", "eval_every", "save_every", "weight_decay", "max_grad_norm", "samples", "seed")
@@ -236,8 +229,6 @@ def check_settings(s: Settings) -> None:
         raise SettingsError("overwrite and resume exclude each other")
     if (s.overwrite or s.resume) and s.out is None:
         raise SettingsError("overwrite and resume need --out, the folder of the earlier run")
-    if (s.compare or s.sweeps) and (s.model != "tiny" or "RANK" in os.environ):
-        raise SettingsError("compare and sweeps run in the embedded world, without --model and without torchrun")
     if (s.model == "tiny") != (s.dataset == "tiny"):
         raise SettingsError(
             'the embedded world needs both model "tiny" and dataset "tiny"; give a real model and a real dataset'
@@ -1237,7 +1228,7 @@ def report_end(summary: dict, samples: list[dict]) -> None:
     if "world" in summary:
         say(f"answers to {data.HELD_OUT_PROMPTS} held-out prompts (temperature 1):")
         for name, (was, now) in summary["world"].items():
-            say(f"  {MEASURES[name][0].replace(', %', ''):<20} {was:.3f} → {now:.3f}")
+            say(f"  {WORLD_TITLES[name]:<20} {was:.3f} → {now:.3f}")
     say(
         f"{summary['pairs_per_second']:.2f} rows/s, {summary['seconds']:.0f} s in all, "
         f"peak memory {summary['peak_memory_gib']:.2f} GiB"
@@ -1251,6 +1242,14 @@ def report_end(summary: dict, samples: list[dict]) -> None:
 # worst → training → win rate against the start. Every step is the code that real models go through.
 
 SUPERVISED_STEPS, PROMPTS = 250, 1736
+WORLD_TITLES = {
+    "win_rate": "win rate",
+    "lc_win_rate": "length-controlled",
+    "quality": "true quality",
+    "length": "words",
+    "kl": "KL, nats",
+    "repetition": "repeated items",
+}
 
 
 def embedded_world(s: Settings) -> tuple[Path, Path]:
@@ -1366,244 +1365,6 @@ def summed_logps(model: Path, examples: list[Example]) -> Tensor:
     policy = ResponseLogProbs(LlamaForCausalLM.from_pretrained(model, dtype=torch.float32))
     policy.use_layout("padded")
     return torch.cat([policy(data.padded_batch(examples[i : i + 128]))[0] for i in range(0, len(examples), 128)])
-
-
-# ---- comparison in the embedded world --------------------------------------------------------------------------------
-#
-# Every objective gets the same small grid: two settings of its hyper-parameters, or one where it has none, times three learning
-# rates. The best win rate in a world of its own (TUNING_SEED) goes on to `seeds` other worlds. A run is train() as it stands.
-
-LEARNING_RATES, TUNING_SEED = (2e-4, 5e-4, 1e-3), 100
-GRID = {
-    "sft": ("sft",),
-    "dpo": ("dpo(beta=0.1)", "dpo(beta=0.5)"),
-    "dpo_norm": ("dpo_norm(beta=2.0)", "dpo_norm(beta=5.0)"),
-    "robust_dpo": ("robust_dpo(beta=0.1)", "robust_dpo(beta=0.5)"),
-    "ipo": ("ipo(tau=0.1)", "ipo(tau=0.5)"),
-    "rdpo": ("rdpo(beta=0.1, alpha=0.01)", "rdpo(beta=0.1, alpha=0.05)"),
-    "rso_hinge": ("rso_hinge(beta=0.05)", "rso_hinge(beta=0.2)"),
-    "exo": ("exo(beta=0.1)", "exo(beta=0.5)"),
-    "nca": ("nca(beta=0.01)", "nca(beta=0.1)"),
-    "sppo": ("sppo(beta=0.001)", "sppo(beta=0.02)"),
-    "apo_zero": ("apo_zero(beta=0.1)", "apo_zero(beta=0.5)"),
-    "apo_down": ("apo_down(beta=0.1)", "apo_down(beta=0.5)"),
-    "discopop": ("discopop(beta=0.05)", "discopop(beta=0.2)"),
-    "f_dpo": ("f_dpo(divergence='js')", "f_dpo(divergence='forward_kl')"),
-    "tdpo1": ("tdpo1(beta=0.1)", "tdpo1(beta=0.5)"),
-    "tdpo2": ("tdpo2(beta=0.1)", "tdpo2(beta=0.5)"),
-    "beta_dpo": ("beta_dpo(beta=0.1)", "beta_dpo(beta=0.5)"),
-    "aot": ("aot(beta=0.01)", "aot(beta=0.1)"),
-    "aot_unpaired": ("aot_unpaired(beta=0.01)", "aot_unpaired(beta=0.1)"),
-    "cpo": ("cpo(beta=0.1, lam=1.0)", "cpo(beta=0.1, lam=0.1)"),
-    "slic": ("slic(delta=1.0, lam=0.1)", "slic(delta=5.0, lam=0.01)"),
-    "rrhf": ("rrhf(lam=1.0)", "rrhf(lam=0.01)"),
-    "orpo": ("orpo(lam=0.1)", "orpo(lam=1.0)"),
-    "simpo": ("simpo(beta=2.0, gamma=1.0)", "simpo(beta=10.0, gamma=3.0)"),
-    "repo": ("repo(gamma=0.2)", "repo(gamma=0.5)"),
-    "simper": ("simper",),
-    "alphapo": ("alphapo(alpha=0.25)", "alphapo(alpha=-0.25)"),
-    "alpha_dpo": ("alpha_dpo(beta=2.5, gamma=0.5, alpha=0.1)", "alpha_dpo(beta=10.0, gamma=4.0, alpha=0.5)"),
-    "alpha_dpo_kl": ("alpha_dpo_kl(beta=2.5, gamma=0.5, alpha=0.1)", "alpha_dpo_kl(beta=10.0, gamma=4.0, alpha=0.5)"),
-    "online_simpo": ("online_simpo(clip=1.0)", "online_simpo(self_normalize=True)"),
-    "gamma_dpo": ("gamma_dpo(beta=0.1)", "gamma_dpo(beta=0.5)"),
-    "gamma_simpo": ("gamma_simpo(beta=2.5, gamma=1.0)", "gamma_simpo(beta=10.0, gamma=4.0)"),
-    "amapo": ("amapo(beta=2.5)", "amapo(beta=10.0)"),
-    "kto": ("kto(beta=0.1)", "kto(beta=0.5)"),
-    "bco": ("bco(beta=0.1)", "bco(beta=0.5)"),
-    "uapo": ("uapo(beta=0.1)", "uapo(beta=0.5)"),
-}
-
-# name → what is swept, its values, and series: label → value → settings that differ from the default run
-ALPHA, SUMS = "alpha_dpo(beta=2.5, gamma=0.5, alpha={})", "simpo(beta=0.1, gamma=0.0, average=False)"
-SWEEPS = {
-    "alpha": ("α of alpha_dpo (0 is SimPO)", (0.0, 0.1, 0.3, 1.0, 3.0), {
-        "alpha_dpo": lambda x: dict(objective=ALPHA.format(x)),
-        "without stop-gradient": lambda x: dict(objective=ALPHA.format(f"{x}, stop_gradient=False"))}),
-    "gamma": ("γ of simpo (β = 2)", (0.0, 0.5, 1.0, 2.0, 4.0), {
-        "simpo": lambda x: dict(objective=f"simpo(beta=2.0, gamma={x})")}),
-    "length": ("the annotator's length bias, per word", (0.0, 0.03, 0.06), {
-        "simpo, sums": lambda x: dict(length_bias=x, objective=SUMS),
-        "simpo, sums + POET": lambda x: dict(length_bias=x, objective=SUMS, equal_length=1.0),
-        "simpo": lambda x: dict(length_bias=x),
-        "simpo + POET": lambda x: dict(length_bias=x, equal_length=1.0),
-        "dpo": lambda x: dict(length_bias=x, objective="dpo(beta=0.1)"),
-        "dpo + POET": lambda x: dict(length_bias=x, objective="dpo(beta=0.1)", equal_length=1.0)}),
-    "noise": ("noise of the annotator (standard deviation)", (0.0, 0.2, 0.5, 1.0), {
-        name: lambda x, name=name: dict(annotator_noise=x, objective=name)
-        for name in ("simpo(beta=2.5, gamma=0.5)", "alpha_dpo(beta=2.5, gamma=0.5, alpha=0.3)",
-                     "gamma_simpo(beta=2.5, gamma=0.5)", "amapo(beta=2.5)")}),
-    "replays": ("replays of each batch", (1, 2, 4), {
-        "replays": lambda x: dict(replays=x),
-        "with reset (α = ½)": lambda x: dict(replays=x, reset_alpha=0.5),
-        "LoRR: reset and SFT term": lambda x: dict(replays=x, reset_alpha=0.5, sft_weight=0.5)}),
-}  # fmt: skip
-MEASURES = {  # name → (title, number of decimals, whether percent)
-    "win_rate": ("win rate, %", 1, True),
-    "lc_win_rate": ("length-controlled, %", 1, True),
-    "quality": ("true quality", 3, False),
-    "length": ("words", 1, False),
-    "kl": ("KL, nats", 2, False),
-    "repetition": ("repeated items, %", 1, True),
-    "chosen": ("chosen, change in nats per token", 2, False),
-    "rejected": ("rejected, change in nats per token", 2, False),
-}
-
-
-def experiment(job: dict) -> dict:
-    """A run with these settings: the settings and what was measured, or why it ended early."""
-    with tempfile.TemporaryDirectory() as folder:
-        plain = dict(out=f"{folder}/run", samples=0, layout="padded", dtype="fp32", tokens_per_microbatch=4096)
-        try:
-            done = train(Settings(**plain | job))
-        except (DataError, SettingsError) as error:
-            return {"job": job, "error": str(error)}
-    found = {name: now for name, (_, now) in done["world"].items()} | {"start": {n: x for n, (x, _) in done["world"].items()}}
-    for side, name in (("w", "chosen"), ("l", "rejected")):  # sft has no rejected responses
-        key = f"eval_logp_{side}_per_token"
-        found[name] = done["after"][key] - done["before"][key] if key in done["after"] else math.nan
-    return {"job": job, **found, "seconds": done["seconds"]}
-
-
-def one_of_many() -> None:
-    """How a process of run_jobs begins: with one thread, and silent."""
-    torch.set_num_threads(1)
-    sys.stderr = open(os.devnull, "w")
-
-
-def run_jobs(jobs: list[dict], file: Path) -> list[dict]:
-    """All jobs, two processes at a time on two cores; each result is a line of `file`, and those already there stay."""
-    known = {json.dumps(result["job"], sort_keys=True): result for result in read_metrics(file)}
-    missing = [job for job in jobs if json.dumps(job, sort_keys=True) not in known]
-    worlds = {job["seed"]: Settings(seed=job["seed"], cache=job["cache"]) for job in missing}
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), one_of_many) as pool:
-        for _ in tqdm(pool.map(embedded_world, worlds.values()), desc="worlds", total=len(worlds), leave=False):
-            pass  # one process each, so that no two build the same
-        futures = [pool.submit(experiment, job) for job in missing]
-        for future in tqdm(as_completed(futures), desc="runs", total=len(futures), unit=" runs"):
-            result = future.result()
-            known[json.dumps(result["job"], sort_keys=True)] = result
-            with open(file, "a") as f:
-                f.write(json.dumps(result) + "\n")
-    return [known[json.dumps(job, sort_keys=True)] for job in jobs]
-
-
-def mean_and_error(results: list[dict], name: str) -> tuple[float, float]:
-    """Mean over the runs and its standard error; not a number if a run ended early."""
-    values = torch.tensor([result.get(name, math.nan) for result in results], dtype=torch.float64)
-    return values.mean().item(), (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else 0.0
-
-
-def cell(results: list[dict], name: str) -> str:
-    """ "61.2 ± 0.8", or a dash where a run ended early."""
-    _, digits, percent = MEASURES[name]
-    mean, error = (x * (100 if percent else 1) for x in mean_and_error(results, name))
-    return "–" if math.isnan(mean) else f"{mean:.{digits}f} ± {error:.{digits}f}"
-
-
-def compare(s: Settings) -> dict:
-    """Tune, run and tabulate objectives over several seeds, and draw sweeps; everything is in the output folder."""
-    names = list(GRID) if s.compare == ["all"] else s.compare or []
-    sweeps = list(SWEEPS) if s.sweeps == ["all"] else s.sweeps or []
-    for sweep in sweeps:
-        if sweep not in SWEEPS:
-            raise SettingsError(f"unknown sweep {sweep!r}; known are {', '.join(SWEEPS)}")
-    grid = {name: GRID.get(name, (name,)) for name in names}
-    for text in (text for texts in grid.values() for text in texts):
-        try_objective(parse_objective(text))
-    started, out = time.time(), prepare_out(s)
-    (out / "settings.json").write_text(json.dumps(asdict(s), indent=2) + "\n")
-    own = ("compare", "sweeps", "seeds", "out", "overwrite", "resume", "objective", "lr", "seed")
-    common = {k: v for k, v in asdict(s).items() if k not in own and v != getattr(Settings(), k)}
-    common |= {"model": "tiny", "dataset": "tiny", "cache": s.cache}
-    tuning = {
-        name: [common | {"seed": TUNING_SEED, "objective": o, "lr": lr} for o in texts for lr in LEARNING_RATES]
-        for name, texts in grid.items()
-    }
-    tuned = iter(run_jobs([job for jobs in tuning.values() for job in jobs], out / "runs.jsonl"))
-    found = {name: [next(tuned) for _ in jobs] for name, jobs in tuning.items()}
-    best = {name: max(runs, key=lambda run: run.get("win_rate", -1.0))["job"] for name, runs in found.items()}
-    final = iter(run_jobs([job | {"seed": n} for job in best.values() for n in range(s.seeds)], out / "runs.jsonl"))
-    results = {name: [next(final) for _ in range(s.seeds)] for name in best}
-    if results:
-        table = comparison_table(best, results)
-        (out / "table.md").write_text(table)
-        print(table)
-        draw_comparison(results, out)
-    for sweep in sweeps:
-        draw_sweep(sweep, common, s.seeds, out)
-    say(f"{time.time() - started:.0f} s; everything is in {out}")
-    return {"out": str(out), "best": best, "results": results}
-
-
-def comparison_table(best: dict[str, dict], results: dict[str, list[dict]]) -> str:
-    """Markdown, best win rate first."""
-    titles = ["objective", "lr", *(title for title, *_ in MEASURES.values())]
-    start = [{**r["start"], "chosen": 0.0, "rejected": 0.0} for r in next(iter(results.values())) if "start" in r]
-    lines = [titles, ["---"] * len(titles), ["the start", "–", *(cell(start, m) for m in MEASURES)]]
-    for name in sorted(results, key=lambda name: -mean_and_error(results[name], "win_rate")[0]):
-        lines.append([f"`{best[name]['objective']}`", f"{best[name]['lr']:g}", *(cell(results[name], m) for m in MEASURES)])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def draw_comparison(results: dict[str, list[dict]], out: Path) -> None:
-    """Each objective a point with its name at the right: win rate against length, drift of log-probs, quality against KL.
-
-    A point that is further from the median than five times the middle half of all is left out and named instead.
-    """
-    plt = pyplot()
-    if plt is None:
-        return
-    for file, x, y in (("length", "length", "win_rate"), ("drift", "chosen", "rejected"), ("kl", "kl", "quality")):
-        points = {name: [mean_and_error(row, key) for key in (x, y)] for name, row in results.items()}
-        points = {name: p for name, p in points.items() if math.isfinite(p[0][0] + p[1][0])}
-        means = torch.tensor([[p[0][0], p[1][0]] for p in points.values()])
-        low, middle, high = means.quantile(torch.tensor([0.25, 0.5, 0.75]), 0)
-        inside = ((means - middle).abs() <= 5 * (high - low) + 1e-9).all(1).tolist()
-        away = [f"{n} ({p[0][0]:.3g}, {p[1][0]:.3g})" for (n, p), near in zip(points.items(), inside) if not near]
-        shown = sorted((n for n, near in zip(points, inside) if near), key=lambda n: -points[n][1][0])
-        figure, axis = plt.subplots(figsize=(9.5, 7.5))
-        figure.subplots_adjust(left=0.08, right=0.8, top=0.94, bottom=0.08)
-        for i, name in enumerate(shown):
-            (at, dx), (height, dy) = points[name]
-            axis.errorbar(at, height, dy, dx, fmt="o", ms=4, color=f"C{i % 10}", alpha=0.8, lw=0.8)
-            axis.annotate(
-                name, (at, height), xytext=(1.06, 0.99 - 0.98 * i / max(1, len(shown) - 1)), textcoords="axes fraction",
-                fontsize=8, va="center",
-                arrowprops=dict(arrowstyle="-", color=f"C{i % 10}", lw=0.5, alpha=0.6, relpos=(0, 0.5)),
-            )  # fmt: skip
-        axis.set(xlabel=MEASURES[x][0].replace(", %", ""), ylabel=MEASURES[y][0].replace(", %", ""))
-        axis.set_title("; ".join(["mean ± standard error", *(["outside: " + ", ".join(away)] if away else [])]), fontsize=9)
-        axis.grid(alpha=0.25)
-        figure.savefig(out / f"{file}.png", dpi=110)
-        plt.close(figure)
-
-
-def draw_sweep(sweep: str, common: dict, seeds: int, out: Path) -> None:
-    """Win rate, length and chosen log-prob of every series against what is swept, with standard errors; also as a table."""
-    title, values, series = SWEEPS[sweep]
-    jobs = [common | change(x) | {"seed": n} for change in series.values() for x in values for n in range(seeds)]
-    found = iter(run_jobs(jobs, out / "runs.jsonl"))
-    points = {label: [[next(found) for _ in range(seeds)] for _ in values] for label in series}
-    panels = ("win_rate", "length", "kl", "chosen")
-    lines = [["", title, *(MEASURES[p][0] for p in panels)], ["---"] * 6]
-    for label, rows in points.items():
-        for x, row in zip(values, rows):
-            lines.append([label, f"{x:g}", *(cell(row, p) for p in panels)])
-    (out / f"sweep-{sweep}.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
-    plt = pyplot()
-    if plt is None:
-        return
-    figure, axes = plt.subplots(1, len(panels), figsize=(16, 3.8), constrained_layout=True)
-    for axis, panel in zip(axes, panels):
-        for label, rows in points.items():
-            means, errors = zip(*(mean_and_error(row, panel) for row in rows))
-            axis.errorbar(range(len(values)), means, errors, marker="o", ms=4, capsize=2, label=label)
-        axis.set(xlabel=title, title=MEASURES[panel][0].replace(", %", ""))
-        axis.set_xticks(range(len(values)), [f"{x:g}" for x in values])
-        axis.grid(alpha=0.25)
-    axes[0].legend(fontsize=8)
-    figure.savefig(out / f"sweep-{sweep}.png", dpi=110)
-    plt.close(figure)
 
 
 # ---- answers for outside judges --------------------------------------------------------------------------------------
@@ -1733,8 +1494,7 @@ def main(argv: list[str] | None = None) -> dict:
     try:
         if argv[:1] == ["generate"]:
             return generate(argv[1:])
-        s = parse_settings(argv)
-        return compare(s) if s.compare or s.sweeps else train(s)
+        return train(parse_settings(argv))
     except (DataError, SettingsError) as error:
         dist.fail(error)
     except OSError as error:

@@ -432,59 +432,6 @@ def test_length_controlled_win_rate():
     assert train.length_controlled(win, torch.zeros_like(win)) == pytest.approx(win.mean().item(), abs=1e-4)
 
 
-def test_comparison(tmp_path, monkeypatch, capsys):
-    """Grid, choice by win rate in the tuning world, then every seed; a run that ended early is a dash; nothing is run twice."""
-    monkeypatch.setattr(train, "run_jobs", lambda jobs, file: [made_up(job) for job in jobs])
-    seen = []
-
-    def made_up(job):
-        seen.append(job)
-        if job["objective"] == "simper":
-            return {"job": job, "error": "the loss is not finite"}
-        rate = 0.5 + 1e3 * job.get("lr", 0) / 10 * ("0.5" in job["objective"])
-        measures = dict.fromkeys(train.MEASURES, 1.0) | {"win_rate": rate + 0.01 * (job["seed"] % 100)}
-        return {"job": job, **measures, "start": dict.fromkeys(train.MEASURES, 0.5)}
-
-    line = ["--compare", "dpo", "simper", "--sweeps", "gamma", "--out", str(tmp_path / "out"), "--epochs", "2"]
-    done = train.main(line)
-    assert all(job["epochs"] == 2 and "batch_size" not in job for job in seen)
-    assert [job["seed"] for job in seen].count(train.TUNING_SEED) == 2 * 3 + 3 and len(seen) == 9 + 2 * 3 + 5 * 3
-    assert done["best"]["dpo"]["objective"] == "dpo(beta=0.5)" and done["best"]["dpo"]["lr"] == 1e-3
-    table = (tmp_path / "out" / "table.md").read_text().splitlines()
-    # 0.6 + 0, 0.01, 0.02: mean 61 %, standard error 1/√3 = 0.6 %
-    assert table[3].startswith("| `dpo(beta=0.5)` | 0.001 | 61.0 ± 0.6 |") and table[4].startswith("| `simper` | 0.0002 | – |")
-    assert "\n".join(table) in capsys.readouterr().out
-    pictures = {"length.png", "drift.png", "kl.png", "sweep-gamma.png"}
-    assert {p.name for p in (tmp_path / "out").iterdir()} == pictures | {"sweep-gamma.md", "table.md", "settings.json"}
-
-
-def test_jobs_are_run_once(tmp_path, default_run):
-    """Two real runs in processes of their own; a second call finds both in the file."""
-    _, cache = default_run
-    job = dict(model="tiny", dataset="tiny", cache=str(cache), seed=0, max_steps=2)
-    jobs = [job | {"objective": "simpo"}, job | {"objective": "simpo(gamma=0.5)", "lr": 1e3}]
-    found = train.run_jobs(jobs, tmp_path / "runs.jsonl")
-    assert [x["job"] for x in found] == jobs and set(found[0]) >= set(train.MEASURES)
-    with open(tmp_path / "runs.jsonl", "a") as f:
-        f.write('{"job": {"mod')  # killed while it wrote
-    text = (tmp_path / "runs.jsonl").read_text()
-    assert train.run_jobs(jobs[::-1], tmp_path / "runs.jsonl") == found[::-1] and (tmp_path / "runs.jsonl").read_text() == text
-
-
-def test_every_call_of_the_grid_and_the_sweeps_is_understood():
-    assert set(train.GRID) == set(OBJECTIVES)
-    for name, texts in train.GRID.items():
-        for text in texts:
-            train.try_objective(train.parse_objective(text))
-            assert train.parse_objective(text).name == name
-    for _, values, series in train.SWEEPS.values():
-        for change in series.values():
-            for x in values:
-                s = train.Settings(**{"lr": 1e-4, **change(x)})
-                train.check_settings(s)
-                train.try_objective(train.parse_objective(s.objective))
-
-
 # ---- settings ------------------------------------------------------------------------------------------------------------
 
 
@@ -548,9 +495,6 @@ BAD = {
     "reset of no name": (dict(reset_alpha=0.5, reset_modules=","), ["reset_modules: ''"]),
     "negative weight": (dict(sft_weight=-0.1), ["sft_weight is -0.1"]),
     "tiny with real data": (dict(model="tiny"), ["embedded world"]),
-    "compare with a real model": (dict(compare="dpo"), ["run in the embedded world, without --model"]),
-    "unknown sweep": (dict(model="tiny", dataset="tiny", sweeps="x"), ["unknown sweep 'x'", "alpha, gamma, length"]),
-    "no seeds": (dict(seeds=0), ["seeds is 0", "at least 1"]),
     "negative noise": (dict(annotator_noise=-1), ["annotator_noise is -1", "not be negative"]),
     "unpaired data for a paired objective": (dict(dataset="ROWS"), ["compares pairs", "kto"]),
     "wandb missing": (dict(log_to="wandb"), ["wandb", "pip install"]),

@@ -1,8 +1,8 @@
 """How fast is one training step, and how much memory does it take? Measured side by side, never asserted.
 
-    python tests/benchmark.py --model MODEL --dataset PAIRS.jsonl --out runs/benchmark.json
-    python tests/benchmark.py --model MODEL --dataset PAIRS.jsonl --peer trl        # and trl's trainers on the same pairs
-    python tests/benchmark.py --growth                                              # how cost grows, on models built here
+    python tests/studies/benchmark.py --model MODEL --dataset PAIRS.jsonl --out runs/benchmark.json
+    python tests/studies/benchmark.py --model MODEL --dataset PAIRS.jsonl --peer trl      # and trl's trainers on the same pairs
+    python tests/studies/benchmark.py --growth                                            # how cost grows, on models built here
 
 Every variant runs in a process of its own, so that its peak memory is its own, and the variants take turns for several
 rounds, so that a machine that drifts drifts for all. A round is one optimizer step to warm up and then the measured steps,
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py does
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 VARIANTS = {  # name → (layout, objective)
     "padded, full logits": ("full", "simpo"),
@@ -232,8 +232,7 @@ def peer(args) -> dict:
     seconds = synchronized() - Clock.tick
     run = train.Run(None, None, settings_of(args, args.dtype, "padded"), next(model.parameters()).device)
     # trl shuffles; over equal steps the pairs differ in order only by the one warm-up batch
-    found = finish(args, model, run, examples[args.batch_size :], seconds)
-    return found | {"trl": trl.__version__}
+    return finish(args, model, run, examples[args.batch_size :], seconds) | {"trl": trl.__version__}
 
 
 def child(args, variant: str, dtype: str, **more) -> dict:
@@ -285,21 +284,21 @@ def growth(args) -> list[dict]:
         {"batch_size": 8},
     ]
     lines = ["| case | seconds per pair | peak above state, GiB | of matmul rate |", "|---|---|---|---|"]
-    found = []
+    results = []
     for case in cases:
         r = summary_of([child(args, "packed tree", args.dtypes[0], **{**base, **case})])
-        found.append({"case": case, **r})
-        said = ", ".join(f"{k} {v}" for k, v in case.items()) or "prompt 128, responses 64, vocabulary 49,152, 4 pairs"
+        results.append({"case": case, **r})
+        title = ", ".join(f"{k} {v}" for k, v in case.items()) or "prompt 128, responses 64, vocabulary 49,152, 4 pairs"
         lines.append(
-            f"| {said} | {1 / r['pairs_per_second']:.2f} | {r['peak_above_state_gib']:.2f} "
+            f"| {title} | {1 / r['pairs_per_second']:.2f} | {r['peak_above_state_gib']:.2f} "
             f"| {r['fraction_of_matmul_rate']:.0%} |"
         )
         print(lines[-1], file=sys.stderr, flush=True)
     print("\n".join(lines))
-    return found
+    return results
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
     parser.add_argument("--dataset")
@@ -320,7 +319,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--out", default="runs/benchmark.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.child:
         args = argparse.Namespace(**json.loads(args.child))
         print("\n" + json.dumps((peer if args.variant in PEERS else ours)(args)))
@@ -334,11 +333,11 @@ def main() -> None:
         for r in range(args.rounds):
             for dtype in args.dtypes:
                 for variant in variants:
-                    found = child(args, variant, dtype)
-                    rounds.setdefault((variant, dtype), []).append(found)
-                    speed = found["pairs"] / found["seconds"]
+                    result = child(args, variant, dtype)
+                    rounds.setdefault((variant, dtype), []).append(result)
+                    speed = result["pairs"] / result["seconds"]
                     print(f"round {r + 1}: {variant}, {dtype}: {speed:.2f} pairs/s", file=sys.stderr, flush=True)
-        rows = {key: summary_of(found) for key, found in rounds.items()}
+        rows = {key: summary_of(results) for key, results in rounds.items()}
         against = {
             v: ("trl dpo" if VARIANTS[v][1] == "dpo" else "trl simpo") if args.peer else "padded, full logits" for v in VARIANTS
         }

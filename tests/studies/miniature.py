@@ -1,0 +1,375 @@
+"""The papers in miniature: objectives tuned, compared and swept in the embedded world of train.py.
+
+    python tests/studies/miniature.py --compare dpo simpo simper                      # tuned, then run in three worlds
+    python tests/studies/miniature.py --compare all --sweeps all --out runs/compare   # all: about half an hour on two cores
+    python tests/studies/miniature.py --sweeps alpha --seeds 5 --annotator-noise 0.5  # with any setting of train.py
+    python tests/studies/miniature.py --compare all --out runs/compare --resume       # goes on where a killed one stopped
+
+Every objective gets the same small grid: two settings of its hyper-parameters, or one where it has none, times three learning
+rates. The best win rate in a world of its own (TUNING_SEED) goes on to `seeds` other worlds. A run is train.train() as it
+stands, in a process of its own; each result is a line of runs.jsonl.
+"""
+
+import errno
+import json
+import math
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers import HfArgumentParser  # noqa: E402
+from transformers.hf_argparser import ArgumentDefaultsHelpFormatter  # noqa: E402
+
+import data  # noqa: E402
+import distributed as dist  # noqa: E402
+import train  # noqa: E402
+
+# What a user can mend; with one class for it, both names stand for that class.
+UserError = train.SettingsError
+USER_ERRORS = (data.DataError, train.SettingsError)
+
+# ---- what is run -----------------------------------------------------------------------------------------------------
+
+LEARNING_RATES, TUNING_SEED = (2e-4, 5e-4, 1e-3), 100
+GRID = {
+    "sft": ("sft",),
+    "dpo": ("dpo(beta=0.1)", "dpo(beta=0.5)"),
+    "dpo_norm": ("dpo_norm(beta=2.0)", "dpo_norm(beta=5.0)"),
+    "robust_dpo": ("robust_dpo(beta=0.1)", "robust_dpo(beta=0.5)"),
+    "ipo": ("ipo(tau=0.1)", "ipo(tau=0.5)"),
+    "rdpo": ("rdpo(beta=0.1, alpha=0.01)", "rdpo(beta=0.1, alpha=0.05)"),
+    "rso_hinge": ("rso_hinge(beta=0.05)", "rso_hinge(beta=0.2)"),
+    "exo": ("exo(beta=0.1)", "exo(beta=0.5)"),
+    "nca": ("nca(beta=0.01)", "nca(beta=0.1)"),
+    "sppo": ("sppo(beta=0.001)", "sppo(beta=0.02)"),
+    "apo_zero": ("apo_zero(beta=0.1)", "apo_zero(beta=0.5)"),
+    "apo_down": ("apo_down(beta=0.1)", "apo_down(beta=0.5)"),
+    "discopop": ("discopop(beta=0.05)", "discopop(beta=0.2)"),
+    "f_dpo": ("f_dpo(divergence='js')", "f_dpo(divergence='forward_kl')"),
+    "tdpo1": ("tdpo1(beta=0.1)", "tdpo1(beta=0.5)"),
+    "tdpo2": ("tdpo2(beta=0.1)", "tdpo2(beta=0.5)"),
+    "beta_dpo": ("beta_dpo(beta=0.1)", "beta_dpo(beta=0.5)"),
+    "aot": ("aot(beta=0.01)", "aot(beta=0.1)"),
+    "aot_unpaired": ("aot_unpaired(beta=0.01)", "aot_unpaired(beta=0.1)"),
+    "cpo": ("cpo(beta=0.1, lam=1.0)", "cpo(beta=0.1, lam=0.1)"),
+    "slic": ("slic(delta=1.0, lam=0.1)", "slic(delta=5.0, lam=0.01)"),
+    "rrhf": ("rrhf(lam=1.0)", "rrhf(lam=0.01)"),
+    "orpo": ("orpo(lam=0.1)", "orpo(lam=1.0)"),
+    "simpo": ("simpo(beta=2.0, gamma=1.0)", "simpo(beta=10.0, gamma=3.0)"),
+    "repo": ("repo(gamma=0.2)", "repo(gamma=0.5)"),
+    "simper": ("simper",),
+    "alphapo": ("alphapo(alpha=0.25)", "alphapo(alpha=-0.25)"),
+    "alpha_dpo": ("alpha_dpo(beta=2.5, gamma=0.5, alpha=0.1)", "alpha_dpo(beta=10.0, gamma=4.0, alpha=0.5)"),
+    "alpha_dpo_kl": ("alpha_dpo_kl(beta=2.5, gamma=0.5, alpha=0.1)", "alpha_dpo_kl(beta=10.0, gamma=4.0, alpha=0.5)"),
+    "online_simpo": ("online_simpo(clip=1.0)", "online_simpo(self_normalize=True)"),
+    "gamma_dpo": ("gamma_dpo(beta=0.1)", "gamma_dpo(beta=0.5)"),
+    "gamma_simpo": ("gamma_simpo(beta=2.5, gamma=1.0)", "gamma_simpo(beta=10.0, gamma=4.0)"),
+    "amapo": ("amapo(beta=2.5)", "amapo(beta=10.0)"),
+    "kto": ("kto(beta=0.1)", "kto(beta=0.5)"),
+    "bco": ("bco(beta=0.1)", "bco(beta=0.5)"),
+    "uapo": ("uapo(beta=0.1)", "uapo(beta=0.5)"),
+}
+
+# name → what is swept, its values, and series: label → value → settings that differ from the default run
+ALPHA, SUMS = "alpha_dpo(beta=2.5, gamma=0.5, alpha={})", "simpo(beta=0.1, gamma=0.0, average=False)"
+SWEEPS = {
+    "alpha": ("α of alpha_dpo (0 is SimPO)", (0.0, 0.1, 0.3, 1.0, 3.0), {
+        "alpha_dpo": lambda x: dict(objective=ALPHA.format(x)),
+        "without stop-gradient": lambda x: dict(objective=ALPHA.format(f"{x}, stop_gradient=False"))}),
+    "gamma": ("γ of simpo (β = 2)", (0.0, 0.5, 1.0, 2.0, 4.0), {
+        "simpo": lambda x: dict(objective=f"simpo(beta=2.0, gamma={x})")}),
+    "length": ("the annotator's length bias, per word", (0.0, 0.03, 0.06), {
+        "simpo, sums": lambda x: dict(length_bias=x, objective=SUMS),
+        "simpo, sums + POET": lambda x: dict(length_bias=x, objective=SUMS, equal_length=1.0),
+        "simpo": lambda x: dict(length_bias=x),
+        "simpo + POET": lambda x: dict(length_bias=x, equal_length=1.0),
+        "dpo": lambda x: dict(length_bias=x, objective="dpo(beta=0.1)"),
+        "dpo + POET": lambda x: dict(length_bias=x, objective="dpo(beta=0.1)", equal_length=1.0)}),
+    "noise": ("noise of the annotator (standard deviation)", (0.0, 0.2, 0.5, 1.0), {
+        name: lambda x, name=name: dict(annotator_noise=x, objective=name)
+        for name in ("simpo(beta=2.5, gamma=0.5)", "alpha_dpo(beta=2.5, gamma=0.5, alpha=0.3)",
+                     "gamma_simpo(beta=2.5, gamma=0.5)", "amapo(beta=2.5)")}),
+    "replays": ("replays of each batch", (1, 2, 4), {
+        "replays": lambda x: dict(replays=x),
+        "with reset (α = ½)": lambda x: dict(replays=x, reset_alpha=0.5),
+        "LoRR: reset and SFT term": lambda x: dict(replays=x, reset_alpha=0.5, sft_weight=0.5)}),
+}  # fmt: skip
+MEASURES = {  # name → (title, number of decimals, whether percent)
+    "win_rate": ("win rate, %", 1, True),
+    "lc_win_rate": ("length-controlled, %", 1, True),
+    "quality": ("true quality", 3, False),
+    "length": ("words", 1, False),
+    "kl": ("KL, nats", 2, False),
+    "repetition": ("repeated items, %", 1, True),
+    "chosen": ("chosen, change in nats per token", 2, False),
+    "rejected": ("rejected, change in nats per token", 2, False),
+}
+PANELS = ("win_rate", "length", "kl", "chosen")  # of a sweep
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Study(train.Settings):
+    compare: list[str] | None = field(
+        default=None, metadata={"help": "tune and compare these objectives (all, names, or calls)"}
+    )
+    sweeps: list[str] | None = field(default=None, metadata={"help": "figures of these sweeps (all, or names of SWEEPS)"})
+    seeds: int = field(default=3, metadata={"help": "runs of each setting, each in a world of its own"})
+
+
+def parse(argv: list[str]) -> Study:
+    """The command line; a file of train.py's settings may stand in front of it."""
+    parser = HfArgumentParser(Study, description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        parser.set_defaults(**train._settings_file(Path(argv[0])))
+        argv = argv[1:]
+    s, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+    if unknown:
+        raise UserError(f"unknown setting {' '.join(unknown)}; `python tests/studies/miniature.py --help` lists all of them")
+    return s
+
+
+def check(s: Study) -> None:
+    if not (s.compare or s.sweeps):
+        raise UserError(f"nothing to do: give --compare (all, or objectives), --sweeps (all, or {', '.join(SWEEPS)}), or both")
+    if s.seeds < 1:
+        raise UserError(f"seeds is {s.seeds}; it must be at least 1")
+    if s.model != "tiny" or s.recipe or "RANK" in os.environ:
+        raise UserError("compare and sweeps run in the embedded world, without --model, --recipe and torchrun")
+    for name in sweeps_of(s):
+        if name not in SWEEPS:
+            raise UserError(f"unknown sweep {name!r}; known are {', '.join(SWEEPS)}")
+    for text in (text for texts in grid_of(s).values() for text in texts):
+        train.try_objective(train.parse_objective(text))
+    train.check_settings(s)
+
+
+def grid_of(s: Study) -> dict[str, tuple[str, ...]]:
+    """What is tuned for each objective that is compared; a call that is no name of GRID is taken as it is."""
+    names = list(GRID) if s.compare == ["all"] else s.compare or []
+    return {name: GRID.get(name, (name,)) for name in names}
+
+
+def sweeps_of(s: Study) -> list[str]:
+    return list(SWEEPS) if s.sweeps == ["all"] else s.sweeps or []
+
+
+def common_settings(s: Study) -> dict:
+    """What all jobs share: the settings that differ from their defaults, but those that a job sets or that are no run's."""
+    default, own = Study(), ("compare", "sweeps", "seeds", "out", "overwrite", "resume", "objective", "lr", "seed")
+    changed = {k: v for k, v in asdict(s).items() if k not in own and v != getattr(default, k)}
+    return changed | {"model": "tiny", "dataset": "tiny", "cache": s.cache}
+
+
+# ---- jobs ------------------------------------------------------------------------------------------------------------
+
+
+def experiment(job: dict) -> dict:
+    """A run with these settings: the settings and what was measured, or why it ended early."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain = dict(out=f"{folder}/run", samples=0, layout="padded", dtype="fp32", tokens_per_microbatch=4096)
+        try:
+            summary = train.train(train.Settings(**plain | job))
+        except USER_ERRORS as error:
+            return {"job": job, "error": str(error)}
+    world, before, after = summary["world"], summary["before"], summary["after"]
+    measured = {name: now for name, (_, now) in world.items()} | {"start": {name: was for name, (was, _) in world.items()}}
+    for side, name in (("w", "chosen"), ("l", "rejected")):  # sft has no rejected responses
+        key = f"eval_logp_{side}_per_token"
+        measured[name] = after[key] - before[key] if key in after else math.nan
+    return {"job": job, **measured, "seconds": summary["seconds"]}
+
+
+def one_of_many() -> None:
+    """How a process of run_jobs begins: with one thread, and silent."""
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")
+
+
+def job_key(job: dict) -> str:
+    return json.dumps(job, sort_keys=True)
+
+
+def run_jobs(jobs: list[dict], file: Path) -> list[dict]:
+    """All jobs, a process per core at a time; each result is a line of `file`, and those already there stay."""
+    known = {job_key(result["job"]): result for result in train.read_metrics(file)}
+    missing = [job for job in jobs if job_key(job) not in known]
+    worlds = {job["seed"]: train.Settings(seed=job["seed"], cache=job["cache"]) for job in missing}
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), one_of_many) as pool:
+        for _ in tqdm(pool.map(train.embedded_world, worlds.values()), desc="worlds", total=len(worlds), leave=False):
+            pass  # one process each, so that no two build the same
+        futures = [pool.submit(experiment, job) for job in missing]
+        for future in tqdm(as_completed(futures), desc="runs", total=len(futures), unit=" runs"):
+            result = future.result()
+            known[job_key(result["job"])] = result
+            with open(file, "a") as f:
+                f.write(json.dumps(result) + "\n")
+    return [known[job_key(job)] for job in jobs]
+
+
+def run_groups(groups: dict, file: Path) -> dict:
+    """{name: jobs} → {name: their results}, all jobs in one go."""
+    results = iter(run_jobs([job for jobs in groups.values() for job in jobs], file))
+    return {name: [next(results) for _ in jobs] for name, jobs in groups.items()}
+
+
+# ---- the study -------------------------------------------------------------------------------------------------------
+
+
+def study(s: Study) -> dict:
+    """Tune, run and tabulate objectives over several seeds, and draw sweeps; everything is in the output folder."""
+    check(s)
+    started, out, common = time.time(), train.prepare_out(s), common_settings(s)
+    (out / "settings.json").write_text(json.dumps(asdict(s), indent=2) + "\n")
+    best = tune(grid_of(s), common, out / "runs.jsonl")
+    results = run_groups({name: [job | {"seed": n} for n in range(s.seeds)] for name, job in best.items()}, out / "runs.jsonl")
+    if results:
+        table = comparison_table(best, results)
+        (out / "table.md").write_text(table)
+        print(table)
+        draw_comparison(results, out)
+    for name in sweeps_of(s):
+        sweep(name, common, s.seeds, out)
+    train.say(f"{time.time() - started:.0f} s; everything is in {out}")
+    return {"out": str(out), "best": best, "results": results}
+
+
+def tune(grid: dict[str, tuple[str, ...]], common: dict, file: Path) -> dict[str, dict]:
+    """Each objective's job with the best win rate in the tuning world."""
+    tuning = {
+        name: [common | {"seed": TUNING_SEED, "objective": text, "lr": lr} for text in texts for lr in LEARNING_RATES]
+        for name, texts in grid.items()
+    }
+    return {
+        name: max(results, key=lambda result: result.get("win_rate", -1.0))["job"]
+        for name, results in run_groups(tuning, file).items()
+    }
+
+
+def sweep(name: str, common: dict, seeds: int, out: Path) -> None:
+    """A table and a picture: every series at every value of what is swept."""
+    title, values, series = SWEEPS[name]
+    jobs = {
+        (label, x): [common | change(x) | {"seed": n} for n in range(seeds)] for label, change in series.items() for x in values
+    }
+    results = run_groups(jobs, out / "runs.jsonl")
+    lines = [["", title, *(MEASURES[p][0] for p in PANELS)], ["---"] * (2 + len(PANELS))]
+    lines += [[label, f"{x:g}", *(cell(runs, p) for p in PANELS)] for (label, x), runs in results.items()]
+    (out / f"sweep-{name}.md").write_text(markdown(lines))
+    draw_sweep(title, values, list(series), results, out / f"sweep-{name}.png")
+
+
+# ---- tables and pictures ---------------------------------------------------------------------------------------------
+
+
+def mean_and_error(results: list[dict], name: str) -> tuple[float, float]:
+    """Mean over the runs and its standard error; not a number if a run ended early."""
+    values = torch.tensor([result.get(name, math.nan) for result in results], dtype=torch.float64)
+    return values.mean().item(), (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else 0.0
+
+
+def cell(results: list[dict], name: str) -> str:
+    """ "61.2 ± 0.8", or a dash where a run ended early."""
+    _, digits, percent = MEASURES[name]
+    mean, error = (x * (100 if percent else 1) for x in mean_and_error(results, name))
+    return "–" if math.isnan(mean) else f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+
+def markdown(lines: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def comparison_table(best: dict[str, dict], results: dict[str, list[dict]]) -> str:
+    """Markdown, best win rate first."""
+    titles = ["objective", "lr", *(title for title, *_ in MEASURES.values())]
+    start = [{**r["start"], "chosen": 0.0, "rejected": 0.0} for r in next(iter(results.values())) if "start" in r]
+    lines = [titles, ["---"] * len(titles), ["the start", "–", *(cell(start, m) for m in MEASURES)]]
+    for name in sorted(results, key=lambda name: -mean_and_error(results[name], "win_rate")[0]):
+        lines.append([f"`{best[name]['objective']}`", f"{best[name]['lr']:g}", *(cell(results[name], m) for m in MEASURES)])
+    return markdown(lines)
+
+
+def axis_title(name: str) -> str:
+    return MEASURES[name][0].replace(", %", "")
+
+
+def draw_comparison(results: dict[str, list[dict]], out: Path) -> None:
+    """Each objective a point with its name at the right: win rate against length, drift of log-probs, quality against KL.
+
+    A point that is further from the median than five times the middle half of all is left out and named instead.
+    """
+    plt = train.pyplot()
+    if plt is None:
+        return
+    for file, x, y in (("length", "length", "win_rate"), ("drift", "chosen", "rejected"), ("kl", "kl", "quality")):
+        points = {name: [mean_and_error(row, key) for key in (x, y)] for name, row in results.items()}
+        points = {name: p for name, p in points.items() if math.isfinite(p[0][0] + p[1][0])}
+        if not points:  # every run ended early
+            continue
+        means = torch.tensor([[p[0][0], p[1][0]] for p in points.values()])
+        low, middle, high = means.quantile(torch.tensor([0.25, 0.5, 0.75]), 0)
+        inside = ((means - middle).abs() <= 5 * (high - low) + 1e-9).all(1).tolist()
+        away = [f"{n} ({p[0][0]:.3g}, {p[1][0]:.3g})" for (n, p), near in zip(points.items(), inside) if not near]
+        shown = sorted((n for n, near in zip(points, inside) if near), key=lambda n: -points[n][1][0])
+        figure, axis = plt.subplots(figsize=(9.5, 7.5))
+        figure.subplots_adjust(left=0.08, right=0.8, top=0.94, bottom=0.08)
+        for i, name in enumerate(shown):
+            (at, dx), (height, dy) = points[name]
+            axis.errorbar(at, height, dy, dx, fmt="o", ms=4, color=f"C{i % 10}", alpha=0.8, lw=0.8)
+            axis.annotate(
+                name, (at, height), xytext=(1.06, 0.99 - 0.98 * i / max(1, len(shown) - 1)), textcoords="axes fraction",
+                fontsize=8, va="center",
+                arrowprops=dict(arrowstyle="-", color=f"C{i % 10}", lw=0.5, alpha=0.6, relpos=(0, 0.5)),
+            )  # fmt: skip
+        axis.set(xlabel=axis_title(x), ylabel=axis_title(y))
+        axis.set_title("; ".join(["mean ± standard error", *(["outside: " + ", ".join(away)] if away else [])]), fontsize=9)
+        axis.grid(alpha=0.25)
+        figure.savefig(out / f"{file}.png", dpi=110)
+        plt.close(figure)
+
+
+def draw_sweep(title: str, values: tuple, labels: list[str], results: dict, file: Path) -> None:
+    """A panel for each of PANELS: every series against what is swept, with standard errors."""
+    plt = train.pyplot()
+    if plt is None:
+        return
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(16, 3.8), constrained_layout=True)
+    for axis, panel in zip(axes, PANELS):
+        for label in labels:
+            means, errors = zip(*(mean_and_error(results[label, x], panel) for x in values))
+            axis.errorbar(range(len(values)), means, errors, marker="o", ms=4, capsize=2, label=label)
+        axis.set(xlabel=title, title=axis_title(panel))
+        axis.set_xticks(range(len(values)), [f"{x:g}" for x in values])
+        axis.grid(alpha=0.25)
+    axes[0].legend(fontsize=8)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """The command line as a function. What the user can mend ends with a message and exit code 2, as in train.py."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # for the processes of run_jobs, as train.py does
+    try:
+        return study(parse(sys.argv[1:] if argv is None else argv))
+    except USER_ERRORS as error:
+        dist.fail(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            raise
+        dist.fail(error)  # a disk that is full: nothing is wrong with the program
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The benchmark's arithmetic by hand, and its rounds on models that are too small to time."""
+
+import argparse
+import json
+
+import benchmark
+import pytest
+
+import data
+
+BUILT = dict(
+    model=None, dataset=None, batch_size=2, steps=1, prompt_tokens=12, response_tokens=4, hidden=64, layers=1, vocabulary=1000,
+    tokens_per_microbatch=2048, max_length=2048, gradient_checkpointing=False,
+)  # fmt: skip
+
+
+def test_summary_of_two_rounds_by_hand():
+    first = dict(variant="a", pairs=4, seconds=2.0, tokens=100, flops=3e9, rate=2e9, peak_above_state=2**30)
+    second = dict(variant="a", pairs=4, seconds=3.0, tokens=150, flops=5e9, rate=4e9, peak_above_state=3 * 2**30)
+    # 8 pairs and 250 tokens in 5 s; 8e9 FLOP in 5 s at a best rate of 4e9 a second: 2/5; the larger peak
+    assert benchmark.summary_of([first, second]) == pytest.approx({
+        "pairs": 8, "seconds": 5.0, "tokens": 250, "flops": 8e9, "pairs_per_second": 1.6, "tokens_per_second": 50.0,
+        "fraction_of_matmul_rate": 0.4, "matmul_gflops": 4.0, "peak_above_state_gib": 3.0,
+    })  # fmt: skip
+
+
+def test_table_by_hand():
+    """A ratio is taken within a dtype to the row that `against` names; without such a row it is a dash."""
+    plain = dict(pairs_per_second=2.0, tokens_per_second=500.4, fraction_of_matmul_rate=0.25, peak_above_state_gib=4.0)
+    fast = dict(pairs_per_second=5.0, tokens_per_second=1250.6, fraction_of_matmul_rate=0.5, peak_above_state_gib=1.0)
+    rows = {("plain", "fp32"): plain, ("fast", "fp32"): fast, ("fast", "bf16"): fast}
+    assert benchmark.table(rows, {"fast": "plain"}).splitlines()[2:] == [
+        "| plain | fp32 | 2.00 | 500 | 25% | 4.00 | – | – |",
+        "| fast | fp32 | 5.00 | 1251 | 50% | 1.00 | 2.50 | 0.25 |",
+        "| fast | bf16 | 5.00 | 1251 | 50% | 1.00 | – | – |",
+    ]
+
+
+def test_every_variant_counts_the_same_work():
+    """Tokens and FLOP are those of the pairs, a prompt once, whatever a variant computes; all use the same built model."""
+    results = [
+        benchmark.ours(argparse.Namespace(**BUILT, variant=name, dtype="fp32", child=None)) for name in benchmark.VARIANTS
+    ]
+    assert [r["variant"] for r in results] == list(benchmark.VARIANTS) and {r["pairs"] for r in results} == {2}
+    assert {r["tokens"] for r in results} == {2 * (12 + 4 + 4)} and len({r["flops"] for r in results}) == 1
+    assert all(r["seconds"] > 0 and r["rate"] > 0 and r["peak_above_state"] > 0 for r in results)
+
+
+def in_this_process(args, variant: str, dtype: str, **more) -> dict:
+    return benchmark.ours(argparse.Namespace(**{**vars(args), **more, "variant": variant, "dtype": dtype}))
+
+
+def test_rounds_on_a_model_folder(small, tmp_path, monkeypatch, capsys):
+    """Variants take turns; the file keeps every round; the measured pairs are the file's own, the first batch left out."""
+    monkeypatch.setattr(benchmark, "child", in_this_process)
+    folders = ["--model", str(small / "model"), "--dataset", str(small / "pairs.jsonl"), "--out", str(tmp_path / "out.json")]
+    variants = ["packed tree", "padded, full logits"]
+    benchmark.main([*folders, "--variants", *variants, "--dtypes", "fp32", "--steps", "2", "--batch-size", "3"])
+    said, results = capsys.readouterr(), json.loads((tmp_path / "out.json").read_text())
+    assert [line.partition(",")[0] for line in said.err.splitlines() if line.startswith("round")] == [
+        "round 1: packed tree", "round 1: padded", "round 2: packed tree", "round 2: padded",
+    ]  # fmt: skip
+    assert [r["variant"] for r in results] == variants and all(len(r["rounds"]) == 2 for r in results)
+    examples, _ = data.load(str(small / "pairs.jsonl"), data.load_tokenizer(str(small / "model")), 2048)
+    assert all(r["pairs"] == 12 and r["tokens"] == 2 * sum(map(data.tokens_of, examples[3:9])) for r in results)
+    packed, padded = said.out.splitlines()[2:]
+    # a variant of ours is compared with the padded batch with all logits, which is here too: 1.00 of itself
+    assert packed.startswith("| packed tree | fp32 |") and "–" not in packed and padded.endswith("| 1.00 | 1.00 |")
+
+
+def test_a_round_in_a_process_of_its_own():
+    result = benchmark.child(argparse.Namespace(**BUILT), "packed tree", "fp32", layers=2)
+    assert result["pairs"] == 2 and result["tokens"] == 40
+
+
+def test_too_few_pairs_and_missing_arguments(small, capsys):
+    folders = dict(model=str(small / "model"), dataset=str(small / "pairs.jsonl"))
+    with pytest.raises(SystemExit, match="44 pairs are needed, 40 fit"):
+        benchmark.load_pairs(argparse.Namespace(**BUILT | folders | dict(batch_size=22)))
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["--model", folders["model"]])
+    assert stop.value.code == 2 and "--model and --dataset are needed" in capsys.readouterr().err
+
+
+def test_growth_changes_one_thing_at_a_time(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def made_up(args, variant, dtype, **case):
+        asked.append(case)
+        return dict(pairs=2 * case["batch_size"], seconds=4.0, tokens=1, flops=1.0, rate=2.0, peak_above_state=0)
+
+    monkeypatch.setattr(benchmark, "child", made_up)
+    benchmark.main(["--growth", "--dtypes", "bf16", "--out", str(tmp_path / "out.json")])
+    assert all(len(case.items() - asked[0].items()) == 1 for case in asked[1:]) and len(asked) == 6
+    results, lines = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out.splitlines()
+    assert results[0]["case"] == {} and results[5]["case"] == {"batch_size": 8} and len(lines) == 2 + 6
+    # 8 or 16 pairs in 4 s; 1 FLOP in 4 s at 2 a second: 12 %
+    assert lines[2].endswith("4 pairs | 0.50 | 0.00 | 12% |") and lines[7] == "| batch_size 8 | 0.25 | 0.00 | 12% |"

@@ -1,0 +1,174 @@
+"""The comparison and the sweeps: what is run, what is chosen, what is written, and that nothing is run twice.
+
+Runs are made up where only their results matter; the real ones are of 2 steps in a world made small.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict, fields
+
+import miniature
+import pytest
+import torch
+from miniature import GRID, MEASURES, SWEEPS
+
+import data
+import train
+from losses import OBJECTIVES
+
+
+@pytest.fixture
+def made_up(monkeypatch) -> list[dict]:
+    """Instead of runs, results that follow from the job; the list of jobs that were asked for."""
+    asked = []
+
+    def run(job):
+        asked.append(job)
+        if job["objective"] == "simper":
+            return {"job": job, "error": "the loss is not finite"}
+        rate = 0.5 + 1e3 * job.get("lr", 0) / 10 * ("0.5" in job["objective"])
+        measures = dict.fromkeys(MEASURES, 1.0) | {"win_rate": rate + 0.01 * (job["seed"] % 100)}
+        return {"job": job, **measures, "start": dict.fromkeys(MEASURES, 0.5)}
+
+    monkeypatch.setattr(miniature, "run_jobs", lambda jobs, file: [run(job) for job in jobs])
+    return asked
+
+
+def test_comparison(tmp_path, made_up, capsys):
+    """Grid, choice by win rate in the tuning world, then every seed; a run that ended early is a dash; nothing is run twice."""
+    line = ["--compare", "dpo", "simper", "--sweeps", "gamma", "--out", str(tmp_path / "out"), "--epochs", "2"]
+    done = miniature.main(line)
+    assert all(job["epochs"] == 2 and "batch_size" not in job for job in made_up)
+    assert [job["seed"] for job in made_up].count(miniature.TUNING_SEED) == 2 * 3 + 3 and len(made_up) == 9 + 2 * 3 + 5 * 3
+    assert done["best"]["dpo"]["objective"] == "dpo(beta=0.5)" and done["best"]["dpo"]["lr"] == 1e-3
+    table = (tmp_path / "out" / "table.md").read_text().splitlines()
+    # 0.6 + 0, 0.01, 0.02: mean 61 %, standard error 1/√3 = 0.6 %
+    assert table[3].startswith("| `dpo(beta=0.5)` | 0.001 | 61.0 ± 0.6 |") and table[4].startswith("| `simper` | 0.0002 | – |")
+    assert "\n".join(table) in capsys.readouterr().out
+    pictures = {"length.png", "drift.png", "kl.png", "sweep-gamma.png"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == pictures | {"sweep-gamma.md", "table.md", "settings.json"}
+
+
+def test_sweep_table(tmp_path, made_up):
+    """A line for every value of every series, in order; nothing is tuned, and the learning rate is the trainer's own."""
+    miniature.main(["--sweeps", "alpha", "--seeds", "2", "--out", str(tmp_path / "out"), "--annotator-noise", "0.5"])
+    title, values, series = SWEEPS["alpha"]
+    table = (tmp_path / "out" / "sweep-alpha.md").read_text().splitlines()
+    assert [line.split(" | ")[:2] for line in table[2:]] == [[f"| {label}", f"{x:g}"] for label in series for x in values]
+    # win rates 0.5 and 0.51 of seeds 0 and 1: mean 50.5 %, standard error 1 %/√2·1/√2 = 0.5 %
+    assert title in table[0] and table[2].startswith("| alpha_dpo | 0 | 50.5 ± 0.5 | 1.0 ± 0.0 | 1.00 ± 0.00 |")
+    assert [job["seed"] for job in made_up] == [0, 1] * 10 and all(job["annotator_noise"] == 0.5 for job in made_up)
+    assert not any("lr" in job for job in made_up)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"sweep-alpha.md", "sweep-alpha.png", "settings.json"}
+
+
+def test_where_every_run_ended_early(tmp_path, made_up):
+    """Dashes, and no picture of nothing."""
+    miniature.main(["--compare", "simper", "--seeds", "1", "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "table.md").read_text().splitlines()[3] == "| `simper` | 0.0002 |" + " – |" * len(MEASURES)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"table.md", "settings.json"}
+
+
+def test_a_job_holds_what_differs_from_the_default(tmp_path):
+    """And no setting that is the study's own; so the jobs of an earlier comparison are found again."""
+    default = train.Settings()
+    line = ["--compare", "simpo", "--seeds", "2", "--cache", "here", "--length-bias", "0.5", "--lr", "1", "--seed", "7"]
+    s = miniature.parse([*line, "--annotator-noise", str(default.annotator_noise), "--out", "there", "--overwrite"])
+    assert miniature.common_settings(s) == {"model": "tiny", "dataset": "tiny", "cache": "here", "length_bias": 0.5}
+    assert s.seeds == 2 and s.lr == 1.0
+
+
+def test_settings_are_those_of_the_trainer_and_three_more(tmp_path):
+    more = {f.name for f in fields(miniature.Study)} - {f.name for f in fields(train.Settings)}
+    assert more == {"compare", "sweeps", "seeds"}
+    (tmp_path / "s.yaml").write_text("epochs: 3\nmax-steps: 5\n")
+    s = miniature.parse([str(tmp_path / "s.yaml"), "--sweeps", "alpha", "gamma", "--max-steps", "6"])
+    assert (s.epochs, s.max_steps, s.sweeps, s.compare, s.seeds) == (3, 6, ["alpha", "gamma"], None, 3)
+
+
+def in_a_small_world() -> None:
+    """How a process of run_jobs begins in test_jobs_are_run_once: a start that hardly learns, few prompts."""
+    train.SUPERVISED_STEPS, train.PROMPTS, data.HELD_OUT_PROMPTS = 20, 64, 64
+    torch.set_num_threads(1)
+
+
+def test_jobs_are_run_once(tmp_path, monkeypatch):
+    """Two real runs in processes of their own, and one that ends early; a second call finds all in the file."""
+    monkeypatch.setattr(miniature, "one_of_many", in_a_small_world)
+    job = dict(model="tiny", dataset="tiny", cache=str(tmp_path / "cache"), seed=0, max_steps=2, eval_size=16)
+    changes = {"objective": "simpo"}, {"objective": "sft", "lr": 1e-2}, {"objective": "simpo(tau=1.0)", "lr": 1e-3}
+    jobs = [job | change for change in changes]
+    results = miniature.run_jobs(jobs, tmp_path / "runs.jsonl")
+    assert [x["job"] for x in results] == jobs and "no argument 'tau'" in results[2]["error"]
+    for result in results[:2]:
+        assert set(result) == {"job", "start", "seconds", *MEASURES} and result["start"]["win_rate"] == 0.5
+        assert set(result["start"]) == set(MEASURES) - {"chosen", "rejected"}
+    assert [name for name in MEASURES if math.isnan(results[1][name])] == ["rejected"]  # sft scores none
+    assert results[0]["start"] == results[1]["start"] and results[0]["chosen"] != results[1]["chosen"]
+    assert all(math.isfinite(results[0][name]) for name in MEASURES)
+    with open(tmp_path / "runs.jsonl", "a") as f:
+        f.write('{"job": {"mod')  # killed while it wrote
+    text = (tmp_path / "runs.jsonl").read_text()
+    again = miniature.run_jobs(jobs[::-1], tmp_path / "runs.jsonl")
+    assert json.dumps(again) == json.dumps(results[::-1]) and (tmp_path / "runs.jsonl").read_text() == text
+
+
+def test_every_call_of_the_grid_and_the_sweeps_is_understood():
+    assert set(GRID) == set(OBJECTIVES)
+    for name, texts in GRID.items():
+        for text in texts:
+            train.try_objective(train.parse_objective(text))
+            assert train.parse_objective(text).name == name
+    for _, values, series in SWEEPS.values():
+        for change in series.values():
+            for x in values:
+                s = train.Settings(**{"lr": 1e-4, **change(x)})
+                train.check_settings(s)
+                train.try_objective(train.parse_objective(s.objective))
+
+
+BAD = {
+    "nothing to do": ([], ["nothing to do", "--compare", "--sweeps", "alpha, gamma, length"]),
+    "a real model": (["--compare", "dpo", "--model", "m", "--dataset", "d"], ["run in the embedded world, without --model"]),
+    "a real dataset": (["--compare", "dpo", "--dataset", "d"], ["embedded world"]),
+    "a recipe": (["--compare", "dpo", "--recipe", "gemma-2-9b-it-simpo"], ["without --model, --recipe"]),
+    "unknown sweep": (["--sweeps", "x"], ["unknown sweep 'x'", "alpha, gamma, length"]),
+    "unknown objective": (["--compare", "dpo", "simp"], ["unknown objective 'simp'", "simpo"]),
+    "a call out of range": (["--compare", "dpo(beta=0.0)"], ["beta"]),
+    "no seeds": (["--compare", "dpo", "--seeds", "0"], ["seeds is 0", "at least 1"]),
+    "a bad setting of the trainer": (["--compare", "dpo", "--annotator-noise", "-1"], ["annotator_noise is -1"]),
+    "unknown setting": (["--compare", "dpo", "--seed-count", "3"], ["unknown setting --seed-count 3", "--help"]),
+    "an out that holds files": (["--compare", "dpo", "--out", "OUT"], ["already holds files"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_settings_end_with_a_message_and_code_2(tmp_path, capsys, made_up, name):
+    line, expected = BAD[name]
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        miniature.main([str(tmp_path) if part == "OUT" else part for part in line])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and all(part in error for part in expected) and not made_up
+
+
+def test_not_under_torchrun(monkeypatch, capsys, made_up):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit) as stop:
+        miniature.main(["--compare", "dpo"])
+    assert stop.value.code == 2 and "torchrun" in capsys.readouterr().err and not made_up
+
+
+def test_the_command_line_itself():
+    """As typed in a shell: the message on stderr, nothing on stdout, exit code 2."""
+    command = [sys.executable, miniature.__file__, "--compare", "dpo", "--seeds", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: seeds is 0")
+
+
+def test_the_settings_file_of_a_study_says_all(tmp_path, made_up):
+    line = ["--compare", "sft", "--seeds", "1", "--out", str(tmp_path / "out")]
+    miniature.main(line)
+    assert json.loads((tmp_path / "out" / "settings.json").read_text()) == asdict(miniature.parse(line))
