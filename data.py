@@ -1,12 +1,15 @@
-"""From rows to batches: read → check → token ids → step plan → padded or packed microbatches.
+"""Preference data: reads pairs, then makes pairs.
 
-A row of any accepted format becomes prompt messages and one or more responses (`Row`), then token ids (`Example`): the prompt
-as the chat template renders it with the generation prompt, and for each response exactly the ids that generation would have
-to produce after it, terminator included. What does not fit is dropped, counted and reported with its file and row number.
+Reading: rows → checks → token ids → step plan → padded or packed microbatches. A row of any accepted format becomes prompt
+messages and one or more responses (`Row`), then token ids (`Example`): the prompt as the chat template renders it with the
+generation prompt, and for each response exactly the ids that generation would have to produce after it, terminator included.
+What does not fit is dropped, counted and reported with its file and row number.
+
+Making: sample → score → pairs, of a model's own responses; and its answers to a benchmark's prompts, as outside judges read
+them. `python data.py --help` lists the commands:
 
     python data.py show  --model MODEL --dataset FILE -n 3      # rows as coloured tokens
     python data.py stats --model MODEL --dataset FILE           # lengths, length bias, duplicates, what is dropped and why
-    python data.py sample | score | pairs --help                # make pairs of a model's own responses
 
 Shape letters: B examples · R responses · T tokens of a batch · N scored tokens.
 """
@@ -55,8 +58,8 @@ PRIVATE = re.compile("[\U000f0000-\U000ffffd]")
 MARK = "\ue000"  # a private-use character: stands for a response to see what a template writes after it
 
 
-class DataError(Exception):
-    """Something about the data that its owner can mend; the message says what, where and how."""
+class UserError(Exception):
+    """Something its owner can mend: what was wrong, where, what to do. Every command line prints it and ends with code 2."""
 
 
 def _brief(error: Exception) -> str:
@@ -92,7 +95,7 @@ def read(dataset: str) -> Iterator[tuple[str, dict | Exception]]:
             "data/*.jsonl"; "-" for JSON lines on standard input; or a hub name, "org/name", "org/name:split" or
             "org/name:config:split" (the split is train if not given). A slice takes some of the rows: "pairs.jsonl[:1000]".
     Raises:
-        DataError: nothing there, or a file that cannot be read at all.
+        UserError: nothing there, or a file that cannot be read at all.
     """
     name, cut = _cut(dataset)
     files = _files(name)
@@ -118,23 +121,23 @@ def _files(name: str) -> list[Path] | None:
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
             if not files:
-                raise DataError(f"{path}: no data file in this folder; looked for {', '.join(SUFFIXES)}")
+                raise UserError(f"{path}: no data file in this folder; looked for {', '.join(SUFFIXES)}")
             return files
         if glob.has_magic(name):
             files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
             if not files:
-                raise DataError(f"{name}: no file matches this pattern")
+                raise UserError(f"{name}: no file matches this pattern")
             return files
     except (OSError, ValueError) as error:  # a name that no file can have
-        raise DataError(f"{name[:200]}: no such file or folder ({_brief(error)})") from error
+        raise UserError(f"{name[:200]}: no such file or folder ({_brief(error)})") from error
     if name.startswith((".", "/", "~")) or name.endswith(SUFFIXES):
-        raise DataError(f"{name}: no such file or folder")
+        raise UserError(f"{name}: no such file or folder")
     return None
 
 
 def _read_file(file: Path) -> Iterator[tuple[str, dict | Exception]]:
     if str(file) != "-" and not file.name.endswith(SUFFIXES):
-        raise DataError(f"{file}: unknown kind of file; accepted are {', '.join(SUFFIXES)}")
+        raise UserError(f"{file}: unknown kind of file; accepted are {', '.join(SUFFIXES)}")
     return _read_parquet(file) if file.suffix == ".parquet" else _read_json(file)
 
 
@@ -147,7 +150,7 @@ def _read_parquet(file: Path):
         for number, row in enumerate(rows, 1):
             yield f"{file} row {number}", row
     except (OSError, ValueError, ArrowException) as error:
-        raise DataError(f"{file}: not a readable parquet file ({_brief(error)})") from error
+        raise UserError(f"{file}: not a readable parquet file ({_brief(error)})") from error
 
 
 def _open(file: Path):
@@ -172,7 +175,7 @@ def _read_json(file: Path):
                     lines = io.StringIO(text)  # JSON lines under another name
                 else:
                     if not isinstance(rows, list):
-                        raise DataError(f"{name}: holds a JSON {type(rows).__name__}, not a list of rows")
+                        raise UserError(f"{name}: holds a JSON {type(rows).__name__}, not a list of rows")
                     yield from ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
                     return
             for number, line in enumerate(lines, 1):
@@ -180,9 +183,9 @@ def _read_json(file: Path):
                     try:
                         yield f"{name} row {number}", json.loads(line)
                     except (ValueError, RecursionError) as error:
-                        yield f"{name} row {number}", DataError(f"not valid JSON ({error})")
+                        yield f"{name} row {number}", UserError(f"not valid JSON ({error})")
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        raise DataError(f"{name}: cannot be read{f' after row {number}' if number else ''} ({error})") from error
+        raise UserError(f"{name}: cannot be read{f' after row {number}' if number else ''} ({error})") from error
 
 
 @functools.lru_cache(maxsize=8)
@@ -194,7 +197,7 @@ def _hub(name: str):
     try:
         return load_dataset(path, config, split=split or "train")
     except Exception as error:  # the hub client raises many kinds; all mean that the name gives no rows
-        raise DataError(f"{name}: no such file or folder, and not loadable from the hub ({_brief(error)})") from error
+        raise UserError(f"{name}: no such file or folder, and not loadable from the hub ({_brief(error)})") from error
 
 
 def _read_hub(name: str):
@@ -208,7 +211,7 @@ def _sources(dataset: str) -> list[tuple[str, float]]:
     for part in [dataset] if os.path.exists(dataset) else dataset.split(","):
         name, weight = re.fullmatch(r"(.*?)(?:@(\d+(?:\.\d+)?))?", part.strip(), re.DOTALL).groups()
         if not name or weight is not None and float(weight) == 0:
-            raise DataError(
+            raise UserError(
                 f"dataset is {dataset!r}: write sources with commas between, each with an optional weight above 0: "
                 "a.jsonl, b.jsonl@0.5"
             )
@@ -225,13 +228,13 @@ KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 def _text(value, what: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{what} is {'missing' if value is None else 'a ' + type(value).__name__}, not text")
+        raise UserError(f"{what} is {'missing' if value is None else 'a ' + type(value).__name__}, not text")
     if not value.strip():
-        raise DataError(f"{what} is empty")
+        raise UserError(f"{what} is empty")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise DataError(f"{what} is not valid unicode (a lone surrogate, or bytes that are not UTF-8)") from None
+        raise UserError(f"{what} is not valid unicode (a lone surrogate, or bytes that are not UTF-8)") from None
     return value
 
 
@@ -240,16 +243,16 @@ def _messages(value, what: str) -> list[dict]:
     if isinstance(value, str):
         return [{"role": "user", "content": _text(value, what)}]
     if not isinstance(value, (list, tuple)) or not value:
-        raise DataError(f"{what} is {'missing' if value is None else 'neither text nor a non-empty list of messages'}")
+        raise UserError(f"{what} is {'missing' if value is None else 'neither text nor a non-empty list of messages'}")
     messages = []
     for i, m in enumerate(value, 1):
         if not isinstance(m, dict):
-            raise DataError(f"{what} message {i} is a {type(m).__name__}, not {{role, content}}")
+            raise UserError(f"{what} message {i} is a {type(m).__name__}, not {{role, content}}")
         role = m.get("role", m.get("from"))
         if not isinstance(role, str) or not role:
-            raise DataError(f"{what} message {i} has no role")
+            raise UserError(f"{what} message {i} has no role")
         if ROLES.get(role, role) not in KNOWN_ROLES:
-            raise DataError(
+            raise UserError(
                 f"{what} message {i} has the unknown role {role[:40]!r}; known are {', '.join((*KNOWN_ROLES, *ROLES))}"
             )
         content = _text(m.get("content", m.get("value")), f"{what} message {i}")
@@ -263,20 +266,20 @@ def _response(value, what: str) -> str:
         return _text(value, what)
     messages = _messages([value] if isinstance(value, dict) else value, what)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise DataError(f"{what} is not a single assistant message")
+        raise UserError(f"{what} is not a single assistant message")
     return messages[0]["content"]
 
 
 def _row(prompt: list[dict], responses: list[str], **more) -> Row:
     if prompt[-1]["role"] == "assistant":
-        raise DataError("the prompt ends with an assistant turn, so there is nothing to answer")
+        raise UserError("the prompt ends with an assistant turn, so there is nothing to answer")
     return Row(prompt, responses, **more)
 
 
 def _hh_messages(text: str, what: str) -> list[dict]:
     parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + _text(text, what).lstrip())
     if parts[0].strip() or len(parts) < 3:
-        raise DataError(f'{what} is not a transcript of "\\n\\nHuman:" and "\\n\\nAssistant:" turns')
+        raise UserError(f'{what} is not a transcript of "\\n\\nHuman:" and "\\n\\nAssistant:" turns')
     return [
         {"role": "user" if who == "Human" else "assistant", "content": _text(said.strip(), f"{what} turn {i}")}
         for i, (who, said) in enumerate(zip(parts[1::2], parts[2::2]), 1)
@@ -287,11 +290,11 @@ def _last_turns(chosen: list[dict], rejected: list[dict], **more) -> Row:
     """Two whole conversations that differ in the last, assistant, turn only."""
     for what, messages in (("chosen", chosen), ("rejected", rejected)):
         if messages[-1]["role"] != "assistant":
-            raise DataError(f"{what} does not end with an assistant turn")
+            raise UserError(f"{what} does not end with an assistant turn")
         if len(messages) < 2:
-            raise DataError(f"{what} has no prompt before the response")
+            raise UserError(f"{what} has no prompt before the response")
     if chosen[:-1] != rejected[:-1]:
-        raise DataError("chosen and rejected answer different prompts")
+        raise UserError("chosen and rejected answer different prompts")
     return _row(chosen[:-1], [chosen[-1]["content"], rejected[-1]["content"]], **more)
 
 
@@ -301,12 +304,12 @@ def _score(value, what: str) -> float:
             return float(value)
     except OverflowError:  # an integer of hundreds of digits
         pass
-    raise DataError(f"{what} is {str(value)[:40]!r}, not a finite number")
+    raise UserError(f"{what} is {str(value)[:40]!r}, not a finite number")
 
 
 def _scores(value, what: str, count: int | None = None) -> list[float]:
     if not isinstance(value, (list, tuple)) or len(value) < 2 or count not in (None, len(value)):
-        raise DataError(f"{what} is not a list of {count or 'two or more'} numbers")
+        raise UserError(f"{what} is not a list of {count or 'two or more'} numbers")
     return [_score(v, what) for v in value]
 
 
@@ -347,12 +350,12 @@ def from_implied(row: dict) -> Row:
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         for value, what in ((chosen, "chosen"), (rejected, "rejected")):
             if isinstance(value, str):
-                raise DataError(f"{what} is text and the other side is not")
+                raise UserError(f"{what} is text and the other side is not")
         return _last_turns(_messages(chosen, "chosen"), _messages(rejected, "rejected"), margin=_margin(row))
     shared = os.path.commonprefix([_text(chosen, "chosen"), _text(rejected, "rejected")])
     start = max((m.end() for m in re.finditer(r"\s+", shared)), default=0)
     if not shared[:start].strip():
-        raise DataError("chosen and rejected do not begin with the same words, so there is no prompt")
+        raise UserError("chosen and rejected do not begin with the same words, so there is no prompt")
     responses = [
         _text(chosen[start:], "what chosen adds to the prompt"),
         _text(rejected[start:], "what rejected adds to the prompt"),
@@ -372,19 +375,19 @@ def from_scored(row: dict) -> Row:
     """{prompt, responses, scores}, or SimPO's {prompt, all_generated_responses, all_rm_scores}: best against worst."""
     texts, scores = ("responses", "scores") if "responses" in row else ("all_generated_responses", "all_rm_scores")
     if not isinstance(row.get(texts), (list, tuple)) or len(row[texts]) < 2:
-        raise DataError(f"{texts} is not a list of two or more responses")
+        raise UserError(f"{texts} is not a list of two or more responses")
     responses = [_response(r, f"{texts} {i}") for i, r in enumerate(row[texts], 1)]
     values = _scores(row.get(scores), scores, len(responses))
     best, worst = values.index(max(values)), values.index(min(values))
     if best == worst:
-        raise DataError(TIE)
+        raise UserError(TIE)
     prompt = _messages(row.get("prompt"), "prompt")
     return _row(prompt, [responses[best], responses[worst]], margin=values[best] - values[worst])
 
 
 def _label(value) -> bool:
     if not isinstance(value, bool):
-        raise DataError(f"label is {str(value)[:40]!r}, not true or false")
+        raise UserError(f"label is {str(value)[:40]!r}, not true or false")
     return value
 
 
@@ -398,7 +401,7 @@ def from_unpaired_messages(row: dict) -> Row:
     """{messages, label}: the last message, an assistant's, is judged."""
     messages = _messages(row.get("messages"), "messages")
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise DataError("messages do not end with an assistant turn after a prompt")
+        raise UserError("messages do not end with an assistant turn after a prompt")
     return _row(messages[:-1], [messages[-1]["content"]], desirable=_label(row.get("label")))
 
 
@@ -420,18 +423,18 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict], Row]]] = {  # the fir
 
 
 def format_of(row: dict, where: str, name: str = "auto") -> tuple[Callable[[dict], Row], str]:
-    """(reader, why it was taken) for a dataset that begins with this row, or a DataError that says what is accepted."""
+    """(reader, why it was taken) for a dataset that begins with this row, or a UserError that says what is accepted."""
     accepted = "; ".join(f"{name} {{{', '.join(needed)}}}" for name, (needed, _) in FORMATS.items())
     if name != "auto":
         if name not in FORMATS:
-            raise DataError(f"format is {name!r}; accepted are auto, {', '.join(FORMATS)}")
+            raise UserError(f"format is {name!r}; accepted are auto, {', '.join(FORMATS)}")
         return FORMATS[name][1], f"format {name}, as asked for"
     for found, (needed, reader) in FORMATS.items():
         if set(needed) <= set(row) and (found != "hh" or _is_hh(row)):
             why = f"format {found}, because there are columns {', '.join(needed)}"
             return reader, why + (' and chosen is a transcript with "Human:" turns' if found == "hh" else "")
     columns = sorted(map(str, row))
-    raise DataError(
+    raise UserError(
         f"{where}: unknown shape of dataset: its columns are {columns}; accepted are {accepted} (--columns renames)"
     )
 
@@ -446,9 +449,9 @@ def load_tokenizer(model: str, trust_remote_code: bool = False):
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds; all mean that there is no usable tokenizer
-        raise DataError(f"{model}: no usable tokenizer there ({_brief(error)})") from error
+        raise UserError(f"{model}: no usable tokenizer there ({_brief(error)})") from error
     if len(tokenizer) == 0:
-        raise DataError(f"{model}: no usable tokenizer there (its vocabulary is empty)")
+        raise UserError(f"{model}: no usable tokenizer there (its vocabulary is empty)")
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
         if tokenizer.bos_token is None:  # jinja would print "None"
@@ -460,7 +463,7 @@ def _render(tokenizer, messages: list[dict], generation_prompt: bool = False) ->
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
     except Exception as error:  # templates raise what they like, most often jinja2's TemplateError
-        raise DataError(f"the chat template refuses this row ({_brief(error)})") from error
+        raise UserError(f"the chat template refuses this row ({_brief(error)})") from error
 
 
 def _ids(tokenizer, text: str) -> list[int]:
@@ -533,13 +536,13 @@ def encode(
     `max_length`, and a cut response has no terminator. Both cuts are named in the second value.
 
     Raises:
-        DataError: the template refuses the row, or its prompt is not a prefix of the whole, or there is no room.
+        UserError: the template refuses the row, or its prompt is not a prefix of the whole, or there is no room.
     """
     ids, cuts = functools.partial(_ids, tokenizer), []
     if not control_tokens and any(map(_special(tokenizer)[1].search, _texts(row))):
         exchange, reader = _stand_ins(tokenizer)
         if reader is None or any(PRIVATE.search(x) for x in _texts(row)):
-            raise DataError("it spells a special token, which cannot be told from a real one here")
+            raise UserError("it spells a special token, which cannot be told from a real one here")
         ids = lambda text: reader.encode(exchange(text), add_special_tokens=False).ids  # noqa: E731
         prompt = [{**m, "content": exchange(m["content"])} for m in row.prompt]
         row = row._replace(prompt=prompt, responses=list(map(exchange, row.responses)))
@@ -549,20 +552,20 @@ def encode(
     for response in row.responses:
         text = _render(tokenizer, [*row.prompt, {"role": "assistant", "content": response}])
         if not text.startswith(prompt_text.rstrip()):
-            raise DataError("the chat template renders the prompt differently once a response follows")
+            raise UserError("the chat template renders the prompt differently once a response follows")
         if after.strip() and text.endswith(after):
             text = text[: len(text) - len(after) + len(after.rstrip())]
         wholes.append(ids(text))
     prompt = ids(prompt_text)
     shared = min(_common(prompt, whole) for whole in wholes)
     if shared == 0:
-        raise DataError("the prompt has no token from which the first response token could be predicted")
+        raise UserError("the prompt has no token from which the first response token could be predicted")
     prompt, responses = prompt[:shared], [whole[shared:] for whole in wholes]
     if len(prompt) > max_prompt_length:
         prompt, cuts = prompt[-max_prompt_length:], [*cuts, "prompt cut"]
     room = max_length - len(prompt)
     if room < 1 or not all(responses):
-        raise DataError(f"no response token is left within max_length {max_length}")
+        raise UserError(f"no response token is left within max_length {max_length}")
     if any(len(r) > room for r in responses):
         responses, cuts = [r[:room] for r in responses], [*cuts, "response cut"]
     return Example(prompt, responses, row.desirable), cuts
@@ -598,7 +601,7 @@ def encode_simpo(row: Row, tokenizer, max_length: int, max_prompt_length: int) -
         if len(prompt) + longest > max_length:
             responses, cuts = [r[: max_length - max_prompt_length] for r in responses], [*cuts, "response cut"]
     if not prompt or not all(responses):
-        raise DataError(f"no response token is left within max_length {max_length}")
+        raise UserError(f"no response token is left within max_length {max_length}")
     return Example(prompt, responses, row.desirable), cuts
 
 
@@ -701,16 +704,16 @@ def load(
     Returns:
         the examples, a list or Examples, and the Report.
     Raises:
-        DataError: unreadable source, unknown columns, no valid rows, too many dropped, or a setting that does not fit.
+        UserError: unreadable source, unknown columns, no valid rows, too many dropped, or a setting that does not fit.
     """
     if compat not in (None, "", "simpo"):
-        raise DataError(f"compat is {compat!r}; accepted is simpo")
+        raise UserError(f"compat is {compat!r}; accepted is simpo")
     if not 0 <= equal_length <= 1:
-        raise DataError(f"equal_length is {equal_length}; it is a share between 0 and 1")
+        raise UserError(f"equal_length is {equal_length}; it is a share between 0 and 1")
     if max_prompt_length is None:
         max_prompt_length = max_length * (225 if compat else 224) // 256  # released SimPO: 1800 of 2048; else seven eighths
     if not 1 <= max_prompt_length < max_length:
-        raise DataError(
+        raise UserError(
             f"max_length {max_length} with max_prompt_length {max_prompt_length} leaves no room for a prompt and a response"
         )
     lengths = dict(max_length=max_length, max_prompt_length=max_prompt_length)
@@ -735,7 +738,7 @@ def load(
             problems[i] = problems[i] or f"{name} (drop_{name.split()[0]})"
     if min_score_margin > 0:
         if all(m is None for m in margins):
-            raise DataError(f"{dataset}: min_score_margin needs scores, and no row has any")
+            raise UserError(f"{dataset}: min_score_margin needs scores, and no row has any")
         for i, margin in enumerate(margins):
             if margin is not None and margin < min_score_margin:
                 problems[i] = problems[i] or f"score margin below {min_score_margin:g}"
@@ -746,9 +749,9 @@ def load(
     counts = {name: len(rows) for name, rows in quality.items()}
     report = Report(total, len(kept), dict(dropped.most_common()), first, dict(cut), formats, counts)
     if not kept:
-        raise DataError(f"{dataset}: no valid rows\n{report}")
+        raise UserError(f"{dataset}: no valid rows\n{report}")
     if invalid > max_drop_fraction * total:
-        raise DataError(
+        raise UserError(
             f"{dataset}: more than {max_drop_fraction:.0%} of the rows were dropped as invalid (--max_drop_fraction)\n{report}"
         )
     rows = kept if set(weights) == {1} else _weighted(kept, weights, seed)
@@ -761,7 +764,7 @@ def load(
 def _renamed(columns: str) -> dict[str, str]:
     pairs = [[side.strip() for side in part.split("=")] for part in columns.split(",") if part.strip()]
     if not all(len(p) == 2 and all(p) for p in pairs):
-        raise DataError(f"columns is {columns!r}: write new=old with commas between, such as prompt=question,chosen=good")
+        raise UserError(f"columns is {columns!r}: write new=old with commas between, such as prompt=question,chosen=good")
     return dict(pairs)
 
 
@@ -773,11 +776,11 @@ def _outcome(item, reader, tokenizer, rule, renamed, equal_length, seed) -> dict
         if isinstance(raw, Exception):
             raise raw
         if not isinstance(raw, dict):
-            raise DataError(f"the row is a {type(raw).__name__}, not an object with columns")
+            raise UserError(f"the row is a {type(raw).__name__}, not an object with columns")
         row = reader(raw | {new: raw.get(old) for new, old in renamed.items()})
         example, cuts = rule(row, tokenizer)
         equal = to_equal_length(example, equal_length, seed) if equal_length else example
-    except DataError as error:
+    except UserError as error:
         return found | {"dropped": str(error)}
     keys = [json.dumps(row.prompt), *row.responses, *([] if row.desirable is None else [LABELS[row.desirable]])]
     return found | {
@@ -812,7 +815,7 @@ def _outcomes(source: str, job: Callable, format: str) -> tuple[Sequence[dict], 
     reader, why = None, "no row"
     if first is not None:
         if missing := [old for old in renamed.values() if old not in first]:
-            raise DataError(f"{where}: --columns names {', '.join(missing)}, but its columns are {sorted(map(str, first))}")
+            raise UserError(f"{where}: --columns names {', '.join(missing)}, but its columns are {sorted(map(str, first))}")
         reader, why = format_of(first | {new: first[old] for new, old in renamed.items()}, where, format)
     job = functools.partial(job, reader=reader)
     show = dict(desc="tokenise", unit=" rows", leave=False, disable=not sys.stderr.isatty())
@@ -1158,7 +1161,7 @@ def _prompt(row: dict, where: str) -> list[dict]:
     if turns is None:
         return format_of(row, where)[0](row).prompt
     if not isinstance(turns, list) or len(turns) != 1 or not isinstance(turns[0], dict):
-        raise DataError("turns is not a list of one turn {content}")
+        raise UserError("turns is not a list of one turn {content}")
     return _messages(turns[0].get("content"), "turns")
 
 
@@ -1166,14 +1169,14 @@ def prompts_of(source: str, columns: str = "") -> Iterator[tuple[str, dict, list
     """(where, row with an id, prompt messages) of every usable row of all sources; what is left out is named on stderr."""
     renamed, used, left_out = _renamed(columns), 0, 0
     if any(weight != 1 for _, weight in _sources(source)):
-        raise DataError(f"{source}: a weight (@) says how often to train on a row; here it has no meaning")
+        raise UserError(f"{source}: a weight (@) says how often to train on a row; here it has no meaning")
     for where, raw in itertools.chain.from_iterable(read(name) for name, _ in _sources(source)):
         try:
             if not isinstance(raw, dict):
-                raise raw if isinstance(raw, DataError) else DataError("the row is not an object with columns")
+                raise raw if isinstance(raw, UserError) else UserError("the row is not an object with columns")
             row = raw | {new: raw.get(old) for new, old in renamed.items()}
             prompt = _prompt(row, where)
-        except DataError as error:
+        except UserError as error:
             left_out += 1
             if left_out <= 5:
                 print(f"{where}: left out ({str(error).removeprefix(f'{where}: ')})", file=sys.stderr)
@@ -1183,7 +1186,7 @@ def prompts_of(source: str, columns: str = "") -> Iterator[tuple[str, dict, list
     if left_out > 5:
         print(f"{source}: {left_out} rows left out in all", file=sys.stderr)
     if not used:
-        raise DataError(f"{source}: no row with a usable prompt")
+        raise UserError(f"{source}: no row with a usable prompt")
 
 
 def _resumed(source: str, out: str) -> list[dict]:
@@ -1200,7 +1203,7 @@ def _resumed(source: str, out: str) -> list[dict]:
         if not all(isinstance(row["id"], str) and isinstance(row["responses"], list) for row in rows):
             raise ValueError
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{out}: not the output of an earlier run of this command, so it cannot be continued") from error
+        raise UserError(f"{out}: not the output of an earlier run of this command, so it cannot be continued") from error
     if complete != text:
         path.write_text(complete, encoding="utf-8")
     return rows
@@ -1208,7 +1211,7 @@ def _resumed(source: str, out: str) -> list[dict]:
 
 def _keep_apart(source: str, out: str) -> None:
     if any(os.path.exists(name) and os.path.exists(out) and os.path.samefile(name, out) for name, _ in _sources(source)):
-        raise DataError(f"{out}: is read and written at once; give another --out")
+        raise UserError(f"{out}: is read and written at once; give another --out")
 
 
 def _write(out: str, rows: list[dict]) -> None:
@@ -1220,19 +1223,17 @@ def _load_model(name: str, auto, device: str):
     try:
         model, found = auto.from_pretrained(name, dtype="auto", use_safetensors=True, output_loading_info=True)
     except Exception as error:  # transformers raises many kinds; all mean that there is no such model
-        raise DataError(
+        raise UserError(
             f"{name}: no loadable {auto.__name__.removeprefix('AutoModelFor')} model there ({_brief(error)})"
         ) from error
     if found["missing_keys"]:  # transformers would fill them with noise
-        raise DataError(f"{name}: is another kind of model, it lacks {', '.join(sorted(found['missing_keys'])[:3])}")
+        raise UserError(f"{name}: is another kind of model, it lacks {', '.join(sorted(found['missing_keys'])[:3])}")
     device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).train(False)
 
 
 @torch.no_grad()
-def _answers(
-    model, tokenizer, prompts: list[list[dict]], temperature, top_p, max_tokens, seed, cut: list[int]
-) -> list[str]:
+def _answers(model, tokenizer, prompts: list[list[dict]], temperature, top_p, max_tokens, seed, cut: list[int]) -> list[str]:
     """One answer to each prompt, sampled (temperature 0: greedy); the places of those that did not end within max_tokens are
     added to `cut`."""
     ids = [encode(Row(p, [MARK]), tokenizer, 2**31, 2**31)[0].prompt for p in prompts]
@@ -1242,7 +1243,7 @@ def _answers(
     mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in ids], device=model.device)
     stop = model.generation_config.eos_token_id or tokenizer.eos_token_id
     if stop is None:
-        raise DataError("the model has no token that ends a response (eos_token_id of its generation config)")
+        raise UserError("the model has no token that ends a response (eos_token_id of its generation config)")
     how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature > 0 else dict(do_sample=False)
     torch.manual_seed(seed)
     out = model.generate(
@@ -1302,15 +1303,15 @@ def sample(
     """
     strategies = [name.strip() for name in strategy.split(",")]
     if not set(strategies) <= {"plain", "cot", "dts"}:
-        raise DataError(f"strategy is {strategy!r}; accepted are plain, cot, dts, or several with commas between")
+        raise UserError(f"strategy is {strategy!r}; accepted are plain, cot, dts, or several with commas between")
     if n < 1 or batch_size < 1 or max_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise DataError("n, batch_size and max_tokens are at least 1, temperature at least 0, top_p above 0 and at most 1")
+        raise UserError("n, batch_size and max_tokens are at least 1, temperature at least 0, top_p above 0 and at most 1")
     how = dict(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
     made = dict(model=model, strategy=strategy, n=n, batch_size=batch_size, **how, seed=seed)
     done = {row["id"]: row for row in _resumed(prompts, out)}
     for row in done.values():
         if other := [f"{k} {row[k]}, now {v}" for k, v in made.items() if row.get(k, v) != v]:
-            raise DataError(f"{out}: was begun with {'; '.join(other)}; give the same settings or another --out")
+            raise UserError(f"{out}: was begun with {'; '.join(other)}; give the same settings or another --out")
     rows = list({row["id"]: prompt for _, row, prompt in prompts_of(prompts, columns)}.items())
     from transformers import AutoModelForCausalLM
 
@@ -1348,7 +1349,7 @@ def _rule(name: str) -> Callable[[dict, str], float]:
             module = importlib.import_module(place)
         return getattr(module, function)
     except (ImportError, OSError, AttributeError, ValueError, SyntaxError) as error:
-        raise DataError(f"rule is {name!r}, which is no file.py:function or module:function ({_brief(error)})") from error
+        raise UserError(f"rule is {name!r}, which is no file.py:function or module:function ({_brief(error)})") from error
 
 
 def _judge(name: str, device: str, batch_size: int) -> Callable[[dict, list[dict], list[str]], list[float]]:
@@ -1357,7 +1358,7 @@ def _judge(name: str, device: str, batch_size: int) -> Callable[[dict, list[dict
 
     tokenizer, judge = load_tokenizer(name), _load_model(name, AutoModelForSequenceClassification, device)
     if judge.config.num_labels != 1:
-        raise DataError(f"{name}: gives {judge.config.num_labels} numbers per text; a reward model gives one")
+        raise UserError(f"{name}: gives {judge.config.num_labels} numbers per text; a reward model gives one")
     config = judge.config.get_text_config()
     own = config.pad_token_id
 
@@ -1387,7 +1388,7 @@ def score(
     chat template. rule: a Python function of (row, response), or its name, that gives a number, or true and false.
     """
     if bool(reward_model) == bool(rule) or batch_size < 1:
-        raise DataError("score needs either reward_model or rule, and a batch_size of at least 1")
+        raise UserError("score needs either reward_model or rule, and a batch_size of at least 1")
     key = lambda row: json.dumps([row["id"], row["responses"]])  # noqa: E731
     done = set(map(key, _resumed(responses, out)))
     if rule:
@@ -1397,14 +1398,14 @@ def score(
         grade = _judge(reward_model, device, batch_size)
     for where, row, prompt in tqdm(prompts_of(responses), desc="score", unit=" rows", disable=not sys.stderr.isatty()):
         if not isinstance(row.get("responses"), list) or not all(isinstance(x, str) for x in row["responses"]):
-            raise DataError(f"{where}: responses is not a list of texts")
+            raise UserError(f"{where}: responses is not a list of texts")
         if key(row) in done:
             continue
         try:
             scores = [_score(x, "a score") for x in grade(row, prompt, row["responses"])]
         except Exception as error:  # a rule is anybody's code
             why = f"{type(error).__name__}: {_brief(error)}"
-            raise DataError(f"{where}: {rule or reward_model} cannot score it ({why})") from error
+            raise UserError(f"{where}: {rule or reward_model} cannot score it ({why})") from error
         _write(out, [{**row, "scores": scores}])
 
 
@@ -1416,17 +1417,17 @@ def pairs(scored: str, out: str, *, how: str = "best_worst", min_margin: float =
     random one with at most ½. min_margin: the least difference of scores of a pair.
     """
     if how not in ("best_worst", "random", "correct"):
-        raise DataError(f"how is {how!r}; accepted are best_worst, random, correct")
+        raise UserError(f"how is {how!r}; accepted are best_worst, random, correct")
     _keep_apart(scored, out)
     counts, lines, prompts = Counter(), [], {}
     for _, row, prompt in prompts_of(scored):
         texts, values = row.get("responses"), row.get("scores")
         try:
             if not isinstance(texts, list) or not isinstance(values, list) or len(texts) != len(values):
-                raise DataError("responses and scores are not two lists of the same length")
+                raise UserError("responses and scores are not two lists of the same length")
             texts = [_text(x, f"responses {i}") for i, x in enumerate(texts, 1)]
             found = dict(zip(texts, [_score(x, "scores") for x in values]))
-        except DataError as error:
+        except UserError as error:
             counts[str(error)] += 1
             continue
         prompts.setdefault(row["id"], (prompt, {}))[1].update(found)
@@ -1443,7 +1444,7 @@ def pairs(scored: str, out: str, *, how: str = "best_worst", min_margin: float =
             answers = {"chosen": a, "rejected": b, "score_chosen": scores[a], "score_rejected": scores[b]}
             lines.append({"id": key, "prompt": prompt, **answers})
     if not lines:
-        raise DataError(f"{scored}: gives no pair: {'; '.join(f'{n} {why}' for why, n in counts.items())}")
+        raise UserError(f"{scored}: gives no pair: {'; '.join(f'{n} {why}' for why, n in counts.items())}")
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_text("", encoding="utf-8")
     _write(out, lines)
@@ -1590,7 +1591,7 @@ def main(argv: list[str] | None = None) -> None:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ or "FORCE_COLOR" in os.environ
         print("\n\n".join(show(examples[i], tokenizer, colour) for i in range(min(args.n, len(examples)))))
         print(f"\n{report}")
-    except DataError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except BrokenPipeError:  # the reader of a pipe has seen enough

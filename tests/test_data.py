@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 import data
-from data import DataError, Example, Row, encode, load
+from data import Example, Row, UserError, encode, load
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -183,9 +183,9 @@ def test_the_reason_for_a_format_is_reported(tmp_path, chatml):
     _, report = load(path, chatml)
     why = 'format hh, because there are columns chosen, rejected and chosen is a transcript with "Human:" turns'
     assert report.formats == [f"{path}: {why}"] and why in str(report)
-    with pytest.raises(DataError, match="what chosen adds to the prompt is empty"):  # asked for: rows are read as plain texts
+    with pytest.raises(UserError, match="what chosen adds to the prompt is empty"):  # asked for: rows are read as plain texts
         load(write(tmp_path, "b.jsonl", [{"chosen": "Human: a ", "rejected": "Human: a b"}]), chatml, format="implied")
-    with pytest.raises(DataError, match="format is 'csv'; accepted are auto, sharegpt, pairs, hh"):
+    with pytest.raises(UserError, match="format is 'csv'; accepted are auto, sharegpt, pairs, hh"):
         load(path, chatml, format="csv")
 
 
@@ -199,11 +199,11 @@ def test_columns_are_renamed(tmp_path, chatml):
     assert examples[0][:2] == encode(Row(ASKED, ["Good", "Bad"]), chatml, 2048, 1792)[0][:2]
     assert report.dropped == {"rejected is missing": 1}
     with pytest.raises(
-        DataError, match=r"row 1: --columns names best, but its columns are \['bad', 'good', 'prompt', 'question'\]"
+        UserError, match=r"row 1: --columns names best, but its columns are \['bad', 'good', 'prompt', 'question'\]"
     ):
         load(path, chatml, columns="chosen=best")
     for text in ("chosen", "chosen=", "=a", "a=b=c"):
-        with pytest.raises(DataError, match="write new=old with commas between"):
+        with pytest.raises(UserError, match="write new=old with commas between"):
             load(path, chatml, columns=text)
 
 
@@ -281,15 +281,15 @@ def test_what_cannot_be_read_is_named(name, tmp_path, chatml):
     content, message = UNREADABLE[name]
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         load(str(tmp_path / name), chatml)
     assert message in str(error.value) and name in str(error.value)
 
 
 def test_a_folder_without_data_and_unknown_columns_say_what_is_accepted(tmp_path, chatml):
-    with pytest.raises(DataError, match=r"no data file.*\.jsonl"):
+    with pytest.raises(UserError, match=r"no data file.*\.jsonl"):
         load(str(tmp_path), chatml)
-    with pytest.raises(DataError, match=r"row 1.*\['question'\].*pairs \{prompt, chosen, rejected\}"):
+    with pytest.raises(UserError, match=r"row 1.*\['question'\].*pairs \{prompt, chosen, rejected\}"):
         load(write(tmp_path, "a.jsonl", [{"question": "a"}]), chatml)
 
 
@@ -299,7 +299,7 @@ def test_patterns_and_json_lines_under_another_name(tmp_path):
     write(tmp_path, "b.jsonl", [5])
     assert all_rows(tmp_path / "a*.json*") == [1, 2, 3, 4]
     assert all_rows(f"{tmp_path}/**/[ab]*.jsonl[1:]") == [2, 5]
-    with pytest.raises(DataError, match="no file matches this pattern"):
+    with pytest.raises(UserError, match="no file matches this pattern"):
         all_rows(tmp_path / "c*.jsonl")
 
 
@@ -308,7 +308,7 @@ def test_standard_input(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     rows = list(data.read("-[1:]"))
     assert rows[:2] == [("standard input row 2", {"a": 1}), ("standard input row 3", {"a": 2})]
-    assert isinstance(rows[2][1], DataError)
+    assert isinstance(rows[2][1], UserError)
 
 
 def test_several_sources_with_weights(tmp_path, chatml):
@@ -327,7 +327,7 @@ def test_several_sources_with_weights(tmp_path, chatml):
         train, held_out = data.split_held_out(load(f"{a}@3", chatml)[0], 1, seed)
         assert len(held_out) == 1 and len(train) == 6 and held_out[0].where not in [e.where for e in train]
     for wrong in ("", f"{a},", f"{a}@0"):
-        with pytest.raises(DataError, match="dataset is"):
+        with pytest.raises(UserError, match="dataset is"):
             load(wrong, chatml)
 
 
@@ -352,7 +352,7 @@ def test_hub_names(monkeypatch):
         (("org/name", None), {"split": "test"}),
         (("org/name", "small"), {"split": "dev"}),
     ]
-    with pytest.raises(DataError, match="org/none: .*not loadable from the hub"):
+    with pytest.raises(UserError, match="org/none: .*not loadable from the hub"):
         all_rows("org/none")
 
 
@@ -371,7 +371,7 @@ def test_report_counts_and_the_limit_on_drops(tmp_path, chatml):
         f"{path} row 10: rejected is missing",
     ]
     assert [e.where for e in examples] == [f"{path} row {i}" for i in range(1, 8)]
-    with pytest.raises(DataError, match=r"more than 29% of the rows were dropped as invalid(.|\n)*row 8: chosen is empty"):
+    with pytest.raises(UserError, match=r"more than 29% of the rows were dropped as invalid(.|\n)*row 8: chosen is empty"):
         load(path, chatml, max_drop_fraction=0.29)
 
 
@@ -395,7 +395,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("row, message", REFUSED)
 def test_refused_rows(row, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         data.from_pair(row)
 
 
@@ -419,20 +419,20 @@ SCORED = {"prompt": "Ask me", "responses": ["Good", "Bad"], "scores": [1, 0]}
     ],
 )
 def test_refused_scores(change, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         data.from_scored({**SCORED, **change})
 
 
 def test_refused_margins_roles_and_prompts():
-    with pytest.raises(DataError, match="score_chosen is 'nan'"):
+    with pytest.raises(UserError, match="score_chosen is 'nan'"):
         data.from_pair({**PAIR, "score_chosen": math.nan, "score_rejected": 1})
-    with pytest.raises(DataError, match="message 1 has the unknown role 'narrator'; known are system"):
+    with pytest.raises(UserError, match="message 1 has the unknown role 'narrator'; known are system"):
         data.from_pair({**PAIR, "prompt": [{"role": "narrator", "content": "a"}]})
-    with pytest.raises(DataError, match="the prompt ends with an assistant turn"):
+    with pytest.raises(UserError, match="the prompt ends with an assistant turn"):
         data.from_pair({**PAIR, "prompt": [user("a"), assistant("b")]})
-    with pytest.raises(DataError, match="do not begin with the same words"):
+    with pytest.raises(UserError, match="do not begin with the same words"):
         data.from_implied({"chosen": "one two", "rejected": "three two"})
-    with pytest.raises(DataError, match="rejected is text and the other side is not"):
+    with pytest.raises(UserError, match="rejected is text and the other side is not"):
         data.from_implied({"chosen": [user("a"), assistant("b")], "rejected": "a b"})
 
 
@@ -443,16 +443,16 @@ def test_ties_are_dropped_and_counted_but_are_not_invalid(tmp_path, chatml):
 
 
 def test_refused_transcripts_and_labels():
-    with pytest.raises(DataError, match="not a transcript"):
+    with pytest.raises(UserError, match="not a transcript"):
         data.from_hh({"chosen": "Good", "rejected": "Bad"})
-    with pytest.raises(DataError, match="no prompt before the response"):
+    with pytest.raises(UserError, match="no prompt before the response"):
         data.from_hh({"chosen": "\n\nAssistant: Good", "rejected": "\n\nAssistant: Bad"})
-    with pytest.raises(DataError, match="does not end with an assistant turn"):
+    with pytest.raises(UserError, match="does not end with an assistant turn"):
         data.from_hh({"chosen": "\n\nHuman: Hi", "rejected": "\n\nHuman: Hi"})
     for label in (1, "true", None):
-        with pytest.raises(DataError, match="not true or false"):
+        with pytest.raises(UserError, match="not true or false"):
             data.from_unpaired({"prompt": "Ask me", "completion": "Good", "label": label})
-    with pytest.raises(DataError, match="do not end with an assistant turn"):
+    with pytest.raises(UserError, match="do not end with an assistant turn"):
         data.from_unpaired_messages({"messages": [user("Ask me")], "label": True})
 
 
@@ -504,7 +504,7 @@ def test_damaged_files(tmp_path, chatml):
         try:
             examples, report = load(str(file), chatml, max_drop_fraction=1)
             assert report.kept + sum(report.dropped.values()) == report.rows >= len(examples) == report.kept
-        except DataError as error:
+        except UserError as error:
             assert file.name in str(error)
 
 
@@ -606,7 +606,7 @@ def test_ids_are_those_of_the_rendering_written_by_hand(families, name, prompt, 
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
 def test_a_template_that_refuses_drops_the_row_with_its_words(families, name):
     with pytest.raises(
-        DataError, match="the chat template refuses this row .*(Conversation roles must|System role not|Only user and)"
+        UserError, match="the chat template refuses this row .*(Conversation roles must|System role not|Only user and)"
     ):
         encode(Row(SYSTEM, ["Good", "Bad"]), families[name], 1000, 900)
 
@@ -648,7 +648,7 @@ def test_a_merge_of_a_real_family(families):
 def test_a_template_that_rewrites_the_prompt_is_refused():
     rewritten = "{% if messages | length > 1 %}now {% endif %}{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
     tokenizer = tokenizer_with(rewritten, byte_level(["</s>"]))
-    with pytest.raises(DataError, match="renders the prompt differently|no token from which"):
+    with pytest.raises(UserError, match="renders the prompt differently|no token from which"):
         encode(Row([user("Hello there, what is two plus two?")], ["Good"]), tokenizer, 100, 90)
 
 
@@ -657,7 +657,7 @@ def test_nothing_before_the_response_is_refused():
         "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{% endif %}{% endfor %}",
         byte_level(["</s>"]),
     )
-    with pytest.raises(DataError, match="no token from which the first response token could be predicted"):
+    with pytest.raises(UserError, match="no token from which the first response token could be predicted"):
         encode(Row([user("Hello")], ["Good"]), tokenizer, 100, 90)
 
 
@@ -668,7 +668,7 @@ def test_whitespace_after_the_terminator_is_never_scored(chatml, response):
 
 
 def test_load_tokenizer_names_a_folder_without_one(tmp_path):
-    with pytest.raises(DataError, match="no usable tokenizer there"):
+    with pytest.raises(UserError, match="no usable tokenizer there"):
         data.load_tokenizer(str(tmp_path))
 
 
@@ -695,7 +695,7 @@ def test_truncation_by_hand(chatml):
     assert cuts == ["prompt cut", "response cut"]
     cut, cuts = encode(both, chatml, len(prompt) + len(chosen) - 1, 900)
     assert cut.responses == [chosen[:-1], rejected] and cuts == ["response cut"]  # no terminator on the cut one
-    with pytest.raises(DataError, match="no response token is left within max_length 10"):
+    with pytest.raises(UserError, match="no response token is left within max_length 10"):
         encode(both, chatml, 10, 10)
 
 
@@ -735,7 +735,7 @@ def test_the_reader_of_plain_text_tokenises_ordinary_text_alike(families, name):
 
 
 def test_private_use_characters_cannot_stand_in_for_a_special_token(chatml):
-    with pytest.raises(DataError, match="spells a special token"):
+    with pytest.raises(UserError, match="spells a special token"):
         encode(Row([user("a <|im_end|> \U000f0000\U000f0001\U000f0002")], ["Good"]), chatml, 1000, 900)
     example, _ = encode(Row([user("\U000f0001 \ue000")], ["\ue000"]), chatml, 1000, 900)  # alone they are ordinary text
     assert "\U000f0001 \ue000<|im_end|>" in chatml.decode(example.prompt)
@@ -803,7 +803,7 @@ def test_compat_simpo_keeps_1800_of_2048_prompt_tokens(tmp_path, families):
     assert report.cut == {"prompt cut": 1, "response cut": 1}
     assert len(load(path, tokenizer)[0][0].prompt) == 1792  # our own limit: seven eighths
     for lengths in (dict(max_length=1), dict(max_prompt_length=0), dict(max_prompt_length=2048)):
-        with pytest.raises(DataError, match="leaves no room"):
+        with pytest.raises(UserError, match="leaves no room"):
             load(path, tokenizer, **lengths)
 
 
@@ -843,7 +843,7 @@ def test_compat_is_a_setting(tmp_path, families):
     path = write(tmp_path, "a.jsonl", [PAIR])
     (example,), _ = load(path, families["llama3"], compat="simpo")
     assert example[:2] == data.encode_simpo(data.from_pair(PAIR), families["llama3"], 2048, 1800)[0][:2]
-    with pytest.raises(DataError, match="compat is 'trl'"):
+    with pytest.raises(UserError, match="compat is 'trl'"):
         load(path, families["llama3"], compat="trl")
 
 
@@ -877,7 +877,7 @@ def test_equal_length_is_a_setting_and_applies_after_the_cuts(tmp_path, chatml):
     assert report.cut == {"made equally long": 1}
     limit = len(plain[0].prompt)
     assert all(len(r) == 2 for e in load(path, chatml, limit + 2, limit, equal_length=1)[0] for r in e.responses)
-    with pytest.raises(DataError, match="share between 0 and 1"):
+    with pytest.raises(UserError, match="share between 0 and 1"):
         load(path, chatml, equal_length=2)
 
 
@@ -920,7 +920,7 @@ def test_minimum_score_margin(tmp_path, chatml):
     examples, report = load(path, chatml, min_score_margin=0.5)
     assert [e.where[-1] for e in examples] == ["2", "3", "4"]  # a row without scores stays
     assert report.dropped == {"score margin below 0.5": 1}
-    with pytest.raises(DataError, match="no row has any"):
+    with pytest.raises(UserError, match="no row has any"):
         load(write(tmp_path, "b.jsonl", [PAIR]), chatml, min_score_margin=0.5)
 
 
@@ -1148,9 +1148,9 @@ def test_sample_writes_each_prompt_once(sampled, world_model):
         "seed": 5,
     }  # fmt: skip
     assert {k: rows[0][k] for k in made} == made
-    with pytest.raises(DataError, match="was begun with n 4, now 3; seed 5, now 6; give the same"):
+    with pytest.raises(UserError, match="was begun with n 4, now 3; seed 5, now 6; give the same"):
         data.sample(world_model, source, out, **options | {"n": 3, "seed": 6})
-    with pytest.raises(DataError, match="is read and written at once"):
+    with pytest.raises(UserError, match="is read and written at once"):
         data.sample(world_model, out, out, **options)
 
 
@@ -1193,7 +1193,7 @@ def test_strategies_ask_as_they_say(world_model, tmp_path, monkeypatch):
     (row,) = lines_of(tmp_path / "all")
     assert asked[3:] == [["Q" + data.STEP_BY_STEP] * 2, ["Q"] * 2]
     assert row["responses"] == ["an answer 0", "an answer 1"] and row["strategies"] == ["cot", "cot"]
-    with pytest.raises(DataError, match="strategy is 'best'"):
+    with pytest.raises(UserError, match="strategy is 'best'"):
         data.sample(world_model, source, str(tmp_path / "x"), strategy="best")
 
 
@@ -1223,9 +1223,9 @@ def test_score_by_a_rule_and_by_a_model(sampled, world_model, tmp_path):
     data.score(out, by_rule, rule=f"{tmp_path}/rules.py:words")
     assert Path(by_rule).read_text() == whole
     for wrong in ("gone.py:words", f"{tmp_path}/rules.py:none", "nothing", "no.such.module:f"):
-        with pytest.raises(DataError, match="no file.py:function or module:function"):
+        with pytest.raises(UserError, match="no file.py:function or module:function"):
             data.score(out, str(tmp_path / "x"), rule=wrong)
-    with pytest.raises(DataError, match="either reward_model or rule"):
+    with pytest.raises(UserError, match="either reward_model or rule"):
         data.score(out, str(tmp_path / "x"))
 
 
@@ -1248,17 +1248,17 @@ def test_what_cannot_be_scored_is_named(world_model, tmp_path, capsys):
     (tmp_path / "rules.py").write_text("".join(f"def {k}(row, text):\n    return {v}\n" for k, v in bodies.items()))
     source = write(tmp_path, "s.jsonl", [{"prompt": "A", "responses": ["a", "b"]}])
     for rule, message in (("fails", "division by zero"), ("words", "could not convert"), ("none", "not a finite number")):
-        with pytest.raises(DataError, match=rf"s.jsonl row 1: .*rules.py:{rule} cannot score it .*{message}"):
+        with pytest.raises(UserError, match=rf"s.jsonl row 1: .*rules.py:{rule} cannot score it .*{message}"):
             data.score(source, str(tmp_path / "out"), rule=f"{tmp_path}/rules.py:{rule}")
-    with pytest.raises(DataError, match="is another kind of model, it lacks score.weight"):
+    with pytest.raises(UserError, match="is another kind of model, it lacks score.weight"):
         data.score(source, str(tmp_path / "out"), reward_model=world_model)
     capsys.readouterr()
     bad = write(tmp_path, "bad.jsonl", [{"q": i} for i in range(7)])
-    with pytest.raises(DataError, match="no row with a usable prompt"):
+    with pytest.raises(UserError, match="no row with a usable prompt"):
         data.pairs(bad, str(tmp_path / "out"))
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 6 and said[0].startswith(f"{bad} row 1: left out (unknown shape") and "7 rows left out" in said[5]
-    with pytest.raises(DataError, match="gives no pair: 1 responses and scores are not two lists"):
+    with pytest.raises(UserError, match="gives no pair: 1 responses and scores are not two lists"):
         data.pairs(source, str(tmp_path / "out"))
     with pytest.raises(SystemExit) as error:  # a folder where a file should be written
         data.main(["pairs", "--scored", write(tmp_path, "t.jsonl", [SCORED]), "--out", str(tmp_path)])
@@ -1275,7 +1275,7 @@ def test_answers_of_several_files_and_rows_are_joined_by_prompt(tmp_path):
     counts = data.pairs(f"{one}, {two}", str(tmp_path / "pairs.jsonl"))
     (pair,) = lines_of(tmp_path / "pairs.jsonl")
     assert (pair["chosen"], pair["rejected"]) == ("a1", "a2") and counts == {"pairs": 1, "fewer than two responses": 1}
-    with pytest.raises(DataError, match="here it has no meaning"):
+    with pytest.raises(UserError, match="here it has no meaning"):
         data.pairs(f"{one}@2", str(tmp_path / "pairs.jsonl"))
 
 
@@ -1299,7 +1299,7 @@ def test_pairs_by_hand(tmp_path, chatml):
     data.pairs(scored, out)
     examples, report = load(out, chatml, min_score_margin=0.5)
     assert len(examples) == 1 and chatml.decode(examples[0].responses[0]) == "a2<|im_end|>"
-    with pytest.raises(DataError, match="how is 'worst'"):
+    with pytest.raises(UserError, match="how is 'worst'"):
         data.pairs(scored, out, how="worst")
 
 
@@ -1329,7 +1329,7 @@ def test_sample_keeps_unfinished_when_asked(sampled, world_model, tmp_path):
 def test_another_output_is_not_continued(world_model, tmp_path):
     source = write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
     (tmp_path / "out").write_text("notes\n")
-    with pytest.raises(DataError, match="cannot be continued"):
+    with pytest.raises(UserError, match="cannot be continued"):
         data.sample(world_model, source, str(tmp_path / "out"))
     assert (tmp_path / "out").read_text() == "notes\n"
 
