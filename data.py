@@ -1,12 +1,15 @@
-"""From rows to batches: read → check → token ids → step plan → padded or packed microbatches.
+"""Preference data: reads pairs, then makes pairs.
 
-A row of any accepted format becomes prompt messages and one or more responses (`Row`), then token ids (`Example`): the prompt
-as the chat template renders it with the generation prompt, and for each response exactly the ids that generation would have
-to produce after it, terminator included. What does not fit is dropped, counted and reported with its file and row number.
+Reading: rows → checks → token ids → step plan → padded or packed microbatches. A row of any accepted format becomes prompt
+messages and one or more responses (`Row`), then token ids (`Example`): the prompt as the chat template renders it with the
+generation prompt, and for each response exactly the ids that generation would have to produce after it, terminator included.
+What does not fit is dropped, counted and reported with its file and row number.
+
+Making: sample → score → pairs, of a model's own responses; and its answers to a benchmark's prompts, as outside judges read
+them. `python data.py --help` lists the commands:
 
     python data.py show  --model MODEL --dataset FILE -n 3      # rows as coloured tokens
     python data.py stats --model MODEL --dataset FILE           # lengths, length bias, duplicates, what is dropped and why
-    python data.py sample | score | pairs --help                # make pairs of a model's own responses
 
 Shape letters: B examples · R responses · T tokens of a batch · N scored tokens.
 """
@@ -29,34 +32,35 @@ import random
 import re
 import signal
 import sys
+import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
+import transformers
+from datasets import Dataset, Features, concatenate_datasets, disable_progress_bars, enable_progress_bars
+from datasets.exceptions import DatasetGenerationError
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
+from transformers import HfArgumentParser
 
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
-
-PLAIN_TEMPLATE = (  # for tokenizers without a chat template; saved with the exported model, so that generation uses it too
-    "{{ bos_token }}{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
+from logprobs import completions
 
 
-PRIVATE = re.compile("[\U000f0000-\U000ffffd]")
-MARK = "\ue000"  # a private-use character: stands for a response to see what a template writes after it
+class UserError(Exception):
+    """Something its owner can mend: what was wrong, where, what to do. Every command line prints it and ends with code 2."""
 
 
-class DataError(Exception):
-    """Something about the data that its owner can mend; the message says what, where and how."""
+def setting(default, text: str, **more):
+    """A field of a dataclass that is read from a command line; MISSING stands for one that must be given."""
+    return field(default=default, metadata={"help": text.replace("%", "%%")} | more)
 
 
 def _brief(error: Exception) -> str:
@@ -84,6 +88,9 @@ class Example(NamedTuple):
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+
+
 def read(dataset: str) -> Iterator[tuple[str, dict | Exception]]:
     """Yield (where, row) from one source of rows; an unreadable row is yielded as its error.
 
@@ -92,7 +99,7 @@ def read(dataset: str) -> Iterator[tuple[str, dict | Exception]]:
             "data/*.jsonl"; "-" for JSON lines on standard input; or a hub name, "org/name", "org/name:split" or
             "org/name:config:split" (the split is train if not given). A slice takes some of the rows: "pairs.jsonl[:1000]".
     Raises:
-        DataError: nothing there, or a file that cannot be read at all.
+        UserError: nothing there, or a file that cannot be read at all.
     """
     name, cut = _cut(dataset)
     files = _files(name)
@@ -118,23 +125,23 @@ def _files(name: str) -> list[Path] | None:
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
             if not files:
-                raise DataError(f"{path}: no data file in this folder; looked for {', '.join(SUFFIXES)}")
+                raise UserError(f"{path}: no data file in this folder; looked for {', '.join(SUFFIXES)}")
             return files
         if glob.has_magic(name):
             files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
             if not files:
-                raise DataError(f"{name}: no file matches this pattern")
+                raise UserError(f"{name}: no file matches this pattern")
             return files
     except (OSError, ValueError) as error:  # a name that no file can have
-        raise DataError(f"{name[:200]}: no such file or folder ({_brief(error)})") from error
+        raise UserError(f"{name[:200]}: no such file or folder ({_brief(error)})") from error
     if name.startswith((".", "/", "~")) or name.endswith(SUFFIXES):
-        raise DataError(f"{name}: no such file or folder")
+        raise UserError(f"{name}: no such file or folder")
     return None
 
 
 def _read_file(file: Path) -> Iterator[tuple[str, dict | Exception]]:
     if str(file) != "-" and not file.name.endswith(SUFFIXES):
-        raise DataError(f"{file}: unknown kind of file; accepted are {', '.join(SUFFIXES)}")
+        raise UserError(f"{file}: unknown kind of file; accepted are {', '.join(SUFFIXES)}")
     return _read_parquet(file) if file.suffix == ".parquet" else _read_json(file)
 
 
@@ -147,7 +154,7 @@ def _read_parquet(file: Path):
         for number, row in enumerate(rows, 1):
             yield f"{file} row {number}", row
     except (OSError, ValueError, ArrowException) as error:
-        raise DataError(f"{file}: not a readable parquet file ({_brief(error)})") from error
+        raise UserError(f"{file}: not a readable parquet file ({_brief(error)})") from error
 
 
 def _open(file: Path):
@@ -172,7 +179,7 @@ def _read_json(file: Path):
                     lines = io.StringIO(text)  # JSON lines under another name
                 else:
                     if not isinstance(rows, list):
-                        raise DataError(f"{name}: holds a JSON {type(rows).__name__}, not a list of rows")
+                        raise UserError(f"{name}: holds a JSON {type(rows).__name__}, not a list of rows")
                     yield from ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
                     return
             for number, line in enumerate(lines, 1):
@@ -180,9 +187,9 @@ def _read_json(file: Path):
                     try:
                         yield f"{name} row {number}", json.loads(line)
                     except (ValueError, RecursionError) as error:
-                        yield f"{name} row {number}", DataError(f"not valid JSON ({error})")
+                        yield f"{name} row {number}", UserError(f"not valid JSON ({error})")
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        raise DataError(f"{name}: cannot be read{f' after row {number}' if number else ''} ({error})") from error
+        raise UserError(f"{name}: cannot be read{f' after row {number}' if number else ''} ({error})") from error
 
 
 @functools.lru_cache(maxsize=8)
@@ -194,7 +201,7 @@ def _hub(name: str):
     try:
         return load_dataset(path, config, split=split or "train")
     except Exception as error:  # the hub client raises many kinds; all mean that the name gives no rows
-        raise DataError(f"{name}: no such file or folder, and not loadable from the hub ({_brief(error)})") from error
+        raise UserError(f"{name}: no such file or folder, and not loadable from the hub ({_brief(error)})") from error
 
 
 def _read_hub(name: str):
@@ -208,7 +215,7 @@ def _sources(dataset: str) -> list[tuple[str, float]]:
     for part in [dataset] if os.path.exists(dataset) else dataset.split(","):
         name, weight = re.fullmatch(r"(.*?)(?:@(\d+(?:\.\d+)?))?", part.strip(), re.DOTALL).groups()
         if not name or weight is not None and float(weight) == 0:
-            raise DataError(
+            raise UserError(
                 f"dataset is {dataset!r}: write sources with commas between, each with an optional weight above 0: "
                 "a.jsonl, b.jsonl@0.5"
             )
@@ -225,13 +232,13 @@ KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 def _text(value, what: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{what} is {'missing' if value is None else 'a ' + type(value).__name__}, not text")
+        raise UserError(f"{what} is {'missing' if value is None else 'a ' + type(value).__name__}, not text")
     if not value.strip():
-        raise DataError(f"{what} is empty")
+        raise UserError(f"{what} is empty")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise DataError(f"{what} is not valid unicode (a lone surrogate, or bytes that are not UTF-8)") from None
+        raise UserError(f"{what} is not valid unicode (a lone surrogate, or bytes that are not UTF-8)") from None
     return value
 
 
@@ -240,16 +247,16 @@ def _messages(value, what: str) -> list[dict]:
     if isinstance(value, str):
         return [{"role": "user", "content": _text(value, what)}]
     if not isinstance(value, (list, tuple)) or not value:
-        raise DataError(f"{what} is {'missing' if value is None else 'neither text nor a non-empty list of messages'}")
+        raise UserError(f"{what} is {'missing' if value is None else 'neither text nor a non-empty list of messages'}")
     messages = []
     for i, m in enumerate(value, 1):
         if not isinstance(m, dict):
-            raise DataError(f"{what} message {i} is a {type(m).__name__}, not {{role, content}}")
+            raise UserError(f"{what} message {i} is a {type(m).__name__}, not {{role, content}}")
         role = m.get("role", m.get("from"))
         if not isinstance(role, str) or not role:
-            raise DataError(f"{what} message {i} has no role")
+            raise UserError(f"{what} message {i} has no role")
         if ROLES.get(role, role) not in KNOWN_ROLES:
-            raise DataError(
+            raise UserError(
                 f"{what} message {i} has the unknown role {role[:40]!r}; known are {', '.join((*KNOWN_ROLES, *ROLES))}"
             )
         content = _text(m.get("content", m.get("value")), f"{what} message {i}")
@@ -263,20 +270,20 @@ def _response(value, what: str) -> str:
         return _text(value, what)
     messages = _messages([value] if isinstance(value, dict) else value, what)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise DataError(f"{what} is not a single assistant message")
+        raise UserError(f"{what} is not a single assistant message")
     return messages[0]["content"]
 
 
 def _row(prompt: list[dict], responses: list[str], **more) -> Row:
     if prompt[-1]["role"] == "assistant":
-        raise DataError("the prompt ends with an assistant turn, so there is nothing to answer")
+        raise UserError("the prompt ends with an assistant turn, so there is nothing to answer")
     return Row(prompt, responses, **more)
 
 
 def _hh_messages(text: str, what: str) -> list[dict]:
     parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + _text(text, what).lstrip())
     if parts[0].strip() or len(parts) < 3:
-        raise DataError(f'{what} is not a transcript of "\\n\\nHuman:" and "\\n\\nAssistant:" turns')
+        raise UserError(f'{what} is not a transcript of "\\n\\nHuman:" and "\\n\\nAssistant:" turns')
     return [
         {"role": "user" if who == "Human" else "assistant", "content": _text(said.strip(), f"{what} turn {i}")}
         for i, (who, said) in enumerate(zip(parts[1::2], parts[2::2]), 1)
@@ -287,11 +294,11 @@ def _last_turns(chosen: list[dict], rejected: list[dict], **more) -> Row:
     """Two whole conversations that differ in the last, assistant, turn only."""
     for what, messages in (("chosen", chosen), ("rejected", rejected)):
         if messages[-1]["role"] != "assistant":
-            raise DataError(f"{what} does not end with an assistant turn")
+            raise UserError(f"{what} does not end with an assistant turn")
         if len(messages) < 2:
-            raise DataError(f"{what} has no prompt before the response")
+            raise UserError(f"{what} has no prompt before the response")
     if chosen[:-1] != rejected[:-1]:
-        raise DataError("chosen and rejected answer different prompts")
+        raise UserError("chosen and rejected answer different prompts")
     return _row(chosen[:-1], [chosen[-1]["content"], rejected[-1]["content"]], **more)
 
 
@@ -301,12 +308,12 @@ def _score(value, what: str) -> float:
             return float(value)
     except OverflowError:  # an integer of hundreds of digits
         pass
-    raise DataError(f"{what} is {str(value)[:40]!r}, not a finite number")
+    raise UserError(f"{what} is {str(value)[:40]!r}, not a finite number")
 
 
 def _scores(value, what: str, count: int | None = None) -> list[float]:
     if not isinstance(value, (list, tuple)) or len(value) < 2 or count not in (None, len(value)):
-        raise DataError(f"{what} is not a list of {count or 'two or more'} numbers")
+        raise UserError(f"{what} is not a list of {count or 'two or more'} numbers")
     return [_score(v, what) for v in value]
 
 
@@ -347,12 +354,12 @@ def from_implied(row: dict) -> Row:
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         for value, what in ((chosen, "chosen"), (rejected, "rejected")):
             if isinstance(value, str):
-                raise DataError(f"{what} is text and the other side is not")
+                raise UserError(f"{what} is text and the other side is not")
         return _last_turns(_messages(chosen, "chosen"), _messages(rejected, "rejected"), margin=_margin(row))
     shared = os.path.commonprefix([_text(chosen, "chosen"), _text(rejected, "rejected")])
     start = max((m.end() for m in re.finditer(r"\s+", shared)), default=0)
     if not shared[:start].strip():
-        raise DataError("chosen and rejected do not begin with the same words, so there is no prompt")
+        raise UserError("chosen and rejected do not begin with the same words, so there is no prompt")
     responses = [
         _text(chosen[start:], "what chosen adds to the prompt"),
         _text(rejected[start:], "what rejected adds to the prompt"),
@@ -372,19 +379,19 @@ def from_scored(row: dict) -> Row:
     """{prompt, responses, scores}, or SimPO's {prompt, all_generated_responses, all_rm_scores}: best against worst."""
     texts, scores = ("responses", "scores") if "responses" in row else ("all_generated_responses", "all_rm_scores")
     if not isinstance(row.get(texts), (list, tuple)) or len(row[texts]) < 2:
-        raise DataError(f"{texts} is not a list of two or more responses")
+        raise UserError(f"{texts} is not a list of two or more responses")
     responses = [_response(r, f"{texts} {i}") for i, r in enumerate(row[texts], 1)]
     values = _scores(row.get(scores), scores, len(responses))
     best, worst = values.index(max(values)), values.index(min(values))
     if best == worst:
-        raise DataError(TIE)
+        raise UserError(TIE)
     prompt = _messages(row.get("prompt"), "prompt")
     return _row(prompt, [responses[best], responses[worst]], margin=values[best] - values[worst])
 
 
 def _label(value) -> bool:
     if not isinstance(value, bool):
-        raise DataError(f"label is {str(value)[:40]!r}, not true or false")
+        raise UserError(f"label is {str(value)[:40]!r}, not true or false")
     return value
 
 
@@ -398,7 +405,7 @@ def from_unpaired_messages(row: dict) -> Row:
     """{messages, label}: the last message, an assistant's, is judged."""
     messages = _messages(row.get("messages"), "messages")
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise DataError("messages do not end with an assistant turn after a prompt")
+        raise UserError("messages do not end with an assistant turn after a prompt")
     return _row(messages[:-1], [messages[-1]["content"]], desirable=_label(row.get("label")))
 
 
@@ -420,18 +427,18 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict], Row]]] = {  # the fir
 
 
 def format_of(row: dict, where: str, name: str = "auto") -> tuple[Callable[[dict], Row], str]:
-    """(reader, why it was taken) for a dataset that begins with this row, or a DataError that says what is accepted."""
-    accepted = "; ".join(f"{name} {{{', '.join(needed)}}}" for name, (needed, _) in FORMATS.items())
+    """(reader, why it was taken) for a dataset that begins with this row, or a UserError that says what is accepted."""
     if name != "auto":
         if name not in FORMATS:
-            raise DataError(f"format is {name!r}; accepted are auto, {', '.join(FORMATS)}")
+            raise UserError(f"format is {name!r}; accepted are auto, {', '.join(FORMATS)}")
         return FORMATS[name][1], f"format {name}, as asked for"
-    for found, (needed, reader) in FORMATS.items():
-        if set(needed) <= set(row) and (found != "hh" or _is_hh(row)):
-            why = f"format {found}, because there are columns {', '.join(needed)}"
-            return reader, why + (' and chosen is a transcript with "Human:" turns' if found == "hh" else "")
+    for name, (needed, reader) in FORMATS.items():
+        if set(needed) <= set(row) and (name != "hh" or _is_hh(row)):
+            why = f"format {name}, because there are columns {', '.join(needed)}"
+            return reader, why + (' and chosen is a transcript with "Human:" turns' if name == "hh" else "")
+    accepted = "; ".join(f"{name} {{{', '.join(needed)}}}" for name, (needed, _) in FORMATS.items())
     columns = sorted(map(str, row))
-    raise DataError(
+    raise UserError(
         f"{where}: unknown shape of dataset: its columns are {columns}; accepted are {accepted} (--columns renames)"
     )
 
@@ -439,16 +446,26 @@ def format_of(row: dict, where: str, name: str = "auto") -> tuple[Callable[[dict
 # ---- token ids -------------------------------------------------------------------------------------------------------
 
 
+PLAIN_TEMPLATE = (  # for tokenizers without a chat template; saved with the exported model, so that generation uses it too
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+PRIVATE = re.compile("[\U000f0000-\U000ffffd]")
+MARK = "\ue000"  # a private-use character: stands for a response to see what a template writes after it
+
+
 def load_tokenizer(model: str, trust_remote_code: bool = False):
     """The tokenizer of a folder or hub name; one without a chat template gets PLAIN_TEMPLATE."""
-    from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds; all mean that there is no usable tokenizer
-        raise DataError(f"{model}: no usable tokenizer there ({_brief(error)})") from error
+        raise UserError(f"{model}: no usable tokenizer there ({_brief(error)})") from error
     if len(tokenizer) == 0:
-        raise DataError(f"{model}: no usable tokenizer there (its vocabulary is empty)")
+        raise UserError(f"{model}: no usable tokenizer there (its vocabulary is empty)")
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
         if tokenizer.bos_token is None:  # jinja would print "None"
@@ -460,7 +477,7 @@ def _render(tokenizer, messages: list[dict], generation_prompt: bool = False) ->
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
     except Exception as error:  # templates raise what they like, most often jinja2's TemplateError
-        raise DataError(f"the chat template refuses this row ({_brief(error)})") from error
+        raise UserError(f"the chat template refuses this row ({_brief(error)})") from error
 
 
 def _ids(tokenizer, text: str) -> list[int]:
@@ -533,39 +550,49 @@ def encode(
     `max_length`, and a cut response has no terminator. Both cuts are named in the second value.
 
     Raises:
-        DataError: the template refuses the row, or its prompt is not a prefix of the whole, or there is no room.
+        UserError: the template refuses the row, or its prompt is not a prefix of the whole, or there is no room.
     """
     ids, cuts = functools.partial(_ids, tokenizer), []
     if not control_tokens and any(map(_special(tokenizer)[1].search, _texts(row))):
-        exchange, reader = _stand_ins(tokenizer)
-        if reader is None or any(PRIVATE.search(x) for x in _texts(row)):
-            raise DataError("it spells a special token, which cannot be told from a real one here")
-        ids = lambda text: reader.encode(exchange(text), add_special_tokens=False).ids  # noqa: E731
-        prompt = [{**m, "content": exchange(m["content"])} for m in row.prompt]
-        row = row._replace(prompt=prompt, responses=list(map(exchange, row.responses)))
+        row, ids = _with_stand_ins(row, tokenizer)
         cuts.append("with a special token as plain text")
+    prompt, responses = _prompt_and_responses(row, tokenizer, ids)
+    if len(prompt) > max_prompt_length:
+        prompt, cuts = prompt[-max_prompt_length:], [*cuts, "prompt cut"]
+    room = max_length - len(prompt)
+    if room < 1 or not all(responses):
+        raise UserError(f"no response token is left within max_length {max_length}")
+    if any(len(r) > room for r in responses):
+        responses, cuts = [r[:room] for r in responses], [*cuts, "response cut"]
+    return Example(prompt, responses, row.desirable), cuts
+
+
+def _with_stand_ins(row: Row, tokenizer) -> tuple[Row, Callable[[str], list[int]]]:
+    """The row with special tokens exchanged for their private-use characters, and what then turns text into ids."""
+    exchange, reader = _stand_ins(tokenizer)
+    if reader is None or any(PRIVATE.search(x) for x in _texts(row)):
+        raise UserError("it spells a special token, which cannot be told from a real one here")
+    prompt = [{**m, "content": exchange(m["content"])} for m in row.prompt]
+    ids = lambda text: reader.encode(exchange(text), add_special_tokens=False).ids  # noqa: E731
+    return row._replace(prompt=prompt, responses=list(map(exchange, row.responses))), ids
+
+
+def _prompt_and_responses(row: Row, tokenizer, ids: Callable[[str], list[int]]) -> tuple[list[int], list[list[int]]]:
+    """The prompt's ids up to where they go on alike in all responses, and what each response has after them."""
     prompt_text, wholes = _render(tokenizer, row.prompt, generation_prompt=True), []
     after = _render(tokenizer, [*row.prompt, {"role": "assistant", "content": MARK}]).rpartition(MARK)[2]
     for response in row.responses:
         text = _render(tokenizer, [*row.prompt, {"role": "assistant", "content": response}])
         if not text.startswith(prompt_text.rstrip()):
-            raise DataError("the chat template renders the prompt differently once a response follows")
+            raise UserError("the chat template renders the prompt differently once a response follows")
         if after.strip() and text.endswith(after):
             text = text[: len(text) - len(after) + len(after.rstrip())]
         wholes.append(ids(text))
     prompt = ids(prompt_text)
     shared = min(_common(prompt, whole) for whole in wholes)
     if shared == 0:
-        raise DataError("the prompt has no token from which the first response token could be predicted")
-    prompt, responses = prompt[:shared], [whole[shared:] for whole in wholes]
-    if len(prompt) > max_prompt_length:
-        prompt, cuts = prompt[-max_prompt_length:], [*cuts, "prompt cut"]
-    room = max_length - len(prompt)
-    if room < 1 or not all(responses):
-        raise DataError(f"no response token is left within max_length {max_length}")
-    if any(len(r) > room for r in responses):
-        responses, cuts = [r[:room] for r in responses], [*cuts, "response cut"]
-    return Example(prompt, responses, row.desirable), cuts
+        raise UserError("the prompt has no token from which the first response token could be predicted")
+    return prompt[:shared], [whole[shared:] for whole in wholes]
 
 
 def encode_simpo(row: Row, tokenizer, max_length: int, max_prompt_length: int) -> tuple[Example, list[str]]:
@@ -598,7 +625,7 @@ def encode_simpo(row: Row, tokenizer, max_length: int, max_prompt_length: int) -
         if len(prompt) + longest > max_length:
             responses, cuts = [r[: max_length - max_prompt_length] for r in responses], [*cuts, "response cut"]
     if not prompt or not all(responses):
-        raise DataError(f"no response token is left within max_length {max_length}")
+        raise UserError(f"no response token is left within max_length {max_length}")
     return Example(prompt, responses, row.desirable), cuts
 
 
@@ -614,6 +641,37 @@ def to_equal_length(example: Example, fraction: float = 1.0, seed: int = 0) -> E
 
 
 # ---- a dataset -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reading:
+    """How rows become examples; the trainer's settings inherit these."""
+
+    max_length: int = setting(2048, "tokens of prompt + response; a longer response is cut")
+    max_prompt_length: int | None = setting(
+        None, "longer prompts lose their oldest tokens; without it 7/8 of max_length, with compat 1800/2048"
+    )
+    format: str = setting("auto", f"of the rows: auto (by the columns of the first), or one of {', '.join(FORMATS)}")
+    columns: str = setting("", "columns to rename, new=old, before anything else: prompt=question,chosen=good")
+    compat: str | None = setting(None, "simpo: tokenise and cut as the released SimPO code does")
+    control_tokens: bool = setting(False, "special tokens spelled in messages become real ones")
+    equal_length: float = setting(0.0, "share of the pairs whose responses are cut to the same length (POET)")
+    drop_duplicates: bool = setting(False, "keep only the first of rows with the same texts")
+    drop_identical: bool = setting(False, "drop pairs whose responses are the same")
+    drop_conflicts: bool = setting(False, "drop rows that say the opposite of another row, both")
+    min_score_margin: float = setting(0.0, "drop pairs whose scores differ by less")
+    max_drop_fraction: float = setting(0.1, "more invalid rows than this share is an error; ties and drops by choice are valid")
+    seed: int = setting(0, "for everything random")
+
+
+ON_EXAMPLES = ("drop_duplicates", "drop_identical", "drop_conflicts", "min_score_margin", "max_drop_fraction")
+PARALLEL_FROM = 20_000  # rows
+LABELS = {True: "desirable", False: "undesirable"}  # in the place of a second response
+IDS = pa.list_(pa.int32())
+SCHEMA = pa.schema({
+    "where": pa.string(), "prompt": IDS, "responses": pa.list_(IDS), "desirable": pa.bool_(), "margin": pa.float64(),
+    "dropped": pa.string(), "cuts": pa.list_(pa.string()), "keys": pa.list_(pa.int64()),
+})  # fmt: skip
 
 
 class Report(NamedTuple):
@@ -636,50 +694,32 @@ class Report(NamedTuple):
 
 
 class Examples(Sequence):
-    """Examples of a large dataset, kept on disk and memory-mapped: an item is read when it is asked for."""
+    """The examples of a dataset, each made when it is asked for.
 
-    def __init__(self, table, rows: np.ndarray, change: Callable[[Example], Example] | None = None):
-        self.table, self.rows, self.change = table, rows, change
+    The dataset is in memory or a memory-mapped file. `rows` are its rows that are examples here, in order; one that is there
+    several times (a source with a weight) is the same row.
+    """
+
+    def __init__(self, dataset: Dataset, rows: np.ndarray, changes: tuple[Callable[[Example], Example], ...] = ()):
+        self.dataset, self.rows, self.changes = dataset, rows, changes
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i):
-        if isinstance(i, slice):
-            return Examples(self.table, self.rows[i], self.change)
-        example = _example(self.table[int(self.rows[i])])
-        return self.change(example) if self.change else example
+        if isinstance(i, (slice, list)):
+            return Examples(self.dataset, self.rows[i], self.changes)
+        example = Example(**self.dataset[int(self.rows[i])])
+        for change in self.changes:
+            example = change(example)
+        return example
+
+    def mapped(self, change: Callable[[Example], Example]) -> "Examples":
+        """The same examples, each changed when it is asked for."""
+        return Examples(self.dataset, self.rows, (*self.changes, change))
 
 
-def _example(item: dict) -> Example:
-    return Example(item["prompt"], item["responses"], item["desirable"], item["where"])
-
-
-def mapped(examples: Sequence, change: Callable[[Example], Example]) -> Sequence:
-    """`change` applied to every example: now for a list, on access for Examples."""
-    if isinstance(examples, Examples):
-        return Examples(examples.table, examples.rows, change)
-    return [change(e) for e in examples]
-
-
-def load(
-    dataset: str,
-    tokenizer,
-    max_length: int = 2048,
-    max_prompt_length: int | None = None,
-    max_drop_fraction: float = 0.1,
-    *,
-    format: str = "auto",
-    columns: str = "",
-    compat: str | None = None,
-    control_tokens: bool = False,
-    equal_length: float = 0.0,
-    drop_duplicates: bool = False,
-    drop_identical: bool = False,
-    drop_conflicts: bool = False,
-    min_score_margin: float = 0.0,
-    seed: int = 0,
-) -> tuple[Sequence[Example], Report]:
+def load(dataset: str, tokenizer, how: Reading | None = None) -> tuple[Examples, Report]:
     """Read, check and tokenise a dataset. Order is kept; the report says what was dropped and why.
 
     A source of PARALLEL_FROM rows or more is tokenised by all cores and kept, memory-mapped, in the cache folder
@@ -688,105 +728,103 @@ def load(
     Args:
         dataset: one or several sources (see `read`) with commas between. "@w" after a source takes it w times: 2 repeats every
             row, 0.5 takes a random half.
-        max_length: tokens of prompt + response. max_prompt_length: None means seven eighths of it (compat "simpo": 1800/2048).
-        max_drop_fraction: more invalid rows than this share is an error. Ties and rows that the switches below drop are valid.
-        format: a key of FORMATS, or "auto": by the columns of the source's first row.
-        columns: "prompt=question, chosen=good": new=old names, applied before anything else.
-        compat: "simpo" tokenises by `encode_simpo`.
-        control_tokens: special tokens spelled in messages become real ones.
-        equal_length: share of the pairs whose responses are cut to the same length (POET).
-        drop_duplicates: of rows with the same texts, only the first is kept. drop_identical: pairs of equal responses go.
-        drop_conflicts: rows that say the opposite of another row go, both. All three are counted in the report anyway.
-        min_score_margin: pairs whose scores differ by less go.
-    Returns:
-        the examples, a list or Examples, and the Report.
+        how: a Reading, or settings that inherit it.
     Raises:
-        DataError: unreadable source, unknown columns, no valid rows, too many dropped, or a setting that does not fit.
+        UserError: unreadable source, unknown columns, no valid rows, too many dropped, or a setting that does not fit.
     """
-    if compat not in (None, "", "simpo"):
-        raise DataError(f"compat is {compat!r}; accepted is simpo")
-    if not 0 <= equal_length <= 1:
-        raise DataError(f"equal_length is {equal_length}; it is a share between 0 and 1")
-    if max_prompt_length is None:
-        max_prompt_length = max_length * (225 if compat else 224) // 256  # released SimPO: 1800 of 2048; else seven eighths
-    if not 1 <= max_prompt_length < max_length:
-        raise DataError(
-            f"max_length {max_length} with max_prompt_length {max_prompt_length} leaves no room for a prompt and a response"
-        )
-    lengths = dict(max_length=max_length, max_prompt_length=max_prompt_length)
-    own = functools.partial(encode, **lengths, control_tokens=control_tokens)
-    rule = functools.partial(encode_simpo, **lengths) if compat else own
-    job = functools.partial(
-        _outcome, tokenizer=tokenizer, rule=rule, renamed=_renamed(columns), equal_length=equal_length, seed=seed
-    )
-    tables, formats, weights = [], [], []
+    how = _completed(how or Reading())
+    parts, formats, weights = [], [], []
     for source, weight in _sources(dataset):
-        table, why = _outcomes(source, job, format)
-        tables.append(table)
+        part, why = _outcomes(source, tokenizer, how)
+        parts.append(part)
         formats.append(f"{source}{f' × {weight:g}' if weight != 1 else ''}: {why}")
-        weights += [weight] * len(table)
-    table = tables[0] if len(tables) == 1 else _concatenated(tables)
-    where, problems, margins = (list(_column(table, name)) for name in ("where", "dropped", "margin"))
-    total, invalid = len(problems), sum(p not in (None, TIE) for p in problems)
-    quality = _quality(_column(table, "keys"), problems)
-    switches = {"duplicates": drop_duplicates, "identical responses": drop_identical, "conflicts": drop_conflicts}
-    for name, rows in quality.items():
-        for i in rows if switches[name] else []:
-            problems[i] = problems[i] or f"{name} (drop_{name.split()[0]})"
-    if min_score_margin > 0:
-        if all(m is None for m in margins):
-            raise DataError(f"{dataset}: min_score_margin needs scores, and no row has any")
-        for i, margin in enumerate(margins):
-            if margin is not None and margin < min_score_margin:
-                problems[i] = problems[i] or f"score margin below {min_score_margin:g}"
+        weights += [weight] * len(part)
+    outcomes = concatenate_datasets(parts)
+    problems = _column(outcomes, "dropped")
+    invalid = sum(p not in (None, TIE) for p in problems)
+    quality = _quality(_column(outcomes, "keys"), problems)
+    _drop_by_choice(problems, quality, _column(outcomes, "margin"), dataset, how)
     kept = [i for i, problem in enumerate(problems) if problem is None]
     dropped = Counter(p for p in problems if p is not None)
-    first = [f"{w}: {p}" for w, p in zip(where, problems) if p is not None][:5]
-    cut = Counter(itertools.chain.from_iterable(_column(table, "cuts")))
+    first = [f"{where}: {p}" for where, p in zip(_column(outcomes, "where"), problems) if p is not None][:5]
+    cut = Counter(itertools.chain.from_iterable(_column(outcomes, "cuts")))
     counts = {name: len(rows) for name, rows in quality.items()}
-    report = Report(total, len(kept), dict(dropped.most_common()), first, dict(cut), formats, counts)
+    report = Report(len(problems), len(kept), dict(dropped.most_common()), first, dict(cut), formats, counts)
     if not kept:
-        raise DataError(f"{dataset}: no valid rows\n{report}")
-    if invalid > max_drop_fraction * total:
-        raise DataError(
-            f"{dataset}: more than {max_drop_fraction:.0%} of the rows were dropped as invalid (--max_drop_fraction)\n{report}"
+        raise UserError(f"{dataset}: no valid rows\n{report}")
+    if invalid > how.max_drop_fraction * len(problems):
+        share = f"{how.max_drop_fraction:.0%}"
+        raise UserError(f"{dataset}: more than {share} of the rows were dropped as invalid (--max_drop_fraction)\n{report}")
+    rows = kept if set(weights) == {1} else _weighted(kept, weights, how.seed)
+    return Examples(outcomes.select_columns(list(Example._fields)), np.array(rows)), report
+
+
+def _completed(how: Reading) -> Reading:
+    """The reading options alone, checked, with the prompt's length limit filled in."""
+    if how.compat not in (None, "", "simpo"):
+        raise UserError(f"compat is {how.compat!r}; accepted is simpo")
+    if not 0 <= how.equal_length <= 1:
+        raise UserError(f"equal_length is {how.equal_length}; it is a share between 0 and 1")
+    longest = how.max_prompt_length
+    if longest is None:
+        longest = how.max_length * (225 if how.compat else 224) // 256  # released SimPO: 1800 of 2048; else seven eighths
+    if not 1 <= longest < how.max_length:
+        raise UserError(
+            f"max_length {how.max_length} with max_prompt_length {longest} leaves no room for a prompt and a response; "
+            "raise max_length or lower max_prompt_length"
         )
-    rows = kept if set(weights) == {1} else _weighted(kept, weights, seed)
-    if not isinstance(table, list):
-        return Examples(table, np.array(rows)), report
-    made = {i: _example(table[i]) for i in rows}  # repeats of a row are one object, by which split_held_out knows them
-    return [made[i] for i in rows], report
+    return Reading(**{f.name: getattr(how, f.name) for f in fields(Reading)} | {"max_prompt_length": longest})
 
 
 def _renamed(columns: str) -> dict[str, str]:
     pairs = [[side.strip() for side in part.split("=")] for part in columns.split(",") if part.strip()]
     if not all(len(p) == 2 and all(p) for p in pairs):
-        raise DataError(f"columns is {columns!r}: write new=old with commas between, such as prompt=question,chosen=good")
+        raise UserError(f"columns is {columns!r}: write new=old with commas between, such as prompt=question,chosen=good")
     return dict(pairs)
 
 
-def _outcome(item, reader, tokenizer, rule, renamed, equal_length, seed) -> dict:
-    """What becomes of one row: its token ids, or the reason for which it is dropped; a line of SCHEMA."""
+def _outcomes(source: str, tokenizer, how: Reading) -> tuple[Dataset, str]:
+    """What becomes of each row of a source, in order, as rows of SCHEMA; and the reason for the format."""
+    rows, renamed = read(source), _renamed(how.columns)
+    head = list(itertools.islice(rows, PARALLEL_FROM))
+    where, first = next(((w, raw) for w, raw in head if isinstance(raw, dict)), (source, None))
+    reader, why = None, "no row"
+    if first is not None:
+        if missing := [old for old in renamed.values() if old not in first]:
+            raise UserError(f"{where}: --columns names {', '.join(missing)}, but its columns are {sorted(map(str, first))}")
+        reader, why = format_of(first | {new: first[old] for new, old in renamed.items()}, where, how.format)
+    outcome = functools.partial(_outcome, reader=reader, renamed=renamed, tokenizer=tokenizer, how=how)
+    rows = progress(itertools.chain(head, rows), "tokenise", "rows")
+    if len(head) < PARALLEL_FROM:
+        return Dataset(pa.Table.from_pylist(list(map(outcome, rows)), SCHEMA)), why
+    return _cached(rows, outcome, _cache_key(source, tokenizer, how)), why
+
+
+def _outcome(item: tuple[str, dict | Exception], reader, renamed: dict[str, str], tokenizer, how: Reading) -> dict:
+    """What becomes of one row: its token ids, or the reason for which it is dropped; a row of SCHEMA."""
     where, raw = item
-    found = dict.fromkeys(SCHEMA.names) | {"where": where, "cuts": [], "keys": []}
+    nothing = dict.fromkeys(SCHEMA.names) | {"where": where, "cuts": [], "keys": []}
     try:
         if isinstance(raw, Exception):
             raise raw
         if not isinstance(raw, dict):
-            raise DataError(f"the row is a {type(raw).__name__}, not an object with columns")
+            raise UserError(f"the row is a {type(raw).__name__}, not an object with columns")
         row = reader(raw | {new: raw.get(old) for new, old in renamed.items()})
-        example, cuts = rule(row, tokenizer)
-        equal = to_equal_length(example, equal_length, seed) if equal_length else example
-    except DataError as error:
-        return found | {"dropped": str(error)}
-    keys = [json.dumps(row.prompt), *row.responses, *([] if row.desirable is None else [LABELS[row.desirable]])]
-    return found | {
+        if how.compat:
+            example, cuts = encode_simpo(row, tokenizer, how.max_length, how.max_prompt_length)
+        else:
+            example, cuts = encode(row, tokenizer, how.max_length, how.max_prompt_length, how.control_tokens)
+        equal = to_equal_length(example, how.equal_length, how.seed) if how.equal_length else example
+    except UserError as error:
+        return nothing | {"dropped": str(error)}
+    said = [json.dumps(row.prompt), *row.responses, *([] if row.desirable is None else [LABELS[row.desirable]])]
+    return nothing | {
         "prompt": example.prompt,
         "responses": equal.responses,
         "desirable": row.desirable,
         "margin": row.margin,
         "cuts": cuts + ["made equally long"] * (equal != example),
-        "keys": [_key(k) for k in keys],
+        "keys": [_key(text) for text in said],
     }
 
 
@@ -794,88 +832,50 @@ def _key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-IDS = pa.list_(pa.int32())
-SCHEMA = pa.schema({
-    "where": pa.string(), "prompt": IDS, "responses": pa.list_(IDS), "desirable": pa.bool_(), "margin": pa.float64(),
-    "dropped": pa.string(), "cuts": pa.list_(pa.string()), "keys": pa.list_(pa.int64()),
-})  # fmt: skip
-LABELS = {True: "desirable", False: "undesirable"}  # in the place of a second response
-PARALLEL_FROM = 20_000  # rows
-
-
-def _outcomes(source: str, job: Callable, format: str) -> tuple[Sequence[dict], str]:
-    """The outcomes of all rows of a source, in order, a list or a memory-mapped table; and the reason for the format."""
-    rows = read(source)
-    head = list(itertools.islice(rows, PARALLEL_FROM))
-    renamed = job.keywords["renamed"]
-    where, first = next(((w, raw) for w, raw in head if isinstance(raw, dict)), (source, None))
-    reader, why = None, "no row"
-    if first is not None:
-        if missing := [old for old in renamed.values() if old not in first]:
-            raise DataError(f"{where}: --columns names {', '.join(missing)}, but its columns are {sorted(map(str, first))}")
-        reader, why = format_of(first | {new: first[old] for new, old in renamed.items()}, where, format)
-    job = functools.partial(job, reader=reader)
-    show = dict(desc="tokenise", unit=" rows", leave=False, disable=not sys.stderr.isatty())
-    if len(head) < PARALLEL_FROM:
-        return [job(item) for item in tqdm(head, **show)], why
-    return _cached(tqdm(itertools.chain(head, rows), **show), job, _cache_file(source, job)), why
-
-
-def _cache_file(source: str, job: Callable) -> Path:
-    """Where a large source's table is kept, by everything that it depends on: source, tokenizer, settings, this file."""
+def _cache_key(source: str, tokenizer, how: Reading) -> str:
+    """A hash of everything that the outcomes of a source depend on: its files, tokenizer, template, settings, this file."""
     name, _ = _cut(source)
-    files, tokenizer = _files(name), job.keywords["tokenizer"]
+    files = _files(name)
     if files is None:
         origin = [_hub(name)._fingerprint]
     else:
         origin = [os.urandom(8) if name == "-" else (str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     spelling = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
-    settings = {k: v for k, v in job.keywords.items() if k not in ("tokenizer", "rule", "reader")}
-    rule = (job.keywords["rule"].func.__name__, job.keywords["rule"].keywords, job.keywords["reader"].__name__)
-    key = repr((source, origin, spelling, tokenizer.chat_template, settings, rule, Path(__file__).read_text()))
-    folder = Path(os.environ.get("PLAINPO_CACHE", "~/.cache/plainpo")).expanduser()
-    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
+    settings = {name: value for name, value in asdict(how).items() if name not in ON_EXAMPLES}
+    key = repr((source, origin, spelling, tokenizer.chat_template, settings, Path(__file__).read_text()))
+    return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
-def _start_worker(job: Callable) -> None:
+def _cached(rows: Iterable, outcome: Callable, key: str) -> Dataset:
+    """The outcomes kept under `key`, made first by all cores if they are not there; of several processes one makes them and
+    the rest wait."""
+
+    def made():
+        with multiprocessing.Pool(initializer=_start_worker, initargs=(outcome,)) as pool:
+            while part := list(itertools.islice(rows, PARALLEL_FROM)):
+                yield from pool.map(_work, part, chunksize=256)
+
+    rows, folder = iter(rows), Path(os.environ.get("PLAINPO_CACHE", "~/.cache/plainpo")).expanduser()
+    disable_progress_bars()  # ours counts rows as they are read
+    try:
+        return Dataset.from_generator(made, Features.from_arrow_schema(SCHEMA), cache_dir=str(folder), fingerprint=key)
+    except DatasetGenerationError as error:
+        raise error.__cause__ or error from None
+    finally:
+        enable_progress_bars()
+
+
+def _start_worker(outcome: Callable) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a trainer's handler, inherited, would keep the pool from ending it
-    _work.job = job
+    _work.outcome = outcome
 
 
-def _work(item) -> dict:
-    return _work.job(item)
+def _work(item: tuple[str, dict | Exception]) -> dict:
+    return _work.outcome(item)
 
 
-def _cached(rows: Iterator, job: Callable, file: Path):
-    """The table of `file`, written first by all cores if it is not there; of several processes one writes and the rest wait."""
-    from datasets import Dataset
-    from filelock import FileLock
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{file}.lock"):
-        if not file.exists():
-            unfinished = file.with_suffix(".unfinished")
-            with (
-                multiprocessing.Pool(initializer=_start_worker, initargs=(job,)) as pool,
-                pa.OSFile(str(unfinished), "wb") as sink,
-                pa.ipc.new_stream(sink, SCHEMA) as writer,
-            ):
-                while part := list(itertools.islice(rows, PARALLEL_FROM)):
-                    writer.write_batch(pa.RecordBatch.from_pylist(pool.map(_work, part, chunksize=256), SCHEMA))
-            unfinished.replace(file)
-    return Dataset.from_file(str(file))
-
-
-def _column(table: Sequence[dict], name: str) -> list:
-    return [line[name] for line in table] if isinstance(table, list) else table.data.column(name).to_pylist()
-
-
-def _concatenated(tables: list[Sequence[dict]]) -> Sequence[dict]:
-    if all(isinstance(t, list) for t in tables):
-        return list(itertools.chain(*tables))
-    from datasets import Dataset, concatenate_datasets
-
-    return concatenate_datasets([Dataset(pa.Table.from_pylist(t, SCHEMA)) if isinstance(t, list) else t for t in tables])
+def _column(outcomes: Dataset, name: str) -> list:
+    return outcomes.data.column(name).to_pylist()
 
 
 def _quality(keys: list[list[int]], problems: list[str | None]) -> dict[str, list[int]]:
@@ -883,24 +883,55 @@ def _quality(keys: list[list[int]], problems: list[str | None]) -> dict[str, lis
     valid = [(i, tuple(k)) for i, (k, problem) in enumerate(zip(keys, problems)) if problem is None]
     said, seen = {k for _, k in valid}, set()
     opposite_label = {_key(LABELS[True]): _key(LABELS[False]), _key(LABELS[False]): _key(LABELS[True])}
-    found = {"duplicates": [], "identical responses": [], "conflicts": []}
+    duplicates, identical, conflicts = [], [], []
     for i, (prompt, first, second) in valid:
         unpaired = second in opposite_label
         opposite = (prompt, first, opposite_label[second]) if unpaired else (prompt, second, first)
         if (prompt, first, second) in seen:
-            found["duplicates"].append(i)
+            duplicates.append(i)
         if not unpaired and first == second:
-            found["identical responses"].append(i)
+            identical.append(i)
         elif opposite in said:
-            found["conflicts"].append(i)
+            conflicts.append(i)
         seen.add((prompt, first, second))
-    return found
+    return {"duplicates": duplicates, "identical responses": identical, "conflicts": conflicts}
+
+
+def _drop_by_choice(
+    problems: list[str | None], quality: dict[str, list[int]], margins: list[float | None], dataset: str, how: Reading
+) -> None:
+    """Give valid rows that the options exclude a reason in `problems`."""
+    chosen = (how.drop_duplicates, how.drop_identical, how.drop_conflicts)
+    for (name, rows), drop in zip(quality.items(), chosen):
+        for i in rows if drop else []:
+            problems[i] = problems[i] or f"{name} (drop_{name.split()[0]})"
+    if how.min_score_margin > 0:
+        if all(m is None for m in margins):
+            raise UserError(f"{dataset}: min_score_margin needs scores, and no row has any")
+        for i, margin in enumerate(margins):
+            if margin is not None and margin < how.min_score_margin:
+                problems[i] = problems[i] or f"score margin below {how.min_score_margin:g}"
 
 
 def _weighted(rows: list[int], weights: list[float], seed: int) -> list[int]:
     """Every row as often as its weight says; the fraction is a chance, drawn with the seed."""
     chance = np.random.default_rng([seed, 2**31 + 1]).random(len(rows))
     return [i for i, c in zip(rows, chance) for _ in range(int(weights[i]) + (c < weights[i] % 1))]
+
+
+def split_held_out(examples: Examples, n: int, seed: int) -> tuple[Examples, Examples]:
+    """(train, held out): n examples drawn with the seed, both parts in their order.
+
+    A row that is there several times is held out once and then not trained on.
+    """
+    drawn, held_out = set(), []
+    for i in np.random.default_rng([seed, 2**31]).permutation(len(examples)).tolist():
+        row = int(examples.rows[i])
+        if len(held_out) < n and row not in drawn:
+            drawn.add(row)
+            held_out.append(i)
+    trained = [i for i, row in enumerate(examples.rows.tolist()) if row not in drawn]
+    return examples[trained], examples[sorted(held_out)]
 
 
 # ---- step plan and microbatches --------------------------------------------------------------------------------------
@@ -913,23 +944,6 @@ def step_plan(examples: int, batch_size: int, seed: int, epoch: int) -> list[np.
     """
     order = np.random.default_rng([seed, epoch]).permutation(examples)
     return [order[i : i + batch_size] for i in range(0, examples, batch_size)]
-
-
-def split_held_out(examples: Sequence, held_out: int, seed: int) -> tuple[Sequence, Sequence]:
-    """(train, held out): `held_out` examples drawn with the seed, both parts in their order.
-
-    A row that is there several times (a source with a weight) is held out once and then not trained on.
-    """
-    lazy = isinstance(examples, Examples)
-    same, drawn, held = examples.rows.tolist() if lazy else list(map(id, examples)), set(), []
-    for i in np.random.default_rng([seed, 2**31]).permutation(len(examples)).tolist():
-        if len(held) < held_out and same[i] not in drawn:
-            drawn.add(same[i])
-            held.append(i)
-    parts = [i for i in range(len(same)) if same[i] not in drawn], sorted(held)
-    if lazy:
-        return tuple(Examples(examples.table, examples.rows[part], examples.change) for part in parts)
-    return tuple([examples[i] for i in part] for part in parts)
 
 
 def tokens_of(example: Example) -> int:
@@ -1122,24 +1136,13 @@ class Annotator(NamedTuple):
         return world_quality(prompt, response) + drawn + self.length_bias * len(response.split())
 
 
-def tiny_world(seed: int = 0, demonstrations: int = 4096, pairs: int = 0) -> tuple:
-    """(tokenizer, demonstration rows, preference rows): data in the same form as real data, with a known true quality.
-
-    A pair is two demonstrations of one prompt, the truly better one chosen; ties are drawn again.
-    """
+def tiny_world(seed: int = 0, demonstrations: int = 4096) -> tuple:
+    """(tokenizer, demonstration rows): data in the same form as real data, with a known true quality."""
     rng, prompts = np.random.default_rng(seed), world_prompts(seed)[HELD_OUT_PROMPTS:]
-    user = lambda prompt: [{"role": "user", "content": prompt}]  # noqa: E731
     shown = []
     for prompt in rng.choice(prompts, demonstrations):
-        shown.append(Row(user(str(prompt)), [world_demonstration(prompt, rng)]))
-    compared = []
-    while len(compared) < pairs:
-        prompt = str(rng.choice(prompts))
-        a, b = world_demonstration(prompt, rng), world_demonstration(prompt, rng)
-        better, worse = world_quality(prompt, a), world_quality(prompt, b)
-        if better != worse:
-            compared.append(Row(user(prompt), [a, b] if better > worse else [b, a]))
-    return world_tokenizer(), shown, compared
+        shown.append(Row([{"role": "user", "content": str(prompt)}], [world_demonstration(prompt, rng)]))
+    return world_tokenizer(), shown
 
 
 # ---- making pairs on policy: sample → score → pairs ------------------------------------------------------------------
@@ -1150,6 +1153,61 @@ def tiny_world(seed: int = 0, demonstrations: int = 4096, pairs: int = 0) -> tup
 #   pairs   {prompt, responses, scores}        → {id, prompt, chosen, rejected, score_chosen, score_rejected}
 
 
+@dataclass
+class Sampling:
+    """Sample n responses to every prompt and add them to out, which is continued if it is there.
+
+    The prompt that is written is the one that was given. Equal responses are kept once; one that did not end within max_tokens
+    is counted and left out, since no terminator followed it. Prompts go in fixed batches with a seed of their own, so a
+    continued run writes what an unbroken one would have written.
+    """
+
+    model: str = setting(MISSING, "folder or hub name of a causal language model")
+    prompts: str = setting(MISSING, "sources of rows with a prompt")
+    out: str = setting(MISSING, "JSON lines to write")
+    n: int = setting(5, "responses per prompt and strategy", aliases="-n")
+    strategy: str = setting(
+        "plain", "plain, cot (think step by step), dts (n approaches, then an answer by each), or several with commas"
+    )
+    temperature: float = setting(0.8, "of sampling; 0 is greedy")
+    top_p: float = setting(0.95, "share of the probability that is sampled from")
+    max_tokens: int = setting(512, "longer responses are left out")
+    batch_size: int = setting(8, "prompts at a time")
+    columns: str = setting("", "columns to rename, new=old")
+    seed: int = setting(0, "for everything random")
+    device: str = setting("auto", "cpu, cuda or auto")
+    keep_unfinished: bool = setting(False, "keep unfinished responses, and empty ones, as a judge needs them")
+
+
+@dataclass
+class Scoring:
+    """Add scores to rows of {prompt, responses} and write them to out, which is continued if it is there.
+
+    By a reward model, which reads prompt and response through its own chat template, or by a rule, a Python function of
+    (row, response) that gives a number, or true and false.
+    """
+
+    responses: str = setting(MISSING, "sources of rows with a prompt and responses")
+    out: str = setting(MISSING, "JSON lines to write")
+    reward_model: str = setting("", "folder or hub name of a sequence-classification model with one output")
+    rule: str = setting("", "file.py:function or module:function")  # in Python also the function itself
+    batch_size: int = setting(8, "responses at a time")
+    device: str = setting("auto", "cpu, cuda or auto")
+
+
+@dataclass
+class Pairing:
+    """Make preference pairs of scored responses; responses of several rows with the same prompt are taken together."""
+
+    scored: str = setting(MISSING, "sources of rows with a prompt, responses and scores")
+    out: str = setting(MISSING, "JSON lines to write")
+    how: str = setting(
+        "best_worst", "best_worst, random (two of different score) or correct (a random one above ½ against one at most ½)"
+    )
+    min_margin: float = setting(0.0, "least difference of scores of a pair")
+    seed: int = setting(0, "for everything random")
+
+
 def _prompt(row: dict, where: str) -> list[dict]:
     """The prompt of a row: a prompt column, AlpacaEval's instruction, Arena-Hard's one turn, or that of any pair format."""
     turns = row.get("turns")
@@ -1158,7 +1216,7 @@ def _prompt(row: dict, where: str) -> list[dict]:
     if turns is None:
         return format_of(row, where)[0](row).prompt
     if not isinstance(turns, list) or len(turns) != 1 or not isinstance(turns[0], dict):
-        raise DataError("turns is not a list of one turn {content}")
+        raise UserError("turns is not a list of one turn {content}")
     return _messages(turns[0].get("content"), "turns")
 
 
@@ -1166,14 +1224,14 @@ def prompts_of(source: str, columns: str = "") -> Iterator[tuple[str, dict, list
     """(where, row with an id, prompt messages) of every usable row of all sources; what is left out is named on stderr."""
     renamed, used, left_out = _renamed(columns), 0, 0
     if any(weight != 1 for _, weight in _sources(source)):
-        raise DataError(f"{source}: a weight (@) says how often to train on a row; here it has no meaning")
+        raise UserError(f"{source}: a weight (@) says how often to train on a row; here it has no meaning")
     for where, raw in itertools.chain.from_iterable(read(name) for name, _ in _sources(source)):
         try:
             if not isinstance(raw, dict):
-                raise raw if isinstance(raw, DataError) else DataError("the row is not an object with columns")
+                raise raw if isinstance(raw, UserError) else UserError("the row is not an object with columns")
             row = raw | {new: raw.get(old) for new, old in renamed.items()}
             prompt = _prompt(row, where)
-        except DataError as error:
+        except UserError as error:
             left_out += 1
             if left_out <= 5:
                 print(f"{where}: left out ({str(error).removeprefix(f'{where}: ')})", file=sys.stderr)
@@ -1183,7 +1241,7 @@ def prompts_of(source: str, columns: str = "") -> Iterator[tuple[str, dict, list
     if left_out > 5:
         print(f"{source}: {left_out} rows left out in all", file=sys.stderr)
     if not used:
-        raise DataError(f"{source}: no row with a usable prompt")
+        raise UserError(f"{source}: no row with a usable prompt")
 
 
 def _resumed(source: str, out: str) -> list[dict]:
@@ -1200,7 +1258,7 @@ def _resumed(source: str, out: str) -> list[dict]:
         if not all(isinstance(row["id"], str) and isinstance(row["responses"], list) for row in rows):
             raise ValueError
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{out}: not the output of an earlier run of this command, so it cannot be continued") from error
+        raise UserError(f"{out}: not the output of an earlier run of this command, so it cannot be continued") from error
     if complete != text:
         path.write_text(complete, encoding="utf-8")
     return rows
@@ -1208,7 +1266,7 @@ def _resumed(source: str, out: str) -> list[dict]:
 
 def _keep_apart(source: str, out: str) -> None:
     if any(os.path.exists(name) and os.path.exists(out) and os.path.samefile(name, out) for name, _ in _sources(source)):
-        raise DataError(f"{out}: is read and written at once; give another --out")
+        raise UserError(f"{out}: is read and written at once; give another --out")
 
 
 def _write(out: str, rows: list[dict]) -> None:
@@ -1218,41 +1276,23 @@ def _write(out: str, rows: list[dict]) -> None:
 
 def _load_model(name: str, auto, device: str):
     try:
-        model, found = auto.from_pretrained(name, dtype="auto", use_safetensors=True, output_loading_info=True)
+        model, info = auto.from_pretrained(name, dtype="auto", use_safetensors=True, output_loading_info=True)
     except Exception as error:  # transformers raises many kinds; all mean that there is no such model
-        raise DataError(
-            f"{name}: no loadable {auto.__name__.removeprefix('AutoModelFor')} model there ({_brief(error)})"
-        ) from error
-    if found["missing_keys"]:  # transformers would fill them with noise
-        raise DataError(f"{name}: is another kind of model, it lacks {', '.join(sorted(found['missing_keys'])[:3])}")
+        kind = auto.__name__.removeprefix("AutoModelFor")
+        raise UserError(f"{name}: no loadable {kind} model there ({_brief(error)})") from error
+    if info["missing_keys"]:  # transformers would fill them with noise
+        raise UserError(f"{name}: is another kind of model, it lacks {', '.join(sorted(info['missing_keys'])[:3])}")
     device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).train(False)
 
 
-@torch.no_grad()
-def _answers(
-    model, tokenizer, prompts: list[list[dict]], temperature, top_p, max_tokens, seed, cut: list[int]
-) -> list[str]:
-    """One answer to each prompt, sampled (temperature 0: greedy); the places of those that did not end within max_tokens are
-    added to `cut`."""
+def _answers(model, tokenizer, prompts: list[list[dict]], s: Sampling, seed: int) -> tuple[list[str], list[bool]]:
+    """One answer to each prompt, and whether it ended within max_tokens."""
+    if not (model.generation_config.eos_token_id or tokenizer.eos_token_id):
+        raise UserError("the model has no token that ends a response (eos_token_id of its generation config)")
     ids = [encode(Row(p, [MARK]), tokenizer, 2**31, 2**31)[0].prompt for p in prompts]
-    width = max(map(len, ids))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    inputs = torch.tensor([[pad] * (width - len(x)) + x for x in ids], device=model.device)
-    mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in ids], device=model.device)
-    stop = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    if stop is None:
-        raise DataError("the model has no token that ends a response (eos_token_id of its generation config)")
-    how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature > 0 else dict(do_sample=False)
     torch.manual_seed(seed)
-    out = model.generate(
-        input_ids=inputs, attention_mask=mask, max_new_tokens=max_tokens, eos_token_id=stop, pad_token_id=pad, **how
-    )
-    stops = {stop} if isinstance(stop, int) else set(stop)
-    ended = [bool(stops & set(answer)) for answer in out[:, width:].tolist()]
-    texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-    cut += [i for i, done in enumerate(ended) if not done]
-    return [text.strip() for text in texts]
+    return completions(model, tokenizer, ids, s.max_tokens, s.temperature, s.top_p)
 
 
 STEP_BY_STEP = "\n\nThink step by step, then give the final answer."
@@ -1264,76 +1304,59 @@ def _with(prompt: list[dict], addition: str) -> list[dict]:
     return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + addition}]
 
 
-def _asked(strategy: str, prompts: list[list[dict]], n: int, answer: Callable) -> list[list[dict]]:
+def _questions(strategy: str, prompts: list[list[dict]], n: int, answer: Callable) -> list[list[dict]]:
     """The n questions that a strategy puts for each prompt, prompt by prompt; `answer` is asked for approaches first by dts."""
     if strategy == "plain":
         return [p for p in prompts for _ in range(n)]
     if strategy == "cot":
         return [_with(p, STEP_BY_STEP) for p in prompts for _ in range(n)]
-    plans = answer([_with(p, APPROACHES.format(n=n)) for p in prompts], cut=[])
-    found = [re.findall(r"^\s*\d+[.):]\s*(.+)$", plan, re.MULTILINE)[:n] for plan in plans]
-    lists = [names + [None] * (n - len(names)) for names in found]  # too few approaches: the rest is sampled plainly
-    return [_with(p, BY_APPROACH.format(approach=a)) if a else p for p, names in zip(prompts, lists) for a in names]
+    plans, _ = answer([_with(p, APPROACHES.format(n=n)) for p in prompts])
+    questions = []
+    for prompt, plan in zip(prompts, plans):
+        approaches = re.findall(r"^\s*\d+[.):]\s*(.+)$", plan, re.MULTILINE)[:n]
+        questions += [_with(prompt, BY_APPROACH.format(approach=a)) for a in approaches]
+        questions += [prompt] * (n - len(approaches))  # too few approaches: the rest is sampled plainly
+    return questions
 
 
-def sample(
-    model: str,
-    prompts: str,
-    out: str,
-    *,
-    n: int = 5,
-    strategy: str = "plain",
-    temperature: float = 0.8,
-    top_p: float = 0.95,
-    max_tokens: int = 512,
-    batch_size: int = 8,
-    columns: str = "",
-    seed: int = 0,
-    device: str = "auto",
-    keep_unfinished: bool = False,
-) -> None:
-    """Sample n responses to every prompt and add them to `out`, which is continued if it is there.
-
-    strategy: "plain"; "cot" asks for thinking step by step; "dts" first asks for n different approaches and then for an answer
-    by each; several with commas between give n responses each. The prompt that is written is the one that was given. Equal
-    responses are kept once; one that did not end within max_tokens is counted and left out, since no terminator followed it,
-    unless `keep_unfinished`, which keeps empty ones too, as a judge needs them.
-    Prompts go in fixed batches with a seed of their own, so a continued run writes what an unbroken one would have written.
-    """
-    strategies = [name.strip() for name in strategy.split(",")]
+def sample(s: Sampling) -> None:
+    """Sample responses to prompts: see Sampling."""
+    strategies = [name.strip() for name in s.strategy.split(",")]
     if not set(strategies) <= {"plain", "cot", "dts"}:
-        raise DataError(f"strategy is {strategy!r}; accepted are plain, cot, dts, or several with commas between")
-    if n < 1 or batch_size < 1 or max_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise DataError("n, batch_size and max_tokens are at least 1, temperature at least 0, top_p above 0 and at most 1")
-    how = dict(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
-    made = dict(model=model, strategy=strategy, n=n, batch_size=batch_size, **how, seed=seed)
-    done = {row["id"]: row for row in _resumed(prompts, out)}
+        raise UserError(f"strategy is {s.strategy!r}; accepted are plain, cot, dts, or several with commas between")
+    if s.n < 1 or s.batch_size < 1 or s.max_tokens < 1 or s.temperature < 0 or not 0 < s.top_p <= 1:
+        raise UserError("n, batch_size and max_tokens are at least 1, temperature at least 0, top_p above 0 and at most 1")
+    names = ("model", "strategy", "n", "batch_size", "temperature", "top_p", "max_tokens", "seed")
+    made = {name: getattr(s, name) for name in names}
+    done = {row["id"]: row for row in _resumed(s.prompts, s.out)}
     for row in done.values():
         if other := [f"{k} {row[k]}, now {v}" for k, v in made.items() if row.get(k, v) != v]:
-            raise DataError(f"{out}: was begun with {'; '.join(other)}; give the same settings or another --out")
-    rows = list({row["id"]: prompt for _, row, prompt in prompts_of(prompts, columns)}.items())
-    from transformers import AutoModelForCausalLM
-
-    tokenizer, policy = load_tokenizer(model), _load_model(model, AutoModelForCausalLM, device)
-    answer = functools.partial(_answers, policy, tokenizer, **how)
-    for start in tqdm(range(0, len(rows), batch_size), desc="sample", unit=" batches", disable=not sys.stderr.isatty()):
-        part = rows[start : start + batch_size]
+            raise UserError(f"{s.out}: was begun with {'; '.join(other)}; give the same settings or another --out")
+    prompts = list({row["id"]: prompt for _, row, prompt in prompts_of(s.prompts, s.columns)}.items())
+    tokenizer, model = load_tokenizer(s.model), _load_model(s.model, transformers.AutoModelForCausalLM, s.device)
+    for start in progress(range(0, len(prompts), s.batch_size), "sample", "batches"):
+        part = prompts[start : start + s.batch_size]
         if all(key in done for key, _ in part):
             continue
-        ended, unfinished = [{} for _ in part], Counter()  # per prompt: response → the strategy that gave it first
-        for name in strategies:
-            asked = _asked(name, [prompt for _, prompt in part], n, functools.partial(answer, seed=seed + start))
-            cut = []
-            for i, text in enumerate(answer(asked, seed=seed + start + 1, cut=cut)):
-                if keep_unfinished or text and i not in cut:
-                    ended[i // n].setdefault(text, name)
-            unfinished.update(i // n for i in cut)
-        lines = [
-            {"id": key, "prompt": prompt, "responses": list(by), "strategies": list(by.values()), "unfinished": unfinished[i]}
-            for i, ((key, prompt), by) in enumerate(zip(part, ended))
-            if key not in done
-        ]
-        _write(out, [line | made for line in lines])
+        answer = functools.partial(_answers, model, tokenizer, s=s)
+        responses = _responses([prompt for _, prompt in part], strategies, s, answer, s.seed + start)
+        lines = [{"id": key, "prompt": prompt, **found} for (key, prompt), found in zip(part, responses) if key not in done]
+        _write(s.out, [line | made for line in lines])
+
+
+def _responses(prompts: list, strategies: list[str], s: Sampling, answer: Callable, seed: int) -> list[dict]:
+    """For each prompt of a batch its different responses, the strategy that gave each first, and how many did not end."""
+    kept, unfinished = [{} for _ in prompts], [0 for _ in prompts]  # kept: response → strategy
+    for strategy in strategies:
+        questions = _questions(strategy, prompts, s.n, functools.partial(answer, seed=seed))
+        texts, ended = answer(questions, seed=seed + 1)
+        for i, (text, complete) in enumerate(zip(texts, ended)):
+            unfinished[i // s.n] += not complete
+            if s.keep_unfinished or text and complete:
+                kept[i // s.n].setdefault(text, strategy)
+    return [
+        {"responses": list(by), "strategies": list(by.values()), "unfinished": count} for by, count in zip(kept, unfinished)
+    ]
 
 
 def _rule(name: str) -> Callable[[dict, str], float]:
@@ -1348,106 +1371,219 @@ def _rule(name: str) -> Callable[[dict, str], float]:
             module = importlib.import_module(place)
         return getattr(module, function)
     except (ImportError, OSError, AttributeError, ValueError, SyntaxError) as error:
-        raise DataError(f"rule is {name!r}, which is no file.py:function or module:function ({_brief(error)})") from error
+        raise UserError(f"rule is {name!r}, which is no file.py:function or module:function ({_brief(error)})") from error
 
 
-def _judge(name: str, device: str, batch_size: int) -> Callable[[dict, list[dict], list[str]], list[float]]:
-    """A reward model as a function of (row, prompt, responses); responses go padded on the right, batch_size at a time."""
-    from transformers import AutoModelForSequenceClassification
+def _by_rule(rule: Callable[[dict, str], float]) -> Callable:
+    return lambda row, prompt, texts: [float(rule(row, text)) for text in texts]
 
-    tokenizer, judge = load_tokenizer(name), _load_model(name, AutoModelForSequenceClassification, device)
-    if judge.config.num_labels != 1:
-        raise DataError(f"{name}: gives {judge.config.num_labels} numbers per text; a reward model gives one")
-    config = judge.config.get_text_config()
+
+def _by_reward_model(name: str, device: str, batch_size: int) -> Callable[[dict, list[dict], list[str]], list[float]]:
+    """A function of (row, prompt, responses); responses go padded on the right, batch_size at a time."""
+    tokenizer, model = load_tokenizer(name), _load_model(name, transformers.AutoModelForSequenceClassification, device)
+    if model.config.num_labels != 1:
+        raise UserError(f"{name}: gives {model.config.num_labels} numbers per text; a reward model gives one")
+    config = model.config.get_text_config()
     own = config.pad_token_id
 
     @torch.no_grad()
-    def grade(row, prompt, texts):
+    def scores(row, prompt, texts):
         coded = [encode(Row(prompt, [text]), tokenizer, 2**31, 2**31)[0] for text in texts]
-        ids, found = [e.prompt + e.responses[0] for e in coded], []
+        ids, values = [e.prompt + e.responses[0] for e in coded], []
         if own is None:  # transformers looks for the last token that is no padding, so padding must be an id not in use
             config.pad_token_id = next(i for i in range(config.vocab_size) if not any(i in x for x in ids))
         for start in range(0, len(ids), batch_size):
             part = ids[start : start + batch_size]
             width = max(map(len, part))
-            inputs = torch.tensor([x + [config.pad_token_id] * (width - len(x)) for x in part], device=judge.device)
-            mask = torch.tensor([[1] * len(x) + [0] * (width - len(x)) for x in part], device=judge.device)
-            found += judge(input_ids=inputs, attention_mask=mask).logits[:, 0].tolist()
-        return found
+            inputs = torch.tensor([x + [config.pad_token_id] * (width - len(x)) for x in part], device=model.device)
+            mask = torch.tensor([[1] * len(x) + [0] * (width - len(x)) for x in part], device=model.device)
+            values += model(input_ids=inputs, attention_mask=mask).logits[:, 0].tolist()
+        return values
 
-    return grade
+    return scores
 
 
-def score(
-    responses: str, out: str, *, reward_model: str = "", rule: str | Callable = "", batch_size: int = 8, device: str = "auto"
-) -> None:
-    """Add `scores` to rows of {prompt, responses} and write them to `out`, which is continued if it is there.
-
-    reward_model: a transformers sequence-classification model with one output; it reads prompt and response through its own
-    chat template. rule: a Python function of (row, response), or its name, that gives a number, or true and false.
-    """
-    if bool(reward_model) == bool(rule) or batch_size < 1:
-        raise DataError("score needs either reward_model or rule, and a batch_size of at least 1")
+def score(s: Scoring) -> None:
+    """Score responses by a reward model or a rule: see Scoring."""
+    if bool(s.reward_model) == bool(s.rule) or s.batch_size < 1:
+        raise UserError("score needs either reward_model or rule, and a batch_size of at least 1")
     key = lambda row: json.dumps([row["id"], row["responses"]])  # noqa: E731
-    done = set(map(key, _resumed(responses, out)))
-    if rule:
-        function = _rule(rule) if isinstance(rule, str) else rule
-        grade = lambda row, prompt, texts: [float(function(row, text)) for text in texts]  # noqa: E731
+    done = set(map(key, _resumed(s.responses, s.out)))
+    if s.rule:
+        scores_of = _by_rule(_rule(s.rule) if isinstance(s.rule, str) else s.rule)
     else:
-        grade = _judge(reward_model, device, batch_size)
-    for where, row, prompt in tqdm(prompts_of(responses), desc="score", unit=" rows", disable=not sys.stderr.isatty()):
+        scores_of = _by_reward_model(s.reward_model, s.device, s.batch_size)
+    for where, row, prompt in progress(prompts_of(s.responses), "score", "rows"):
         if not isinstance(row.get("responses"), list) or not all(isinstance(x, str) for x in row["responses"]):
-            raise DataError(f"{where}: responses is not a list of texts")
+            raise UserError(f"{where}: responses is not a list of texts")
         if key(row) in done:
             continue
         try:
-            scores = [_score(x, "a score") for x in grade(row, prompt, row["responses"])]
+            scores = [_score(x, "a score") for x in scores_of(row, prompt, row["responses"])]
         except Exception as error:  # a rule is anybody's code
             why = f"{type(error).__name__}: {_brief(error)}"
-            raise DataError(f"{where}: {rule or reward_model} cannot score it ({why})") from error
-        _write(out, [{**row, "scores": scores}])
+            raise UserError(f"{where}: {s.rule or s.reward_model} cannot score it ({why})") from error
+        _write(s.out, [{**row, "scores": scores}])
 
 
-def pairs(scored: str, out: str, *, how: str = "best_worst", min_margin: float = 0.0, seed: int = 0) -> Counter:
-    """Turn rows of {prompt, responses, scores} into preference pairs; returns how many prompts gave a pair, or why not.
+def _scored(row: dict) -> dict[str, float]:
+    """The responses of a row and the score of each."""
+    texts, values = row.get("responses"), row.get("scores")
+    if not isinstance(texts, list) or not isinstance(values, list) or len(texts) != len(values):
+        raise UserError("responses and scores are not two lists of the same length")
+    texts = [_text(x, f"responses {i}") for i, x in enumerate(texts, 1)]
+    return dict(zip(texts, [_score(x, "scores") for x in values]))
 
-    Responses of several rows with the same prompt are taken together.
-    how: "best_worst"; "random", two responses of different score; "correct", a random response with a score above ½ against a
-    random one with at most ½. min_margin: the least difference of scores of a pair.
-    """
-    if how not in ("best_worst", "random", "correct"):
-        raise DataError(f"how is {how!r}; accepted are best_worst, random, correct")
-    _keep_apart(scored, out)
+
+def _comparable(scores: dict[str, float], s: Pairing) -> list[tuple[str, str]]:
+    """The pairs of responses, the better one first, that may be taken."""
+    order = sorted(scores, key=lambda text: -scores[text])
+    couples = [(a, b) for a, b in itertools.combinations(order, 2) if scores[a] > scores[b]]
+    couples = [(a, b) for a, b in couples if scores[a] - scores[b] >= s.min_margin]
+    if s.how == "correct":
+        return [(a, b) for a, b in couples if scores[a] > 0.5 >= scores[b]]
+    if s.how == "best_worst":
+        return [(a, b) for a, b in couples if scores[a] == scores[order[0]] and scores[b] == scores[order[-1]]][:1]
+    return couples
+
+
+def pairs(s: Pairing) -> Counter:
+    """Make preference pairs, see Pairing; returns how many prompts gave a pair, or why not."""
+    if s.how not in ("best_worst", "random", "correct"):
+        raise UserError(f"how is {s.how!r}; accepted are best_worst, random, correct")
+    _keep_apart(s.scored, s.out)
     counts, lines, prompts = Counter(), [], {}
-    for _, row, prompt in prompts_of(scored):
-        texts, values = row.get("responses"), row.get("scores")
+    for _, row, prompt in prompts_of(s.scored):
         try:
-            if not isinstance(texts, list) or not isinstance(values, list) or len(texts) != len(values):
-                raise DataError("responses and scores are not two lists of the same length")
-            texts = [_text(x, f"responses {i}") for i, x in enumerate(texts, 1)]
-            found = dict(zip(texts, [_score(x, "scores") for x in values]))
-        except DataError as error:
+            scores = _scored(row)
+        except UserError as error:
             counts[str(error)] += 1
             continue
-        prompts.setdefault(row["id"], (prompt, {}))[1].update(found)
+        prompts.setdefault(row["id"], (prompt, {}))[1].update(scores)
     for key, (prompt, scores) in prompts.items():
-        rng, order = random.Random(f"{seed} {key}"), sorted(scores, key=lambda text: -scores[text])
-        found = [(a, b) for a, b in itertools.combinations(order, 2) if scores[a] - scores[b] >= min_margin]
-        found = [(a, b) for a, b in found if scores[a] > scores[b] and (how != "correct" or scores[a] > 0.5 >= scores[b])]
-        if how == "best_worst":
-            found = [(a, b) for a, b in found if scores[a] == scores[order[0]] and scores[b] == scores[order[-1]]][:1]
-        few, alike = "fewer than two responses", f"no two responses that differ as asked ({how}, min_margin {min_margin:g})"
-        counts["pairs" if found else few if len(order) < 2 else alike] += 1
-        if found:
-            a, b = rng.choice(found)
+        couples = _comparable(scores, s)
+        if couples:
+            counts["pairs"] += 1
+            a, b = random.Random(f"{s.seed} {key}").choice(couples)
             answers = {"chosen": a, "rejected": b, "score_chosen": scores[a], "score_rejected": scores[b]}
             lines.append({"id": key, "prompt": prompt, **answers})
+        elif len(scores) < 2:
+            counts["fewer than two responses"] += 1
+        else:
+            counts[f"no two responses that differ as asked ({s.how}, min_margin {s.min_margin:g})"] += 1
     if not lines:
-        raise DataError(f"{scored}: gives no pair: {'; '.join(f'{n} {why}' for why, n in counts.items())}")
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text("", encoding="utf-8")
-    _write(out, lines)
+        raise UserError(f"{s.scored}: gives no pair: {'; '.join(f'{n} {why}' for why, n in counts.items())}")
+    Path(s.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(s.out).write_text("", encoding="utf-8")
+    _write(s.out, lines)
     return counts
+
+
+# ---- answers for outside judges --------------------------------------------------------------------------------------
+
+# Published decoding: start → style → (temperature, max_new_tokens), all with top_p 1. α-DPO paper, appendix B.1, "Decoding
+# hyperparameters": those of SimPO, and its footnote 4 gives the folder of SimPO's released code (eval/) that has the numbers.
+# That folder has none for Gemma-2 and none of its own for Llama-3-Instruct v0.2, so there is no such entry.
+DECODING = {
+    "mistral-7b-base": {"alpaca_eval": (0.7, 2048), "arena_hard": (0.0, 4096)},
+    "mistral-7b-instruct": {"alpaca_eval": (0.5, 2048), "arena_hard": (0.0, 4096)},
+    "llama-3-8b-base": {"alpaca_eval": (0.9, 4096), "arena_hard": (0.0, 4096)},
+    "llama-3-8b-instruct": {"alpaca_eval": (0.9, 4096), "arena_hard": (0.0, 4096)},
+}
+STYLES = ("alpaca_eval", "arena_hard")
+
+
+@dataclass
+class Generation:
+    """Answer every prompt of a benchmark once and write the answers as its official judge reads them.
+
+    Rows keep their order; a prompt that is there twice has the same answer twice. Answers that reach max_new_tokens are kept as
+    far as they went and counted. A run that was killed goes on with the same command to what an unbroken one would have made.
+
+        python data.py answers --model runs/mine/model --prompts alpaca_eval.json --out outputs.json --temperature 0.9
+        python data.py answers --model runs/mine/model --prompts question.jsonl --out mine.jsonl --style arena_hard
+    """
+
+    model: str = setting(MISSING, "folder or hub name of a causal language model, such as runs/mine/model")
+    prompts: str = setting(MISSING, "AlpacaEval's JSON, Arena-Hard's question.jsonl, or any rows with a prompt")
+    out: str = setting(MISSING, "file to write; a killed run goes on from OUT.part")
+    style: str = setting("alpaca_eval", "format of out: alpaca_eval (a JSON list) or arena_hard (v0.1's answers, JSON lines)")
+    name: str | None = setting(None, "what the judge calls the model (generator, model_id); without it, its folder's name")
+    decoding: str | None = setting(None, f"published settings of a start: {', '.join(DECODING)}")
+    temperature: float | None = setting(None, "of sampling, 0 is greedy; without it and decoding: 0")
+    max_new_tokens: int | None = setting(None, "answers are cut there, and kept; without it and decoding: 2048")
+    top_p: float = setting(1.0, "share of the probability that is sampled from")
+    batch_size: int = setting(8, "prompts at a time; answers depend on it where temperature > 0")
+    columns: str = setting("", "columns to rename, new=old: prompt=question")
+    seed: int = setting(0, "of sampling")
+    device: str = setting("auto", "cpu, cuda, or auto")
+
+
+def generate(g: Generation) -> dict:
+    """Answers as a judge reads them, see Generation; returns their number and how many were cut."""
+    how, out, part, whole = decoding(g), Path(g.out), Path(f"{g.out}.part"), Path(f"{g.out}.whole")
+    if out.exists():
+        raise UserError(f"out {out} is there already; choose another file, or delete it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        whole.write_text("")
+        whole.unlink()
+    except OSError as error:
+        raise UserError(f"out {out} cannot be written ({error})") from error
+    rows = list(prompts_of(g.prompts, g.columns))
+    folder = Path(g.model).resolve()  # an exported model is RUN/model: the run's name says more
+    name = g.name or (folder.parent.name if folder.name == "model" else Path(g.model).name)
+    print(f"{name}: {len(rows)} prompts, {', '.join(f'{k} {v:g}' for k, v in how.items())}, seed {g.seed}", file=sys.stderr)
+    more = dict(batch_size=g.batch_size, columns=g.columns, seed=g.seed, device=g.device)
+    sample(Sampling(g.model, g.prompts, str(part), n=1, keep_unfinished=True, **how, **more))
+    sampled = {row["id"]: row for row in map(json.loads, part.read_text(encoding="utf-8").split("\n")[:-1])}
+    answers = [sampled[row["id"]]["responses"][0] for _, row, _ in rows]
+    cut = sum(sampled[row["id"]]["unfinished"] for _, row, _ in rows)
+    if g.style == "alpaca_eval":
+        text = json.dumps([alpaca_eval(*x, name) for x in zip(rows, answers)], ensure_ascii=False, indent=2) + "\n"
+    else:
+        tokenizer = load_tokenizer(g.model)
+        lines = (json.dumps(arena_hard(*x, name, tokenizer), ensure_ascii=False) for x in zip(rows, answers))
+        text = "".join(f"{line}\n" for line in lines)
+    whole.write_text(text, encoding="utf-8")
+    os.replace(whole, out)
+    part.unlink()
+    tail = f"{cut} of them cut at {how['max_tokens']} tokens, {answers.count('')} empty"
+    print(f"{len(answers)} answers in {out}, {tail}", file=sys.stderr)
+    return {"out": str(out), "answers": len(answers), "cut": cut}
+
+
+def decoding(g: Generation) -> dict:
+    """How to sample: as published, and over that what was asked for."""
+    if g.style not in STYLES:
+        raise UserError(f"style is {g.style!r}; accepted are {', '.join(STYLES)}")
+    if g.decoding is not None and g.decoding not in DECODING:
+        raise UserError(f"decoding is {g.decoding!r}; published are {', '.join(DECODING)}")
+    if g.device not in ("auto", "cpu") and not (g.device.partition(":")[0] == "cuda" and torch.cuda.is_available()):
+        raise UserError(f"device is {g.device!r}; accepted here are auto, cpu{', cuda' * torch.cuda.is_available()}")
+    temperature, tokens = (0.0, 2048) if g.decoding is None else DECODING[g.decoding][g.style]
+    temperature = temperature if g.temperature is None else g.temperature
+    tokens = tokens if g.max_new_tokens is None else g.max_new_tokens
+    if not 0 <= temperature < math.inf or tokens < 1 or not 0 < g.top_p <= 1 or g.batch_size < 1:
+        raise UserError("temperature is at least 0, max_new_tokens and batch_size at least 1, top_p above 0 and at most 1")
+    return dict(temperature=temperature, top_p=g.top_p, max_tokens=tokens)
+
+
+def alpaca_eval(row: tuple[str, dict, list[dict]], answer: str, name: str) -> dict:
+    """One output as AlpacaEval reads it; a conversation becomes an instruction of several paragraphs."""
+    _, given, prompt = row
+    instruction = "\n\n".join(m["content"] for m in prompt)
+    return {"instruction": instruction, "output": answer, "generator": name} | {k: given[k] for k in ("dataset",) if k in given}
+
+
+def arena_hard(row: tuple[str, dict, list[dict]], answer: str, name: str, tokenizer) -> dict:
+    """One answer as Arena-Hard v0.1 reads it; token_len in tokens of the model's own tokenizer (its authors count GPT's)."""
+    _, given, _ = row
+    question = given.get("question_id", given["id"])
+    turn = {"content": answer, "token_len": len(tokenizer(answer, add_special_tokens=False)["input_ids"])}
+    unique = hashlib.sha256(json.dumps([name, question, answer]).encode()).hexdigest()[:22]
+    choices = [{"index": 0, "turns": [turn]}]
+    return {"question_id": question, "answer_id": unique, "model_id": name, "choices": choices, "tstamp": time.time()}
 
 
 # ---- looking at data -------------------------------------------------------------------------------------------------
@@ -1495,110 +1631,135 @@ def stats(examples: Sequence[Example], report: Report) -> str:
     return "\n".join(lines)
 
 
-LOAD_HELP = {
-    "max_length": (int, "tokens of prompt + response; a longer response is cut"),
-    "max_prompt_length": (int, "longer prompts lose their oldest tokens; without it 7/8 of max_length, with compat 1800/2048"),
-    "format": (str, f"auto, or one of {', '.join(FORMATS)}"),
-    "columns": (str, "columns to rename, new=old: prompt=question,chosen=good"),
-    "compat": (str, "simpo: tokenise and cut as the released SimPO code does"),
-    "control_tokens": (bool, "special tokens spelled in messages become real ones"),
-    "equal_length": (float, "share of the pairs whose responses are cut to the same length (POET)"),
-    "drop_duplicates": (bool, "keep only the first of rows with the same texts"),
-    "drop_identical": (bool, "drop pairs whose responses are the same"),
-    "drop_conflicts": (bool, "drop rows that say the opposite of another row"),
-    "min_score_margin": (float, "drop pairs whose scores differ by less"),
-    "seed": (int, "for everything random"),
-}
+@dataclass(kw_only=True)
+class Counting(Reading):
+    """Print lengths with a histogram, length bias, duplicates, conflicts, what is cut or dropped and why."""
+
+    model: str = setting(MISSING, "folder or hub name whose tokenizer and chat template to use")
+    dataset: str = setting(MISSING, "sources: files, folders, patterns, -, hub names; see the README")
+    max_drop_fraction: float = setting(1.0, "more invalid rows than this share is an error")
 
 
-def _add_options(command: argparse.ArgumentParser, options: dict[str, tuple], defaults: Callable) -> None:
-    """`--name` and `--na-me` for keyword arguments of the function `defaults`, with its default values."""
-    for name, (kind, text) in options.items():
-        default = inspect.signature(defaults).parameters[name].default
-        dashes = "-" if len(name) == 1 else "--"
-        how = dict(action="store_true") if kind is bool else dict(type=kind, default=default)
-        command.add_argument(
-            *dict.fromkeys((f"{dashes}{name}", f"{dashes}{name.replace('_', '-')}")), help=f"{text} ({default})", **how
-        )
+@dataclass(kw_only=True)
+class Showing(Counting):
+    """Print rows as coloured tokens: prompt dim, scored response bright."""
+
+    n: int = setting(3, "rows to print", aliases="-n")
 
 
-SAMPLE_HELP = {
-    "n": (int, "responses per prompt"),
-    "strategy": (str, "plain, cot (think step by step), dts (n approaches, then an answer by each), or several with commas"),
-    "temperature": (float, "of sampling; 0 is greedy"),
-    "top_p": (float, "share of the probability that is sampled from"),
-    "max_tokens": (int, "longer responses are left out"),
-    "batch_size": (int, "prompts at a time"),
-    "columns": (str, "columns to rename, new=old"),
-    "seed": (int, "for everything random"),
-    "device": (str, "cpu, cuda or auto"),
-}
-SCORE_HELP = {
-    "reward_model": (str, "folder or hub name of a sequence-classification model"),
-    "rule": (str, "file.py:function or module:function; called with (row, response), returns a number"),
-    "batch_size": (int, "responses at a time"),
-    "device": (str, "cpu, cuda or auto"),
-}
-PAIRS_HELP = {
-    "how": (str, "best_worst, random (two of different score) or correct (above ½ against at most ½)"),
-    "min_margin": (float, "least difference of scores"),
-    "seed": (int, "for everything random"),
-}
-STEPS = {  # command → (function, what it needs, its options, help)
-    "sample": (sample, ("model", "prompts", "out"), SAMPLE_HELP, "sample responses to prompts"),
-    "score": (score, ("responses", "out"), SCORE_HELP, "score responses by a reward model or a rule"),
-    "pairs": (pairs, ("scored", "out"), PAIRS_HELP, "make preference pairs of scored responses"),
-}
+def print_stats(s: Counting) -> None:
+    print(stats(*load(s.dataset, load_tokenizer(s.model), s)))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Look at preference data as the trainer sees it, and make it on policy.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("show", "print rows as coloured tokens: prompt dim, scored response bright"),
-        ("stats", "print lengths with a histogram, length bias, duplicates, conflicts, what is cut or dropped and why"),
-    ):
-        cmd = commands.add_parser(name, help=text)
-        cmd.add_argument("--model", required=True, help="folder or hub name whose tokenizer and chat template to use")
-        cmd.add_argument("--dataset", required=True, help="sources: files, folders, patterns, -, hub names; see the README")
-        if name == "show":
-            cmd.add_argument("-n", type=int, default=3, help="rows to print (3)")
-        _add_options(cmd, LOAD_HELP, load)
-    for name, (function, needed, options, text) in STEPS.items():
-        cmd = commands.add_parser(name, help=text)
-        for argument in needed:
-            cmd.add_argument(
-                f"--{argument}", required=True, help="JSON lines to write" if argument == "out" else "what to read"
+def print_rows(s: Showing) -> None:
+    tokenizer = load_tokenizer(s.model)
+    examples, report = load(s.dataset, tokenizer, s)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ or "FORCE_COLOR" in os.environ
+    print("\n\n".join(show(example, tokenizer, colour) for example in examples[: s.n]))
+    print(f"\n{report}")
+
+
+def print_pairs(s: Pairing) -> None:
+    print("\n".join(f"{n} {what}" for what, n in pairs(s).items()))
+
+
+# ---- progress and command lines, of every file -----------------------------------------------------------------------
+
+LINE_EVERY = 10.0  # seconds
+
+
+class _Lines:
+    """For a file or a pipe: what tqdm would draw over and over, as a whole line now and then."""
+
+    def __init__(self, stream):
+        self.stream, self.next = stream, time.monotonic() + LINE_EVERY
+
+    def write(self, text: str) -> None:
+        if text.strip() and time.monotonic() >= self.next:
+            self.stream.write(text.strip() + "\n")
+            self.next = time.monotonic() + LINE_EVERY
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def progress(
+    items: Iterable | None, what: str, unit: str, total: int | None = None, initial: int = 0, disable: bool = False
+) -> tqdm:
+    """`items` with a bar on a terminal; elsewhere with a line every ten seconds, so none for what takes less.
+
+    It is tqdm's object: `set_postfix` adds numbers, and without items `update` counts.
+    """
+    file = sys.stderr if sys.stderr.isatty() else _Lines(sys.stderr)
+    return tqdm(
+        items, what, total, unit=f" {unit}", initial=initial, disable=disable, file=file, leave=False, dynamic_ncols=True
+    )
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Descriptions as they are written, and defaults."""
+
+
+def parse(kind: type, argv: list[str], prog: str, text: str, **defaults):
+    """Command line → an instance of the dataclass `kind`.
+
+    `defaults` (from a file, a recipe) stand below what argv says. Leading bare words fill, in order, the fields that have no
+    default. `--a-b` and `--a_b` are the same.
+    """
+    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))[: len(needed)]
+    given = {name: defaults[name] for name in needed if name in defaults} | dict(zip(needed, words))
+    argv = [f"--{name}={value}" for name, value in given.items()] + argv[len(words) :]
+    parser = HfArgumentParser(kind, prog=prog, description=inspect.cleandoc(text), formatter_class=_HelpFormatter)
+    parser.set_defaults(**defaults)
+    instance, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+    if unknown:
+        raise UserError(f"unknown setting {' '.join(unknown)}; `python {prog} --help` lists all of them")
+    return instance
+
+
+def commands(argv: list[str], prog: str, text: str, table: dict[str, tuple[type, Callable]]):
+    """Run the command that argv begins with: its function gets an instance of its dataclass, whose docstring is its help."""
+    name = argv[0] if argv else "nothing"
+    if name in ("-h", "--help"):
+        lines = [f"  {name:<10}{inspect.getdoc(kind).splitlines()[0]}" for name, (kind, _) in table.items()]
+        print(
+            "\n".join(
+                [f"usage: {prog} COMMAND …", "", inspect.cleandoc(text), "", *lines, "", f"{prog} COMMAND --help lists …"]
             )
-        _add_options(cmd, options, function)
-    return parser
+        )
+        raise SystemExit(0)
+    if name not in table:
+        raise UserError(f"{name} is no command; there are {', '.join(table)}, which `python {prog} --help` explains")
+    kind, function = table[name]
+    return function(parse(kind, argv[1:], f"{prog} {name}", inspect.getdoc(kind)))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None):
     """The command line as a function. What the user can mend ends with a message and exit code 2."""
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    transformers.utils.logging.disable_progress_bar()
     try:
-        if args.command in STEPS:
-            function, needed, options, _ = STEPS[args.command]
-            counts = function(**{name: getattr(args, name) for name in (*needed, *options)})
-            return print("\n".join(f"{n} {what}" for what, n in counts.items())) if counts else None
-        tokenizer = load_tokenizer(args.model)
-        settings = {name: getattr(args, name) for name in LOAD_HELP}
-        examples, report = load(args.dataset, tokenizer, max_drop_fraction=1.0, **settings)
-        if args.command == "stats":
-            return print(stats(examples, report))
-        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ or "FORCE_COLOR" in os.environ
-        print("\n\n".join(show(examples[i], tokenizer, colour) for i in range(min(args.n, len(examples)))))
-        print(f"\n{report}")
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        return commands(argv, "data.py", __doc__, COMMANDS)
+    except UserError as error:
+        message = str(error)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return None
     except OSError as error:  # a place that cannot be written, a full disk
-        print(f"error: {error.filename or args.command}: {error.strerror or error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        message = f"{error.filename or 'data.py'}: {error.strerror or error}"
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
+
+COMMANDS = {
+    "show": (Showing, print_rows),
+    "stats": (Counting, print_stats),
+    "sample": (Sampling, sample),
+    "score": (Scoring, score),
+    "pairs": (Pairing, print_pairs),
+    "answers": (Generation, generate),
+}
 
 if __name__ == "__main__":
     main()
