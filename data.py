@@ -1663,6 +1663,45 @@ def print_pairs(s: Pairing) -> None:
     print("\n".join(f"{n} {what}" for what, n in pairs(s).items()))
 
 
+# ---- published runs ----------------------------------------------------------------------------------------------------
+
+# Published settings: start → model, data, (prompt, total) lengths, {method: (objective, lr)}. γ and α in the papers' units.
+# All: 128 pairs a step, one epoch, cosine with 10 % warm-up, no weight decay, gradients clipped to norm 1.
+ULTRA = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"
+MISTRAL, LLAMA = "mistralai/Mistral-7B-Instruct-v0.2", "meta-llama/Meta-Llama-3-8B-Instruct"
+PUBLISHED = {
+    "mistral-7b-base": ("alignment-handbook/zephyr-7b-sft-full", ULTRA, (512, 1024), {
+        "simpo": ("simpo(beta=2.0, gamma=1.6)", 3e-7), "simper": ("simper", 3e-7)}),
+    "mistral-7b-instruct": (MISTRAL, "princeton-nlp/mistral-instruct-ultrafeedback", (1800, 2048), {
+        "simpo": ("simpo(beta=2.5, gamma=0.25)", 5e-7), "simper": ("simper", 5e-7),
+        "alpha-dpo": ("alpha_dpo(beta=2.5, gamma=0.375, alpha=0.125)", 6e-7),
+        "gamma-simpo": ("gamma_simpo(beta=2.5, gamma=0.375, tau=10.0)", 6e-7)}),
+    "llama-3-8b-base": ("princeton-nlp/Llama-3-Base-8B-SFT", ULTRA, (1800, 2048), {
+        "simpo": ("simpo(beta=2.0, gamma=1.0)", 6e-7), "simper": ("simper", 6e-7)}),
+    "llama-3-8b-instruct": (LLAMA, "princeton-nlp/llama3-ultrafeedback", (1800, 2048), {
+        "simpo": ("simpo(beta=2.5, gamma=1.375)", 1e-6), "simper": ("simper", 1e-6),
+        "alpha-dpo": ("alpha_dpo(beta=2.5, gamma=1.5, alpha=0.5)", 1e-6)}),
+    "llama-3-8b-instruct-v0.2": (LLAMA, "princeton-nlp/llama3-ultrafeedback-armorm", (1800, 2048), {
+        "simpo": ("simpo(beta=10.0, gamma=3.0)", 1e-6), "alpha-dpo": ("alpha_dpo(beta=10.0, gamma=4.0, alpha=2.0)", 1e-6),
+        "gamma-simpo": ("gamma_simpo(beta=10.0, gamma=4.0, tau=10.0)", 1e-6)}),
+    "gemma-2-9b-it": ("google/gemma-2-9b-it", "princeton-nlp/gemma2-ultrafeedback-armorm", (1800, 2048), {
+        "simpo": ("simpo(beta=10.0, gamma=5.0)", 8e-7), "alpha-dpo": ("alpha_dpo(beta=10.0, gamma=4.0, alpha=0.5)", 8e-7),
+        "gamma-simpo": ("gamma_simpo(beta=10.0, gamma=5.0, tau=20.0)", 8e-7)}),
+}  # fmt: skip
+
+
+def recipe(name: str) -> dict:
+    """Settings of a published run, by name such as "gemma-2-9b-it-simpo"; files and the command line may change each."""
+    recipes = {f"{start}-{method}": (start, method) for start, (*_, methods) in PUBLISHED.items() for method in methods}
+    if name not in recipes:
+        raise UserError(f"unknown recipe {name!r}; known are {', '.join(recipes)}")
+    start, method = recipes[name]
+    model, dataset, (prompt, length), methods = PUBLISHED[start]
+    objective, lr = methods[method]
+    return dict(model=model, dataset=dataset, objective=objective, lr=lr, max_prompt_length=prompt, max_length=length,
+                batch_size=128, epochs=1, warmup_ratio=0.1, weight_decay=0.0, max_grad_norm=1.0, dtype="bf16")  # fmt: skip
+
+
 # ---- progress and command lines, of every file -----------------------------------------------------------------------
 
 LINE_EVERY = 10.0  # seconds

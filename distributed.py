@@ -50,7 +50,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import data
-from data import DataError
+from data import UserError
 from logprobs import ResponseLogProbs
 
 alone = False  # while on_main's function runs, in which nothing may wait for another rank
@@ -117,7 +117,7 @@ def is_main() -> bool:
 
 
 def on_main(function: Callable, *args):
-    """function(…) called on rank 0 only, as if it were the only one; every rank gets its result, DataError or OSError."""
+    """function(…) called on rank 0 only, as if it were the only one; every rank gets its result, UserError or OSError."""
     global alone
     if world_size() == 1:
         return function(*args)
@@ -222,7 +222,7 @@ def _mesh(text: str | None) -> DeviceMesh:
         return init_device_mesh(kind, (world_size(),), mesh_dim_names=("shard",))
     parts = re.fullmatch(r"(\d+)x(\d+)", text)
     if parts is None or int(parts[1]) * int(parts[2]) != world_size():
-        raise DataError(f'mesh is {text!r}; write copies x parts, such as "2x4", whose product is the {world_size()} ranks')
+        raise UserError(f'mesh is {text!r}; write copies x parts, such as "2x4", whose product is the {world_size()} ranks')
     return init_device_mesh(kind, (int(parts[1]), int(parts[2])), mesh_dim_names=("replicate", "shard"))
 
 
@@ -245,9 +245,9 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder; a folder with other weights only is refused."""
     files = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter"))
     if not files and any(p for s in ("bin", "pt", "pth", "ckpt") for p in folder.glob(f"*.{s}")):
-        raise DataError(f"{folder}: .bin or .pt weights only, a format that can run code; convert them to safetensors")
+        raise UserError(f"{folder}: .bin or .pt weights only, a format that can run code; convert them to safetensors")
     if not files:
-        raise DataError(f"{folder}: no *.safetensors file in this folder")
+        raise UserError(f"{folder}: no *.safetensors file in this folder")
     return files
 
 
@@ -290,7 +290,7 @@ def load_weights(model: nn.Module, name: str, device: torch.device) -> None:
     """Give a model of `build_model`, sharded meanwhile, its weights: each rank reads the rows it owns, tensor by tensor.
 
     Raises:
-        DataError: weights missing, unexpected or of another shape, each by name.
+        UserError: weights missing, unexpected or of another shape, each by name.
     """
     if not any(p.is_meta for p in model.parameters()):
         model.to(device)
@@ -317,7 +317,7 @@ def load_weights(model: nn.Module, name: str, device: torch.device) -> None:
     for what, names in (("of another shape", wrong), ("unexpected", unexpected), ("missing", sorted(missing.values()))):
         if names:
             more = " …" if len(names) > 8 else ""
-            raise DataError(f"{folder}: {len(names)} weights are {what}: {', '.join(names[:8])}{more}")
+            raise UserError(f"{folder}: {len(names)} weights are {what}: {', '.join(names[:8])}{more}")
 
 
 def _download(name: str) -> Path:
@@ -409,6 +409,12 @@ class StopOnSignal:
 
     def requested(self) -> bool:
         return any(gather_objects(self.raised))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.release()
 
     def release(self) -> None:
         for number, handler in self.before.items():
@@ -518,7 +524,7 @@ def check_space(out: Path, model: nn.Module, checkpoints: int, dtype: torch.dtyp
     needed = size * (12 * checkpoints + torch.empty(0, dtype=dtype).element_size())
     free = shutil.disk_usage(out).free + sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     if needed > free:
-        raise DataError(
+        raise UserError(
             f"out {out} has {free / 2**30:.1f} GiB of free space, but {checkpoints} checkpoints and the exported model "
             f"will need {needed / 2**30:.1f} GiB; make room, choose another --out or a smaller --keep"
         )
@@ -573,13 +579,13 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, run: dict | N
     Args:
         run: what makes this run the one that was saved, {name: value}; compared with `state["run"]`.
     Raises:
-        DataError: it is another run's, by name of what differs.
+        UserError: it is another run's, by name of what differs.
     """
     state = json.loads((checkpoint / "step.json").read_text())
     saved = state.get("run", {})
     differs = [f"{k} is {v!r} here and {saved.get(k)!r} there" for k, v in (run or {}).items() if saved.get(k) != v]
     if differs:
-        raise DataError(f"{checkpoint} belongs to another run: {'; '.join(differs)}")
+        raise UserError(f"{checkpoint} belongs to another run: {'; '.join(differs)}")
     if state["adam_step"]:
         for p in (p for g in optimizer.param_groups for p in g["params"]):
             step = torch.tensor(state["adam_step"], device=p.device)
@@ -657,9 +663,9 @@ def model_card(title: str, settings: dict, metrics: dict) -> str:
 def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, limit: int = FILE_LIMIT) -> None:
     """The model of a checkpoint as a `transformers` folder, file by file; the whole model is never in memory."""
     if (reason := flaw(checkpoint)) is not None:
-        raise DataError(f"{checkpoint} cannot be exported: {reason}")
+        raise UserError(f"{checkpoint} cannot be exported: {reason}")
     if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise DataError(f"{out} exists already; choose another folder")
+        raise UserError(f"{out} exists already; choose another folder")
     state = json.loads((checkpoint / "step.json").read_text())
     reader = dcp.HuggingFaceStorageReader(str(checkpoint))
     saved = reader.read_metadata().state_dict_metadata
@@ -749,7 +755,14 @@ def one_microbatch(
 
 
 def plan(
-    config, gpus: int, memory: float, lengths: tuple, rows: int, batch_size: int, mfu: float, tflops: float,
+    config,
+    gpus: int,
+    memory: float,
+    lengths: tuple,
+    rows: int,
+    batch_size: int,
+    mfu: float,
+    tflops: float,
     reference: bool = False,
 ) -> str:
     """Memory per GPU, the largest token budget and the time of one epoch, as text; see `python distributed.py plan --help`."""
@@ -810,7 +823,7 @@ def config_of(model: str):
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise DataError(f"{model}: no configuration there ({reason}); known shapes are {', '.join(SHAPES)}") from error
+        raise UserError(f"{model}: no configuration there ({reason}); known shapes are {', '.join(SHAPES)}") from error
 
 
 def recipe_shape(name: str) -> tuple[str, int]:
@@ -820,7 +833,7 @@ def recipe_shape(name: str) -> tuple[str, int]:
     try:
         batch_size = train.recipe(name)["batch_size"]
     except train.SettingsError as error:
-        raise DataError(str(error)) from error
+        raise UserError(str(error)) from error
     return next(shape for shape in SHAPES if name.startswith(shape)), batch_size
 
 
@@ -852,10 +865,10 @@ def main(argv: list[str] | None = None) -> None:
         else:
             name, batch_size = recipe_shape(args.recipe) if args.recipe else (None, 128)
             if not (args.model or name):
-                raise DataError("plan needs --model or --recipe")
+                raise UserError("plan needs --model or --recipe")
             sizes = (args.gpus, args.gpu_memory, tuple(args.lengths), args.rows, args.batch_size or batch_size)
             print(plan(config_of(args.model or name), *sizes, args.mfu, args.tflops, args.reference))
-    except DataError as error:
+    except UserError as error:
         fail(error)
 
 

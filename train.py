@@ -3,21 +3,20 @@
     python train.py                                                        # the embedded world: no download, no GPU
     python train.py --model MODEL --dataset PAIRS.jsonl --objective "simpo(beta=2.5, gamma=0.5)" --lr 1e-6
     python train.py settings.yaml --lr 5e-7                                # a file of settings; the command line wins
-    python train.py generate --model MODEL --prompts FILE --out FILE       # answers for AlpacaEval or Arena-Hard
 
-Reads top to bottom: settings → objective → scoring → one step → evaluation → the run; after it come the embedded world and
-answers for judges, which the run does without. Rows are preference pairs, or single completions for unpaired objectives. All
-losses are means over the rows of the whole optimizer batch, so the gradient of a step does not depend on how the batch is cut
-into microbatches.
+Reads top to bottom: settings → objective → one step → prepare → the loop → finish. `train()` is the whole run; what stands
+after it are the parts it calls by name: model and rows, evaluation, the journal, accounting, the embedded world. Rows are
+preference pairs, or single completions for unpaired objectives. All losses are means over the rows of the whole optimizer
+batch, so the gradient of a step does not depend on how the batch is cut into microbatches.
+
+Shape letters: n examples · k responses of each, 2 for pairs and 1 else.
 """
 
-import argparse
 import ast
 import contextlib
 import errno
 import hashlib
 import importlib.util
-import inspect
 import json
 import math
 import os
@@ -27,7 +26,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -36,247 +35,175 @@ import torch
 import transformers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import data
 import distributed as dist
-from data import DataError, Example
-from logprobs import ResponseLogProbs, check_head
-from losses import BATCH_COUPLED, OBJECTIVES, REWARDS
+from data import Example, UserError, setting
+from logprobs import ResponseLogProbs, check_head, completions
+from losses import OBJECTIVES
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
-def option(default, text: str):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
-class Settings:
-    model: str = option("tiny", 'folder or hub name of a causal language model; "tiny" builds one for the embedded world')
-    dataset: str = option("tiny", "file, folder or hub name of preferences, with an optional slice: pairs.jsonl[:1000]")
-    eval_dataset: str | None = option(None, "held-out preferences; without it, eval_size rows are taken out of dataset")
-    eval_size: int = option(200, "rows held out of dataset for evaluation (0: none)")
-    objective: str = option("simpo(beta=2.0, gamma=1.0)", "a function of losses.py, written as the call it is")
-    out: str | None = option(None, "output folder; without it, a fresh one under runs/")
-    overwrite: bool = option(False, "delete what is in out")
-    resume: bool = option(False, "continue the run in out from its newest complete checkpoint")
-    lr: float | None = option(None, "peak learning rate; without it 1e-6, or 2e-4 for the embedded world")
-    batch_size: int = option(32, "rows of one optimizer step (pairs, or completions when unpaired), all ranks together")
-    tokens_per_microbatch: int = option(2048, "token budget of one forward and backward pass")
-    layout: str = option("packed", "packed (the prompt computed once, no padding) or padded (the textbook batch)")
-    epochs: int = option(1, "passes over the training rows")
-    max_steps: int | None = option(None, "stop after this many optimizer steps; the schedule ends there")
-    warmup_ratio: float = option(0.1, "share of the steps in which the learning rate rises to lr")
-    weight_decay: float = option(0.0, "AdamW weight decay, on matrices only")
-    max_grad_norm: float = option(1.0, "gradients are scaled to at most this global norm (0: never)")
-    replays: int = option(1, "LoRR: optimizer steps in a row on each batch (its paper: 3)")
-    reset_alpha: float = option(1.0, "LoRR: after a step θ ← αθ + (1−α)θ⁰ in reset_modules (its paper: 0.5; 1: no reset)")
-    reset_modules: str = option("down_proj", "parts of parameter names, commas between, that reset_alpha acts on")
-    sft_weight: float = option(0.0, "LoRR: weight that the likelihood of the chosen has at the last replay (its paper: 0.5)")
-    seed: int = option(0, "order of rows, held-out rows, and everything random in the embedded world")
-    max_length: int = option(2048, "tokens of prompt + response; a longer response is cut")
-    max_prompt_length: int | None = option(None, "longer prompts lose their oldest tokens; without it 7/8 of max_length")
-    format: str = option("auto", "of the dataset's rows: auto, or a name of data.FORMATS")
-    columns: str = option("", "columns to rename, new=old: prompt=question,chosen=good")
-    compat: str | None = option(None, "simpo: tokenise and cut as the released SimPO code does")
-    control_tokens: bool = option(False, "special tokens spelled in messages become real ones")
-    equal_length: float = option(0.0, "share of the pairs whose responses are cut to the same length (POET)")
-    drop_duplicates: bool = option(False, "keep only the first of rows with the same texts")
-    drop_identical: bool = option(False, "drop pairs whose responses are the same")
-    drop_conflicts: bool = option(False, "drop rows that say the opposite of another row")
-    min_score_margin: float = option(0.0, "drop pairs whose scores differ by less")
-    max_drop_fraction: float = option(0.1, "more invalid rows than this share is an error")
-    dtype: str = option("auto", "arithmetic: fp32, bf16 (autocast; weights stay fp32) or auto (bf16 where it is in hardware)")
-    export_dtype: str = option("auto", "weights of out/model: fp32, bf16, or auto (as the model came)")
-    gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, a third more work")
-    eval_every: int = option(0, "evaluate every so many steps (always before and after)")
-    save_every: int = option(0, "write a checkpoint every so many steps (always when stopped by SIGTERM or Ctrl-C)")
-    keep: int = option(2, "complete checkpoints to keep")
-    samples: int = option(4, "held-out prompts whose greedy completions are recorded before, at evaluations and after")
-    sample_tokens: int = option(64, "length limit of those completions")
-    cache: str = option("~/.cache/plainpo", "folder for reference log-probs, found again by a hash of all they depend on")
-    compile: bool = option(False, "torch.compile the decoder (CUDA)")
-    log_to: str | None = option(None, "also send the metrics to tensorboard or wandb, if installed")
-    device: str = option("auto", "cpu, cuda, or auto")
-    recipe: str | None = option(None, "a published run, such as gemma-2-9b-it-simpo: model, data, objective, lr, lengths")
-    annotator_noise: float = option(0.1, "embedded world: error (standard deviation) of the annotator about a quality")
-    length_bias: float = option(0.03, "embedded world: what the annotator adds to a response's quality per word")
-    mesh: str | None = option(None, "under torchrun: copies x parts, such as 2x4; without it one copy cut over all ranks")
-    trust_remote_code: bool = option(False, "allow a model folder to bring Python code that is then run")
+class Settings(data.Reading):
+    model: str = setting("tiny", 'folder or hub name of a causal language model; "tiny" builds one for the embedded world')
+    dataset: str = setting("tiny", "file, folder or hub name of preferences, with an optional slice: pairs.jsonl[:1000]")
+    eval_dataset: str | None = setting(None, "held-out preferences; without it, eval_size rows are taken out of dataset")
+    eval_size: int = setting(200, "rows held out of dataset for evaluation (0: none)")
+    objective: str = setting("simpo(beta=2.0, gamma=1.0)", "a function of losses.py, written as the call it is")
+    out: str | None = setting(None, "output folder; without it, a fresh one under runs/")
+    overwrite: bool = setting(False, "delete what is in out")
+    resume: bool = setting(False, "continue the run in out from its newest complete checkpoint")
+    lr: float | None = setting(None, "peak learning rate; without it 1e-6, or 2e-4 for the embedded world")
+    batch_size: int = setting(32, "rows of one optimizer step (pairs, or completions when unpaired), all ranks together")
+    tokens_per_microbatch: int = setting(2048, "token budget of one forward and backward pass")
+    layout: str = setting("packed", "packed (the prompt computed once, no padding) or padded (the textbook batch)")
+    epochs: int = setting(1, "passes over the training rows")
+    max_steps: int | None = setting(None, "stop after this many optimizer steps; the schedule ends there")
+    warmup_ratio: float = setting(0.1, "share of the steps in which the learning rate rises to lr")
+    weight_decay: float = setting(0.0, "AdamW weight decay, on matrices only")
+    max_grad_norm: float = setting(1.0, "gradients are scaled to at most this global norm (0: never)")
+    replays: int = setting(1, "LoRR: optimizer steps in a row on each batch (its paper: 3)")
+    reset_alpha: float = setting(1.0, "LoRR: after a step θ ← αθ + (1−α)θ⁰ in reset_modules (its paper: 0.5; 1: no reset)")
+    reset_modules: str = setting("down_proj", "parts of parameter names, commas between, that reset_alpha acts on")
+    sft_weight: float = setting(0.0, "LoRR: weight that the likelihood of the chosen has at the last replay (its paper: 0.5)")
+    dtype: str = setting("auto", "arithmetic: fp32, bf16 (autocast; weights stay fp32) or auto (bf16 where it is in hardware)")
+    export_dtype: str = setting("auto", "weights of out/model: fp32, bf16, or auto (as the model came)")
+    gradient_checkpointing: bool = setting(False, "recompute activations in backward: less memory, a third more work")
+    eval_every: int = setting(0, "evaluate every so many steps (always before and after)")
+    save_every: int = setting(0, "write a checkpoint every so many steps (always when stopped by SIGTERM or Ctrl-C)")
+    keep: int = setting(2, "complete checkpoints to keep")
+    samples: int = setting(4, "held-out prompts whose greedy completions are recorded before, at evaluations and after")
+    sample_tokens: int = setting(64, "length limit of those completions")
+    cache: str = setting("~/.cache/plainpo", "folder for reference log-probs, found again by a hash of all they depend on")
+    compile: bool = setting(False, "torch.compile the decoder (CUDA)")
+    log_to: str | None = setting(None, "also send the metrics to tensorboard or wandb, if installed")
+    device: str = setting("auto", "cpu, cuda, or auto")
+    recipe: str | None = setting(None, "a published run, such as gemma-2-9b-it-simpo: model, data, objective, lr, lengths")
+    annotator_noise: float = setting(0.1, "embedded world: error (standard deviation) of the annotator about a quality")
+    length_bias: float = setting(0.03, "embedded world: what the annotator adds to a response's quality per word")
+    mesh: str | None = setting(None, "under torchrun: copies x parts, such as 2x4; without it one copy cut over all ranks")
+    trust_remote_code: bool = setting(False, "allow a model folder to bring Python code that is then run")
 
 
-# Published settings: start → model, data, (prompt, total) lengths, {method: (objective, lr)}. γ and α in the papers' units.
-# All: 128 pairs a step, one epoch, cosine with 10 % warm-up, no weight decay, gradients clipped to norm 1.
-ULTRA = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"
-MISTRAL, LLAMA = "mistralai/Mistral-7B-Instruct-v0.2", "meta-llama/Meta-Llama-3-8B-Instruct"
-PUBLISHED = {
-    "mistral-7b-base": ("alignment-handbook/zephyr-7b-sft-full", ULTRA, (512, 1024), {
-        "simpo": ("simpo(beta=2.0, gamma=1.6)", 3e-7), "simper": ("simper", 3e-7)}),
-    "mistral-7b-instruct": (MISTRAL, "princeton-nlp/mistral-instruct-ultrafeedback", (1800, 2048), {
-        "simpo": ("simpo(beta=2.5, gamma=0.25)", 5e-7), "simper": ("simper", 5e-7),
-        "alpha-dpo": ("alpha_dpo(beta=2.5, gamma=0.375, alpha=0.125)", 6e-7),
-        "gamma-simpo": ("gamma_simpo(beta=2.5, gamma=0.375, tau=10.0)", 6e-7)}),
-    "llama-3-8b-base": ("princeton-nlp/Llama-3-Base-8B-SFT", ULTRA, (1800, 2048), {
-        "simpo": ("simpo(beta=2.0, gamma=1.0)", 6e-7), "simper": ("simper", 6e-7)}),
-    "llama-3-8b-instruct": (LLAMA, "princeton-nlp/llama3-ultrafeedback", (1800, 2048), {
-        "simpo": ("simpo(beta=2.5, gamma=1.375)", 1e-6), "simper": ("simper", 1e-6),
-        "alpha-dpo": ("alpha_dpo(beta=2.5, gamma=1.5, alpha=0.5)", 1e-6)}),
-    "llama-3-8b-instruct-v0.2": (LLAMA, "princeton-nlp/llama3-ultrafeedback-armorm", (1800, 2048), {
-        "simpo": ("simpo(beta=10.0, gamma=3.0)", 1e-6), "alpha-dpo": ("alpha_dpo(beta=10.0, gamma=4.0, alpha=2.0)", 1e-6),
-        "gamma-simpo": ("gamma_simpo(beta=10.0, gamma=4.0, tau=10.0)", 1e-6)}),
-    "gemma-2-9b-it": ("google/gemma-2-9b-it", "princeton-nlp/gemma2-ultrafeedback-armorm", (1800, 2048), {
-        "simpo": ("simpo(beta=10.0, gamma=5.0)", 8e-7), "alpha-dpo": ("alpha_dpo(beta=10.0, gamma=4.0, alpha=0.5)", 8e-7),
-        "gamma-simpo": ("gamma_simpo(beta=10.0, gamma=5.0, tau=20.0)", 8e-7)}),
-}  # fmt: skip
-
-
-def recipe(name: str) -> dict:
-    """Settings of a published run, by name such as "gemma-2-9b-it-simpo"; files and the command line may change each."""
-    recipes = {f"{start}-{method}": (start, method) for start, (*_, methods) in PUBLISHED.items() for method in methods}
-    if name not in recipes:
-        raise SettingsError(f"unknown recipe {name!r}; known are {', '.join(recipes)}")
-    start, method = recipes[name]
-    model, dataset, (prompt, length), methods = PUBLISHED[start]
-    objective, lr = methods[method]
-    return dict(model=model, dataset=dataset, objective=objective, lr=lr, max_prompt_length=prompt, max_length=length,
-                batch_size=128, epochs=1, warmup_ratio=0.1, weight_decay=0.0, max_grad_norm=1.0, dtype="bf16")  # fmt: skip
-
-
-class SettingsError(Exception):
-    """A setting that its owner can mend; the message says which, why and how."""
-
-
-CHOICES = {
-    "layout": ("packed", "padded"),
-    "dtype": ("auto", "fp32", "bf16"),
-    "export_dtype": ("auto", "fp32", "bf16"),
-    "log_to": (None, "tensorboard", "wandb"),
-}
-
-
-def parse_settings(argv: list[str]) -> Settings:
-    """Command line, or one YAML/JSON file (first argument), or both: then the command line wins."""
-    parser = HfArgumentParser(
-        Settings, description=__doc__, formatter_class=transformers.hf_argparser.ArgumentDefaultsHelpFormatter
-    )
-    given = _settings_file(Path(argv[0])) if argv and argv[0].endswith((".yaml", ".yml", ".json")) else {}
+def parse_settings(argv: list[str], kind: type[Settings] = Settings, prog: str = "train.py", text: str = __doc__) -> Settings:
+    """Command line, or one YAML/JSON file (first argument), or both: then the command line wins; a recipe stands below both."""
+    given = _settings_file(Path(argv[0]), kind) if argv and argv[0].endswith((".yaml", ".yml", ".json")) else {}
     argv = argv[1:] if given else argv
-    asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    asked.add_argument("--recipe", default=given.get("recipe"))
-    named = asked.parse_known_args(argv)[0].recipe
-    parser.set_defaults(**(recipe(named) if named else {}) | given)
-    settings, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
-    if unknown:
-        raise SettingsError(f"unknown setting {' '.join(unknown)}; `python train.py --help` lists all of them")
-    check_settings(settings)
-    return settings
+    name = data.parse(kind, argv, prog, text, **given).recipe
+    s = data.parse(kind, argv, prog, text, **(data.recipe(name) if name else {}) | given)
+    check_settings(s)
+    return s
 
 
-def _settings_file(path: Path) -> dict:
+def _settings_file(path: Path, kind: type) -> dict:
     import yaml  # transformers brings it; YAML contains JSON
 
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise SettingsError(f"{path}: cannot be read as settings ({error})") from error
+        raise UserError(f"{path}: cannot be read as settings ({error})") from error
     if not isinstance(values, dict):
-        raise SettingsError(f"{path}: holds a {type(values).__name__}, not settings as key: value")
+        raise UserError(f"{path}: holds a {type(values).__name__}, not settings as key: value")
     values = {str(k).replace("-", "_"): v for k, v in values.items()}
-    known = {f.name: f.type for f in fields(Settings)}
+    known = {f.name: f.type for f in fields(kind)}
     for key, value in values.items():
         if key not in known:
-            raise SettingsError(f"{path}: unknown setting {key!r}; known are {', '.join(known)}")
-        is_bool = isinstance(value, bool)
-        if (known[key] is bool) != is_bool and value is not None:
-            raise SettingsError(
-                f"{path}: {key} is {value!r}, which is not a {'yes or no' if known[key] is bool else 'fitting'} value"
-            )
+            raise UserError(f"{path}: unknown setting {key!r}; known are {', '.join(known)}")
+        if isinstance(value, bool) != (known[key] is bool) and value is not None:
+            fitting = "yes or no" if known[key] is bool else "fitting"
+            raise UserError(f"{path}: {key} is {value!r}, which is not a {fitting} value")
     # argparse converts defaults given as text with the setting's own type, so "5e-7" (text in YAML) becomes a number
     return {k: v if isinstance(v, bool) or v is None else str(v) for k, v in values.items()}
 
 
+CHOICES = {"layout": ("packed", "padded"), "dtype": ("auto", "fp32", "bf16"), "export_dtype": ("auto", "fp32", "bf16"),
+           "log_to": (None, "tensorboard", "wandb")}  # fmt: skip
+AT_LEAST_1 = ("batch_size", "tokens_per_microbatch", "epochs", "keep", "replays", "max_steps")
+NOT_NEGATIVE = ("eval_size", "eval_every", "save_every", "weight_decay", "max_grad_norm", "samples", "seed", "annotator_noise",
+                "sft_weight")  # fmt: skip
+SHARES = ("warmup_ratio", "max_drop_fraction", "reset_alpha")
+
+
 def check_settings(s: Settings) -> None:
+    """UserError naming the first setting, or pair of settings, that cannot be meant."""
+
+    def refuse_unless(holds: bool, problem: str) -> None:
+        if not holds:
+            raise UserError(problem)
+
     for name, accepted in CHOICES.items():
-        if getattr(s, name) not in accepted:
-            raise SettingsError(f"{name} is {getattr(s, name)!r}; accepted are {', '.join(str(a) for a in accepted if a)}")
-    for name in ("batch_size", "tokens_per_microbatch", "epochs", "keep", "replays"):
-        if getattr(s, name) < 1:
-            raise SettingsError(f"{name} is {getattr(s, name)}; it must be at least 1")
-    not_negative = ("eval_size", "eval_every", "save_every", "weight_decay", "max_grad_norm", "samples", "seed")
-    for name in (*not_negative, "annotator_noise"):
-        if getattr(s, name) < 0:
-            raise SettingsError(f"{name} is {getattr(s, name)}; it must not be negative")
-    if s.lr is not None and not (0 < s.lr < math.inf):
-        raise SettingsError(f"lr is {s.lr}; a learning rate must be positive")
-    if s.max_steps is not None and s.max_steps < 1:
-        raise SettingsError(f"max_steps is {s.max_steps}; it must be at least 1")
-    if not 0 <= s.warmup_ratio <= 1 or not 0 <= s.max_drop_fraction <= 1:
-        raise SettingsError("warmup_ratio and max_drop_fraction are shares between 0 and 1")
-    if not 0 <= s.reset_alpha <= 1:
-        raise SettingsError(f"reset_alpha is {s.reset_alpha}; it is the share of the trained weights that stays, from 0 to 1")
-    if not 0 <= s.sft_weight < math.inf:
-        raise SettingsError(f"sft_weight is {s.sft_weight}; it must not be negative")
+        said = ", ".join(str(a) for a in accepted if a)
+        refuse_unless(getattr(s, name) in accepted, f"{name} is {getattr(s, name)!r}; accepted are {said}")
+    for names, holds, said in (
+        (AT_LEAST_1, lambda x: x >= 1, "it must be at least 1"),
+        (NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "it must not be negative"),
+        (SHARES, lambda x: 0 <= x <= 1, "it is a share, from 0 to 1"),
+        (("lr",), lambda x: 0 < x < math.inf, "a learning rate must be positive"),
+    ):
+        for name in names:
+            value = getattr(s, name)
+            refuse_unless(value is None or holds(value), f"{name} is {value}; {said}")
     longest_prompt = s.max_prompt_length if s.max_prompt_length is not None else s.max_length * 7 // 8
-    if s.max_length < 2 or not 1 <= longest_prompt < s.max_length:
-        raise SettingsError(
-            f"max_length {s.max_length} with max_prompt_length {longest_prompt} leaves no room for a prompt and a response; "
-            "raise max_length or lower max_prompt_length"
-        )
-    if s.log_to and importlib.util.find_spec(s.log_to) is None:
-        raise SettingsError(f"log_to {s.log_to}: it is not installed (pip install {s.log_to})")
-    if s.overwrite and s.resume:
-        raise SettingsError("overwrite and resume exclude each other")
-    if (s.overwrite or s.resume) and s.out is None:
-        raise SettingsError("overwrite and resume need --out, the folder of the earlier run")
-    if (s.model == "tiny") != (s.dataset == "tiny"):
-        raise SettingsError(
-            'the embedded world needs both model "tiny" and dataset "tiny"; give a real model and a real dataset'
-        )
+    refuse_unless(
+        s.max_length >= 2 and 1 <= longest_prompt < s.max_length,
+        f"max_length {s.max_length} with max_prompt_length {longest_prompt} leaves no room for a prompt and a response; "
+        "raise max_length or lower max_prompt_length",
+    )
+    installed = s.log_to is None or importlib.util.find_spec(s.log_to) is not None
+    refuse_unless(installed, f"log_to {s.log_to}: it is not installed (pip install {s.log_to})")
+    refuse_unless(not (s.overwrite and s.resume), "overwrite and resume exclude each other")
+    known_out = s.out is not None or not (s.overwrite or s.resume)
+    refuse_unless(known_out, "overwrite and resume need --out, the folder of the earlier run")
+    refuse_unless(
+        (s.model == "tiny") == (s.dataset == "tiny"),
+        'the embedded world needs both model "tiny" and dataset "tiny"; give a real model and a real dataset',
+    )
 
 
 # ---- the objective ---------------------------------------------------------------------------------------------------
 
 
 class Objective(NamedTuple):
-    """A function of losses.py with its hyper-parameters; what it needs is read off its signature."""
+    """A function of losses.py and the settings given for it; what it needs was read off its signature there."""
 
-    name: str
-    function: Callable[..., Tensor]
-    hyper: dict
-    tensors: tuple[str, ...]
+    loss: Callable[..., Tensor]
+    given: dict
+
+    @property
+    def name(self) -> str:
+        return self.loss.__name__
 
     def needs(self, prefix: str) -> bool:
-        return any(t.startswith(prefix) for t in self.tensors)
+        return any(t.startswith(prefix) for t in self.loss.tensors)
 
     @property
     def unpaired(self) -> bool:
-        return "desirable" in self.tensors
+        return "desirable" in self.loss.tensors
 
     @property
     def responses(self) -> int:
         """Responses of an example that are scored: 2, or 1 for unpaired and chosen-only objectives."""
-        return 2 if "logp_l" in self.tensors else 1
+        return 2 if "logp_l" in self.loss.tensors else 1
 
     @property
     def coupled(self) -> bool:
         """Whether the rows of a batch depend on each other, so that the loss needs the whole batch at once."""
-        switch = BATCH_COUPLED.get(self.name, False)
-        return switch is None or bool(switch and self.setting(switch))
+        switch = self.loss.coupled
+        return switch if isinstance(switch, bool) else bool({**self.loss.settings, **self.given}[switch])
 
-    def setting(self, name: str, otherwise=None):
-        """The value of a hyper-parameter: given, default, or `otherwise` where the function has none of that name."""
-        parameter = inspect.signature(self.function).parameters.get(name)
-        return otherwise if parameter is None else self.hyper.get(name, parameter.default)
-
-    def reward(self, logp: Tensor, ref: Tensor, length: Tensor) -> Tensor:
-        """The reward of the objective's own paper, β included; (R,) → (R,)."""
-        if self.setting("average") is False:
-            length = torch.ones_like(length)
-        return self.setting("beta", 1.0) * REWARDS[self.name](logp, ref, length)
+    def __call__(self, tensors: dict[str, Tensor], seed: list[int]) -> Tensor:
+        """Loss per row; functions that draw at random get a generator that depends on `seed` alone."""
+        more = {}
+        if self.loss.random:
+            number = sum(x * 1_000_003**i for i, x in enumerate(seed)) % 2**63
+            more["generator"] = torch.Generator().manual_seed(number)
+        return self.loss(*(tensors[t] for t in self.loss.tensors), **self.given, **more)
 
     def __str__(self) -> str:
-        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.hyper.items())})"
+        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.given.items())})"
 
 
 def parse_objective(text: str) -> Objective:
@@ -286,138 +213,450 @@ def parse_objective(text: str) -> Objective:
         call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
         if not isinstance(call.func, ast.Name) or call.args or any(k.arg is None for k in call.keywords):
             raise ValueError
-        name, hyper = call.func.id, {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+        name, given = call.func.id, {k.arg: ast.literal_eval(k.value) for k in call.keywords}
     except (ValueError, SyntaxError, TypeError):
-        raise SettingsError(
+        raise UserError(
             f'objective is {text!r}; write it as a call with named constants, such as "simpo(beta=2.5, gamma=0.5)"'
         ) from None
     if name not in OBJECTIVES:
-        raise SettingsError(f"unknown objective {name!r}; known are {', '.join(OBJECTIVES)}")
-    parameters = inspect.signature(OBJECTIVES[name]).parameters
-    tensors = tuple(k for k, p in parameters.items() if p.kind is not p.KEYWORD_ONLY)
-    known = [k for k in parameters if k not in tensors and k != "generator"]
-    signature = f"{name}({', '.join(f'{k}={parameters[k].default!r}' for k in known)})"
-    for key, value in hyper.items():
-        if key not in known:
-            raise SettingsError(f"objective {name} has no argument {key!r}; its signature is {signature}")
-        default = parameters[key].default
-        fits = (
-            isinstance(value, type(default))
-            if isinstance(default, (bool, str))
-            else isinstance(value, (int, float)) and not isinstance(value, bool)
-        )
-        if not fits and value is not default:
-            raise SettingsError(f"objective {name}: {key}={value!r} is of the wrong kind; its signature is {signature}")
-    return Objective(name, OBJECTIVES[name], hyper, tensors)
+        raise UserError(f"unknown objective {name!r}; known are {', '.join(OBJECTIVES)}")
+    defaults = OBJECTIVES[name].settings
+    signature = f"its signature is {name}({', '.join(f'{k}={v!r}' for k, v in defaults.items())})"
+    for key, value in given.items():
+        if key not in defaults:
+            raise UserError(f"objective {name} has no argument {key!r}; {signature}")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        fits = isinstance(value, type(defaults[key])) if isinstance(defaults[key], (bool, str)) else number
+        if not fits and value is not defaults[key]:
+            raise UserError(f"objective {name}: {key}={value!r} is of the wrong kind; {signature}")
+    return Objective(OBJECTIVES[name], given)
 
 
 def try_objective(objective: Objective) -> None:
-    """Call the function once on small numbers, so that a value out of range is found before anything is loaded."""
-    values = {"desirable": torch.tensor([True, False])}
-    values |= {t: torch.tensor([4, 5]) for t in objective.tensors if t.startswith("len")}
-    values |= {t: torch.tensor([-3.0, -4.0]) for t in objective.tensors if t not in values}
+    """Call it once on small numbers, so that a value out of range is found before anything is loaded."""
+    kinds = {"desirable": torch.tensor([True, False]), "len": torch.tensor([4, 5])}
+    numbers = torch.tensor([-3.0, -4.0])
     try:
-        call(objective, {t: values[t] for t in objective.tensors}, seed=[0])
+        objective({t: kinds.get(t.partition("_")[0], numbers) for t in objective.loss.tensors}, seed=[0])
     except ValueError as error:
-        raise SettingsError(f"objective {objective}: {error}") from error
+        raise UserError(f"objective {objective}: {error}") from error
 
 
-# ---- scoring ---------------------------------------------------------------------------------------------------------
+# ---- one step --------------------------------------------------------------------------------------------------------
 
 
-def call(objective: Objective, tensors: dict[str, Tensor], seed: list[int]) -> Tensor:
-    """Loss per row; functions that draw at random get a generator that depends on `seed` alone."""
-    extra = {}
-    if "generator" in inspect.signature(objective.function).parameters:
-        extra["generator"] = torch.Generator().manual_seed(int(sum(x * 1_000_003**i for i, x in enumerate(seed)) % 2**63))
-    return objective.function(*(tensors[t] for t in objective.tensors), **objective.hyper, **extra)
+class Sums(NamedTuple):
+    """Sums over the responses of n examples, k each, and their labels; (n, k), nats, None where not needed."""
 
-
-class Scores(NamedTuple):
-    """Sums over responses of a set of n examples with k responses each; all (n, k) in nats, None where not needed."""
-
-    length: Tensor
+    length: Tensor  # tokens
     logp: Tensor | None = None
     ref: Tensor | None = None
     kl: Tensor | None = None
     logp_mismatch: Tensor | None = None  # (n·k,): KTO's mismatched completions, under the policy
     ref_mismatch: Tensor | None = None  # (n·k,): and under the reference
-    label: Tensor | None = None  # (n, k) bool
+    label: Tensor | None = None  # bool: chosen or desirable
 
-    def at(self, rows: Tensor) -> "Scores":
-        return Scores(*(None if x is None else x[rows] for x in self))
+    def at(self, rows: Tensor) -> "Sums":
+        return Sums(*(None if x is None else x[rows] for x in self))
 
-    def by_name(self, objective: Objective) -> dict[str, Tensor]:
-        """The tensors that the objective's signature asks for. `old_*` is the policy as it is at the start of the step."""
-        sources = {"logp": self.logp, "len": self.length, "ref": self.ref, "kl": self.kl, "old": self.logp.detach()}
+    def by_name(self) -> dict[str, Tensor]:
+        """What a signature of losses.py may ask for. `old_*` is the policy as it is at the start of the step."""
         named = {"desirable": self.label, "logp_kl": self.logp_mismatch, "ref_kl": self.ref_mismatch}
-        for source, values in sources.items():
-            if values is not None:
-                named |= {source: values, f"{source}_w": values[:, 0], f"{source}_l": values[:, -1]}
-        return {t: named[t].flatten() for t in objective.tensors}
+        sources = {"logp": self.logp, "len": self.length, "ref": self.ref, "kl": self.kl, "old": self.logp.detach()}
+        for name, x in sources.items():
+            if x is not None:
+                named |= {name: x, f"{name}_w": x[:, 0], f"{name}_l": x[:, -1]}
+        return {name: x.flatten() for name, x in named.items() if x is not None}
 
 
-class Run(NamedTuple):
-    """What scoring and stepping share."""
+@dataclass
+class Rows:
+    """What is trained on and what is held out, and what is known of both before the policy has learnt anything."""
 
-    policy: ResponseLogProbs
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+    report: dict  # what was kept and dropped, and why
+    plan: list[list[int]] = field(default_factory=list)  # the rows of each optimizer step
+    ref: Tensor | None = None  # (n, k) of the training rows
+    ref_mismatch: Sequence[Tensor] | None = None  # of each batch of the plan
+    held_out_known: Sums | None = None
+    held_out_start: Tensor | None = None  # (n, k) log-probs of the held-out rows under the start
+
+
+@dataclass
+class Run:
+    """One training run: what it is made of, and the number of steps it has done."""
+
+    s: Settings
     objective: Objective
-    settings: Settings
     device: torch.device
+    tokenizer: object
+    policy: ResponseLogProbs
+    rows: Rows
+    origin: list[tuple[Tensor, Tensor]]  # LoRR: (parameter, its value at the start)
+    given: dict = field(default_factory=dict)  # the settings as they were asked for, for the record
+    world: Path | None = None  # folder of the embedded world
+    optimizer: torch.optim.Optimizer | None = None
+    before: list[str] = field(default_factory=list)  # the start's answers to the sample prompts
+    step: int = 0
+    ahead: list | None = None  # microbatches of the step that comes
+
+    @property
+    def bf16(self) -> bool:
+        return uses_bf16(self.s, self.device)
 
     def arithmetic(self):
         """bf16 autocast or nothing. One context spans one kind of pass, so weights are cast once in it."""
-        kind = self.device.type
-        return torch.autocast(kind, torch.bfloat16) if uses_bf16(self.settings, self.device) else contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
 
-    def groups(self, examples: list[Example]) -> list[list[int]]:
-        """The examples cut into microbatches by token count, as many for every rank: rank r takes groups r, r + ranks, …"""
-        return data.split_by_tokens(
-            [data.tokens_of(e) for e in examples], self.settings.tokens_per_microbatch, dist.world_size()
-        )
+    def cut(self, examples: list[Example]) -> list[list[int]]:
+        """Indices of the examples in each microbatch, cut by token count, as many for every rank: r takes r, r + ranks, …"""
+        sizes = [data.tokens_of(e) for e in examples]
+        return data.split_by_tokens(sizes, self.s.tokens_per_microbatch, dist.world_size())
 
     def microbatches(self, examples: list[Example]) -> list[tuple[list[int], data.Batch]]:
         """This rank's share of the examples: (indices, batch)."""
-        mine, make = self.groups(examples)[dist.rank() :: dist.world_size()], data.LAYOUTS[self.settings.layout]
-        return [(group, make([examples[i] for i in group]).to(self.device)) for group in mine]
-
-    def balance(self, examples: list[Example]) -> dict[str, float]:
-        """How a step is cut up: its microbatches, the heaviest over the mean one, and the share of computed positions that is
-        padding or a prompt repeated."""
-        loads, cells = [], 0
-        for group in self.groups(examples):
-            rows = [len(examples[i].prompt) + len(r) for i in group for r in examples[i].responses]
-            loads.append(sum(data.tokens_of(examples[i]) for i in group))
-            cells += loads[-1] if self.settings.layout == "packed" else len(rows) * max(rows, default=0)
-        return {
-            "microbatches": len(loads),
-            "imbalance": max(loads) * len(loads) / sum(loads),
-            "padding": 1 - sum(loads) / cells,
-        }
+        mine, make = self.cut(examples)[dist.rank() :: dist.world_size()], data.LAYOUTS[self.s.layout]
+        return [(part, make([examples[i] for i in part]).to(self.device)) for part in mine]
 
 
 @torch.no_grad()
-def score(
-    run: Run, examples: list[Example], with_kl: bool = False, progress: str | None = None
+def log_probs(
+    run: Run, examples: Sequence[Example], with_kl: bool = False, progress: str | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Summed log-probs, and token KLs, of all responses without gradient: (n, k) each, on every rank."""
     logps, kls, k = {}, {}, len(examples[0].responses)
+    batches = data.progress(_lazily(run, examples), progress or "", "batches", disable=progress is None or not dist.is_main())
     with run.arithmetic():
-        for group, batch in tqdm(
-            _lazily(run, examples), desc=progress, unit=" batches", leave=False, disable=progress is None or not dist.is_main()
-        ):
+        for part, batch in batches:
             logp, kl = run.policy(batch, with_kl)
-            logps |= zip(group, logp.view(len(group), k))
-            if with_kl:
-                kls |= zip(group, kl.view(len(group), k))
+            logps |= zip(part, logp.view(len(part), k))
+            kls |= zip(part, kl.view(len(part), k)) if with_kl else ()
     return dist.gather_rows(logps, len(examples)), dist.gather_rows(kls, len(examples)) if with_kl else None
 
 
-def _lazily(run: Run, examples: list[Example]):
+def _lazily(run: Run, examples: Sequence[Example]) -> Iterator[tuple[list[int], data.Batch]]:
     """Microbatches of a whole dataset, made some hundred examples at a time, longest first within each."""
     for start in range(0, len(examples), 256):
-        for group, batch in run.microbatches(examples[start : start + 256]):
-            yield [start + i for i in group], batch
+        for part, batch in run.microbatches(examples[start : start + 256]):
+            yield [start + i for i in part], batch
+
+
+def coefficients(objective: Objective, sums: Sums, seed: list[int], sft: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss per row (rows,) and the gradient of their sum with respect to every log-prob and KL, (n, k) each.
+
+    sft: weight of the SFT term, which is −logp/length (nats per token) of a chosen or desirable response, 0 of another.
+    """
+    if not len(sums.logp):  # a rank without rows in this microbatch
+        empty = torch.zeros_like(sums.logp)
+        return empty.flatten(), empty, None if sums.kl is None else empty
+    logp = sums.logp.detach().requires_grad_()
+    kl = None if sums.kl is None else sums.kl.detach().requires_grad_()
+    loss = objective(sums._replace(logp=logp, kl=kl).by_name(), seed)
+    if sft:
+        term = -(logp / sums.length) * sums.label
+        loss = loss + sft * (term.flatten() if objective.unpaired else term.sum(-1))
+    leaves = [logp] if kl is None else [logp, kl]
+    grads = torch.autograd.grad(loss.sum(), leaves, allow_unused=True, materialize_grads=True)
+    return loss.detach(), grads[0], None if kl is None else grads[1]
+
+
+def accumulate_gradients(
+    run: Run, examples: list[Example], known: Sums, seed: list[int], batches=None, sft: float = 0.0
+) -> tuple[Sums, Tensor]:
+    """Put the gradient of the mean loss over `examples`, with the SFT term where `sft` > 0, into the policy's parameters.
+
+    The gradient of a microbatch is Σ (∂L/∂logp) · ∂logp/∂θ. The factors ∂L/∂logp come from the microbatch itself, or, where the
+    objective couples the rows, from a first pass that scores the whole batch without gradient. A coupled batch that is a
+    single microbatch on every rank needs no first pass: its own log-probs are gathered and then differentiated.
+
+    Args:
+        known: what does not depend on the policy: lengths, reference, labels, mismatches.
+        batches: run.microbatches(examples), if they were made ahead of time.
+    Returns:
+        the sums of the whole batch, and its loss per row; on every rank.
+    """
+    objective, with_kl, n = run.objective, run.objective.needs("kl_"), len(examples)
+    k = known.length.shape[1]  # responses per example
+    batches, rows = batches or run.microbatches(examples), n * (k if objective.unpaired else 1)
+    whole = None  # of a coupled batch: loss and factors of all its rows
+    if objective.coupled and len(batches) > 1:
+        logp, kl = log_probs(run, examples, with_kl)
+        whole = coefficients(objective, known._replace(logp=logp, kl=kl), seed, sft)
+    losses, logps, kls = {}, {}, {}
+    with run.arithmetic():
+        for i, (part, batch) in enumerate(batches):
+            dist.sync_gradients(run.policy, last=i == len(batches) - 1)
+            logp, kl = run.policy(batch, with_kl)
+            logp, kl = logp.view(len(part), k), kl.view(len(part), k) if with_kl else None
+            logps |= zip(part, logp.detach())
+            kls |= zip(part, kl.detach()) if with_kl else ()
+            at = torch.tensor(part, dtype=torch.long)
+            if objective.coupled and whole is None:
+                all_kl = dist.gather_rows(kls, n) if with_kl else None
+                whole = coefficients(objective, known._replace(logp=dist.gather_rows(logps, n), kl=all_kl), seed, sft)
+            if whole is None:
+                loss, d_logp, d_kl = coefficients(objective, known.at(at)._replace(logp=logp, kl=kl), seed, sft)
+                losses |= zip(part, loss.view(len(part), k if objective.unpaired else 1))
+            else:
+                d_logp, d_kl = whole[1][at], whole[2][at] if with_kl else None
+            heads, grads = ([logp, kl], [d_logp, d_kl]) if with_kl else ([logp], [d_logp])
+            torch.autograd.backward(heads, [g / rows for g in grads])
+    sums = known._replace(logp=dist.gather_rows(logps, n), kl=dist.gather_rows(kls, n) if with_kl else known.kl)
+    return sums, dist.gather_rows(losses, n).flatten() if whole is None else whole[0]
+
+
+def next_batch(run: Run) -> tuple[list[Example], Sums]:
+    """The examples of the step that comes, and what is known of them before the policy is asked."""
+    rows, at = run.rows, run.rows.plan[run.step]
+    examples = [rows.train[i] for i in at]
+    ref = None if rows.ref is None else rows.ref[at]
+    mismatch = None if rows.ref_mismatch is None else rows.ref_mismatch[run.step // run.s.replays]
+    known = known_sums(examples, ref, mismatch, run.device)
+    if run.objective.needs("logp_kl"):
+        known = known._replace(logp_mismatch=log_probs(run, mismatched(examples))[0].flatten())
+    return examples, known
+
+
+def step(run: Run) -> dict:
+    """One optimizer step on the next batch of the plan; returns its line of metrics.jsonl, speeds left out."""
+    s, plan, tick = run.s, run.rows.plan, time.time()
+    examples, known = next_batch(run)
+    replay, sft = replay_of(run.step, s)
+    sums, loss = accumulate_gradients(run, examples, known, [s.seed, run.step], run.ahead, sft)
+    last = run.step + 1 == len(plan)
+    run.ahead = None if last else run.microbatches([run.rows.train[i] for i in plan[run.step + 1]])  # while a GPU works
+    grad_norm = float(dist.clip_gradients(run.policy, s.max_grad_norm))
+    stop_if_not_finite(examples, sums, loss, grad_norm)
+    if run.step == 0:
+        check_step_zero(sums, 0.1 if run.bf16 else 1e-3)
+    lr = learning_rate(run.step, len(plan), s)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    reset(run.origin, s.reset_alpha)
+    run.step += 1
+    line = {"step": run.step, **measures(run.objective, sums, loss), "grad_norm": grad_norm, "lr": lr, "pairs": len(loss)}
+    line |= {"tokens": sum(map(data.tokens_of, examples)), "flops": model_flops(run.policy.model, examples)}
+    line |= {"seconds": time.time() - tick, **balance(run, examples)}
+    return line | ({"replay": replay + 1} if s.replays > 1 else {}) | ({"sft_weight": sft} if sft else {})
+
+
+def learning_rate(step: int, steps: int, s: Settings) -> float:
+    """Linear warm-up over warmup_ratio of the steps, then a half cosine down to zero. `step` counts from 0."""
+    warmup = max(1, round(s.warmup_ratio * steps))
+    if step < warmup:
+        return s.lr * (step + 1) / warmup
+    return s.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+# ---- prepare ---------------------------------------------------------------------------------------------------------
+
+
+def prepare(s: Settings) -> Run:
+    """Everything before the first step, what is quick to refuse first: a mistake should cost no loading."""
+    objective = parse_objective(s.objective)
+    try_objective(objective)
+    device = dist.setup(s.device)
+    s.lr = s.lr if s.lr is not None else (2e-4 if s.model == "tiny" else 1e-6)
+    s.out = str(dist.on_main(prepare_out, s))
+    given, world = asdict(s), None
+    say(settings_table(s))
+    if s.model == "tiny":
+        world, pairs = dist.on_main(embedded_world, s)
+        s = replace(s, model=str(world / "model"), dataset=str(pairs))
+    tokenizer = data.load_tokenizer(s.model, s.trust_remote_code)
+    rows = load_rows(s, tokenizer, objective)
+    policy = build_policy(s, objective, tokenizer, device)
+    origin = [(p, p.detach().clone()) for p in reset_parameters(policy.model, s)]
+    run = Run(s, objective, device, tokenizer, policy, rows, origin, given, world)
+    check_policy(run)
+    plan_steps(run)
+    score_start(run)
+    run.optimizer = make_optimizer(run)
+    resume(run)
+    return run
+
+
+def build_policy(s: Settings, objective: Objective, tokenizer, device: torch.device) -> ResponseLogProbs:
+    """The model with fp32 weights, cut over the ranks; and the reference, where an objective needs its token KL."""
+    model = load_model(s)
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise UserError(f"the tokenizer has {len(tokenizer)} ids, but the model only {embeddings} embeddings: no match")
+    if s.layout == "packed":
+        refuse_packed(model)
+    reference = load_model(s).requires_grad_(False).train(False) if objective.needs("kl_w") else None
+    dist.on_main(dist.check_space, Path(s.out), model, s.keep + 1 if s.save_every else 0, export_dtype(s, model))
+    policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, uses_bf16(s, device), s.gradient_checkpointing)
+    for part in filter(None, (model, reference)):
+        dist.load_weights(part, s.model, device)
+    policy.use_layout(s.layout)
+    model.train()
+    if s.compile:
+        model.base_model.compile(dynamic=True)
+    return policy
+
+
+def check_policy(run: Run) -> None:
+    """Two checks that cost a small pass each: is the head one that we know, and do the two layouts agree?"""
+    few = [run.rows.train[i] for i in range(min(4, len(run.rows.train)))]
+    run.policy.use_layout("padded")
+    try:
+        with run.arithmetic():
+            ids = torch.tensor([few[0].prompt[-32:]], device=run.device)
+            run.policy.within(check_head, ids, 0.5 if run.bf16 else 1e-3)
+        run.policy.use_layout(run.s.layout)
+        compare_layouts(run, few, 0.1 if run.bf16 else 1e-4)
+    except ValueError as error:  # logprobs.py names the head or the attention that it cannot honour
+        raise UserError(str(error)) from error
+
+
+def plan_steps(run: Run) -> None:
+    """Which rows each optimizer step takes, replays included, from the first step to the last."""
+    s, plan = run.s, []
+    for epoch in range(s.epochs):
+        for rows in data.step_plan(len(run.rows.train), s.batch_size, s.seed, epoch):
+            plan += [rows.tolist()] * s.replays
+    run.rows.plan = plan[: s.max_steps]
+
+
+def score_start(run: Run) -> None:
+    """What the start says of every row and answers to the sample prompts: the reference, and where the run set out from."""
+    rows, needs = run.rows, run.objective.needs
+    ref_held_out = mismatch_held_out = None
+    if needs("ref"):
+        rows.ref = reference_sums(run, rows.train, "rows")
+        ref_held_out = reference_sums(run, rows.held_out, "held-out rows")
+    if needs("ref_kl"):
+        batches = [mismatched([rows.train[i] for i in batch]) for batch in rows.plan[:: run.s.replays]]
+        flat = reference_sums(run, [e for batch in batches for e in batch], "mismatched rows").flatten()
+        rows.ref_mismatch = flat.split([len(batch) for batch in batches])
+        if rows.held_out:
+            mismatch_held_out = reference_sums(run, mismatched(rows.held_out), "mismatched held-out rows").flatten()
+    if rows.held_out:
+        rows.held_out_known = known_sums(rows.held_out, ref_held_out, mismatch_held_out, run.device)
+        rows.held_out_start = ref_held_out if ref_held_out is not None else log_probs(run, rows.held_out)[0]
+    run.before = answers(run)
+
+
+def make_optimizer(run: Run) -> torch.optim.Optimizer:
+    """AdamW; weight decay acts on matrices, not on gains and biases."""
+    parameters = list(run.policy.model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": run.s.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def resume(run: Run) -> None:
+    """With --resume, go to where the newest complete checkpoint of the same run stands."""
+    checkpoint = dist.newest_checkpoint(Path(run.s.out) / "checkpoints", say) if run.s.resume else None
+    if checkpoint is not None:
+        run.step = dist.load_checkpoint(checkpoint, run.policy.model, run.optimizer, identity(run))["step"]
+        say(f"resumed after step {run.step} from {checkpoint}")
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def train(s: Settings) -> dict:
+    """One run from settings to exported model; returns the summary that is also written to out/summary.json."""
+    started = time.time()
+    run = prepare(s)
+    journal = Journal(run)
+    if run.rows.held_out and run.step == 0:
+        journal.evaluated(evaluate(run), run.before)
+    with dist.StopOnSignal() as stop:
+        for last in journal.steps():
+            journal.stepped(step(run))
+            if run.rows.held_out and (last or due(run, s.eval_every)):
+                journal.evaluated(evaluate(run), answers(run))
+            stopping = stop.requested()
+            saved = save(run) if stopping or due(run, s.save_every) else None
+            if stopping:
+                stopped(run, saved)
+    return finish(run, journal, started)
+
+
+def due(run: Run, every: int) -> bool:
+    return every > 0 and run.step % every == 0
+
+
+def save(run: Run) -> bool:
+    """Write a checkpoint; whether it is there."""
+    state = {"step": run.step, "run": identity(run)}
+    folder = Path(run.s.out) / "checkpoints"
+    return dist.save_checkpoint(folder, run.policy.model, run.optimizer, state, run.s.keep, run.tokenizer)
+
+
+def stopped(run: Run, saved: bool) -> None:
+    """End a run that SIGTERM or Ctrl-C asked to stop."""
+    if not saved:
+        raise UserError(f"stopped after step {run.step} without a checkpoint; --resume goes on from an earlier one")
+    say(f"stopped after step {run.step}; go on with --resume --out {run.s.out}")
+    raise SystemExit(0)
+
+
+def finish(run: Run, journal: "Journal", started: float) -> dict:
+    """After the last step: samples, model, curves, summary, report."""
+    s, out, model = run.s, Path(run.s.out), run.policy.model
+    samples, lines = journal.close()
+    run.policy.use_layout("padded")
+    measured = {k: v for line in lines[-2:] for k, v in line.items()}
+    card = dist.model_card(out.name, {**run.given, "objective": str(run.objective)}, measured)
+    dist.export(model, run.tokenizer, out / "model", export_dtype(s, model), card)
+    dist.on_main(draw_curves, lines, out / "curves.png", f"{run.objective} on {Path(s.dataset).name}")
+    after = {k: v for line in lines if line["step"] for k, v in line.items() if k.startswith("eval_") or k == "repetition"}
+    world = {"world": dist.on_main(judge, out / "model", run.world, out / "answers.jsonl")} if run.world else {}
+    summary = {
+        "objective": str(run.objective), "steps": len(run.rows.plan), "rows": len(run.rows.train),
+        "held_out": len(run.rows.held_out), "before": journal.start, "after": after, **world, **journal.speeds(),
+        "seconds": time.time() - started, "peak_memory_gib": peak_memory(run.device),
+        "dtype": "bf16" if run.bf16 else "fp32", "device": str(run.device), "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "out": str(out),
+    }  # fmt: skip
+    dist.on_main((out / "summary.json").write_text, json.dumps(summary, indent=2) + "\n")
+    report_end(summary, samples)
+    return summary
+
+
+# ---- model and rows --------------------------------------------------------------------------------------------------
+
+
+def load_model(s: Settings) -> torch.nn.Module:
+    """A transformers model with fp32 weights and dropout off.
+
+    Under torchrun the weights of a folder come later, when the model has been cut up: see `distributed.load_weights`.
+    """
+    try:
+        model = dist.build_model(s.model, s.trust_remote_code)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises many kinds; all mean that there is no loadable model
+        raise UserError(f"{s.model}: no loadable causal language model there ({str(error).strip().splitlines()[0]})") from error
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        for key in [k for k in config.to_dict() if "dropout" in k or k.endswith("pdrop")]:
+            if isinstance(getattr(config, key), float):
+                setattr(config, key, 0.0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+NOT_ATTENTION = ("mamba", "rwkv", "deltanet", "linearattention", "shortconv", "recurrentblock", "griffin", "xlstm", "mlstm")
+
+
+def refuse_packed(model: torch.nn.Module) -> None:
+    """The packed layout needs every layer to mix tokens by masked attention only; others are refused by name."""
+    for module in model.modules():
+        kind = type(module).__name__
+        if any(word in kind.lower() for word in NOT_ATTENTION):
+            raise UserError(f"{type(model).__name__} has {kind} layers, which carry state across tokens; use --layout padded")
 
 
 def uses_bf16(s: Settings, device: torch.device) -> bool:
@@ -429,7 +668,45 @@ def uses_bf16(s: Settings, device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def reference_scores(run: Run, examples: list[Example], what: str) -> Tensor | None:
+def export_dtype(s: Settings, model: torch.nn.Module) -> torch.dtype:
+    came_in = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": came_in}[s.export_dtype]
+
+
+def load_rows(s: Settings, tokenizer, objective: Objective) -> Rows:
+    """Training and held-out examples in the form the objective trains on, and the report of what was dropped."""
+    train_rows, report = data.load(s.dataset, tokenizer, s)
+    say(f"data: {report}")
+    reports = {"dataset": report._asdict()}
+    if s.eval_dataset:
+        held_out, report = data.load(s.eval_dataset, tokenizer, s)
+        say(f"held-out data: {report}")
+        reports["eval_dataset"] = report._asdict()
+    else:
+        if s.eval_size >= len(train_rows):
+            raise UserError(f"eval_size {s.eval_size} leaves no training rows of {len(train_rows)}; lower it")
+        train_rows, held_out = data.split_held_out(train_rows, s.eval_size, s.seed)
+    for e in (*train_rows[:1], *held_out[:1]):
+        if e.desirable is not None and not objective.unpaired:
+            raise UserError(
+                f"{objective.name} compares pairs, but {e.where} is a single labelled completion; use kto, bco or uapo"
+            )
+
+    def fitting(e: Example) -> Example:
+        """A pair keeps both responses for paired and unpaired objectives, its chosen one where only that is scored."""
+        return e if objective.unpaired or len(e.responses) == objective.responses else e._replace(responses=e.responses[:1])
+
+    return Rows(train_rows.mapped(fitting), held_out.mapped(fitting), reports)
+
+
+def known_sums(examples: Sequence[Example], ref: Tensor | None, ref_mismatch: Tensor | None, device) -> Sums:
+    """What a batch's sums consist of before the policy is asked."""
+    length = torch.tensor([[len(r) for r in e.responses] for e in examples], device=device)
+    label = [[e.desirable] if e.desirable is not None else [True, False][: len(e.responses)] for e in examples]
+    return Sums(length, ref=ref, ref_mismatch=ref_mismatch, label=torch.tensor(label, device=device))
+
+
+def reference_sums(run: Run, examples: Sequence[Example], what: str) -> Tensor | None:
     """Reference log-probs (n, k) of `examples`: the policy's own, before it has learnt anything, kept as numbers.
 
     Cached as safetensors under a hash of everything that they depend on: weights, token ids (so tokenizer, template, data
@@ -437,8 +714,8 @@ def reference_scores(run: Run, examples: list[Example], what: str) -> Tensor | N
     """
     if not examples:
         return None
-    s, key = run.settings, hashlib.sha256()
-    key.update(json.dumps(["1", s.layout, uses_bf16(s, run.device), run.device.type, s.tokens_per_microbatch]).encode())
+    s, key = run.s, hashlib.sha256()
+    key.update(json.dumps(["1", s.layout, run.bf16, run.device.type, s.tokens_per_microbatch]).encode())
     key.update(json.dumps(dist.hash_weights(run.policy.model)).encode())
     for e in examples:
         key.update(json.dumps([e.prompt, e.responses]).encode())
@@ -447,97 +724,24 @@ def reference_scores(run: Run, examples: list[Example], what: str) -> Tensor | N
     if ref is not None and ref.shape == (len(examples), len(examples[0].responses)) and torch.isfinite(ref).all():
         say(f"reference log-probs of {len(examples)} {what} from {file}")
         return ref.to(run.device)
-    ref, _ = score(run, examples, progress=f"reference, {what}")
+    ref, _ = log_probs(run, examples, progress=f"reference, {what}")
     dist.save_tensors({"ref": ref}, file)
     return ref
 
 
-def mismatched(examples: list[Example]) -> list[Example]:
+def mismatched(examples: Sequence[Example]) -> list[Example]:
     """For KTO: each row's prompt with a completion that answers another prompt, the next such one in the batch, in a circle."""
     flat = [(e.prompt, r) for e in examples for r in e.responses]
-    found = []
+    rows = []
     for i, (prompt, _) in enumerate(flat):
         others = (flat[(i + j) % len(flat)] for j in range(1, len(flat)))
         other = next((o for o in others if o[0] != prompt), None)
         if other is None:
-            raise DataError(
+            raise UserError(
                 "kto needs at least two different prompts in every optimizer batch; raise batch_size or mix the data"
             )
-        found.append(Example(prompt, [other[1]], where=examples[0].where))
-    return found
-
-
-# ---- one step --------------------------------------------------------------------------------------------------------
-
-
-def coefficients(
-    objective: Objective, scores: Scores, seed: list[int], sft: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss per row (rows,) and the gradient of their sum with respect to every log-prob and KL, (n, k) each.
-
-    sft: weight of the SFT term, which is −logp/length (nats per token) of a chosen or desirable response, 0 of another.
-    """
-    if not len(scores.logp):  # a rank without rows in this microbatch
-        empty = torch.zeros_like(scores.logp)
-        return empty.flatten(), empty, None if scores.kl is None else empty
-    leaves = scores._replace(
-        logp=scores.logp.detach().requires_grad_(), kl=None if scores.kl is None else scores.kl.detach().requires_grad_()
-    )
-    loss = call(objective, leaves.by_name(objective), seed)
-    if sft:
-        term = -(leaves.logp / leaves.length) * leaves.label
-        loss = loss + sft * (term.flatten() if objective.unpaired else term.sum(-1))
-    inputs = [leaves.logp] if leaves.kl is None else [leaves.logp, leaves.kl]
-    grads = torch.autograd.grad(loss.sum(), inputs, allow_unused=True, materialize_grads=True)
-    return loss.detach(), grads[0], grads[1] if len(grads) > 1 else None
-
-
-def accumulate_gradients(
-    run: Run, examples: list[Example], known: Scores, seed: list[int], batches=None, sft: float = 0.0
-) -> tuple[Scores, Tensor]:
-    """Put the gradient of the mean loss over `examples`, with the SFT term where `sft` > 0, into the policy's parameters.
-
-    The gradient of a microbatch is Σ (∂L/∂logp) · ∂logp/∂θ. The factors ∂L/∂logp come from the microbatch itself, or, where the
-    objective couples the rows, from a first pass that scores the whole batch without gradient. A coupled batch that is a
-    single microbatch on every rank needs no first pass: its own log-probs are gathered and then differentiated.
-
-    Args:
-        known: what does not depend on the policy: lengths, reference, labels, mismatches.
-        batches: run.microbatches(examples), if they were made ahead of time.
-    Returns:
-        the scores of the whole batch, and its loss per row; on every rank.
-    """
-    objective, with_kl = run.objective, run.objective.needs("kl_")
-    k = known.length.shape[1]  # responses per example
-    batches, rows = batches or run.microbatches(examples), len(examples) * (k if objective.unpaired else 1)
-    whole, kept = None, None
-    if objective.coupled and len(batches) > 1:
-        logp, kl = score(run, examples, with_kl)
-        whole = coefficients(objective, known._replace(logp=logp, kl=kl), seed, sft)
-    losses, logps, kls = {}, {}, {}
-    with run.arithmetic():
-        for i, (group, batch) in enumerate(batches):
-            dist.sync_gradients(run.policy, last=i == len(batches) - 1)
-            logp, kl = run.policy(batch, with_kl)
-            logp, kl = logp.view(len(group), k), kl.view(len(group), k) if with_kl else None
-            logps |= zip(group, logp.detach())
-            if with_kl:
-                kls |= zip(group, kl.detach())
-            at = torch.tensor(group, dtype=torch.long)
-            if objective.coupled and whole is None:
-                kept = dist.gather_rows(logps, len(examples)), dist.gather_rows(kls, len(examples)) if with_kl else None
-                whole = coefficients(objective, known._replace(logp=kept[0], kl=kept[1]), seed, sft)
-            if whole is None:
-                loss, d_logp, d_kl = coefficients(objective, known.at(at)._replace(logp=logp, kl=kl), seed, sft)
-                losses |= zip(group, loss.view(len(group), k if objective.unpaired else 1))
-            else:
-                loss, d_logp, d_kl = whole[0], whole[1][at], whole[2][at] if with_kl else None
-            heads, grads = ([logp, kl], [d_logp, d_kl]) if with_kl else ([logp], [d_logp])
-            torch.autograd.backward(heads, [g / rows for g in grads])
-    everything = known._replace(logp=dist.gather_rows(logps, len(examples)))
-    if with_kl:
-        everything = everything._replace(kl=dist.gather_rows(kls, len(examples)))
-    return everything, whole[0] if whole is not None else dist.gather_rows(losses, len(examples)).flatten()
+        rows.append(Example(prompt, [other[1]], where=examples[0].where))
+    return rows
 
 
 # LoRR (Liu 2025, 2508.06412), a schedule around any objective. RECONSTRUCTED: the sources at hand fix replaying each batch,
@@ -560,200 +764,123 @@ def reset_parameters(model: torch.nn.Module, s: Settings) -> list[torch.nn.Param
     for part in parts or [""]:
         if not part or not any(part in name for name in named):
             last = list(named)[-12:]
-            raise SettingsError(f"reset_modules: {part!r} is part of no parameter's name; the last names are {', '.join(last)}")
+            raise UserError(f"reset_modules: {part!r} is part of no parameter's name; the last names are {', '.join(last)}")
     return [p for name, p in named.items() if any(part in name for part in parts)]
 
 
 @torch.no_grad()
-def reset(parameters: list[torch.nn.Parameter], origin: list[Tensor], alpha: float) -> None:
+def reset(origin: list[tuple[Tensor, Tensor]], alpha: float) -> None:
     """θ ← αθ + (1−α)θ⁰, in place; where a parameter is cut over ranks each rank does its rows."""
-    for parameter, start in zip(parameters, origin):
+    for parameter, start in origin:
         parameter.mul_(alpha).add_(start, alpha=1 - alpha)
 
 
-def learning_rate(step: int, steps: int, s: Settings) -> float:
-    """Linear warm-up over warmup_ratio of the steps, then a half cosine down to zero. `step` counts from 0."""
-    warmup = max(1, round(s.warmup_ratio * steps))
-    if step < warmup:
-        return s.lr * (step + 1) / warmup
-    return s.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+# ---- evaluation and checks ---------------------------------------------------------------------------------------------
 
 
-def measures(objective: Objective, scores: Scores, loss: Tensor) -> dict[str, float]:
+def evaluate(run: Run) -> dict[str, float]:
+    """Measures of the held-out rows as one batch, each name with eval_ in front.
+
+    eval_drift, nats per token, is the mean over responses of (log-prob at the start − now) / length. It estimates
+    KL(start ‖ now) per token only if the responses are the start's own samples (then ≥ 0 up to noise); of other texts it says
+    by how much they became less likely, below 0 where more likely.
+    """
+    held_out, known = run.rows.held_out, run.rows.held_out_known
+    logp, kl = log_probs(run, held_out, run.objective.needs("kl_"), progress="evaluate")
+    sums = known._replace(logp=logp, kl=kl)
+    if run.objective.needs("logp_kl"):
+        sums = sums._replace(logp_mismatch=log_probs(run, mismatched(held_out))[0].flatten())
+    loss = run.objective(sums.by_name(), seed=[run.s.seed])
+    drift = ((run.rows.held_out_start - logp) / known.length).mean().item()
+    return {f"eval_{k}": v for k, v in {**measures(run.objective, sums, loss), "drift": drift}.items()}
+
+
+def answers(run: Run) -> list[str]:
+    """Greedy answers to the prompts of the first held-out rows."""
+    prompts, texts = [e.prompt for e in run.rows.held_out[: run.s.samples]], []
+    layout = run.policy.use_layout("padded")  # the model's own attention, which generation needs
+    for i in range(0, len(prompts), 32):
+        texts += run.policy.within(completions, run.tokenizer, prompts[i : i + 32], run.s.sample_tokens)[0]
+    run.policy.use_layout(layout)
+    return texts
+
+
+def measures(objective: Objective, sums: Sums, loss: Tensor) -> dict[str, float]:
     """Loss and rewards of a batch.
 
     Pairs: reward_margin is the mean of r_w − r_l, reward_accuracy the share of pairs with r_w > r_l (a tie counts ½).
     Unpaired rows: the difference of mean rewards, desirable minus undesirable, and the share of all (desirable, undesirable)
     couples in the right order. Log-probs per token are Σ logp / Σ tokens over the chosen (desirable) and rejected ones.
     """
-    ref = scores.ref if scores.ref is not None else torch.zeros_like(scores.logp)
-    reward = objective.reward(scores.logp, ref, scores.length)
-    label, found = scores.label, {"loss": loss.mean().item()}
+    ref = sums.ref if sums.ref is not None else torch.zeros_like(sums.logp)
+    reward = objective.loss.reward(sums.logp, ref, sums.length, **objective.given)
+    label, means = sums.label, {"loss": loss.mean().item()}
     good, bad = reward[label], reward[~label]
     if len(good) and len(bad):
         paired = reward.shape[1] == 2
         difference = (reward[:, 0] - reward[:, 1]) if paired else (good[:, None] - bad[None, :]).flatten()
-        found["reward_margin"] = difference.mean().item()
-        found["reward_accuracy"] = (0.5 * (1 + difference.sign())).mean().item()
+        means["reward_margin"] = difference.mean().item()
+        means["reward_accuracy"] = (0.5 * (1 + difference.sign())).mean().item()
     for side, mask in (("w", label), ("l", ~label)):
         if mask.any():
-            found[f"logp_{side}_per_token"] = (scores.logp[mask].sum() / scores.length[mask].sum()).item()
-    return found
+            means[f"logp_{side}_per_token"] = (sums.logp[mask].sum() / sums.length[mask].sum()).item()
+    return means
 
 
-def stop_if_not_finite(examples: list[Example], scores: Scores, loss: Tensor, grad_norm: float) -> None:
+def stop_if_not_finite(examples: list[Example], sums: Sums, loss: Tensor, grad_norm: float) -> None:
     """End the run before the weights are touched, naming the rows whose loss or log-prob is not a finite number."""
-    bad = ~torch.isfinite(loss.view(len(examples), -1)).all(-1) | ~torch.isfinite(scores.logp).all(-1)
+    bad = ~torch.isfinite(loss.view(len(examples), -1)).all(-1) | ~torch.isfinite(sums.logp).all(-1)
     if not bad.any() and math.isfinite(grad_norm):
         return
     rows = [e.where for e, b in zip(examples, bad.tolist()) if b] or [e.where for e in examples]
     what = "loss" if bad.any() else "gradient"
-    raise SettingsError(
+    raise UserError(
         f"the {what} is not finite; the weights were left as they were before this step. Rows: {'; '.join(rows[:8])}"
         f"{' …' if len(rows) > 8 else ''}. Look at them with `python data.py show`; if they are sound, lower lr"
     )
 
 
-# ---- model and data --------------------------------------------------------------------------------------------------
+def check_step_zero(sums: Sums, bound: float) -> None:
+    """Before the first update policy and reference are the same model: every log-ratio, reward and KL must be 0."""
+    log_ratio_and_kl = (None if sums.ref is None else sums.logp - sums.ref, sums.kl)
+    gaps = [(x / sums.length).abs().max().item() for x in log_ratio_and_kl if x is not None]
+    if not gaps:
+        return
+    say(f"step 0: policy and reference differ by at most {max(gaps):.2g} nats per token (bound {bound:g})")
+    if not max(gaps) <= bound:
+        raise UserError(
+            f"step 0: policy and reference differ by {max(gaps):.3g} nats per token; the reference is not this model's"
+        )
 
 
-def load_model(s: Settings) -> torch.nn.Module:
-    """A transformers model with fp32 weights and dropout off.
-
-    Under torchrun the weights of a folder come later, when the model has been cut up: see `distributed.load_weights`.
-    """
-    try:
-        model = dist.build_model(s.model, s.trust_remote_code)
-    except DataError:
-        raise
-    except Exception as error:  # transformers raises many kinds; all mean that there is no loadable model
-        raise SettingsError(
-            f"{s.model}: no loadable causal language model there ({str(error).strip().splitlines()[0]})"
-        ) from error
-    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-        for key in [k for k in config.to_dict() if "dropout" in k or k.endswith("pdrop")]:
-            if isinstance(getattr(config, key), float):
-                setattr(config, key, 0.0)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
+def compare_layouts(run: Run, examples: list[Example], bound: float) -> None:
+    """Score the first examples in the packed and in the padded layout; they must agree per token within `bound` nats."""
+    if run.s.layout != "packed":
+        return
+    with_packed, _ = log_probs(run, examples)
+    run.policy.use_layout("padded")
+    with_padded, _ = log_probs(replace(run, s=replace(run.s, layout="padded")), examples)
+    run.policy.use_layout("packed")
+    lengths = torch.tensor([[len(r) for r in e.responses] for e in examples], device=with_packed.device)
+    worst = ((with_packed - with_padded).abs() / lengths).max().item()
+    say(
+        f"layouts: packed and padded differ by at most {worst:.2g} nats per token on {len(examples)} examples (bound {bound:g})"
+    )
+    if not worst <= bound:
+        raise UserError(f"the packed layout disagrees with the padded one by {worst:.3g} nats per token; use --layout padded")
 
 
-NOT_ATTENTION = ("mamba", "rwkv", "deltanet", "linearattention", "shortconv", "recurrentblock", "griffin", "xlstm", "mlstm")
+def identity(run: Run) -> dict:
+    """What must be equal for a run to go on from a checkpoint: all that its losses depend on but the number of ranks."""
+    s = run.s
+    rows = hashlib.sha256(json.dumps([[e.prompt, e.responses] for e in run.rows.train]).encode()).hexdigest()[:16]
+    names = ("lr", "batch_size", "epochs", "max_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "max_length")
+    names += ("replays", "reset_alpha", "reset_modules", "sft_weight")
+    same = {"model": Path(s.model).name, "dataset": Path(s.dataset).name, "objective": str(run.objective)}
+    return {**same, **{k: getattr(s, k) for k in names}, "training rows (hash)": rows}
 
 
-def refuse_packed(model: torch.nn.Module) -> None:
-    """The packed layout needs every layer to mix tokens by masked attention only; others are refused by name."""
-    for module in model.modules():
-        kind = type(module).__name__
-        if any(word in kind.lower() for word in NOT_ATTENTION):
-            raise SettingsError(
-                f"{type(model).__name__} has {kind} layers, which carry state across tokens; use --layout padded"
-            )
-
-
-def load_rows(s: Settings, tokenizer, objective: Objective) -> tuple[list[Example], list[Example], dict]:
-    """(training examples, held-out examples, report) in the form the objective trains on."""
-    names = set(inspect.signature(data.load).parameters) - {"dataset", "tokenizer"}
-    how = {f.name: getattr(s, f.name) for f in fields(s) if f.name in names}
-    examples, report = data.load(s.dataset, tokenizer, **how)
-    say(f"data: {report}")
-    reports = {"dataset": report._asdict()}
-    if s.eval_dataset:
-        held_out, eval_report = data.load(s.eval_dataset, tokenizer, **how)
-        say(f"held-out data: {eval_report}")
-        reports["eval_dataset"] = eval_report._asdict()
-    else:
-        if s.eval_size >= len(examples):
-            raise SettingsError(f"eval_size {s.eval_size} leaves no training rows of {len(examples)}; lower it")
-        examples, held_out = data.split_held_out(examples, s.eval_size, s.seed)
-    for e in (*examples[:1], *held_out[:1]):
-        if e.desirable is not None and not objective.unpaired:
-            raise SettingsError(
-                f"{objective.name} compares pairs, but {e.where} is a single labelled completion; use kto, bco or uapo"
-            )
-    return data.mapped(examples, lambda e: _fit(e, objective)), data.mapped(held_out, lambda e: _fit(e, objective)), reports
-
-
-def _fit(e: Example, objective: Objective) -> Example:
-    """A pair keeps both responses for paired and unpaired objectives, its chosen one where only that is scored."""
-    return e if objective.unpaired or len(e.responses) == objective.responses else e._replace(responses=e.responses[:1])
-
-
-def known_scores(examples: list[Example], ref: Tensor | None, ref_mismatch: Tensor | None, device) -> Scores:
-    """What a batch's scores consist of before the policy is asked."""
-    length = torch.tensor([[len(r) for r in e.responses] for e in examples], device=device)
-    label = [[e.desirable] if e.desirable is not None else [True, False][: len(e.responses)] for e in examples]
-    return Scores(length, ref=ref, ref_mismatch=ref_mismatch, label=torch.tensor(label, device=device))
-
-
-# ---- accounting ------------------------------------------------------------------------------------------------------
-
-
-def windows_of(config) -> list[int | None]:
-    """The attention window of each layer, None where a layer sees everything."""
-    layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
-    if not getattr(config, "use_sliding_window", True):
-        window = None
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
-    return [window if "sliding" in kind else None for kind in kinds]
-
-
-def seen_keys(first: int, count: int, window: int | None) -> int:
-    """Keys that `count` causal queries at positions first, first + 1, … see in all: Σ min(position + 1, window)."""
-    full = max(0, min(count, window - 1 - first)) if window else count
-    return full * first + full * (full + 1) // 2 + (count - full) * (window or 0)
-
-
-def model_flops(model: torch.nn.Module, examples: list[Example]) -> float:
-    """Floating-point operations that one forward and backward over `examples` has to do, each prompt counted once.
-
-    Body: 6 per weight and token. Head: 6·V·D per scored token. Attention: 12·heads·head_dim per layer and (query, key) pair
-    that the mask lets through. What is done twice (checkpointing, the head's second pass, padding) is not counted.
-    """
-    config = model.config.get_text_config()
-    head = model.get_output_embeddings().weight.numel()
-    embeddings = {id(p) for p in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
-    body = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    scored = sum(len(r) for e in examples for r in e.responses)
-    attention = 0
-    for window, layers in Counter(windows_of(config)).items():
-        for e in examples:
-            p = len(e.prompt)
-            keys = seen_keys(0, p, window) + sum(seen_keys(p, len(r), window) for r in e.responses)
-            attention += 12.0 * width * layers * keys
-    return 6.0 * body * sum(map(data.tokens_of, examples)) + 6.0 * head * scored + attention
-
-
-def work(model: torch.nn.Module, batch: list[Example], seconds: float, rate: float) -> dict[str, float]:
-    """What a step computed and how fast; `rate` in floating-point operations per second of all ranks."""
-    tokens, flops = sum(map(data.tokens_of, batch)), model_flops(model, batch)
-    speed = {"seconds": seconds, "tokens_per_second": tokens / seconds, "mfu": flops / seconds / rate}
-    return {"tokens": tokens, "flops": flops, **speed}
-
-
-def matmul_rate(model: torch.nn.Module, run: Run) -> float:
-    """Best floating-point operations per second of a few products: 2,048 tokens through the model's MLP, and 2,048³."""
-    config = model.config.get_text_config()
-    hidden, mlp = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    dtype = torch.bfloat16 if uses_bf16(run.settings, run.device) else torch.float32
-    best = 0.0
-    for n, k, m in ((2048, hidden, mlp), (2048, mlp, hidden), (2048, 2048, 2048)):
-        a, b = (torch.randn(shape, device=run.device).to(dtype) for shape in ((n, k), (k, m)))
-        for _ in range(4):
-            if run.device.type == "cuda":
-                torch.cuda.synchronize()
-            tick = time.perf_counter()
-            a @ b
-            if run.device.type == "cuda":
-                torch.cuda.synchronize()
-            best = max(best, 2.0 * n * k * m / (time.perf_counter() - tick))
-    return best
-
-
-# ---- record ----------------------------------------------------------------------------------------------------------
+# ---- the journal -----------------------------------------------------------------------------------------------------
 
 
 def say(text: str) -> None:
@@ -761,35 +888,135 @@ def say(text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
 
-@torch.no_grad()
-def complete(policy: ResponseLogProbs, tokenizer, prompts: list[list[int]], tokens: int) -> list[str]:
-    """Greedy completions of prompts given as token ids, with the model's own attention."""
-    model, texts = policy.model, []
-    layout, was_training = policy.use_layout("padded"), model.training
-    model.train(False)
-    for i in range(0, len(prompts), 32):
-        part = prompts[i : i + 32]
-        width = max(map(len, part))
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in part], device=model.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=model.device)
-        stop = model.generation_config.eos_token_id or tokenizer.eos_token_id
-        out = policy.within(
-            type(model).generate, input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False,
-            eos_token_id=stop, pad_token_id=pad,
-            temperature=None, top_p=None, top_k=None,
-        )  # fmt: skip
-        texts += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-    model.train(was_training)
-    policy.use_layout(layout)
-    return [t.strip() for t in texts]
+class Journal:
+    """The only writer in a run's folder until the model is exported: metrics, samples, warnings, and what log_to asks for."""
+
+    def __init__(self, run: Run):
+        self.run, self.out, self.metrics = run, Path(run.s.out), Path(run.s.out) / "metrics.jsonl"
+        dist.on_main(open_records, run)
+        self.file = open(self.metrics if dist.is_main() else os.devnull, "a", buffering=1)
+        self.send = open_log(run.s, self.out)
+        self.texts = {"before": run.before, **dist.on_main(read_samples, self.out / "samples.jsonl", run.step)}
+        self.start = next((line for line in dist.on_main(read_metrics, self.metrics) if line["step"] == 0), {})
+        self.start.pop("step", None)
+        self.rate = matmul_rate(run.policy.model, torch.bfloat16 if run.bf16 else torch.float32) * dist.world_size()
+        self.done, self.warned = Counter(), set()
+        counts = f"{len(run.rows.train)} rows, {len(run.rows.held_out)} held out, {len(run.rows.plan)} steps"
+        say(f"{run.objective}: {counts} of {run.s.batch_size}, {'bf16' if run.bf16 else 'fp32'}, {run.device}")
+
+    def steps(self) -> Iterator[bool]:
+        """For each step that is left whether it is the last, on a progress bar."""
+        first, total = self.run.step, len(self.run.rows.plan)
+        show = dict(initial=first, total=total, disable=not dist.is_main())
+        self.bar = data.progress(range(first, total), "train", "steps", **show)
+        for number in self.bar:
+            yield number + 1 == total
+
+    def stepped(self, line: dict) -> None:
+        """Record a step, with its speeds."""
+        seconds = line["seconds"]
+        line |= {"tokens_per_second": line["tokens"] / seconds, "mfu": line["flops"] / seconds / self.rate}
+        self.done.update({k: line[k] for k in ("pairs", "tokens", "flops", "seconds")})
+        self._record(line)
+        headline = {"loss": "loss", "reward_margin": "margin", "reward_accuracy": "accuracy", "tokens_per_second": "tok/s"}
+        self.bar.set_postfix({v: f"{line[k]:.4g}" for k, v in headline.items() if k in line})
+
+    def evaluated(self, line: dict, texts: list[str]) -> None:
+        """Record an evaluation and the answers to the sample prompts; warn, once each, of what looks like divergence."""
+        step = self.run.step
+        line = line | ({"repetition": repetition(texts)} if texts else {})
+        self._record({"step": step, **line})
+        say(f"{f'step {step}' if step else 'before'}: {', '.join(f'{k} {v:.4f}' for k, v in line.items())}")
+        if step == 0:
+            self.start = line
+            return
+        self.texts["after" if step == len(self.run.rows.plan) else str(step)] = texts
+        self._write_samples()
+        for guard, warning in divergence(self.start, line).items():
+            if guard not in self.warned:
+                say(f"warning: {warning}")
+                self.warned.add(guard)
+
+    def close(self) -> tuple[list[dict], list[dict]]:
+        """(samples, all lines of metrics.jsonl) when the last step is done."""
+        self.file.close()
+        if "after" not in self.texts:  # nothing was held out, or the run was resumed at its end
+            self.texts["after"] = answers(self.run)
+        return self._write_samples(), dist.on_main(read_metrics, self.metrics)
+
+    def speeds(self) -> dict[str, float]:
+        """Of the steps of this process alone: evaluation, samples and checkpoints are not counted."""
+        seconds = max(self.done["seconds"], 1e-9)
+        speeds = {f"{k}_per_second": self.done[k] / seconds for k in ("pairs", "tokens")}
+        mfu = {"mfu": self.done["flops"] / seconds / self.rate, "matmul_flops_per_second": self.rate}
+        return {**speeds, **mfu, "train_seconds": self.done["seconds"]}
+
+    def _record(self, line: dict) -> None:
+        self.file.write(json.dumps(line) + "\n")
+        self.send(line)
+
+    def _write_samples(self) -> list[dict]:
+        prompts = [self.run.tokenizer.decode(e.prompt) for e in self.run.rows.held_out[: self.run.s.samples]]
+        return dist.on_main(write_samples, self.out / "samples.jsonl", prompts, self.texts)
+
+
+def prepare_out(s: Settings) -> Path:
+    """The output folder; one that already holds a run is refused unless overwrite or resume was asked for."""
+    if s.out is None:
+        stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{s.objective.partition('(')[0].strip()}"
+        out, n = Path("runs") / stamp, 1
+        while out.exists():
+            out, n = Path("runs") / f"{stamp}-{n + 1}", n + 1
+    else:
+        out = Path(s.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out {out} is a file, not a folder")
+    holds_run = (out / "settings.json").exists() or (out / "checkpoints").is_dir()
+    if s.resume and not holds_run:
+        raise UserError(f"out {out} holds no run to resume")
+    if s.overwrite and out.exists() and any(out.iterdir()) and not holds_run:
+        raise UserError(f"out {out} holds files but no run of plainpo; overwrite would delete them. Choose another folder")
+    if out.exists() and any(out.iterdir()) and not (s.overwrite or s.resume):
+        raise UserError(
+            f"out {out} already holds {'a run' if holds_run else 'files'}; use --resume, --overwrite or another folder"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".probe").write_text("")
+        (out / ".probe").unlink()
+    except OSError as error:
+        raise UserError(f"out {out} cannot be written ({error})") from error
+    return out
+
+
+def open_records(run: Run) -> None:
+    """Clear an earlier run that is overwritten, or the metrics of steps after the one that is resumed from; note settings."""
+    s, out = run.s, Path(run.s.out)
+    if s.overwrite:  # only now that data and model have loaded is the earlier run given up
+        shutil.rmtree(out)
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    if s.resume:
+        kept = read_metrics(out / "metrics.jsonl", run.step) if run.step else []
+        (out / "metrics.part").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(out / "metrics.part", out / "metrics.jsonl")
+    (out / "settings.json").write_text(json.dumps(run.given, indent=2) + "\n")
+    (out / "data.json").write_text(json.dumps(run.rows.report, indent=2) + "\n")
+
+
+def read_metrics(file: Path, last: int | None = None) -> list[dict]:
+    """The lines of metrics.jsonl, all or up to a step; a line that a killed run left half-written is passed over."""
+    lines = []
+    for text in file.read_text().splitlines() if file.exists() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return [line for line in lines if last is None or line["step"] <= last]
 
 
 def write_samples(file: Path, prompts: list[str], texts: dict[str, list[str]]) -> list[dict]:
     """samples.jsonl: for each prompt the completions "before", "during" ({step: text}) and "after" (null until the end)."""
     rows = []
     for i, prompt in enumerate(prompts):
-        during = {step: found[i] for step, found in texts.items() if step.isdigit()}
+        during = {step: answers[i] for step, answers in texts.items() if step.isdigit()}
         after = texts["after"][i] if "after" in texts else None
         rows.append({"prompt": prompt, "before": texts["before"][i], "during": during, "after": after})
     file.with_suffix(".part").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -821,25 +1048,40 @@ COLLAPSE, COLLAPSE_RATIO = 1.0, 2.0  # nats per token lost, and times as low as 
 
 def divergence(start: dict, now: dict) -> dict[str, str]:
     """{guard: warning with advice} of an evaluation, as recorded, against the one at step 0; what is not recorded is passed."""
-    found, slower = {}, "Lower lr (try a third), or stop earlier: --eval-every shows where it began"
+    warnings, slower = {}, "Lower lr (try a third), or stop earlier: --eval-every shows where it began"
     was, is_now = start.get("repetition", 0.0), now.get("repetition", 0.0)
     if is_now > REPETITION and is_now > was + REPETITION_RISE:
-        found["repetition"] = (
+        warnings["repetition"] = (
             f"the sample completions repeat themselves: {is_now:.0%} of their word 3-grams occurred before in the same answer, "
             f"{was:.0%} at the start. Read samples.jsonl. {slower}"
         )
     if now.get("eval_drift", 0.0) > DRIFT:
-        found["drift"] = (
+        warnings["drift"] = (
             f"the model is far from its start: held-out responses have lost {now['eval_drift']:.2f} nats per token. {slower}; "
             "objectives with a reference hold on to the start with a larger beta"
         )
     was, is_now = start.get("eval_logp_w_per_token"), now.get("eval_logp_w_per_token")
     if was is not None and is_now is not None and is_now < was - COLLAPSE and is_now < COLLAPSE_RATIO * was:
-        found["collapse"] = (
+        warnings["collapse"] = (
             f"the chosen responses themselves become unlikely: {was:.2f} → {is_now:.2f} nats per token on held-out rows. "
             f"{slower}; --sft-weight 0.1 holds them up"
         )
-    return found
+    return warnings
+
+
+def open_log(s: Settings, out: Path) -> Callable[[dict], None]:
+    """A function that sends one metrics line to tensorboard or wandb, or nowhere."""
+    if s.log_to is None or not dist.is_main():
+        return lambda line: None
+    if s.log_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(out / "tensorboard"))
+        return lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in line.items() if k != "step"] and writer.flush()
+    import wandb
+
+    wandb.init(project="plainpo", config=asdict(s), dir=str(out))
+    return lambda line: wandb.log(line, step=line["step"])
 
 
 def pyplot():
@@ -877,295 +1119,109 @@ def draw_curves(lines: list[dict], path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def open_log(s: Settings, out: Path) -> Callable[[dict], None]:
-    """A function that sends one metrics line to tensorboard or wandb, or nowhere."""
-    if s.log_to is None or not dist.is_main():
-        return lambda line: None
-    if s.log_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(out / "tensorboard"))
-        return lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in line.items() if k != "step"] and writer.flush()
-    import wandb
-
-    wandb.init(project="plainpo", config=asdict(s), dir=str(out))
-    return lambda line: wandb.log(line, step=line["step"])
+WORDS = {  # measure of the embedded world → what it is called in the report, and its decimals
+    "win_rate": ("win rate against the start", 3), "quality": ("true quality", 3), "length": ("words", 1),
+    "lc_win_rate": ("length-controlled win rate", 3), "kl": ("KL to the start, nats", 2), "repetition": ("repeated items", 3),
+}  # fmt: skip
 
 
-def prepare_out(s: Settings) -> Path:
-    """The output folder; one that already holds a run is refused unless overwrite or resume was asked for."""
-    if s.out is None:
-        stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{s.objective.partition('(')[0].strip()}"
-        out, n = Path("runs") / stamp, 1
-        while out.exists():
-            out, n = Path("runs") / f"{stamp}-{n + 1}", n + 1
-    else:
-        out = Path(s.out)
-    if out.exists() and not out.is_dir():
-        raise SettingsError(f"out {out} is a file, not a folder")
-    holds_run = (out / "settings.json").exists() or (out / "checkpoints").is_dir()
-    if s.resume and not holds_run:
-        raise SettingsError(f"out {out} holds no run to resume")
-    if s.overwrite and out.exists() and any(out.iterdir()) and not holds_run:
-        raise SettingsError(f"out {out} holds files but no run of plainpo; overwrite would delete them. Choose another folder")
-    if out.exists() and any(out.iterdir()) and not (s.overwrite or s.resume):
-        raise SettingsError(
-            f"out {out} already holds {'a run' if holds_run else 'files'}; use --resume, --overwrite or another folder"
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".probe").write_text("")
-        (out / ".probe").unlink()
-    except OSError as error:
-        raise SettingsError(f"out {out} cannot be written ({error})") from error
-    return out
+def settings_table(s: Settings) -> str:
+    """What differs from the defaults, a line each."""
+    changed = {f.name: getattr(s, f.name) for f in fields(s) if getattr(s, f.name) != f.default}
+    lines = [f"  {name:<{max(map(len, changed))}}  {value}" for name, value in changed.items()]
+    return "\n".join([f"settings that differ from the defaults (all are in {s.out}/settings.json):", *lines])
 
 
-# ---- the run ---------------------------------------------------------------------------------------------------------
+def report_end(summary: dict, samples: list[dict]) -> None:
+    """What a run has to show: what became better, answers before and after, held-out numbers, speed."""
+    if "world" in summary:
+        say(f"answers to {data.HELD_OUT_PROMPTS} held-out prompts (temperature 1), before → after:")
+        for name, (title, digits) in WORDS.items():
+            was, is_now = summary["world"][name]
+            say(f"  {title:<28} {was:.{digits}f} → {is_now:.{digits}f}")
+    elif samples:
+        was, is_now = (sum(len(x[when].split()) for x in samples) / len(samples) for when in ("before", "after"))
+        say(f"words per sample answer: {was:.1f} → {is_now:.1f}")
+    for sample in samples[:3]:
+        for key, value in (("prompt", sample["prompt"][-160:]), ("before", sample["before"]), ("after", sample["after"])):
+            say(f"  {key:<7} {value[:160]!r}")
+    before, after = summary["before"], summary["after"]
+    for key, name in (("accuracy", "held-out accuracy"), ("margin", "held-out margin"), ("loss", "held-out loss")):
+        key = "eval_loss" if key == "loss" else f"eval_reward_{key}"
+        if key in before and key in after:
+            share = min(max(after[key], 0.0), 1.0)
+            error = f" (± {math.sqrt(share * (1 - share) / summary['held_out']):.3f} standard error)"
+            say(f"{name}: {before[key]:.4f} → {after[key]:.4f}{error if 'accuracy' in key else ''}")
+    speed = f"{summary['pairs_per_second']:.2f} rows/s while training"
+    say(f"{speed}, {summary['seconds']:.0f} s in all, peak memory {summary['peak_memory_gib']:.2f} GiB")
+    say(f"everything is in {summary['out']}; the model is in {summary['out']}/model")
 
 
-def evaluate(run: Run, held_out: list[Example], known: Scores, start: Tensor | None = None) -> dict[str, float]:
-    """Measures of the held-out examples as one batch, each name with eval_ in front.
+# ---- accounting ------------------------------------------------------------------------------------------------------
 
-    Args:
-        start: (n, k) summed log-probs before the first step. With them eval_drift, nats per token: the mean over responses of
-            (start − now) / length. It estimates KL(start ‖ now) per token only if the responses are the start's own samples
-            (then ≥ 0 up to noise); of other texts it says by how much they became less likely, below 0 where more likely.
+
+def windows_of(config) -> list[int | None]:
+    """The attention window of each layer, None where a layer sees everything."""
+    layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    return [window if "sliding" in kind else None for kind in kinds]
+
+
+def seen_keys(first: int, count: int, window: int | None) -> int:
+    """Keys that `count` causal queries at positions first, first + 1, … see in all: Σ min(position + 1, window)."""
+    full = max(0, min(count, window - 1 - first)) if window else count
+    return full * first + full * (full + 1) // 2 + (count - full) * (window or 0)
+
+
+def model_flops(model: torch.nn.Module, examples: Sequence[Example]) -> float:
+    """Floating-point operations that one forward and backward over `examples` has to do, each prompt counted once.
+
+    Body: 6 per weight and token. Head: 6·V·D per scored token. Attention: 12·heads·head_dim per layer and (query, key) pair
+    that the mask lets through. What is done twice (checkpointing, the head's second pass, padding) is not counted.
     """
-    logp, kl = score(run, held_out, run.objective.needs("kl_"), progress="evaluate")
-    scores = known._replace(logp=logp, kl=kl)
-    if run.objective.needs("logp_kl"):
-        scores = scores._replace(logp_mismatch=score(run, mismatched(held_out))[0].flatten())
-    loss = call(run.objective, scores.by_name(run.objective), seed=[run.settings.seed])
-    found = measures(run.objective, scores, loss)
-    if start is not None:
-        found["drift"] = ((start - logp) / known.length).mean().item()
-    return {f"eval_{k}": v for k, v in found.items()}
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings().weight.numel()
+    embeddings = {id(p) for p in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
+    body = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    scored = sum(len(r) for e in examples for r in e.responses)
+    attention = 0
+    for window, layers in Counter(windows_of(config)).items():
+        for e in examples:
+            p = len(e.prompt)
+            keys = seen_keys(0, p, window) + sum(seen_keys(p, len(r), window) for r in e.responses)
+            attention += 12.0 * width * layers * keys
+    return 6.0 * body * sum(map(data.tokens_of, examples)) + 6.0 * head * scored + attention
 
 
-def compare_layouts(run: Run, examples: list[Example], bound: float) -> None:
-    """Score the first examples in the packed and in the padded layout; they must agree per token within `bound` nats."""
-    if run.settings.layout != "packed":
-        return
-    padded = Run(run.policy, run.objective, Settings(**{**asdict(run.settings), "layout": "padded"}), run.device)
-    with_packed, _ = score(run, examples)
-    run.policy.use_layout("padded")
-    with_padded, _ = score(padded, examples)
-    run.policy.use_layout("packed")
-    lengths = torch.tensor([[len(r) for r in e.responses] for e in examples], device=with_packed.device)
-    worst = ((with_packed - with_padded).abs() / lengths).max().item()
-    say(
-        f"layouts: packed and padded differ by at most {worst:.2g} nats per token on {len(examples)} examples (bound {bound:g})"
-    )
-    if not worst <= bound:
-        raise SettingsError(
-            f"the packed layout disagrees with the padded one by {worst:.3g} nats per token; use --layout padded"
-        )
+def balance(run: Run, examples: list[Example]) -> dict[str, float]:
+    """How a step is cut up: its microbatches, the heaviest over the mean one, and the share of computed positions that is
+    padding or a prompt repeated."""
+    loads, cells = [], 0
+    for part in run.cut(examples):
+        lengths = [len(examples[i].prompt) + len(r) for i in part for r in examples[i].responses]
+        loads.append(sum(data.tokens_of(examples[i]) for i in part))
+        cells += loads[-1] if run.s.layout == "packed" else len(lengths) * max(lengths, default=0)
+    return {"microbatches": len(loads), "imbalance": max(loads) * len(loads) / sum(loads), "padding": 1 - sum(loads) / cells}
 
 
-def train(s: Settings) -> dict:
-    """One run from settings to exported model; returns the summary that is also written to out/summary.json."""
-    started = time.time()
-    # objective and output first: a mistake there should cost no loading
-    objective = parse_objective(s.objective)
-    try_objective(objective)
-    device = dist.setup(s.device)
-    s.lr = s.lr if s.lr is not None else (2e-4 if s.model == "tiny" else 1e-6)
-    out = dist.on_main(prepare_out, s)
-    s.out = str(out)
-    say("settings: " + json.dumps(asdict(s)))
-
-    # data
-    given, world = asdict(s), None
-    if s.model == "tiny":
-        world, pairs = dist.on_main(embedded_world, s)
-        s = replace(s, model=str(world / "model"), dataset=str(pairs))
-    tokenizer = data.load_tokenizer(s.model, s.trust_remote_code)
-    examples, held_out, report = load_rows(s, tokenizer, objective)
-
-    # model: fp32 weights; the reference of an objective is the model as it is before the first step
-    model = load_model(s)
-    embeddings = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > embeddings:
-        raise SettingsError(f"the tokenizer has {len(tokenizer)} ids, but the model only {embeddings} embeddings: no match")
-    if s.layout == "packed":
-        refuse_packed(model)
-    exact = not uses_bf16(s, device)
-    reference = None
-    if objective.needs("kl_w"):
-        reference = load_model(s).requires_grad_(False).train(False)
-    came_in = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.float32
-    export_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": came_in}[s.export_dtype]
-    dist.on_main(dist.check_space, out, model, s.keep + 1 if s.save_every else 0, export_dtype)
-    policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, not exact, s.gradient_checkpointing)
-    for part in (model, reference) if reference is not None else (model,):
-        dist.load_weights(part, s.model, device)
-    run = Run(policy, objective, s, device)
-    policy.use_layout(s.layout)
-    model.train()
-    resettable = reset_parameters(model, s)
-    if s.compile:
-        model.base_model.compile(dynamic=True)
-
-    # checks that cost one small pass each
-    few = examples[: max(1, min(4, len(examples)))]
-    policy.use_layout("padded")
-    try:
-        with run.arithmetic():
-            policy.within(check_head, torch.tensor([few[0].prompt[-32:]], device=device), 1e-3 if exact else 0.5)
-        policy.use_layout(s.layout)
-        compare_layouts(run, few, 1e-4 if exact else 0.1)
-    except ValueError as error:  # logprobs.py names the head or the attention that it cannot honour
-        raise SettingsError(str(error)) from error
-
-    # the whole plan of the run, and what the reference says of every row in it
-    epochs = [[r.tolist() for r in data.step_plan(len(examples), s.batch_size, s.seed, e)] for e in range(s.epochs)]
-    plan = [rows for epoch in epochs for rows in epoch for _ in range(s.replays)][: s.max_steps]
-    ref = ref_eval = ref_mismatch = None
-    if objective.needs("ref"):
-        ref, ref_eval = reference_scores(run, examples, "rows"), reference_scores(run, held_out, "held-out rows")
-    mismatch_eval = None
-    if objective.needs("ref_kl"):
-        rows = [mismatched([examples[i] for i in step]) for step in plan[:: s.replays]]
-        flat = reference_scores(run, [e for step in rows for e in step], "mismatched rows").flatten()
-        ref_mismatch = flat.split([len(step) for step in rows])
-        mismatch_eval = reference_scores(run, mismatched(held_out), "mismatched held-out rows").flatten() if held_out else None
-    known_eval = known_scores(held_out, ref_eval, mismatch_eval, device) if held_out else None
-
-    # what the model says and answers before the first step, also of a run that is resumed
-    start_eval = ref_eval if ref_eval is not None or not held_out else score(run, held_out)[0]
-    origin = [p.detach().clone() for p in resettable]
-    prompts = [e.prompt for e in held_out[: s.samples]]
-    before = complete(policy, tokenizer, prompts, s.sample_tokens)
-
-    # optimizer; resume
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
-    first, metrics = 0, out / "metrics.jsonl"
-    same_run = identity(s, objective, examples)
-    if s.resume and (found := dist.newest_checkpoint(out / "checkpoints", say)):
-        first = dist.load_checkpoint(found, model, optimizer, same_run)["step"]
-        say(f"resumed after step {first} from {found}")
-    dist.on_main(open_records, s, given, out, first, report)
-    log = open_log(s, out)
-    texts = {"before": before, **dist.on_main(read_samples, out / "samples.jsonl", first)}
-    shown = [tokenizer.decode(p) for p in prompts]
-    recorder = open(metrics if dist.is_main() else os.devnull, "a", buffering=1)
-
-    def record(line: dict) -> None:
-        recorder.write(json.dumps(line) + "\n")
-        log(line)
-
-    def evaluated(step: int, answers: list[str]) -> dict:
-        found = evaluate(run, held_out, known_eval, start_eval) | ({"repetition": repetition(answers)} if answers else {})
-        record({"step": step, **found})
-        say(f"{f'step {step}' if step else 'before'}: {brief(found)}")
-        return found
-
-    # before
-    say(
-        f"{objective}: {len(examples)} rows, {len(held_out)} held out, {len(plan)} steps of {s.batch_size}, "
-        f"{'fp32' if exact else 'bf16'}, {device}"
-    )
-    evaluation = {}
-    if held_out and first == 0:
-        evaluation = evaluated(0, before)
-    start = next((x for x in dist.on_main(read_metrics, metrics) if x["step"] == 0), {})
-    warned = set()
-
-    # the loop
-    loop_started, done = time.time(), Counter()
-    rate = matmul_rate(model, run) * dist.world_size()
-    ahead = run.microbatches([examples[i] for i in plan[first]]) if first < len(plan) else []
-    bar = tqdm(range(first, len(plan)), desc="train", unit=" steps", initial=first, total=len(plan), disable=not dist.is_main())
-    stop = dist.StopOnSignal()
-    for step in bar:
-        tick = time.time()
-        batch = [examples[i] for i in plan[step]]
-        mismatch = None if ref_mismatch is None else ref_mismatch[step // s.replays]
-        known = known_scores(batch, None if ref is None else ref[plan[step]], mismatch, device)
-        if objective.needs("logp_kl"):
-            known = known._replace(logp_mismatch=score(run, mismatched(batch))[0].flatten())
-        replay, sft = replay_of(step, s)
-        scores, loss = accumulate_gradients(run, batch, known, [s.seed, step], ahead, sft)
-        ahead = run.microbatches([examples[i] for i in plan[step + 1]]) if step + 1 < len(plan) else []  # while a GPU works
-        grad_norm = float(dist.clip_gradients(policy, s.max_grad_norm))
-        stop_if_not_finite(batch, scores, loss, grad_norm)
-        if step == 0 and (ref is not None or reference is not None):
-            check_step_zero(scores, 1e-3 if exact else 0.1)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, len(plan), s)
-        optimizer.step()
-        optimizer.zero_grad()
-        reset(resettable, origin, s.reset_alpha)
-        line = {"step": step + 1, **measures(objective, scores, loss), "grad_norm": grad_norm, "lr": group["lr"]}
-        line |= {"pairs": len(loss), **work(model, batch, time.time() - tick, rate), **run.balance(batch)}
-        line |= {"replay": replay + 1} if s.replays > 1 else {}
-        line |= {"sft_weight": sft} if sft else {}
-        done.update({k: line[k] for k in ("pairs", "tokens", "flops")})
-        record(line)
-        headline = {"loss": "loss", "reward_margin": "margin", "reward_accuracy": "accuracy", "tokens_per_second": "tok/s"}
-        bar.set_postfix({v: f"{line[k]:.4g}" for k, v in headline.items() if k in line})
-        if held_out and (step + 1 == len(plan) or s.eval_every and (step + 1) % s.eval_every == 0):
-            answers = complete(policy, tokenizer, prompts, s.sample_tokens)
-            evaluation = evaluated(step + 1, answers)
-            texts["after" if step + 1 == len(plan) else str(step + 1)] = answers
-            dist.on_main(write_samples, out / "samples.jsonl", shown, texts)
-            for guard, warning in divergence(start, evaluation).items():
-                if guard not in warned:
-                    say(f"warning: {warning}")
-                    warned.add(guard)
-        stopping = stop.requested()
-        if stopping or s.save_every and (step + 1) % s.save_every == 0:
-            state = {"step": step + 1, "run": same_run}
-            saved = dist.save_checkpoint(out / "checkpoints", model, optimizer, state, s.keep, tokenizer)
-        if stopping:
-            if not saved:
-                raise SettingsError(f"stopped after step {step + 1} without a checkpoint; --resume goes on from an earlier one")
-            say(f"stopped after step {step + 1}; go on with --resume --out {out}")
-            raise SystemExit(0)
-    stop.release()
-    loop_seconds = time.time() - loop_started
-    recorder.close()
-
-    # after: samples, model, curves, summary
-    if "after" not in texts:  # resumed at the end
-        texts["after"] = complete(policy, tokenizer, prompts, s.sample_tokens)
-    samples = dist.on_main(write_samples, out / "samples.jsonl", shown, texts)
-    policy.use_layout("padded")
-    lines = dist.on_main(read_metrics, metrics)
-    measured = {k: v for line in lines[-2:] for k, v in line.items()}
-    card = dist.model_card(out.name, {**given, "objective": str(objective)}, measured)
-    dist.export(model, tokenizer, out / "model", export_dtype, card)
-    dist.on_main(draw_curves, lines, out / "curves.png", f"{objective} on {Path(s.dataset).name}")
-    evaluation = evaluation or {k: v for x in lines for k, v in x.items() if k.startswith("eval_") or k == "repetition"}
-    summary = {
-        "objective": str(objective), "steps": len(plan), "rows": len(examples), "held_out": len(held_out),
-        "before": {k: v for k, v in start.items() if k != "step"}, "after": evaluation,
-        **({"world": dist.on_main(judge, out / "model", world, out / "answers.jsonl")} if world else {}),
-        "pairs_per_second": done["pairs"] / loop_seconds, "tokens_per_second": done["tokens"] / loop_seconds,
-        "mfu": done["flops"] / loop_seconds / rate, "matmul_flops_per_second": rate,
-        "train_seconds": loop_seconds, "seconds": time.time() - started, "peak_memory_gib": peak_memory(device),
-        "dtype": "fp32" if exact else "bf16", "device": str(device), "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
-        "out": str(out),
-    }  # fmt: skip
-    dist.on_main((out / "summary.json").write_text, json.dumps(summary, indent=2) + "\n")
-    report_end(summary, samples)
-    return summary
-
-
-def check_step_zero(scores: Scores, bound: float) -> None:
-    """Before the first update policy and reference are the same model: every log-ratio, reward and KL must be 0."""
-    log_ratio_and_kl = (None if scores.ref is None else scores.logp - scores.ref, scores.kl)
-    gaps = [(x / scores.length).abs().max().item() for x in log_ratio_and_kl if x is not None]
-    say(f"step 0: policy and reference differ by at most {max(gaps):.2g} nats per token (bound {bound:g})")
-    if not max(gaps) <= bound:
-        raise SettingsError(
-            f"step 0: policy and reference differ by {max(gaps):.3g} nats per token; the reference is not this model's"
-        )
+def matmul_rate(model: torch.nn.Module, dtype: torch.dtype) -> float:
+    """Best floating-point operations per second of a few products: 2,048 tokens through the model's MLP, and 2,048³."""
+    config, device = model.config.get_text_config(), model.device
+    hidden, mlp = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    best = 0.0
+    for n, k, m in ((2048, hidden, mlp), (2048, mlp, hidden), (2048, 2048, 2048)):
+        a, b = torch.randn(n, k, device=device).to(dtype), torch.randn(k, m, device=device).to(dtype)
+        for _ in range(4):
+            wait()
+            tick = time.perf_counter()
+            a @ b
+            wait()
+            best = max(best, 2.0 * n * k * m / (time.perf_counter() - tick))
+    return best
 
 
 def peak_memory(device: torch.device) -> float:
@@ -1175,86 +1231,17 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def identity(s: Settings, objective: Objective, examples: list[Example]) -> dict:
-    """What must be equal for a run to go on from a checkpoint: all that its losses depend on but the number of ranks."""
-    rows = hashlib.sha256(json.dumps([[e.prompt, e.responses] for e in examples]).encode()).hexdigest()[:16]
-    names = ("lr", "batch_size", "epochs", "max_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "max_length")
-    names += ("replays", "reset_alpha", "reset_modules", "sft_weight")
-    same = {"model": Path(s.model).name, "dataset": Path(s.dataset).name, "objective": str(objective)}
-    return {**same, **{k: getattr(s, k) for k in names}, "training rows (hash)": rows}
-
-
-def read_metrics(file: Path, last: int | None = None) -> list[dict]:
-    """The lines of metrics.jsonl, all or up to a step; a line that a killed run left half-written is passed over."""
-    lines = []
-    for text in file.read_text().splitlines() if file.exists() else ():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
-    return [line for line in lines if last is None or line["step"] <= last]
-
-
-def open_records(s: Settings, given: dict, out: Path, first: int, report: dict) -> None:
-    """Clear an earlier run that is overwritten, or the metrics of steps after the one that is resumed from; note settings."""
-    if s.overwrite:  # only now that data and model have loaded is the earlier run given up
-        shutil.rmtree(out)
-    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    if s.resume:
-        kept = read_metrics(out / "metrics.jsonl", first) if first else []
-        (out / "metrics.part").write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(out / "metrics.part", out / "metrics.jsonl")
-    (out / "settings.json").write_text(json.dumps(given, indent=2) + "\n")
-    (out / "data.json").write_text(json.dumps(report, indent=2) + "\n")
-
-
-def brief(evaluation: dict) -> str:
-    return ", ".join(f"{k} {v:.4f}" for k, v in evaluation.items())
-
-
-def report_end(summary: dict, samples: list[dict]) -> None:
-    for sample in samples[:3]:
-        say(f"  prompt  {sample['prompt'][-160:]!r}\n  before  {sample['before'][:160]!r}\n  after   {sample['after'][:160]!r}")
-    before, after = summary["before"], summary["after"]
-    n = max(1, summary["held_out"])
-    for key, name in (
-        ("eval_reward_accuracy", "held-out accuracy"),
-        ("eval_reward_margin", "held-out margin"),
-        ("eval_loss", "held-out loss"),
-    ):
-        if key in before and key in after:
-            error = (
-                f" (± {math.sqrt(max(after[key] * (1 - after[key]), 0) / n):.3f} standard error)" if "accuracy" in key else ""
-            )
-            say(f"{name}: {before[key]:.4f} → {after[key]:.4f}{error}")
-    if "world" in summary:
-        say(f"answers to {data.HELD_OUT_PROMPTS} held-out prompts (temperature 1):")
-        for name, (was, now) in summary["world"].items():
-            say(f"  {WORLD_TITLES[name]:<20} {was:.3f} → {now:.3f}")
-    say(
-        f"{summary['pairs_per_second']:.2f} rows/s, {summary['seconds']:.0f} s in all, "
-        f"peak memory {summary['peak_memory_gib']:.2f} GiB"
-    )
-    say(f"everything is in {summary['out']}; the model is in {summary['out']}/model")
-
-
 # ---- the embedded world ----------------------------------------------------------------------------------------------
 #
 # The papers' experiment with a known truth: supervised start → 5 samples per prompt → an annotator's scores → best against
 # worst → training → win rate against the start. Every step is the code that real models go through.
 
 SUPERVISED_STEPS, PROMPTS = 250, 1736
-WORLD_TITLES = {
-    "win_rate": "win rate",
-    "lc_win_rate": "length-controlled",
-    "quality": "true quality",
-    "length": "words",
-    "kl": "KL, nats",
-    "repetition": "repeated items",
-}
 
 
 def embedded_world(s: Settings) -> tuple[Path, Path]:
     """(folder with model, prompts, samples and the start's answers to held-out prompts; file of pairs), built once."""
-    tokenizer, demonstrations, _ = data.tiny_world(s.seed, 8192)
+    tokenizer, demonstrations = data.tiny_world(s.seed, 8192)
     made_of = json.dumps(["3", SUPERVISED_STEPS, PROMPTS, s.seed, torch.__version__, demonstrations])
     folder = Path(s.cache).expanduser() / f"world-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}"
     if not folder.exists():
@@ -1262,7 +1249,7 @@ def embedded_world(s: Settings) -> tuple[Path, Path]:
         try:
             part.mkdir(parents=True)
         except OSError as error:
-            raise SettingsError(f"cache {s.cache} cannot be written ({error})") from error
+            raise UserError(f"cache {s.cache} cannot be written ({error})") from error
         supervised_start(demonstrations, tokenizer, s.seed).save_pretrained(part / "model")
         tokenizer.save_pretrained(part / "model")
         prompts = [json.dumps({"prompt": p}) + "\n" for p in data.world_prompts(s.seed)]
@@ -1270,9 +1257,9 @@ def embedded_world(s: Settings) -> tuple[Path, Path]:
         (part / "held_out.jsonl").write_text("".join(held_out))
         (part / "prompts.jsonl").write_text("".join(prompts))
         answer(part / "model", part / "held_out.jsonl", part / "answers.jsonl", s.seed)
-        model, sampled = str(part / "model"), str(part / "sampled.jsonl")
-        data.sample(model, str(part / "prompts.jsonl"), sampled, n=5, temperature=1.0, top_p=1.0, max_tokens=64,
-                    batch_size=128, seed=s.seed, device="cpu")  # fmt: skip
+        how = dict(temperature=1.0, top_p=1.0, max_tokens=64, batch_size=128, seed=s.seed, device="cpu")
+        names = (str(part / name) for name in ("model", "prompts.jsonl", "sampled.jsonl"))
+        data.sample(data.Sampling(*names, n=5, **how))
         try:
             part.rename(folder)
         except OSError:  # another process was faster
@@ -1281,8 +1268,8 @@ def embedded_world(s: Settings) -> tuple[Path, Path]:
     pairs = folder / f"pairs-{s.annotator_noise}-{s.length_bias}.jsonl"
     if not pairs.exists():
         scored, part = (f"{pairs}.{os.getpid()}.{name}.jsonl" for name in ("scored", "part"))
-        data.score(str(folder / "sampled.jsonl"), scored, rule=annotator)
-        data.pairs(scored, part, how="best_worst")
+        data.score(data.Scoring(str(folder / "sampled.jsonl"), scored, rule=annotator))
+        data.pairs(data.Pairing(scored, part, how="best_worst"))
         os.remove(scored)
         os.replace(part, pairs)
     return folder, pairs
@@ -1300,7 +1287,7 @@ def supervised_start(rows: list[data.Row], tokenizer, seed: int) -> LlamaForCaus
     examples = [data.encode(row, tokenizer, 128, 100)[0] for row in rows]
     plan = [part for epoch in range(64) for part in data.step_plan(len(examples), 64, seed, epoch)][:SUPERVISED_STEPS]
     schedule = Settings(lr=3e-3)
-    bar = tqdm(plan, desc="supervised start", unit=" steps", leave=False)
+    bar = data.progress(plan, "supervised start", "steps")
     for step, part in enumerate(bar):
         batch = data.padded_batch([examples[i] for i in part])
         loss = OBJECTIVES["sft"](policy(batch)[0], batch.lengths).mean()
@@ -1318,8 +1305,8 @@ def supervised_start(rows: list[data.Row], tokenizer, seed: int) -> LlamaForCaus
 def answer(model: Path, prompts: Path, out: Path, seed: int = 0) -> None:
     """One answer to each prompt as the model gives it: temperature 1, nothing cut off."""
     out.unlink(missing_ok=True)
-    data.sample(str(model), str(prompts), str(out), n=1, temperature=1.0, top_p=1.0, max_tokens=64, batch_size=512,
-                seed=seed, keep_unfinished=True, device="cpu")  # fmt: skip
+    how = dict(temperature=1.0, top_p=1.0, max_tokens=64, batch_size=512, seed=seed, keep_unfinished=True, device="cpu")
+    data.sample(data.Sampling(str(model), str(prompts), str(out), n=1, **how))
 
 
 def judge(model: Path, world: Path, out: Path) -> dict[str, list[float]]:
@@ -1341,9 +1328,9 @@ def judge(model: Path, world: Path, out: Path) -> dict[str, list[float]]:
     tokenizer = data.load_tokenizer(str(model))
     answers = [data.encode(data.Row(p, [t]), tokenizer, 256, 128)[0] for p, t in zip(prompts, texts[1])]
     start, now = summed_logps(world / "model", answers), summed_logps(model, answers)
-    found = {"quality": quality.mean(1).tolist(), "length": length.mean(1).tolist(), "repetition": repetition.mean(1).tolist()}
-    found |= {"win_rate": [0.5, win.mean().item()], "lc_win_rate": [0.5, length_controlled(win, length[1] - length[0])]}
-    return found | {"kl": [0.0, (now - start).mean().item()]}
+    means = {"quality": quality.mean(1).tolist(), "length": length.mean(1).tolist(), "repetition": repetition.mean(1).tolist()}
+    wins = {"win_rate": [0.5, win.mean().item()], "lc_win_rate": [0.5, length_controlled(win, length[1] - length[0])]}
+    return {**means, **wins, "kl": [0.0, (now - start).mean().item()]}
 
 
 def length_controlled(win: Tensor, difference: Tensor) -> float:
@@ -1367,121 +1354,6 @@ def summed_logps(model: Path, examples: list[Example]) -> Tensor:
     return torch.cat([policy(data.padded_batch(examples[i : i + 128]))[0] for i in range(0, len(examples), 128)])
 
 
-# ---- answers for outside judges --------------------------------------------------------------------------------------
-
-
-# Published decoding: start → style → (temperature, max_new_tokens), all with top_p 1. α-DPO paper, appendix B.1, "Decoding
-# hyperparameters": those of SimPO, and its footnote 4 gives the folder of SimPO's released code (eval/) that has the numbers.
-# That folder has none for Gemma-2 and none of its own for Llama-3-Instruct v0.2, so there is no such entry.
-DECODING = {
-    "mistral-7b-base": {"alpaca_eval": (0.7, 2048), "arena_hard": (0.0, 4096)},
-    "mistral-7b-instruct": {"alpaca_eval": (0.5, 2048), "arena_hard": (0.0, 4096)},
-    "llama-3-8b-base": {"alpaca_eval": (0.9, 4096), "arena_hard": (0.0, 4096)},
-    "llama-3-8b-instruct": {"alpaca_eval": (0.9, 4096), "arena_hard": (0.0, 4096)},
-}
-STYLES = ("alpaca_eval", "arena_hard")
-
-
-@dataclass
-class Generation:
-    model: str = field(metadata={"help": "folder or hub name of a causal language model, such as runs/mine/model"})
-    prompts: str = field(metadata={"help": "AlpacaEval's JSON, Arena-Hard's question.jsonl, or any rows with a prompt"})
-    out: str = field(metadata={"help": "file to write; a killed run goes on from OUT.part"})
-    style: str = option("alpaca_eval", "format of out: alpaca_eval (a JSON list) or arena_hard (v0.1's answers, JSON lines)")
-    name: str | None = option(None, "what the judge calls the model (generator, model_id); without it, its folder's name")
-    decoding: str | None = option(None, f"published settings of a start: {', '.join(DECODING)}")
-    temperature: float | None = option(None, "of sampling, 0 is greedy; without it and decoding: 0")
-    max_new_tokens: int | None = option(None, "answers are cut there, and kept; without it and decoding: 2048")
-    top_p: float = option(1.0, "share of the probability that is sampled from")
-    batch_size: int = option(8, "prompts at a time; answers depend on it where temperature > 0")
-    columns: str = option("", "columns to rename, new=old: prompt=question")
-    seed: int = option(0, "of sampling")
-    device: str = option("auto", "cpu, cuda, or auto")
-
-
-def generate(argv: list[str]) -> dict:
-    """Answer every prompt of a benchmark once and write the answers as its official judge reads them.
-
-    Rows keep their order; a prompt that is there twice has the same answer twice. Answers that reach max_new_tokens are kept as
-    far as they went and counted. A run that was killed goes on with the same command to what an unbroken one would have made.
-
-        python train.py generate --model runs/mine/model --prompts alpaca_eval.json --out outputs.json --temperature 0.9
-        python train.py generate --model runs/mine/model --prompts question.jsonl --out mine.jsonl --style arena_hard
-    """
-    parser = HfArgumentParser(
-        Generation,
-        prog="train.py generate",
-        description=inspect.cleandoc(generate.__doc__),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    g, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
-    if unknown:
-        raise SettingsError(f"unknown setting {' '.join(unknown)}; `python train.py generate --help` lists all of them")
-    how, out, part = decoding(g), Path(g.out), Path(f"{g.out}.part")
-    if out.exists():
-        raise SettingsError(f"out {out} is there already; choose another file, or delete it")
-    whole = Path(f"{out}.whole")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        whole.write_text("")
-        whole.unlink()
-    except OSError as error:
-        raise SettingsError(f"out {out} cannot be written ({error})") from error
-    rows = list(data.prompts_of(g.prompts, g.columns))
-    folder = Path(g.model).resolve()  # an exported model is RUN/model: the run's name says more
-    name = g.name or (folder.parent.name if folder.name == "model" else Path(g.model).name)
-    say(f"{name}: {len(rows)} prompts, {', '.join(f'{k} {v:g}' for k, v in how.items())}, seed {g.seed}")
-    more = dict(batch_size=g.batch_size, columns=g.columns, seed=g.seed, device=g.device)
-    data.sample(g.model, g.prompts, str(part), n=1, keep_unfinished=True, **how, **more)
-    found = {row["id"]: row for row in map(json.loads, part.read_text(encoding="utf-8").split("\n")[:-1])}
-    answers = [found[row["id"]]["responses"][0] for _, row, _ in rows]
-    cut = sum(found[row["id"]]["unfinished"] for _, row, _ in rows)
-    if g.style == "alpaca_eval":
-        text = json.dumps([alpaca_eval(*x, name) for x in zip(rows, answers)], ensure_ascii=False, indent=2) + "\n"
-    else:
-        tokenizer = data.load_tokenizer(g.model)
-        lines = (json.dumps(arena_hard(*x, name, tokenizer), ensure_ascii=False) for x in zip(rows, answers))
-        text = "".join(f"{line}\n" for line in lines)
-    whole.write_text(text, encoding="utf-8")
-    os.replace(whole, out)
-    part.unlink()
-    say(f"{len(answers)} answers in {out}, {cut} of them cut at {how['max_tokens']} tokens, {answers.count('')} empty")
-    return {"out": str(out), "answers": len(answers), "cut": cut}
-
-
-def decoding(g: Generation) -> dict:
-    """Keyword arguments of data.sample: published ones, and over them what was asked for."""
-    if g.style not in STYLES:
-        raise SettingsError(f"style is {g.style!r}; accepted are {', '.join(STYLES)}")
-    if g.decoding is not None and g.decoding not in DECODING:
-        raise SettingsError(f"decoding is {g.decoding!r}; published are {', '.join(DECODING)}")
-    if g.device not in ("auto", "cpu") and not (g.device.partition(":")[0] == "cuda" and torch.cuda.is_available()):
-        raise SettingsError(f"device is {g.device!r}; accepted here are auto, cpu{', cuda' * torch.cuda.is_available()}")
-    temperature, tokens = (0.0, 2048) if g.decoding is None else DECODING[g.decoding][g.style]
-    temperature = temperature if g.temperature is None else g.temperature
-    tokens = tokens if g.max_new_tokens is None else g.max_new_tokens
-    if not 0 <= temperature < math.inf or tokens < 1 or not 0 < g.top_p <= 1 or g.batch_size < 1:
-        raise SettingsError("temperature is at least 0, max_new_tokens and batch_size at least 1, top_p above 0 and at most 1")
-    return dict(temperature=temperature, top_p=g.top_p, max_tokens=tokens)
-
-
-def alpaca_eval(row: tuple[str, dict, list[dict]], answer: str, name: str) -> dict:
-    """One output as AlpacaEval reads it; a conversation becomes an instruction of several paragraphs."""
-    _, given, prompt = row
-    instruction = "\n\n".join(m["content"] for m in prompt)
-    return {"instruction": instruction, "output": answer, "generator": name} | {k: given[k] for k in ("dataset",) if k in given}
-
-
-def arena_hard(row: tuple[str, dict, list[dict]], answer: str, name: str, tokenizer) -> dict:
-    """One answer as Arena-Hard v0.1 reads it; token_len in tokens of the model's own tokenizer (its authors count GPT's)."""
-    _, given, _ = row
-    question = given.get("question_id", given["id"])
-    turn = {"content": answer, "token_len": len(tokenizer(answer, add_special_tokens=False)["input_ids"])}
-    unique = hashlib.sha256(json.dumps([name, question, answer]).encode()).hexdigest()[:22]
-    choices = [{"index": 0, "turns": [turn]}]
-    return {"question_id": question, "answer_id": unique, "model_id": name, "choices": choices, "tstamp": time.time()}
-
-
 # ---- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -1490,12 +1362,9 @@ def main(argv: list[str] | None = None) -> dict:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors: far fewer page faults
     transformers.utils.logging.disable_progress_bar()
-    argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv[:1] == ["generate"]:
-            return generate(argv[1:])
-        return train(parse_settings(argv))
-    except (DataError, SettingsError) as error:
+        return train(parse_settings(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
         dist.fail(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):

@@ -22,11 +22,11 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
-from conftest import world_pairs
 from pyarrow import parquet
 from templates import FAMILIES, byte_level, family, metaspace
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from worlds import world_pairs
 
 import data
 from data import Example, Examples, Pairing, Reading, Row, Sampling, Scoring, UserError, encode

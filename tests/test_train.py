@@ -8,26 +8,29 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from worlds import world_pairs
 
 import data
+import distributed as dist
 import train
-from losses import BATCH_COUPLED, OBJECTIVES
-from train import Run, Scores, Settings, SettingsError
-
-CPU = torch.device("cpu")
+from data import UserError
+from logprobs import response_logprob
+from losses import OBJECTIVES
+from train import Settings, Sums
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
     """A folder with an untrained model of the embedded world's vocabulary and 40 of its pairs, as a user would have them."""
     folder = tmp_path_factory.mktemp("world")
-    tokenizer, _, pairs = data.tiny_world(seed=0, demonstrations=0, pairs=40)
+    tokenizer, pairs = data.world_tokenizer(), world_pairs(0, 0, 40)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -68,42 +71,49 @@ def steps(out: Path) -> list[dict]:
 # ---- one step: the split changes nothing -----------------------------------------------------------------------------
 
 
-def setting_up(world, objective: str, layout="packed", budget=10**6, reference_shift=0.05):
-    """A policy a little away from its reference, eight examples and what is known of them."""
-    objective = train.parse_objective(objective)
-    tokenizer = data.load_tokenizer(str(world / "model"))
-    pairs, _ = data.load(str(world / "pairs.jsonl"), tokenizer)
-    examples = [train._fit(e, objective) for e in pairs[:8]]
-    s = Settings(model=str(world / "model"), dataset="x", layout=layout, tokens_per_microbatch=budget, dtype="fp32")
-    model = train.load_model(s)
-    policy = train.ResponseLogProbs(model)
-    policy.use_layout(layout)
-    run = Run(policy, objective, s, CPU)
-    ref = ref_mismatch = mismatch = None
-    if objective.needs("kl_w"):
-        policy.reference = train.load_model(s).requires_grad_(False)
-        policy.use_layout(layout)
-    if objective.needs("ref"):
-        ref, _ = train.score(run, examples)
-    if objective.needs("ref_kl"):
-        ref_mismatch = train.score(run, train.mismatched(examples))[0].flatten()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(reference_shift * torch.randn_like(p))
-    if objective.needs("logp_kl"):
-        mismatch = train.score(run, train.mismatched(examples))[0].flatten()
-    return run, examples, train.known_scores(examples, ref, ref_mismatch, CPU)._replace(logp_mismatch=mismatch)
+@pytest.fixture
+def still(monkeypatch):
+    """Steps that leave the weights as they are, from a policy that need not be its reference; with the gradients they saw."""
+    gradients, clip = {}, dist.clip_gradients
+
+    def seen(policy, limit):
+        gradients.clear()
+        gradients.update({n: p.grad.clone() for n, p in policy.model.named_parameters()})
+        return clip(policy, limit)
+
+    monkeypatch.setattr(train, "learning_rate", lambda *_: 0.0)
+    monkeypatch.setattr(train, "check_step_zero", lambda *_: None)
+    monkeypatch.setattr(dist, "clip_gradients", seen)
+    return gradients
 
 
-def one_step(world, objective: str, layout="packed", budget=10**6, checkpointing=False):
-    run, examples, known = setting_up(world, objective, layout, budget)
-    if checkpointing:
-        run.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-        run.policy.train()
-    cut = run.groups(examples)
-    _, loss = train.accumulate_gradients(run, examples, known, [0, 1])
-    return len(cut), loss, {n: p.grad for n, p in run.policy.model.named_parameters()}
+@pytest.fixture
+def shifted(world, tmp_path):
+    """prepare() on eight pairs, then weights a little away from the reference that it scored."""
+
+    def build(objective: str, **more) -> train.Run:
+        out = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        values = dict(model=str(world / "model"), dataset=str(world / "pairs.jsonl[:8]"), eval_size=0, batch_size=8, lr=1.0)
+        values |= dict(out=str(out), cache=str(tmp_path / "cache"), dtype="fp32", samples=0, tokens_per_microbatch=10**6)
+        run = train.prepare(Settings(**values | dict(objective=objective) | more))
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for p in run.policy.model.parameters():
+                p.add_(0.05 * torch.randn_like(p))
+        return run
+
+    return build
+
+
+def one_step(run: train.Run, gradients: dict, monkeypatch, **changed):
+    """(microbatches, loss per row, gradients) of the first step under changed settings; weights and plan stay as they are."""
+    losses, accumulate = [], train.accumulate_gradients
+    monkeypatch.setattr(train, "accumulate_gradients", lambda *a: losses.append(accumulate(*a)) or losses[-1])
+    run = replace(run, s=replace(run.s, **changed))
+    run.policy.use_layout(run.s.layout)
+    line = train.step(run)
+    monkeypatch.setattr(train, "accumulate_gradients", accumulate)
+    return line["microbatches"], losses[0][1], dict(gradients)
 
 
 def assert_same_step(a, b, bound=1e-6):
@@ -116,40 +126,37 @@ def assert_same_step(a, b, bound=1e-6):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_gradient_does_not_depend_on_microbatches(world, name):
+def test_gradient_does_not_depend_on_microbatches(shifted, still, monkeypatch, name):
     """Every objective, batch-coupled or not: microbatches of 1, of about 2 and 4 pairs, and the whole batch at once."""
-    whole = one_step(world, name)
+    run = shifted(name)
+    whole = one_step(run, still, monkeypatch)
     assert whole[0] == 1
     sizes = []
     for budget in (1, 60, 110):
-        cut = one_step(world, name, budget=budget)
+        cut = one_step(run, still, monkeypatch, tokens_per_microbatch=budget)
         sizes.append(cut[0])
         assert_same_step(cut, whole)
     assert sizes[0] == 8 and 1 < sizes[2] < sizes[1] < 8
 
 
 @pytest.mark.parametrize("name", ["simpo", "dpo", "alpha_dpo", "kto", "tdpo2"])
-def test_gradient_does_not_depend_on_layout_or_checkpointing(world, name):
-    whole = one_step(world, name)
-    assert_same_step(one_step(world, name, layout="padded"), whole)
-    assert_same_step(one_step(world, name, layout="padded", budget=60), whole)
-    assert_same_step(one_step(world, name, budget=60, checkpointing=True), whole)
+def test_gradient_does_not_depend_on_layout_or_checkpointing(shifted, still, monkeypatch, name):
+    run = shifted(name)
+    whole = one_step(run, still, monkeypatch)
+    assert_same_step(one_step(run, still, monkeypatch, layout="padded"), whole)
+    assert_same_step(one_step(run, still, monkeypatch, layout="padded", tokens_per_microbatch=60), whole)
+    recomputed = shifted(name, gradient_checkpointing=True)
+    assert_same_step(one_step(recomputed, still, monkeypatch, tokens_per_microbatch=60), whole)
 
 
-def test_step_gradient_equals_autograd_of_the_mean_loss(world):
-    """The two-stage gradient (∂L/∂logp, then ∂logp/∂θ) against plain backward from the model's own logits."""
-    run, examples, known = setting_up(world, "alpha_dpo(beta=3.0)")
-    train.accumulate_gradients(run, examples, known, [0])
-    ours = {n: p.grad.clone() for n, p in run.policy.model.named_parameters()}
+def test_step_gradient_equals_autograd_of_the_mean_loss(shifted, still, monkeypatch):
+    """The two-stage gradient (∂L/∂logp, then ∂logp/∂θ) against plain backward from the textbook's log-probs."""
+    run = shifted("alpha_dpo(beta=3.0)")
+    examples, known = train.next_batch(run)
+    _, _, ours = one_step(run, still, monkeypatch)
     run.policy.zero_grad()
     run.policy.use_layout("padded")
-    sums = []
-    for e in examples:
-        for r in e.responses:
-            ids = torch.tensor([e.prompt + r])
-            logp = run.policy.model(input_ids=ids).logits[0].log_softmax(-1)
-            at = torch.arange(len(e.prompt), ids.shape[1])
-            sums.append(logp[at - 1, ids[0, at]].sum())
+    sums = [response_logprob(run.policy.model, e.prompt, r) for e in examples for r in e.responses]
     w, l = torch.stack(sums).view(-1, 2).T  # noqa: E741
     tensors = (w, l, known.ref[:, 0], known.ref[:, 1], known.length[:, 0], known.length[:, 1])
     OBJECTIVES["alpha_dpo"](*tensors, beta=3.0).mean().backward()
@@ -158,14 +165,14 @@ def test_step_gradient_equals_autograd_of_the_mean_loss(world):
         assert (ours[n] - p.grad).abs().max() <= 1e-5 * largest, n
 
 
-def test_coupled_objectives_get_one_extra_pass_and_others_none(world, monkeypatch):
+def test_coupled_objectives_get_one_extra_pass_and_others_none(shifted, still, monkeypatch):
     passes = []
     forward = train.ResponseLogProbs.forward
     monkeypatch.setattr(train.ResponseLogProbs, "forward", lambda self, *a: passes.append(1) or forward(self, *a))
     for name, budget, expected in (("simpo", 1, 8), ("alpha_dpo", 1, 16), ("alpha_dpo", 10**6, 1)):
-        run, examples, known = setting_up(world, name, budget=budget)
+        run = shifted(name, tokens_per_microbatch=budget)
         passes.clear()
-        train.accumulate_gradients(run, examples, known, [0])
+        train.step(run)
         assert len(passes) == expected, name
 
 
@@ -174,7 +181,7 @@ def test_mismatched_completions_answer_other_prompts():
     pairs = [(e.prompt[1], e.responses[0][0] // 10) for e in train.mismatched(rows)]
     # the next completion in a circle that belongs to another prompt; prompt 1 stands twice and must not meet itself
     assert pairs == [(1, 2), (1, 2), (2, 1), (2, 1), (1, 2), (1, 2)]
-    with pytest.raises(data.DataError, match="two different prompts"):
+    with pytest.raises(data.UserError, match="two different prompts"):
         train.mismatched([rows[0], rows[2]])
 
 
@@ -200,22 +207,22 @@ def test_learning_rate_by_hand():
 
 def test_measures_by_hand():
     pair = train.parse_objective("simpo(beta=2.0)")
-    scores = Scores(
+    sums = Sums(
         torch.tensor([[2, 4], [1, 2]]), torch.tensor([[-2.0, -8.0], [-3.0, -2.0]]), label=torch.tensor([[True, False]] * 2)
     )
-    found = train.measures(pair, scores, torch.tensor([1.0, 3.0]))
+    means = train.measures(pair, sums, torch.tensor([1.0, 3.0]))
     # rewards 2·s/n: chosen −2, −6; rejected −4, −2 → differences 2, −4
-    assert found == pytest.approx(
+    assert means == pytest.approx(
         {"loss": 2.0, "reward_margin": -1.0, "reward_accuracy": 0.5, "logp_w_per_token": -5 / 3, "logp_l_per_token": -10 / 6}
     )
     rows = train.parse_objective("bco(beta=0.5)")
-    scores = Scores(
+    sums = Sums(
         torch.tensor([[2], [2], [2]]), torch.tensor([[-2.0], [-4.0], [-2.0]]), torch.tensor([[-4.0], [-4.0], [-1.0]]),
         label=torch.tensor([[True], [True], [False]]),
     )  # fmt: skip
-    found = train.measures(rows, scores, torch.zeros(3))
+    means = train.measures(rows, sums, torch.zeros(3))
     # rewards ½(s − s̄): 1, 0 desirable, −½ undesirable; both couples in order; mean ½ − (−½)
-    assert found["reward_margin"] == pytest.approx(1.0) and found["reward_accuracy"] == 1.0
+    assert means["reward_margin"] == pytest.approx(1.0) and means["reward_accuracy"] == 1.0
 
 
 def test_flops_by_hand(world):
@@ -269,11 +276,11 @@ def data_of(checkpoints: Path) -> dict[str, torch.Tensor]:
     """Weights of the newest checkpoint, read with safetensors alone."""
     from safetensors import safe_open
 
-    newest, found = sorted(checkpoints.glob("step-*"))[-1], {}
+    newest, weights = sorted(checkpoints.glob("step-*"))[-1], {}
     for file in newest.rglob("*.safetensors"):
         with safe_open(file, "pt") as f:
-            found |= {k.partition("weight.")[2] or k: f.get_tensor(k) for k in f.keys() if k.startswith("weight.")}
-    return found
+            weights |= {k.partition("weight.")[2] or k: f.get_tensor(k) for k in f.keys() if k.startswith("weight.")}
+    return weights
 
 
 def test_step_is_the_same_alone_or_with_a_short_last_batch(arguments, tmp_path):
@@ -361,7 +368,7 @@ def test_equal_length_changes_unequal_pairs_only_and_scores_its_own_reference(ar
 
 
 def test_objectives_without_ref_never_score_a_reference(arguments, monkeypatch):
-    monkeypatch.setattr(train, "reference_scores", lambda *a: pytest.fail("a reference was scored"))
+    monkeypatch.setattr(train, "reference_sums", lambda *a: pytest.fail("a reference was scored"))
     train.main(arguments(objective="simpo"))
     with pytest.raises(pytest.fail.Exception):
         train.main(arguments(objective="dpo") + ["--overwrite"])
@@ -450,12 +457,12 @@ def test_settings_round_trip(tmp_path):
     assert train.parse_settings([str(tmp_path / "s.yaml"), "--lr", "1e-6"]).lr == 1e-6
 
 
-@pytest.mark.parametrize("text, hyper", [
+@pytest.mark.parametrize("text, given", [
     ("simpo", {}), ("simpo()", {}), (" simpo( beta = 2.5,gamma=-1 ) ", {"beta": 2.5, "gamma": -1}),
     ("alpha_dpo(margin='policy', normalize=False, mean=None)", {"margin": "policy", "normalize": False, "mean": None}),
 ])  # fmt: skip
-def test_objective_is_written_as_a_call(text, hyper):
-    assert train.parse_objective(text).hyper == hyper
+def test_objective_is_written_as_a_call(text, given):
+    assert train.parse_objective(text).given == given
 
 
 def test_what_an_objective_needs_is_read_off_its_signature():
@@ -463,7 +470,7 @@ def test_what_an_objective_needs_is_read_off_its_signature():
     assert not needs("simpo").needs("ref") and needs("dpo").needs("ref") and needs("tdpo1").needs("kl_")
     assert needs("sft").responses == 1 and needs("simpo").responses == 2 and needs("kto").unpaired
     assert not needs("online_simpo").coupled and needs("online_simpo(self_normalize=True)").coupled
-    assert all(train.parse_objective(name).coupled == (switch is None) for name, switch in BATCH_COUPLED.items())
+    assert all(train.parse_objective(name).coupled == (loss.coupled is True) for name, loss in OBJECTIVES.items())
     assert str(needs("simpo(beta=2.0)")) == "simpo(beta=2.0)"
 
 
@@ -579,7 +586,7 @@ def test_non_finite_loss_names_the_rows(arguments, world, tmp_path, capsys):
 
 def test_state_space_models_are_refused_for_the_packed_layout():
     model = MambaForCausalLM(MambaConfig(vocab_size=20, hidden_size=8, state_size=4, num_hidden_layers=1))
-    with pytest.raises(SettingsError, match="Mamba.*--layout padded"):
+    with pytest.raises(UserError, match="Mamba.*--layout padded"):
         train.refuse_packed(model)
 
 
@@ -615,149 +622,6 @@ def test_kl_to_the_reference_is_zero_at_step_zero(arguments, capsys, objective):
 
 def test_another_reference_is_found_out_at_step_zero():
     """Per token: |−4 − (−2)| / 2 = 1 nat off."""
-    scores = Scores(torch.tensor([[2, 2]]), torch.tensor([[-4.0, -2.0]]), torch.tensor([[-2.0, -2.0]]))
-    with pytest.raises(SettingsError, match="differ by 1 nats"):
-        train.check_step_zero(scores, 1e-3)
-
-
-# ---- answers for outside judges --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def speaker(world, tmp_path_factory) -> Path:
-    """A model with weights so large that its greedy answers differ from prompt to prompt."""
-    folder = tmp_path_factory.mktemp("speaker") / "run-7" / "model"
-    model = AutoModelForCausalLM.from_pretrained(world / "model")
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.3)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(world / "model").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def questions(world) -> list[str]:
-    """Six different prompts of the world, and the first of them again."""
-    rows = [json.loads(line)["prompt"][0]["content"] for line in (world / "pairs.jsonl").read_text().splitlines()]
-    return [*list(dict.fromkeys(rows))[:6], rows[0]]
-
-
-def spoken(folder: Path, question: str, tokens: int) -> tuple[str, int, bool]:
-    """(text, its tokens, whether it ended) by transformers alone, one prompt at a time."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    messages = [{"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    out = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=3, eos_token_id=3)[0, ids.shape[1] :]
-    text = tokenizer.decode(out, skip_special_tokens=True).strip()
-    return text, len(tokenizer(text, add_special_tokens=False)["input_ids"]), 3 in out.tolist()
-
-
-def generate(model: Path, prompts: Path, out: Path, **more) -> dict:
-    values = dict(model=model, prompts=prompts, out=out, device="cpu", max_new_tokens=6, batch_size=2) | more
-    return train.main(["generate", *(x for k, v in values.items() for x in (f"--{k.replace('_', '-')}", str(v)))])
-
-
-def test_alpaca_eval_outputs(speaker, questions, tmp_path, capsys):
-    """Greedy answers, cut ones too, in the order of the prompts, under AlpacaEval's keys; a dataset is passed on."""
-    rows = [{"instruction": q, "dataset": f"set {i}", "output": "the reference's"} for i, q in enumerate(questions)]
-    del rows[1]["dataset"]
-    rows[2] = {"prompt": [{"role": "user", "content": questions[2]}]}
-    (tmp_path / "p.json").write_text(json.dumps(rows))
-    done = generate(speaker, tmp_path / "p.json", tmp_path / "new" / "outputs.json")
-    found, hand = json.loads((tmp_path / "new" / "outputs.json").read_text()), [spoken(speaker, q, 6) for q in questions]
-    keys = ["instruction", "output", "generator"]
-    assert [list(x) for x in found[:3]] == [[*keys, "dataset"], keys, keys]
-    assert [x["instruction"] for x in found] == questions and [x["output"] for x in found] == [text for text, _, _ in hand]
-    assert len({x["output"] for x in found}) > 3 and found[0] == {**found[6], "dataset": "set 0"}
-    assert {x["generator"] for x in found} == {"run-7"} and found[6]["dataset"] == "set 6"
-    assert done["answers"] == 7 and done["cut"] == sum(not ended for _, _, ended in hand) > 0
-    assert f"{done['cut']} of them cut at 6 tokens" in capsys.readouterr().err
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["outputs.json"]
-
-
-def test_arena_hard_answers(speaker, questions, tmp_path):
-    rows = [{"question_id": f"id{i}", "category": "hard", "turns": [{"content": q}]} for i, q in enumerate(questions)]
-    (tmp_path / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    generate(speaker, tmp_path / "question.jsonl", tmp_path / "mine.jsonl", style="arena_hard", name="mine")
-    found = [json.loads(line) for line in (tmp_path / "mine.jsonl").read_text().splitlines()]
-    assert [x["question_id"] for x in found] == [f"id{i}" for i in range(7)]
-    for answer, question in zip(found, questions):
-        text, tokens, _ = spoken(speaker, question, 6)
-        assert list(answer) == ["question_id", "answer_id", "model_id", "choices", "tstamp"]
-        assert answer["choices"] == [{"index": 0, "turns": [{"content": text, "token_len": tokens}]}]
-        assert answer["model_id"] == "mine" and isinstance(answer["tstamp"], float)
-    assert len({x["answer_id"] for x in found}) == 7
-
-
-def test_a_killed_generation_goes_on(speaker, questions, tmp_path, monkeypatch, capsys):
-    """Sampled; killed in the third batch. Other settings are not mixed in."""
-    (tmp_path / "p.json").write_text(json.dumps([{"instruction": q} for q in questions]))
-    how = dict(temperature=1.0, seed=4)
-    generate(speaker, tmp_path / "p.json", tmp_path / "whole.json", **how)
-    answers, calls = data._answers, []
-
-    def killed(*a, **k):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return answers(*a, **k)
-
-    monkeypatch.setattr(data, "_answers", killed)
-    with pytest.raises(KeyboardInterrupt):
-        generate(speaker, tmp_path / "p.json", tmp_path / "cut.json", **how)
-    assert len((tmp_path / "cut.json.part").read_text().splitlines()) == 4 and not (tmp_path / "cut.json").exists()
-    with pytest.raises(SystemExit):
-        generate(speaker, tmp_path / "p.json", tmp_path / "cut.json", **how | dict(temperature=0.5))
-    assert "was begun with temperature 1.0, now 0.5" in capsys.readouterr().err
-    generate(speaker, tmp_path / "p.json", tmp_path / "cut.json", **how)
-    assert len(calls) == 3 + 1  # the last of three batches: six different prompts
-    assert (tmp_path / "cut.json").read_text() == (tmp_path / "whole.json").read_text()
-    assert len(json.loads((tmp_path / "whole.json").read_text())) == 7
-
-
-def test_published_decoding():
-    """What the released configurations say; what is asked for goes over it, and without either it is greedy."""
-    of = lambda **more: tuple(train.decoding(train.Generation("m", "p", "o", **more)).values())  # noqa: E731
-    assert of(decoding="llama-3-8b-instruct") == (0.9, 1.0, 4096)
-    assert of(decoding="mistral-7b-instruct") == (0.5, 1.0, 2048)
-    assert {of(decoding=start, style="arena_hard") for start in train.DECODING} == {(0.0, 1.0, 4096)}
-    assert of(decoding="mistral-7b-base", temperature=0.0, max_new_tokens=9) == (0.0, 1.0, 9)
-    assert of() == (0.0, 1.0, 2048)
-
-
-@pytest.mark.parametrize(
-    "more, said",
-    [
-        (dict(style="mt_bench"), ["style is 'mt_bench'", "alpaca_eval, arena_hard"]),
-        (dict(decoding="gemma"), ["decoding is 'gemma'", "mistral-7b-instruct"]),
-        (dict(temperature=-1), ["temperature is at least 0"]),
-        (dict(temperature="hot"), ["invalid float value: 'hot'"]),
-        (dict(max_new_tokens=0), ["max_new_tokens"]),
-        (dict(device="abacus"), ["device is 'abacus'", "auto, cpu"]),
-        (dict(prompts="nowhere.json"), ["nowhere.json", "no such file"]),
-        (dict(prompts="EMPTY"), ["no row with a usable prompt"]),
-        (dict(model="/nowhere/model"), ["/nowhere/model"]),
-        (dict(out="EMPTY"), ["there already"]),
-        (dict(out="/dev/null/outputs.json"), ["cannot be written"]),
-        (dict(temprature=1), ["unknown setting --temprature 1", "--help"]),
-    ],
-)
-def test_generate_says_what_is_wrong(speaker, tmp_path, capsys, more, said):
-    (tmp_path / "empty.json").write_text("[]")
-    (tmp_path / "p.json").write_text('[{"instruction": "list two tools"}]')
-    more = {k: tmp_path / "empty.json" if v == "EMPTY" else v for k, v in more.items()}
-    with pytest.raises(SystemExit) as stop:
-        generate(**dict(model=speaker, prompts=tmp_path / "p.json", out=tmp_path / "o.json") | more)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "Traceback" not in error and all(part in error for part in said)
-    assert not (tmp_path / "o.json").exists()
-
-
-def test_generate_help(capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.main(["generate", "--help"])
-    said = capsys.readouterr().out
-    assert stop.value.code == 0 and "official judge" in said and "--decoding" in said and "llama-3-8b-instruct" in said
+    sums = Sums(torch.tensor([[2, 2]]), torch.tensor([[-4.0, -2.0]]), torch.tensor([[-2.0, -2.0]]))
+    with pytest.raises(UserError, match="differ by 1 nats"):
+        train.check_step_zero(sums, 1e-3)

@@ -16,11 +16,19 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py does
 sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+import data  # noqa: E402
+import train  # noqa: E402
 
 VARIANTS = {  # name → (layout, objective)
     "padded, full logits": ("full", "simpo"),
@@ -33,157 +41,119 @@ PEERS = {"trl simpo": "simpo", "trl dpo": "dpo"}
 
 
 def peak_bytes() -> float:
-    import torch
-
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def settings_of(args, dtype: str, layout: str):
-    import train
-
+def settings_of(args, folder: str) -> train.Settings:
+    """A run of one warm-up step and the measured ones, on the first pairs of the file that fit."""
+    layout, objective = VARIANTS[args.variant]
+    need = args.batch_size * (args.steps + 1)
     return train.Settings(
-        model=args.model or "built", dataset="x", dtype=dtype, layout="packed" if layout == "unshared" else layout,
+        model=args.model or "built", dataset=f"{args.dataset}[:{need + need // 4 + 8}]", eval_size=0, max_drop_fraction=1.0,
+        max_length=args.max_length, objective=objective, dtype=args.dtype, lr=1e-6, batch_size=args.batch_size, samples=0,
         tokens_per_microbatch=args.tokens_per_microbatch, gradient_checkpointing=args.gradient_checkpointing,
+        layout={"unshared": "packed", "full": "padded"}.get(layout, layout), out=f"{folder}/out", cache=f"{folder}/cache",
     )  # fmt: skip
 
 
-def load_pairs(args) -> list:
-    """The measured examples, one batch to warm up included, and the model's tokenizer if it has one."""
-    import numpy as np
-
-    import data
-
-    need = args.batch_size * (args.steps + 1)
-    if args.dataset is None:  # random tokens in the proportions of a chat: for what does not depend on the text
-        rng = np.random.default_rng(0)
-        draw = lambda n: rng.integers(3, 1000, n).tolist()  # noqa: E731
-        sizes = [(args.prompt_tokens, args.response_tokens, args.response_tokens)] * need
-        return [data.Example(draw(p), [draw(a), draw(b)]) for p, a, b in sizes]
-    tokenizer = data.load_tokenizer(args.model)
-    examples, _ = data.load(f"{args.dataset}[:{need + need // 4 + 8}]", tokenizer, args.max_length, max_drop_fraction=1.0)
-    if len(examples) < need:
-        sys.exit(f"{args.dataset}: {need} pairs are needed, {len(examples)} fit")
-    return examples[:need]
-
-
-def build(args, s):
-    """The model of a folder, or a Llama built from --hidden, --layers and --vocabulary."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    import train
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.model:
-        model = train.load_model(s)
-        import distributed as dist
-
-        dist.load_weights(model, args.model, device)
-        return model, device
+def built(args, s: train.Settings) -> train.Run:
+    """A run on a Llama built from --hidden, --layers and --vocabulary and on random tokens in the proportions of a chat: for
+    what does not depend on the text."""
+    rng, sizes = np.random.default_rng(0), (args.prompt_tokens, args.response_tokens, args.response_tokens)
+    ids = [[rng.integers(3, 1000, n).tolist() for n in sizes] for _ in range(args.batch_size * (args.steps + 1))]
+    examples = [data.Example(prompt, responses) for prompt, *responses in ids]
     torch.manual_seed(0)
-    heads = args.hidden // 64
+    heads, device = args.hidden // 64, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = LlamaConfig(
         vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3 // 64 * 64,
         num_hidden_layers=args.layers, num_attention_heads=heads, num_key_value_heads=heads // 3 if heads % 3 == 0 else heads,
         tie_word_embeddings=True, max_position_embeddings=8192,
     )  # fmt: skip
     with device:
-        return LlamaForCausalLM(config), device
+        model = LlamaForCausalLM(config).train()
+    policy = train.dist.shard(train.ResponseLogProbs(model), checkpointing=s.gradient_checkpointing)
+    policy.use_layout(s.layout)
+    rows = train.Rows(examples, [], {})
+    run = train.Run(s, train.parse_objective(s.objective), device, None, policy, rows, [])
+    if run.objective.needs("ref"):
+        rows.ref = train.log_probs(run, examples)[0]
+    run.optimizer = train.make_optimizer(run)
+    return run
+
+
+def full_logits(run: train.Run, examples: list, known: train.Sums, *_) -> tuple[train.Sums, torch.Tensor]:
+    """The textbook: all logits of the padded batch, a log-softmax over them, then the response tokens."""
+    d = data.padded_batch(examples).to(run.device)
+    with run.arithmetic():
+        logits = run.policy.model(input_ids=d.input_ids, use_cache=False).logits
+        logp = logits.float().log_softmax(-1).flatten(0, 1)[d.index, d.targets]
+    sums = known._replace(logp=torch.zeros(d.responses, device=run.device).index_add(0, d.response, logp).view(-1, 2))
+    loss = run.objective(sums.by_name(), seed=[0])
+    loss.mean().backward()
+    return sums._replace(logp=sums.logp.detach()), loss.detach()
+
+
+def unshared(run: train.Run, examples: list, known: train.Sums, *_) -> tuple[train.Sums, torch.Tensor]:
+    """Packed, but each response brings its own copy of the prompt. A row alone has no pair to be compared with, so the
+    backward pass starts from Σ logp; it costs the same."""
+    alone = [data.Example(e.prompt, [r]) for e in examples for r in e.responses]
+    logps = torch.zeros(len(alone), device=run.device)
+    with run.arithmetic():
+        for part, d in run.microbatches(alone):
+            logp, _ = run.policy(d)
+            logp.sum().backward()
+            logps[part] = logp.detach()
+    return known._replace(logp=logps.view(-1, 2)), torch.zeros(len(examples))
 
 
 def ours(args) -> dict:
-    """One round of one of our variants."""
-    import torch
-
-    import data
-    import train
-
-    layout, objective = VARIANTS[args.variant]
-    s = settings_of(args, args.dtype, layout)
-    examples = load_pairs(args)
-    model, device = build(args, s)
-    if s.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = train.ResponseLogProbs(model)
-    policy.use_layout("packed" if s.layout == "packed" else "padded")
-    policy.train()
-    run = train.Run(policy, train.parse_objective(objective), s, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-
-    def full_logits(batch):
-        """The textbook: all logits of the padded batch, a log-softmax over them, then the response tokens."""
-        d = data.padded_batch(batch).to(device)
-        with run.arithmetic():
-            logits = model(input_ids=d.input_ids, use_cache=False).logits
-            logp = logits.float().log_softmax(-1).flatten(0, 1)[d.index, d.targets]
-        sums = torch.zeros(d.responses, device=device).index_add(0, d.response, logp).view(-1, 2)
-        lengths = d.lengths.view(-1, 2)
-        run.objective.function(sums[:, 0], sums[:, 1], lengths[:, 0], lengths[:, 1]).mean().backward()
-
-    def unshared(batch):
-        """Packed, but each response brings its own copy of the prompt. A row alone has no pair to be compared with, so the
-        backward pass starts from Σ logp; it costs the same."""
-        alone = [data.Example(e.prompt, [r]) for e in batch for r in e.responses]
-        with run.arithmetic():
-            for _, d in run.microbatches(alone):
-                policy(d)[0].sum().backward()
-
-    def step(batch, ref=None):
-        if layout == "full":
-            full_logits(batch)
-        elif layout == "unshared":
-            unshared(batch)
-        else:
-            train.accumulate_gradients(run, batch, train.known_scores(batch, ref, None, device), [0])
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def reference(batch):
-        return train.score(run, batch)[0] if run.objective.needs("ref") else None
-
-    batches = [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]
-    step(batches[0], reference(batches[0]))
-    tick = synchronized()
-    ref = reference(sum(batches[1:], []))
-    for i, batch in enumerate(batches[1:]):
-        step(batch, None if ref is None else ref[i * args.batch_size : (i + 1) * args.batch_size])
-    seconds = synchronized() - tick
-    return finish(args, model, run, sum(batches[1:], []), seconds)
+    """One round of one of our variants: the trainer's own step, its gradient computed in the variant's way."""
+    layout, _ = VARIANTS[args.variant]
+    with tempfile.TemporaryDirectory() as folder:
+        s = settings_of(args, folder)
+        run = train.prepare(s) if args.dataset else built(args, s)
+    need, size = args.batch_size * (args.steps + 1), args.batch_size
+    if len(run.rows.train) < need:
+        sys.exit(f"{args.dataset}: {need} pairs are needed, {len(run.rows.train)} fit")
+    run.rows.plan = [list(range(i, i + size)) for i in range(0, need, size)]
+    measured = [run.rows.train[i] for i in range(size, need)]
+    original = train.accumulate_gradients
+    train.accumulate_gradients = {"full": full_logits, "unshared": unshared}.get(layout, original)
+    try:
+        train.step(run)
+        tick = synchronized()
+        if run.objective.needs("ref"):
+            train.log_probs(run, measured)  # what the reference costs: a pass that is made once
+        for _ in range(args.steps):
+            train.step(run)
+        seconds = synchronized() - tick
+    finally:
+        train.accumulate_gradients = original
+    return finish(args, run.policy.model, measured, seconds)
 
 
 def synchronized() -> float:
-    import torch
-
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def finish(args, model, run, examples, seconds) -> dict:
-    import data
-    import train
-
-    peak = peak_bytes()
-    flops = train.model_flops(model, examples)
+def finish(args, model, examples: list, seconds: float) -> dict:
+    peak, dtype = peak_bytes(), torch.bfloat16 if args.dtype == "bf16" else torch.float32
     return {
         "variant": args.variant, "dtype": args.dtype, "pairs": len(examples), "seconds": seconds,
-        "tokens": sum(map(data.tokens_of, examples)), "flops": flops, "rate": train.matmul_rate(model, run),
-        "peak_above_state": peak - 16 * sum(p.numel() for p in model.parameters()),
+        "tokens": sum(map(data.tokens_of, examples)), "flops": train.model_flops(model, examples),
+        "rate": train.matmul_rate(model, dtype), "peak_above_state": peak - 16 * sum(p.numel() for p in model.parameters()),
     }  # fmt: skip
 
 
 def peer(args) -> dict:
     """One round of trl's trainer on the same pairs, in its own padded layout; SimPO is its CPO trainer without the NLL term."""
-    import torch
     import trl
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
-
-    import data
-    import train
 
     objective = PEERS[args.variant]
     tokenizer = data.load_tokenizer(args.model)
@@ -193,7 +163,7 @@ def peer(args) -> dict:
         try:
             row = data.format_of(raw, "row")[0](raw)
             examples.append(data.encode(row, tokenizer, args.max_length, args.max_length * 7 // 8)[0])
-        except data.DataError:
+        except data.UserError:
             continue
         reply = [[{"role": "assistant", "content": r}] for r in row.responses]
         rows.append({"prompt": row.prompt, "chosen": reply[0], "rejected": reply[1]})

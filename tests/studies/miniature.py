@@ -19,23 +19,17 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from transformers import HfArgumentParser  # noqa: E402
-from transformers.hf_argparser import ArgumentDefaultsHelpFormatter  # noqa: E402
 
-import data  # noqa: E402
 import distributed as dist  # noqa: E402
 import train  # noqa: E402
-
-# What a user can mend; with one class for it, both names stand for that class.
-UserError = train.SettingsError
-USER_ERRORS = (data.DataError, train.SettingsError)
+from data import UserError, setting  # noqa: E402
 
 # ---- what is run -----------------------------------------------------------------------------------------------------
 
@@ -121,23 +115,14 @@ PANELS = ("win_rate", "length", "kl", "chosen")  # of a sweep
 
 @dataclass
 class Study(train.Settings):
-    compare: list[str] | None = field(
-        default=None, metadata={"help": "tune and compare these objectives (all, names, or calls)"}
-    )
-    sweeps: list[str] | None = field(default=None, metadata={"help": "figures of these sweeps (all, or names of SWEEPS)"})
-    seeds: int = field(default=3, metadata={"help": "runs of each setting, each in a world of its own"})
+    compare: list[str] | None = setting(None, "tune and compare these objectives (all, names, or calls)")
+    sweeps: list[str] | None = setting(None, "figures of these sweeps (all, or names of SWEEPS)")
+    seeds: int = setting(3, "runs of each setting, each in a world of its own")
 
 
 def parse(argv: list[str]) -> Study:
     """The command line; a file of train.py's settings may stand in front of it."""
-    parser = HfArgumentParser(Study, description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
-    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        parser.set_defaults(**train._settings_file(Path(argv[0])))
-        argv = argv[1:]
-    s, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
-    if unknown:
-        raise UserError(f"unknown setting {' '.join(unknown)}; `python tests/studies/miniature.py --help` lists all of them")
-    return s
+    return train.parse_settings(argv, Study, "tests/studies/miniature.py", __doc__)
 
 
 def check(s: Study) -> None:
@@ -152,7 +137,6 @@ def check(s: Study) -> None:
             raise UserError(f"unknown sweep {name!r}; known are {', '.join(SWEEPS)}")
     for text in (text for texts in grid_of(s).values() for text in texts):
         train.try_objective(train.parse_objective(text))
-    train.check_settings(s)
 
 
 def grid_of(s: Study) -> dict[str, tuple[str, ...]]:
@@ -181,7 +165,7 @@ def experiment(job: dict) -> dict:
         plain = dict(out=f"{folder}/run", samples=0, layout="padded", dtype="fp32", tokens_per_microbatch=4096)
         try:
             summary = train.train(train.Settings(**plain | job))
-        except USER_ERRORS as error:
+        except UserError as error:
             return {"job": job, "error": str(error)}
     world, before, after = summary["world"], summary["before"], summary["after"]
     measured = {name: now for name, (_, now) in world.items()} | {"start": {name: was for name, (was, _) in world.items()}}
@@ -363,7 +347,7 @@ def main(argv: list[str] | None = None) -> dict:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # for the processes of run_jobs, as train.py does
     try:
         return study(parse(sys.argv[1:] if argv is None else argv))
-    except USER_ERRORS as error:
+    except UserError as error:
         dist.fail(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):

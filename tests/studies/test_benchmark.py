@@ -61,7 +61,7 @@ def test_rounds_on_a_model_folder(small, tmp_path, monkeypatch, capsys):
         "round 1: packed tree", "round 1: padded", "round 2: packed tree", "round 2: padded",
     ]  # fmt: skip
     assert [r["variant"] for r in results] == variants and all(len(r["rounds"]) == 2 for r in results)
-    examples, _ = data.load(str(small / "pairs.jsonl"), data.load_tokenizer(str(small / "model")), 2048)
+    examples, _ = data.load(str(small / "pairs.jsonl"), data.load_tokenizer(str(small / "model")))
     assert all(r["pairs"] == 12 and r["tokens"] == 2 * sum(map(data.tokens_of, examples[3:9])) for r in results)
     packed, padded = said.out.splitlines()[2:]
     # a variant of ours is compared with the padded batch with all logits, which is here too: 1.00 of itself
@@ -76,7 +76,7 @@ def test_a_round_in_a_process_of_its_own():
 def test_too_few_pairs_and_missing_arguments(small, capsys):
     folders = dict(model=str(small / "model"), dataset=str(small / "pairs.jsonl"))
     with pytest.raises(SystemExit, match="44 pairs are needed, 40 fit"):
-        benchmark.load_pairs(argparse.Namespace(**BUILT | folders | dict(batch_size=22)))
+        benchmark.ours(argparse.Namespace(**BUILT | folders | dict(batch_size=22, variant="packed tree", dtype="fp32")))
     with pytest.raises(SystemExit) as stop:
         benchmark.main(["--model", folders["model"]])
     assert stop.value.code == 2 and "--model and --dataset are needed" in capsys.readouterr().err
