@@ -156,16 +156,9 @@ def dpo(
 
 @objective(reward=average_log_ratio)
 def dpo_norm(
-    logp_w: Tensor,
-    logp_l: Tensor,
-    ref_w: Tensor,
-    ref_l: Tensor,
-    len_w: Tensor,
-    len_l: Tensor,
-    *,
-    beta: float = 5.0,
-    label_smoothing: float = 0.0,
-) -> Tensor:
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, len_w: Tensor, len_l: Tensor,
+    *, beta: float = 5.0, label_smoothing: float = 0.0,
+) -> Tensor:  # fmt: skip
     """DPO per token: rewards the larger *average* gain over the reference, so that length buys no margin.
 
         L = −(1−ε) logσ(βΔ̃) − ε logσ(−βΔ̃)          Δ̃ = (s_w − s̄_w)/n_w − (s_l − s̄_l)/n_l
@@ -214,16 +207,9 @@ def robust_dpo(
 
 @objective(reward=average_log_ratio)
 def ipo(
-    logp_w: Tensor,
-    logp_l: Tensor,
-    ref_w: Tensor,
-    ref_l: Tensor,
-    len_w: Tensor,
-    len_l: Tensor,
-    *,
-    tau: float = 0.1,
-    average: bool = True,
-) -> Tensor:
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, len_w: Tensor, len_l: Tensor,
+    *, tau: float = 0.1, average: bool = True,
+) -> Tensor:  # fmt: skip
     """Regresses the log-ratio margin onto the finite target 1/(2τ), so that certain labels cannot drive it to infinity.
 
         L = (Δ̃ − 1/(2τ))²          average=False: Δ in place of Δ̃
@@ -253,16 +239,9 @@ def ipo(
 
 @objective(reward=log_ratio)
 def rdpo(
-    logp_w: Tensor,
-    logp_l: Tensor,
-    ref_w: Tensor,
-    ref_l: Tensor,
-    len_w: Tensor,
-    len_l: Tensor,
-    *,
-    beta: float = 0.1,
-    alpha: float = 0.01,
-) -> Tensor:
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, len_w: Tensor, len_l: Tensor,
+    *, beta: float = 0.1, alpha: float = 0.01,
+) -> Tensor:  # fmt: skip
     """DPO that takes out the credit a longer chosen response would earn by its length.
 
         L = −logσ(βΔ + α(n_w − n_l))
@@ -469,15 +448,9 @@ def f_ratio(
 
 @objective(reward=f_ratio)
 def f_dpo(
-    logp_w: Tensor,
-    logp_l: Tensor,
-    ref_w: Tensor,
-    ref_l: Tensor,
-    *,
-    beta: float = 0.1,
-    divergence: str = "reverse_kl",
-    coef: float = 0.5,
-) -> Tensor:
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor,
+    *, beta: float = 0.1, divergence: str = "reverse_kl", coef: float = 0.5,
+) -> Tensor:  # fmt: skip
     """DPO with another divergence as the leash to the reference; the reward is f'(π/π_ref) instead of its logarithm.
 
         L = −logσ(β(g(u_w) − g(u_l)))
@@ -528,16 +501,9 @@ def tdpo1(
 
 @objective(reward=log_ratio)
 def tdpo2(
-    logp_w: Tensor,
-    logp_l: Tensor,
-    ref_w: Tensor,
-    ref_l: Tensor,
-    kl_w: Tensor,
-    kl_l: Tensor,
-    *,
-    beta: float = 0.1,
-    alpha: float = 0.5,
-) -> Tensor:
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, kl_w: Tensor, kl_l: Tensor,
+    *, beta: float = 0.1, alpha: float = 0.5,
+) -> Tensor:  # fmt: skip
     """TDPO with the KL term scaled and held constant on the chosen side, so that it reins in the rejected one only.
 
         L = −logσ(β[Δ − α(D_l − sg[D_w])])
@@ -561,18 +527,10 @@ def tdpo2(
 
 @objective(reward=log_ratio, coupled=True)
 def beta_dpo(
-    logp_w: Tensor,
-    logp_l: Tensor,
-    ref_w: Tensor,
-    ref_l: Tensor,
-    *,
-    beta: float = 0.1,
-    a: float = 0.6,
-    keep: float = 0.8,
-    mean: float | Tensor | None = None,
-    std: float | Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor,
+    *, beta: float = 0.1, a: float = 0.6, keep: float = 0.8, mean: float | Tensor | None = None,
+    std: float | Tensor | None = None, generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
     """DPO that draws the rows near the typical margin and moves β with the batch: informative pairs get a larger β.
 
         k = max(1, ⌊ρB⌋) rows drawn without replacement, with weights exp(−½((Δ−m)/v)²)
@@ -762,16 +720,9 @@ def orpo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, lam: f
 
 @objective(reward=average_logp)
 def simpo(
-    logp_w: Tensor,
-    logp_l: Tensor,
-    len_w: Tensor,
-    len_l: Tensor,
-    *,
-    beta: float = 2.0,
-    gamma: float = 1.0,
-    label_smoothing: float = 0.0,
-    average: bool = True,
-) -> Tensor:
+    logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor,
+    *, beta: float = 2.0, gamma: float = 1.0, label_smoothing: float = 0.0, average: bool = True,
+) -> Tensor:  # fmt: skip
     """Rewards the average log-prob, the quantity that decoding maximises, and asks for a fixed margin.
 
         L = −(1−ε) logσ(h) − ε logσ(−h)          h = βd − γ
@@ -886,23 +837,11 @@ def alphapo(
 
 @objective(reward=average_logp, coupled=True)
 def alpha_dpo(
-    logp_w: Tensor,
-    logp_l: Tensor,
-    ref_w: Tensor,
-    ref_l: Tensor,
-    len_w: Tensor,
-    len_l: Tensor,
-    *,
-    beta: float = 10.0,
-    gamma: float = 4.0,
-    alpha: float = 0.5,
-    margin: str = "ratio",
-    normalize: bool = True,
-    stop_gradient: bool = True,
-    average: bool = True,
-    mean: float | Tensor | None = None,
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, len_w: Tensor, len_l: Tensor,
+    *, beta: float = 10.0, gamma: float = 4.0, alpha: float = 0.5, margin: str = "ratio", normalize: bool = True,
+    stop_gradient: bool = True, average: bool = True, mean: float | Tensor | None = None,
     std: float | Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """SimPO whose target margin follows the pair: more is asked where the policy already left the reference further.
 
         L = −logσ(u − sg[γ + αM*])          u = βd,  M = β·Δ̃,  M* = (M − μ)/σ_M
@@ -943,19 +882,10 @@ def alpha_dpo(
 
 @objective(reward=average_logp, coupled=True)
 def alpha_dpo_kl(
-    logp_w: Tensor,
-    logp_l: Tensor,
-    len_w: Tensor,
-    len_l: Tensor,
-    kl_w: Tensor,
-    kl_l: Tensor,
-    *,
-    beta: float = 10.0,
-    gamma: float = 4.0,
-    alpha: float = 0.5,
-    mean: float | Tensor | None = None,
+    logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, kl_w: Tensor, kl_l: Tensor,
+    *, beta: float = 10.0, gamma: float = 4.0, alpha: float = 0.5, mean: float | Tensor | None = None,
     std: float | Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """α-DPO with TDPO's difference of sequential KLs as the margin: token-level where α-DPO is sequence-level.
 
         L = −logσ(βd − sg[γ + αδ*])          δ = β(D_l − D_w),  δ* = (δ − μ)/σ_δ
@@ -985,21 +915,10 @@ def alpha_dpo_kl(
 
 @objective(reward=average_logp, coupled="self_normalize")
 def online_simpo(
-    logp_w: Tensor,
-    logp_l: Tensor,
-    ref_w: Tensor,
-    ref_l: Tensor,
-    old_w: Tensor,
-    old_l: Tensor,
-    len_w: Tensor,
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, old_w: Tensor, old_l: Tensor, len_w: Tensor,
     len_l: Tensor,
-    *,
-    beta: float = 2.0,
-    gamma: float = 1.0,
-    corrected: bool = True,
-    clip: float = 5.0,
-    self_normalize: bool = False,
-) -> Tensor:
+    *, beta: float = 2.0, gamma: float = 1.0, corrected: bool = True, clip: float = 5.0, self_normalize: bool = False,
+) -> Tensor:  # fmt: skip
     """SimPO as if the pairs had been sampled from an earlier policy: each pair weighted by how likely it finds them.
 
         L = sg[w] · (−logσ(βd − γ))
@@ -1148,16 +1067,9 @@ def amapo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, beta:
 
 @objective(reward=log_ratio, coupled=True)
 def kto(
-    logp: Tensor,
-    ref: Tensor,
-    desirable: Tensor,
-    logp_kl: Tensor,
-    ref_kl: Tensor,
-    *,
-    beta: float = 0.1,
-    lambda_d: float = 1.0,
-    lambda_u: float = 1.0,
-) -> Tensor:
+    logp: Tensor, ref: Tensor, desirable: Tensor, logp_kl: Tensor, ref_kl: Tensor,
+    *, beta: float = 0.1, lambda_d: float = 1.0, lambda_u: float = 1.0,
+) -> Tensor:  # fmt: skip
     """Values a completion's log-ratio like a human values gains and losses, measured from the policy's average drift.
 
         z = sg[max(0, mean(s' − s̄'))],  v = β(s − s̄ − z)
@@ -1214,14 +1126,9 @@ def bco(logp: Tensor, ref: Tensor, desirable: Tensor, *, beta: float = 0.1, delt
 
 @objective(reward=log_ratio, coupled=True)
 def uapo(
-    logp: Tensor,
-    ref: Tensor,
-    desirable: Tensor,
-    *,
-    beta: float = 0.1,
-    anchor: float | Tensor | None = None,
-    temperature: float = 1.0,
-) -> Tensor:
+    logp: Tensor, ref: Tensor, desirable: Tensor,
+    *, beta: float = 0.1, anchor: float | Tensor | None = None, temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
     """RECONSTRUCTED. Compares each completion with a utility anchor instead of with a partner.
 
         L = −logσ(r − b) if desirable, −logσ(b − r) if not          r = β(s − s̄)/T

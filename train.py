@@ -896,7 +896,10 @@ class Journal:
         dist.on_main(open_records, run)
         self.file = open(self.metrics if dist.is_main() else os.devnull, "a", buffering=1)
         self.send = open_log(run.s, self.out)
-        self.texts = {"before": run.before, **dist.on_main(read_samples, self.out / "samples.jsonl", run.step)}
+        prompts = [run.tokenizer.decode(e.prompt) for e in run.rows.held_out[: run.s.samples]]
+        self.samples = [{"prompt": p, "before": b, "during": {}, "after": None} for p, b in zip(prompts, run.before)]
+        for sample, during in zip(self.samples, dist.on_main(read_during, self.out / "samples.jsonl", run.step)):
+            sample["during"] = during
         self.start = next((line for line in dist.on_main(read_metrics, self.metrics) if line["step"] == 0), {})
         self.start.pop("step", None)
         self.rate = matmul_rate(run.policy.model, torch.bfloat16 if run.bf16 else torch.float32) * dist.world_size()
@@ -930,8 +933,7 @@ class Journal:
         if step == 0:
             self.start = line
             return
-        self.texts["after" if step == len(self.run.rows.plan) else str(step)] = texts
-        self._write_samples()
+        self._answered(texts)
         for guard, warning in divergence(self.start, line).items():
             if guard not in self.warned:
                 say(f"warning: {warning}")
@@ -940,9 +942,9 @@ class Journal:
     def close(self) -> tuple[list[dict], list[dict]]:
         """(samples, all lines of metrics.jsonl) when the last step is done."""
         self.file.close()
-        if "after" not in self.texts:  # nothing was held out, or the run was resumed at its end
-            self.texts["after"] = answers(self.run)
-        return self._write_samples(), dist.on_main(read_metrics, self.metrics)
+        resumed_at_its_end = any(sample["after"] is None for sample in self.samples)
+        self._answered(answers(self.run) if resumed_at_its_end else [])
+        return self.samples, dist.on_main(read_metrics, self.metrics)
 
     def speeds(self) -> dict[str, float]:
         """Of the steps of this process alone: evaluation, samples and checkpoints are not counted."""
@@ -955,9 +957,14 @@ class Journal:
         self.file.write(json.dumps(line) + "\n")
         self.send(line)
 
-    def _write_samples(self) -> list[dict]:
-        prompts = [self.run.tokenizer.decode(e.prompt) for e in self.run.rows.held_out[: self.run.s.samples]]
-        return dist.on_main(write_samples, self.out / "samples.jsonl", prompts, self.texts)
+    def _answered(self, texts: list[str]) -> None:
+        """Write samples.jsonl: to each prompt the answers "before", "during" {step: text} and "after" (null until the end)."""
+        for sample, text in zip(self.samples, texts):
+            if self.run.step == len(self.run.rows.plan):
+                sample["after"] = text
+            else:
+                sample["during"][str(self.run.step)] = text
+        dist.on_main(write_lines, self.out / "samples.jsonl", self.samples)
 
 
 def prepare_out(s: Settings) -> Path:
@@ -996,9 +1003,7 @@ def open_records(run: Run) -> None:
         shutil.rmtree(out)
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     if s.resume:
-        kept = read_metrics(out / "metrics.jsonl", run.step) if run.step else []
-        (out / "metrics.part").write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(out / "metrics.part", out / "metrics.jsonl")
+        write_lines(out / "metrics.jsonl", read_metrics(out / "metrics.jsonl", run.step) if run.step else [])
     (out / "settings.json").write_text(json.dumps(run.given, indent=2) + "\n")
     (out / "data.json").write_text(json.dumps(run.rows.report, indent=2) + "\n")
 
@@ -1012,25 +1017,20 @@ def read_metrics(file: Path, last: int | None = None) -> list[dict]:
     return [line for line in lines if last is None or line["step"] <= last]
 
 
-def write_samples(file: Path, prompts: list[str], texts: dict[str, list[str]]) -> list[dict]:
-    """samples.jsonl: for each prompt the completions "before", "during" ({step: text}) and "after" (null until the end)."""
-    rows = []
-    for i, prompt in enumerate(prompts):
-        during = {step: answers[i] for step, answers in texts.items() if step.isdigit()}
-        after = texts["after"][i] if "after" in texts else None
-        rows.append({"prompt": prompt, "before": texts["before"][i], "during": during, "after": after})
-    file.with_suffix(".part").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    os.replace(file.with_suffix(".part"), file)
-    return rows
-
-
-def read_samples(file: Path, last: int) -> dict[str, list[str]]:
-    """The completions "during" an earlier part of a run, {step: one for each prompt}, up to step `last`."""
+def read_during(file: Path, last: int) -> list[dict[str, str]]:
+    """Of each prompt the answers "during" an earlier part of a run, {step: text}, up to step `last`."""
     try:
         rows = [json.loads(line)["during"] for line in file.read_text().split("\n")[:-1]]
-        return {step: [row[step] for row in rows] for step in (rows[0] if rows else ()) if int(step) <= last}
+        return [{step: text for step, text in during.items() if int(step) <= last} for during in rows]
     except (OSError, ValueError, KeyError):
-        return {}  # no such file, or of a version that kept none
+        return []  # no such file, or of a version that kept none
+
+
+def write_lines(file: Path, rows: list[dict]) -> None:
+    """A file of JSON lines, whole or not at all."""
+    part = file.with_suffix(".part")
+    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    os.replace(part, file)
 
 
 def repetition(texts: list[str]) -> float:
