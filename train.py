@@ -83,7 +83,7 @@ class Settings(data.Reading):
     device: str = setting("auto", "cpu, cuda, or auto")
     recipe: str | None = setting(None, "a published run, such as gemma-2-9b-it-simpo: model, data, objective, lr, lengths")
     annotator_noise: float = setting(0.1, "embedded world: error (standard deviation) of the annotator about a quality")
-    length_bias: float = setting(0.03, "embedded world: what the annotator adds to a response's quality per word")
+    length_bias: float = setting(0.0, "embedded world: what the annotator adds to a response's quality per word")
     mesh: str | None = setting(None, "under torchrun: copies x parts, such as 2x4; without it one copy cut over all ranks")
     trust_remote_code: bool = setting(False, "allow a model folder to bring Python code that is then run")
 

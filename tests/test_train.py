@@ -399,10 +399,10 @@ def test_the_world_is_a_real_run_on_files(default_run):
     """Its folder holds what the pipeline for real models writes: prompts, samples, scored pairs, a model."""
     summary, cache = default_run
     (world,) = cache.glob("world-*")
-    pairs = [json.loads(line) for line in (world / "pairs-0.1-0.03.jsonl").read_text().splitlines()]
+    pairs = [json.loads(line) for line in (world / "pairs-0.1-0.0.jsonl").read_text().splitlines()]
     held_out = set(data.world_prompts(0)[: data.HELD_OUT_PROMPTS])
     assert len(pairs) == train.PROMPTS and not held_out & {row["prompt"][0]["content"] for row in pairs}
-    annotator = data.Annotator(0.1, 0.03, 0)
+    annotator = data.Annotator(0.1, 0.0, 0)
     for row in pairs[:50]:
         assert annotator(row, row["chosen"]) == row["score_chosen"] > row["score_rejected"] == annotator(row, row["rejected"])
     assert {json.loads(line)["prompt"] for line in (world / "held_out.jsonl").read_text().splitlines()} == held_out
