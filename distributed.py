@@ -12,7 +12,6 @@ A checkpoint is a folder `step-000120`: weights and Adam moments as safetensors,
 with a file `complete` that holds the size and checksum of every other file. Only marked folders that check out are resumed.
 """
 
-import argparse
 import atexit
 import contextlib
 import functools
@@ -30,14 +29,15 @@ import warnings
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as group
+import torch.distributed as c10d  # this library's name inside PyTorch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -68,10 +68,10 @@ def setup(device: str) -> torch.device:
     if not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
         return torch.device(kind)
     place = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
-    if not group.is_initialized():
+    if not c10d.is_initialized():
         if kind == "cuda":
             torch.cuda.set_device(place)
-        group.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        c10d.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=10))
         sys.excepthook = _leave
         atexit.register(_end)
     return place
@@ -79,7 +79,7 @@ def setup(device: str) -> torch.device:
 
 def _end() -> None:
     """The way out of a run that ended well: without the rest of Python's, where a thread of gloo that is late would abort."""
-    group.destroy_process_group()
+    c10d.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
@@ -99,17 +99,17 @@ def fail(error: Exception) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)  # torchrun ends us here if rank 0 failed too
     print(f"error: {error}" if is_main() else f"error on rank {rank()}: {error}", file=sys.stderr, flush=True)
-    if group.is_initialized():
+    if c10d.is_initialized():
         os._exit(2)
     raise SystemExit(2)
 
 
 def rank() -> int:
-    return group.get_rank() if group.is_initialized() else 0
+    return c10d.get_rank() if c10d.is_initialized() else 0
 
 
 def world_size() -> int:
-    return group.get_world_size() if group.is_initialized() and not alone else 1
+    return c10d.get_world_size() if c10d.is_initialized() and not alone else 1
 
 
 def is_main() -> bool:
@@ -130,7 +130,7 @@ def on_main(function: Callable, *args):
             outcome[1] = error
         finally:
             alone = False
-    group.broadcast_object_list(outcome, src=0)
+    c10d.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
@@ -140,8 +140,13 @@ def gather_objects(value) -> list:
     """A small value of every rank, in the order of ranks."""
     values = [value] * world_size()
     if world_size() > 1:
-        group.all_gather_object(values, value)
+        c10d.all_gather_object(values, value)
     return values
+
+
+def _kind() -> str:
+    """The kind of device that tensors of all ranks meet on; "cuda" is this rank's own."""
+    return "cuda" if "nccl" in c10d.get_backend() else "cpu"
 
 
 def gather_rows(rows: dict[int, Tensor], total: int) -> Tensor:
@@ -151,21 +156,21 @@ def gather_rows(rows: dict[int, Tensor], total: int) -> Tensor:
     came twice is an error, never a zero.
     """
     one = next(iter(rows.values()), torch.zeros(0))
-    if world_size() == 1:
-        count = [int(i in rows) for i in range(total)]
-        found = torch.stack([rows[i] for i in range(total)]) if rows and all(count) else one[None]
+    if world_size() == 1:  # nothing to wait for, on a GPU neither
+        counts = [int(i in rows) for i in range(total)]
+        values = torch.stack([rows[i] for i in sorted(rows)]) if rows else one[None]
     else:
-        place = torch.device("cuda", torch.cuda.current_device()) if "nccl" in group.get_backend() else torch.device("cpu")
+        place = _kind()
         width = torch.tensor(one.numel(), device=place)
-        group.all_reduce(width, group.ReduceOp.MAX)
+        c10d.all_reduce(width, c10d.ReduceOp.MAX)
         table = torch.zeros(total, int(width) + 1, device=place, dtype=one.dtype)
         for i, values in rows.items():
             table[i] = torch.cat([values.to(place), table.new_ones(1)])
-        group.all_reduce(table)
-        found, count = table[:, :-1], table[:, -1].tolist()
-    if any(c != 1 for c in count) or len(rows) > total:
-        raise RuntimeError(f"{sum(c != 1 for c in count)} of {total} rows were not scored exactly once")
-    return found
+        c10d.all_reduce(table)
+        values, counts = table[:, :-1], table[:, -1].tolist()
+    if any(n != 1 for n in counts) or len(rows) > total:
+        raise RuntimeError(f"{sum(n != 1 for n in counts)} of {total} rows were not scored exactly once")
+    return values
 
 
 # ---- sharding --------------------------------------------------------------------------------------------------------
@@ -189,7 +194,7 @@ def shard(policy: nn.Module, mesh: str | None = None, bf16: bool = False, checkp
     # 1. recomputation innermost: a block is gathered once in backward, and recomputed with the weights already there
     for block in blocks if checkpointing else ():
         block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
-    if not group.is_initialized():
+    if not c10d.is_initialized():
         return policy
     precision = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32)
     options = dict(mesh=_mesh(mesh), mp_policy=precision)
@@ -197,7 +202,7 @@ def shard(policy: nn.Module, mesh: str | None = None, bf16: bool = False, checkp
     for block in blocks + (decoder_blocks(policy.reference) if policy.reference is not None else []):
         fully_shard(block, **options)
     # 3. the root, last, takes what is left: embeddings, final norm and head. It is the module whose forward runs the chunked
-    #    head, so these are gathered once per microbatch, and a tied weight is one parameter of one group
+    #    head, so these are gathered once per microbatch, and a tied weight stays one parameter
     fully_shard(policy, **options)
     for module in policy.modules():
         if isinstance(module, FSDPModule):  # our losses are divided by the rows of all ranks: gradients add up, no average
@@ -217,13 +222,12 @@ def shard(policy: nn.Module, mesh: str | None = None, bf16: bool = False, checkp
 
 
 def _mesh(text: str | None) -> DeviceMesh:
-    kind = "cuda" if "nccl" in group.get_backend() else "cpu"
     if text is None:
-        return init_device_mesh(kind, (world_size(),), mesh_dim_names=("shard",))
+        return init_device_mesh(_kind(), (world_size(),), mesh_dim_names=("shard",))
     parts = re.fullmatch(r"(\d+)x(\d+)", text)
     if parts is None or int(parts[1]) * int(parts[2]) != world_size():
         raise UserError(f'mesh is {text!r}; write copies x parts, such as "2x4", whose product is the {world_size()} ranks')
-    return init_device_mesh(kind, (int(parts[1]), int(parts[2])), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(_kind(), (int(parts[1]), int(parts[2])), mesh_dim_names=("replicate", "shard"))
 
 
 def sync_gradients(policy: nn.Module, last: bool) -> None:
@@ -244,7 +248,7 @@ def clip_gradients(policy: nn.Module, limit: float) -> Tensor:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder; a folder with other weights only is refused."""
     files = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter"))
-    if not files and any(p for s in ("bin", "pt", "pth", "ckpt") for p in folder.glob(f"*.{s}")):
+    if not files and any(p.suffix in (".bin", ".pt", ".pth", ".ckpt") for p in folder.iterdir()):
         raise UserError(f"{folder}: .bin or .pt weights only, a format that can run code; convert them to safetensors")
     if not files:
         raise UserError(f"{folder}: no *.safetensors file in this folder")
@@ -277,7 +281,7 @@ def build_model(name: str, trust_remote_code: bool = False) -> nn.Module:
         weight_files(Path(name))
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     how, came_in = dict(dtype=torch.float32, trust_remote_code=trust_remote_code), config.dtype
-    if not group.is_initialized():
+    if not c10d.is_initialized():
         model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **how)
     else:
         with _parameters_on_meta():
@@ -358,8 +362,7 @@ def hash_weights(model: nn.Module) -> list[str]:
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write small tensors as one safetensors file, or not at all; a folder that cannot be written is no reason to stop."""
-    tensors = {k: _whole(v) for k, v in tensors.items()}
+    """Write small tensors that all ranks have as one safetensors file; a folder that cannot be written is no reason to stop."""
     if not is_main():
         return
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
@@ -376,11 +379,8 @@ def load_tensors(file: Path) -> dict[str, Tensor] | None:
     """What save_tensors wrote, as rank 0 reads it; None if there is no such file or it is damaged."""
 
     def read() -> dict[str, Tensor] | None:
-        try:
-            with safe_open(file, "pt") as opened:
-                return {key: opened.get_tensor(key) for key in opened.keys()}
-        except (OSError, SafetensorError):
-            return None
+        with contextlib.suppress(OSError, SafetensorError):
+            return load_file(file)
 
     return on_main(read)
 
@@ -394,31 +394,26 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 class StopOnSignal:
-    """From now on SIGTERM and Ctrl-C only raise a hand, until `release`; `requested` asks whether any rank's hand is up."""
+    """A context in which SIGTERM and Ctrl-C only raise a hand; `requested` asks whether any rank's hand is up."""
 
-    def __init__(self):
+    def __enter__(self) -> "StopOnSignal":
         self.raised, self.before = False, {}
         if threading.current_thread() is threading.main_thread():
             self.before = {n: signal.signal(n, self._raise_hand) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _raise_hand(self, number, frame) -> None:
         if self.raised and world_size() == 1:  # asked twice: now. torchrun passes on a Ctrl-C that we have had already
-            self.release()
+            signal.signal(number, self.before[number])
             os.kill(os.getpid(), number)
         self.raised = True
 
     def requested(self) -> bool:
         return any(gather_objects(self.raised))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.release()
-
-    def release(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def _flush(path: Path) -> None:
@@ -445,17 +440,18 @@ def flaw(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None; asked by all ranks together."""
     try:
         expected = json.loads((checkpoint / "complete").read_text())
-        assert isinstance(expected, dict) and expected
     except FileNotFoundError:
         return "it was not finished"
-    except (OSError, ValueError, AssertionError):
+    except (OSError, ValueError):
+        expected = None
+    if not isinstance(expected, dict) or not expected:
         return "its marker is damaged"
-    found = {k: v for part in gather_objects(_sums(checkpoint)) for k, v in part.items()}
+    actual = {name: sums for part in gather_objects(_sums(checkpoint)) for name, sums in part.items()}
     for name, (size, crc) in expected.items():
-        if name not in found:
+        if name not in actual:
             return f"{name} is missing"
-        if found[name] != [size, crc]:
-            return f"{name} is {'cut short' if found[name][0] < size else 'damaged'}"
+        if actual[name] != [size, crc]:
+            return f"{name} is {'cut short' if actual[name][0] < size else 'damaged'}"
     return None
 
 
@@ -464,6 +460,12 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():  # "torch.distributed is not initialized": that is how one process works here
         warnings.simplefilter("ignore", UserWarning)
         yield
+
+
+def _read_into(tensors: dict[str, Tensor], checkpoint: Path) -> None:
+    """Fill tensors from those of the same names in a checkpoint, each rank its rows."""
+    with _quiet():
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=world_size() == 1)
 
 
 def _everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -476,7 +478,7 @@ def _everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     return tensors
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer, state: dict, keep: int, tokenizer=None) -> bool:
+def save_checkpoint(folder: Path, model: nn.Module, optimizer, state: dict, keep: int, tokenizer) -> bool:
     """Write step-N of `state["step"]`, then delete all but the newest `keep` complete ones.
 
     Returns:
@@ -486,33 +488,38 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer, state: dict, keep
     part = final.with_suffix(".part")
     if on_main(final.exists) and flaw(final) is None:
         return True  # resumed from it and stopped before the next
-    adam = [float(s["step"]) for s in optimizer.state.values() if "step" in s]
     trouble, sums = None, {}
     try:
         on_main(_start_part, part, final)
-        with _quiet():
-            writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
-            dcp.save(_everything(model, optimizer), storage_writer=writer, no_dist=world_size() == 1)
-        state = {**state, "adam_step": adam[0] if adam else 0.0}
-        on_main((part / "step.json").write_text, json.dumps(state))
-        on_main(_describe, part, model, tokenizer)
-        sums = _sums(part)
-        for name in sums:
-            _flush(part / name)
+        sums = _write_checkpoint(part, model, optimizer, state, tokenizer)
     except (Exception, dcp.CheckpointException) as error:
         trouble = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
     everyone = gather_objects((trouble, sums))
-    troubles = [t for t, _ in everyone if t]
-    if not troubles:
+    trouble = next((t for t, _ in everyone if t), None)
+    if trouble is None:
         try:
             on_main(_publish, part, final, {k: v for _, sums in everyone for k, v in sums.items()}, keep)
             return True
         except OSError as error:
-            troubles = [str(error)]
+            trouble = str(error)
     if is_main():
         shutil.rmtree(part, ignore_errors=True)
-        print(f"checkpoint {final} could not be written ({troubles[0]}); earlier ones are untouched", file=sys.stderr)
+        print(f"checkpoint {final} could not be written ({trouble}); earlier ones are untouched", file=sys.stderr)
     return False
+
+
+def _write_checkpoint(part: Path, model: nn.Module, optimizer, state: dict, tokenizer) -> dict[str, list[int]]:
+    """All files but the marker, on disk when it returns; the sums of this rank's share of them."""
+    with _quiet():
+        writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
+        dcp.save(_everything(model, optimizer), storage_writer=writer, no_dist=world_size() == 1)
+    adam_step = next((float(s["step"]) for s in optimizer.state.values() if "step" in s), 0.0)
+    on_main((part / "step.json").write_text, json.dumps({**state, "adam_step": adam_step}))
+    on_main(_describe, part, model, tokenizer)
+    sums = _sums(part)
+    for name in sums:
+        _flush(part / name)
+    return sums
 
 
 def check_space(out: Path, model: nn.Module, checkpoints: int, dtype: torch.dtype) -> None:
@@ -520,8 +527,7 @@ def check_space(out: Path, model: nn.Module, checkpoints: int, dtype: torch.dtyp
 
     What an earlier run left in `out` counts as room: it is deleted (--overwrite), or is what would be written (--resume).
     """
-    size = sum(p.numel() for p in model.parameters())
-    needed = size * (12 * checkpoints + torch.empty(0, dtype=dtype).element_size())
+    needed = sum(p.numel() for p in model.parameters()) * (12 * checkpoints + dtype.itemsize)
     free = shutil.disk_usage(out).free + sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     if needed > free:
         raise UserError(
@@ -541,8 +547,7 @@ def _describe(folder: Path, model: nn.Module, tokenizer) -> None:
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _publish(part: Path, final: Path, sums: dict, keep: int) -> None:
@@ -563,7 +568,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(p.parent for p in folder.glob("step-*/complete"))
 
 
-def newest_checkpoint(folder: Path, say: Callable[[str], None] = print) -> Path | None:
+def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that checks out, or None; says which newer ones were passed over, and why."""
     for candidate in on_main(lambda: sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)):
         reason = flaw(candidate)
@@ -573,7 +578,7 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None] = print) -> Path 
     return None
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, run: dict | None = None) -> dict:
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, run: dict) -> dict:
     """Put weights and moments back in place, for any number of ranks; returns the saved state (step, …).
 
     Args:
@@ -583,68 +588,117 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, run: dict | N
     """
     state = json.loads((checkpoint / "step.json").read_text())
     saved = state.get("run", {})
-    differs = [f"{k} is {v!r} here and {saved.get(k)!r} there" for k, v in (run or {}).items() if saved.get(k) != v]
+    differs = [f"{k} is {v!r} here and {saved.get(k)!r} there" for k, v in run.items() if saved.get(k) != v]
     if differs:
         raise UserError(f"{checkpoint} belongs to another run: {'; '.join(differs)}")
     if state["adam_step"]:
         for p in (p for g in optimizer.param_groups for p in g["params"]):
             step = torch.tensor(state["adam_step"], device=p.device)
             optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    with _quiet():
-        reader = dcp.HuggingFaceStorageReader(str(checkpoint))
-        dcp.load(_everything(model, optimizer), storage_reader=reader, no_dist=world_size() == 1)
+    _read_into(_everything(model, optimizer), checkpoint)
     return state
 
 
 # ---- export ----------------------------------------------------------------------------------------------------------
 
 
-def _write_model(folder: Path, sizes: dict[str, torch.Size], fetch: Callable, dtype: torch.dtype, limit: int) -> None:
-    """Write tensors as safetensors files of at most `limit` bytes and their index; a rank's memory holds one file at most."""
-    width = torch.empty(0, dtype=dtype).element_size()
-    files, room = [[]], limit
-    for name, shape in sizes.items():
-        if files[-1] and shape.numel() * width > room:
-            files, room = [*files, []], limit
-        files[-1].append(name)
-        room -= shape.numel() * width
-    names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
-    names = ["model.safetensors"] if len(files) == 1 else names
-    for file, members in zip(names, files):
-        tensors = {}
-        for name in members:
-            value = fetch(name)
-            if is_main():
-                kind = dtype if value.is_floating_point() else value.dtype
-                tensors[name] = torch.empty(value.shape, dtype=kind).copy_(value)
-        on_main(save_file, tensors, folder / file, {"format": "pt"})
-    if len(files) > 1:
-        index = {"metadata": {"total_size": sum(s.numel() * width for s in sizes.values())}}
-        index["weight_map"] = {name: file for file, members in zip(names, files) for name in members}
-        on_main((folder / "model.safetensors.index.json").write_text, json.dumps(index, indent=2))
-
-
-def export(model: nn.Module, tokenizer, folder: Path, dtype: torch.dtype, card: str = "", limit: int = FILE_LIMIT) -> None:
+def export(model: nn.Module, tokenizer, folder: Path, dtype: torch.dtype, card: str, limit: int = FILE_LIMIT) -> None:
     """Write a `transformers` folder: weights in `dtype`, config, tokenizer, chat template, generation config, model card.
 
     A tied weight is written once. Tensors are gathered one at a time; rank 0 holds one file of at most `limit` bytes.
     """
+    tensors = _tensors(model)
+
+    def describe(part: Path) -> None:
+        kept, model.config.dtype = model.config.dtype, dtype
+        _describe(part, model, tokenizer)
+        model.config.dtype = kept
+        (part / "README.md").write_text(card)
+
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    _write_model(folder, shapes, lambda name: _whole(tensors[name]), describe, dtype, limit)
+
+
+@dataclass
+class Export:
+    """Write a checkpoint as a transformers folder."""
+
+    checkpoint: Path = field(metadata={"help": "a folder …/checkpoints/step-000120"})
+    out: Path = field(metadata={"help": "the folder to write"})
+    dtype: str = data.setting("bf16", "weights: bf16 or fp32")
+
+
+def export_checkpoint(e: Export) -> None:
+    """The model of a checkpoint as a `transformers` folder, file by file; the whole model is never in memory."""
+    checkpoint, out, dtypes = e.checkpoint, e.out, {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if e.dtype not in dtypes:
+        raise UserError(f"dtype is {e.dtype!r}; accepted are {', '.join(dtypes)}")
+    if (reason := flaw(checkpoint)) is not None:
+        raise UserError(f"{checkpoint} cannot be exported: {reason}")
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"{out} exists already; choose another folder")
+    dtype = dtypes[e.dtype]
+    state = json.loads((checkpoint / "step.json").read_text())
+    saved = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    weights = {key.removeprefix("weight."): about for key, about in saved.items() if key.startswith("weight.")}
+
+    def fetch(name: str) -> Tensor:
+        tensor = torch.empty(weights[name].size, dtype=weights[name].properties.dtype)
+        _read_into({f"weight.{name}": tensor}, checkpoint)
+        return tensor
+
+    def describe(part: Path) -> None:
+        for path in checkpoint.iterdir():
+            if path.name not in ("complete", "step.json") and path.suffix != ".safetensors":
+                shutil.copy(path, part)
+        config = json.loads((part / "config.json").read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
+        (part / "config.json").write_text(json.dumps(config, indent=2))
+        (part / "README.md").write_text(model_card(out.name, state.get("run", {}), {"step": state["step"]}))
+
+    _write_model(out, {name: about.size for name, about in weights.items()}, fetch, describe, dtype, FILE_LIMIT)
+
+
+def _write_model(
+    folder: Path, shapes: dict[str, torch.Size], fetch: Callable, describe: Callable, dtype: torch.dtype, limit: int
+) -> None:
+    """A folder with the tensors that `fetch(name)` gives and what `describe(part)` writes beside them, renamed when whole."""
     part = folder.with_suffix(".part")
     on_main(_start_part, part, folder)
-    tensors = _tensors(model)
-    _write_model(part, {n: t.shape for n, t in tensors.items()}, lambda name: _whole(tensors[name]), dtype, limit)
-    on_main(_finish_export, part, folder, model, tokenizer, dtype, card)
+    files = _files_of(shapes, dtype, limit)
+    for file, names in files.items():
+        tensors = {}
+        for name in names:
+            value = fetch(name)
+            if is_main():
+                kind = dtype if value.is_floating_point() else value.dtype
+                tensors[name] = torch.empty(value.shape, dtype=kind).copy_(value)
+        on_main(save_file, tensors, part / file, {"format": "pt"})
+
+    def finish() -> None:
+        if len(files) > 1:
+            index = {"metadata": {"total_size": sum(s.numel() for s in shapes.values()) * dtype.itemsize}}
+            index["weight_map"] = {name: file for file, names in files.items() for name in names}
+            (part / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        describe(part)
+        for path in part.iterdir():
+            _flush(path)
+        os.rename(part, folder)
+
+    on_main(finish)
 
 
-def _finish_export(part: Path, folder: Path, model: nn.Module, tokenizer, dtype: torch.dtype, card: str) -> None:
-    kept, model.config.dtype = model.config.dtype, dtype
-    _describe(part, model, tokenizer)
-    model.config.dtype = kept
-    if card:
-        (part / "README.md").write_text(card)
-    for path in part.iterdir():
-        _flush(path)
-    os.rename(part, folder)
+def _files_of(shapes: dict[str, torch.Size], dtype: torch.dtype, limit: int) -> dict[str, list[str]]:
+    """{file: names of its tensors}, in their order, each file of at most `limit` bytes or of one tensor."""
+    files, room = [], 0
+    for name, shape in shapes.items():
+        size = shape.numel() * dtype.itemsize
+        if not files or size > room:
+            files, room = [*files, []], limit
+        files[-1].append(name)
+        room -= size
+    if len(files) == 1:
+        return {"model.safetensors": files[0]}
+    return {f"model-{i:05d}-of-{len(files):05d}.safetensors": names for i, names in enumerate(files, 1)}
 
 
 def model_card(title: str, settings: dict, metrics: dict) -> str:
@@ -658,36 +712,6 @@ def model_card(title: str, settings: dict, metrics: dict) -> str:
     what = f"`{model}` trained on the preferences of `{dataset}` with `{objective}`."
     numbers = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in metrics.items()}
     return "\n".join([*front, what, "", *table("measured", numbers), *table("setting", settings)])
-
-
-def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, limit: int = FILE_LIMIT) -> None:
-    """The model of a checkpoint as a `transformers` folder, file by file; the whole model is never in memory."""
-    if (reason := flaw(checkpoint)) is not None:
-        raise UserError(f"{checkpoint} cannot be exported: {reason}")
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise UserError(f"{out} exists already; choose another folder")
-    state = json.loads((checkpoint / "step.json").read_text())
-    reader = dcp.HuggingFaceStorageReader(str(checkpoint))
-    saved = reader.read_metadata().state_dict_metadata
-    sizes = {n.removeprefix("weight."): m.size for n, m in saved.items() if n.startswith("weight.")}
-
-    def fetch(name: str) -> Tensor:
-        key = f"weight.{name}"
-        one = {key: torch.empty(saved[key].size, dtype=saved[key].properties.dtype)}
-        with _quiet():
-            dcp.load(one, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
-        return one[key]
-
-    part = out.with_suffix(".part")
-    _start_part(part, out)
-    _write_model(part, sizes, fetch, dtype, limit)
-    for path in checkpoint.iterdir():
-        if path.name not in ("complete", "step.json") and path.suffix != ".safetensors":
-            shutil.copy(path, part)
-    config = json.loads((part / "config.json").read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
-    (part / "config.json").write_text(json.dumps(config, indent=2))
-    (part / "README.md").write_text(model_card(out.name, state.get("run", {}), {"step": state["step"]}))
-    os.rename(part, out)
 
 
 # ---- will it fit? ----------------------------------------------------------------------------------------------------
@@ -725,7 +749,8 @@ def one_microbatch(
         reference: also the token KL to a second model.
     Returns:
         peak: bytes at most alive besides the weights; gradients count if `keep_gradients`, else each is freed at once.
-        flops: floating-point operations, recomputation included; parameters, root: numbers of all and of the root's own.
+        flops: floating-point operations, recomputation included.
+        parameters, root, block: numbers of all, of those outside the decoder blocks, and of one block.
     """
     prompt, *responses = lengths
     batch = data.packed_batch([data.Example([0] * prompt, [[0] * n for n in responses])] * pairs)
@@ -750,67 +775,16 @@ def one_microbatch(
         gc.unfreeze()
     blocks = decoder_blocks(model)
     parameters, layered = (sum(p.numel() for p in m.parameters()) for m in (model, nn.ModuleList(blocks)))
-    found = dict(peak=live.peak, flops=flops.get_total_flops(), parameters=parameters, root=parameters - layered)
-    return found | dict(block=layered // max(1, len(blocks)))
+    counts = dict(parameters=parameters, root=parameters - layered, block=layered // max(1, len(blocks)))
+    return dict(peak=live.peak, flops=flops.get_total_flops(), **counts)
 
 
-def plan(
-    config,
-    gpus: int,
-    memory: float,
-    lengths: tuple,
-    rows: int,
-    batch_size: int,
-    mfu: float,
-    tflops: float,
-    reference: bool = False,
-) -> str:
-    """Memory per GPU, the largest token budget and the time of one epoch, as text; see `python distributed.py plan --help`."""
-    half, gib = torch.float16, 2**30  # 16-bit like bf16, which a CPU would attend to in another way than a GPU does
-    pair, lines = sum(lengths), []
-    for checkpointing in (True, False):
-        few, many = (one_microbatch(config, n, lengths, half, checkpointing, False, reference) for n in (1, 3))
-        per_pair = (many["peak"] - few["peak"]) / 2
-        size, cut = few["parameters"], -(-few["parameters"] // gpus)
-        whole = 2 * (few["root"] + 2 * few["block"]) if gpus > 1 else 2 * size
-        parts = {
-            "fp32 weights": 4 * cut, "Adam moments": 8 * cut, "gradients, reduced": 4 * cut,
-            "gathered 16-bit weights (root, two blocks)": whole,
-            "gathered gradients (root in fp32, one block)": 4 * few["root"] + 6 * few["block"] if gpus > 1 else 0,
-            "first pair: activations and head chunk": few["peak"],
-        }  # fmt: skip
-        parts |= {"reference, fp32": 4 * cut, "reference, gathered 16-bit weights": whole} if reference else {}
-        fixed = sum(parts.values())
-        keep = 4 * size if gpus > 1 else 0
-        share = -(-batch_size // gpus)
-        free = 0.92 * memory * 1e9 - fixed  # the rest is the allocator's
-        one, several = 1 + int(free // per_pair), 1 + int((free - keep) // per_pair)
-        lines.append(f"{'with' if checkpointing else 'without'} --gradient-checkpointing, per GPU:")
-        lines += [f"  {name:<48}{value / gib:9.2f} GiB" for name, value in parts.items()]
-        lines += [f"  {'sum':<48}{fixed / gib:9.2f} GiB", f"  {'each further pair':<48}{per_pair / gib:9.2f} GiB"]
-        if one >= share:
-            lines.append(f"  fits: a step of {batch_size} pairs is one microbatch; --tokens-per-microbatch up to {one * pair}")
-        elif several >= 1:
-            lines.append(f"  fits, with {keep / gib:.2f} GiB more for gradients that stay whole between microbatches:")
-            lines.append(f"  --tokens-per-microbatch up to {several * pair}")
-        else:
-            lines.append("  does not fit")
-    flops = (many["flops"] - few["flops"]) / 2 * rows
-    hours = flops / (gpus * tflops * 1e12 * mfu) / 3600
-    tokens = " + ".join(map(str, lengths))
-    head = [f"{size / 1e9:.2f} B parameters; {rows} pairs of {tokens} tokens; {gpus} GPUs of {memory:g} GB"]
-    tail = [f"one epoch: {flops:.3g} flops (head's second pass included), {hours:.2f} h, {hours * gpus:.1f} GPU-hours at "
-            f"{mfu:.0%} of {tflops:g} Tflop/s; a third more with checkpointing"]  # fmt: skip
-    return "\n".join([*head, *lines, *tail])
-
-
+BODY = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)
 SHAPES = {  # published sizes, so that a plan needs no download
     "gemma-2-9b": ("gemma2", dict(hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16,
                    num_key_value_heads=8, head_dim=256, vocab_size=256000)),
-    "llama-3-8b": ("llama", dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                   num_key_value_heads=8, vocab_size=128256)),
-    "mistral-7b": ("mistral", dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                   num_key_value_heads=8, vocab_size=32000)),
+    "llama-3-8b": ("llama", BODY | {"vocab_size": 128256}),
+    "mistral-7b": ("mistral", BODY | {"vocab_size": 32000}),
 }  # fmt: skip
 
 
@@ -826,48 +800,79 @@ def config_of(model: str):
         raise UserError(f"{model}: no configuration there ({reason}); known shapes are {', '.join(SHAPES)}") from error
 
 
-def recipe_shape(name: str) -> tuple[str, int]:
-    """(name in SHAPES, batch size) of a published run of train.py."""
-    import train  # here, as it imports this file
+@dataclass
+class Plan:
+    """Memory per GPU, token budget and hours, from a configuration alone."""
 
-    try:
-        batch_size = train.recipe(name)["batch_size"]
-    except train.SettingsError as error:
-        raise UserError(str(error)) from error
-    return next(shape for shape in SHAPES if name.startswith(shape)), batch_size
+    recipe: str | None = data.setting(None, "a published run of train.py: its model and batch size, unless given")
+    reference: bool = data.setting(False, "with the sharded reference of the token-KL objectives")
+    model: str | None = data.setting(None, f"config.json, folder, hub name, or a shape: {', '.join(SHAPES)}")
+    gpus: int = data.setting(8, "GPUs that the model is cut over")
+    gpu_memory: float = data.setting(80.0, "GB (10⁹ bytes) of one GPU; 8 in 100 are left to the allocator")
+    lengths: list[int] = field(default_factory=lambda: [300, 350, 350], metadata={"help": "tokens of prompt, chosen, rejected"})
+    rows: int = data.setting(60_000, "pairs of one epoch")
+    batch_size: int | None = data.setting(None, "pairs of one optimizer step, all GPUs together (128)")
+    mfu: float = data.setting(0.4, "share of the peak that is reached")
+    tflops: float = data.setting(989.0, "dense bf16 peak of one GPU; 989 is an H100's or H200's")
+
+
+def plan(p: Plan) -> str:
+    """Memory per GPU, the largest token budget and the time of one epoch, as text."""
+    recipe = data.recipe(p.recipe) if p.recipe else {"batch_size": 128}
+    model = p.model or next((shape for shape in SHAPES if p.recipe and p.recipe.startswith(shape)), None)
+    if model is None:
+        raise UserError("plan needs --model or --recipe")
+    if len(p.lengths) != 3:
+        raise UserError(f"lengths are {p.lengths}; write those of prompt, chosen and rejected, such as --lengths 300 350 350")
+    p, config, lines = replace(p, batch_size=p.batch_size or recipe["batch_size"]), config_of(model), []
+    half = torch.float16  # 16-bit like bf16, which a CPU would attend to in another way than a GPU does
+    for checkpointing in (True, False):
+        one, three = (one_microbatch(config, n, p.lengths, half, checkpointing, False, p.reference) for n in (1, 3))
+        lines.append(f"{'with' if checkpointing else 'without'} --gradient-checkpointing, per GPU:")
+        lines += _fit(one, (three["peak"] - one["peak"]) / 2, p)
+    flops = (three["flops"] - one["flops"]) / 2 * p.rows
+    hours = flops / (p.gpus * p.tflops * 1e12 * p.mfu) / 3600
+    rows = f"{p.rows} pairs of {' + '.join(map(str, p.lengths))} tokens"
+    head = f"{one['parameters'] / 1e9:.2f} B parameters; {rows}; {p.gpus} GPUs of {p.gpu_memory:g} GB"
+    tail = f"one epoch: {flops:.3g} flops (head's second pass included), {hours:.2f} h, {hours * p.gpus:.1f} GPU-hours at "
+    tail += f"{p.mfu:.0%} of {p.tflops:g} Tflop/s; a third more with checkpointing"
+    return "\n".join([head, *lines, tail])
+
+
+def _fit(one: dict, per_pair: float, p: Plan) -> list[str]:
+    """What a GPU holds with one pair in a microbatch, a line each, and how many pairs fit."""
+    size, root, block, several = one["parameters"], one["root"], one["block"], p.gpus > 1
+    cut, gathered = -(-size // p.gpus), 2 * (root + 2 * block) if several else 2 * size
+    parts = {
+        "fp32 weights": 4 * cut, "Adam moments": 8 * cut, "gradients, reduced": 4 * cut,
+        "gathered 16-bit weights (root, two blocks)": gathered,
+        "gathered gradients (root in fp32, one block)": 4 * root + 6 * block if several else 0,
+        "first pair: activations and head chunk": one["peak"],
+    }  # fmt: skip
+    parts |= {"reference, fp32": 4 * cut, "reference, gathered 16-bit weights": gathered} if p.reference else {}
+    parts["sum"] = sum(parts.values())
+    parts["each further pair"] = per_pair
+    lines = [f"  {name:<48}{value / 2**30:9.2f} GiB" for name, value in parts.items()]
+    free = 0.92 * p.gpu_memory * 1e9 - parts["sum"]  # the rest is the allocator's
+    whole_gradients = 4 * size if several else 0
+    pairs_once, pairs = 1 + int(free // per_pair), 1 + int((free - whole_gradients) // per_pair)
+    if pairs_once >= -(-p.batch_size // p.gpus):
+        budget = pairs_once * sum(p.lengths)
+        return [*lines, f"  fits: a step of {p.batch_size} pairs is one microbatch; --tokens-per-microbatch up to {budget}"]
+    if pairs < 1:
+        return [*lines, "  does not fit"]
+    more = f"  fits, with {whole_gradients / 2**30:.2f} GiB more for gradients that stay whole between microbatches:"
+    return [*lines, more, f"  --tokens-per-microbatch up to {pairs * sum(p.lengths)}"]
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Checkpoints to models, and models to gigabytes and hours.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    cmd = commands.add_parser("export", help="write a checkpoint as a transformers folder")
-    cmd.add_argument("checkpoint", type=Path, help="a folder …/checkpoints/step-000120")
-    cmd.add_argument("out", type=Path, help="the folder to write")
-    cmd.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
-    cmd = commands.add_parser("plan", help="memory per GPU, token budget and hours, from a configuration alone")
-    cmd.add_argument("--recipe", help="a published run of train.py: its model and batch size, unless given")
-    cmd.add_argument("--reference", action="store_true", help="with the sharded reference of the token-KL objectives")
-    cmd.add_argument("--model", help=f"config.json, folder, hub name, or a shape: {', '.join(SHAPES)}")
-    cmd.add_argument("--gpus", type=int, default=8)
-    cmd.add_argument("--gpu-memory", type=float, default=80.0, help="GB (10⁹ bytes) of one GPU; 8 % are left to the allocator")
-    cmd.add_argument("--lengths", type=int, nargs=3, default=(300, 350, 350), help="tokens of prompt, chosen, rejected")
-    cmd.add_argument("--rows", type=int, default=60_000, help="pairs of one epoch")
-    cmd.add_argument("--batch-size", type=int, help="pairs of one optimizer step, all GPUs together (128)")
-    cmd.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached")
-    cmd.add_argument("--tflops", type=float, default=989.0, help="dense bf16 peak of one GPU; 989 is an H100's or H200's")
-    args = parser.parse_args(argv)
+    """The command line as a function. What the user can mend ends with a message and exit code 2."""
+    commands = {"export": (Export, export_checkpoint), "plan": (Plan, lambda p: print(plan(p)))}
     try:
-        if args.command == "export":
-            export_checkpoint(args.checkpoint, args.out, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype])
-        else:
-            name, batch_size = recipe_shape(args.recipe) if args.recipe else (None, 128)
-            if not (args.model or name):
-                raise UserError("plan needs --model or --recipe")
-            sizes = (args.gpus, args.gpu_memory, tuple(args.lengths), args.rows, args.batch_size or batch_size)
-            print(plan(config_of(args.model or name), *sizes, args.mfu, args.tflops, args.reference))
+        data.commands(sys.argv[1:] if argv is None else argv, "distributed.py", __doc__, commands)
     except UserError as error:
         fail(error)
 

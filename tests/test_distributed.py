@@ -5,7 +5,6 @@ own `from_pretrained`. Ranks are forked processes that talk over gloo on this ma
 own behaviour matters.
 """
 
-import argparse
 import contextlib
 import json
 import multiprocessing
@@ -17,15 +16,19 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
+from worlds import world_pairs
 
 import data
 import distributed as dist
@@ -42,27 +45,27 @@ def port() -> int:
         return s.getsockname()[1]
 
 
-def _child(number: int, world: int, at: int, queue, function, args) -> None:
+def _child(number: int, count: int, at: int, queue, function, args) -> None:
     torch.set_num_threads(1)
-    if world:
+    if count:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        os.environ.update(zip(names, map(str, (number, number, world, "localhost", at))))
+        os.environ.update(zip(names, map(str, (number, number, count, "localhost", at))))
         dist.setup("cpu")
     try:
         queue.put((number, function(*args), None))
     except BaseException:
         queue.put((number, None, traceback.format_exc()))
         os._exit(1)
-    if world:
+    if count:
         torch.distributed.barrier()
     os._exit(0)
 
 
-def ranks(world: int, function, *args) -> list:
-    """function(*args) on `world` forked ranks, or in one process without a process group for 0; results in order of ranks."""
+def ranks(count: int, function, *args) -> list:
+    """function(*args) on `count` forked ranks, or in one process without a process group for 0; results in order of ranks."""
     context = multiprocessing.get_context("fork")
     queue, at = context.SimpleQueue(), port()
-    children = [context.Process(target=_child, args=(i, world, at, queue, function, args)) for i in range(max(1, world))]
+    children = [context.Process(target=_child, args=(i, count, at, queue, function, args)) for i in range(max(1, count))]
     for child in children:
         child.start()
     results = []
@@ -106,7 +109,7 @@ CONFIGS = {
 def world(tmp_path_factory) -> Path:
     """A folder with small models of three families and 60 pairs of the embedded world."""
     folder = tmp_path_factory.mktemp("world")
-    tokenizer, _, pairs = data.tiny_world(0, 1, 60)
+    tokenizer, pairs = data.world_tokenizer(), world_pairs(0, 1, 60)
     for i, (name, config) in enumerate(CONFIGS.items()):
         torch.manual_seed(i)
         config.update(dict(vocab_size=len(tokenizer), initializer_range=0.2, eos_token_id=3, pad_token_id=3, bos_token_id=None))
@@ -120,23 +123,13 @@ def world(tmp_path_factory) -> Path:
 def settings(world: Path, **changed) -> train.Settings:
     values = dict(model=str(world / "tied"), dataset=str(world / "pairs.jsonl"), lr=1e-4, dtype="fp32", device="cpu")
     values |= dict(batch_size=10, tokens_per_microbatch=120, max_steps=5, eval_size=6, samples=2, sample_tokens=4)
-    values["cache"] = str(world / "cache")
+    values |= dict(out=str(world), cache=str(world / "cache"))  # a run has an out of its own
     return train.Settings(**values | changed)
 
 
-def prepared(s: train.Settings) -> tuple:
-    """(run, examples): what train.train does before its loop, without evaluation and records."""
-    objective, device = train.parse_objective(s.objective), torch.device("cpu")
-    tokenizer = data.load_tokenizer(s.model)
-    examples, _ = data.load(s.dataset, tokenizer)
-    examples = list(examples)
-    model, reference = (train.load_model(s) for _ in range(2))
-    reference = reference.requires_grad_(False) if objective.needs("kl_w") else None
-    policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, s.dtype == "bf16", s.gradient_checkpointing)
-    for part in filter(None, (model, reference)):
-        dist.load_weights(part, s.model, device)
-    policy.use_layout(s.layout)
-    return train.Run(policy, objective, s, device), examples
+def loaded(s: train.Settings) -> ResponseLogProbs:
+    """The policy alone: built, cut over the ranks, its weights read."""
+    return train.build_policy(s, train.parse_objective(s.objective), data.load_tokenizer(s.model), torch.device("cpu"))
 
 
 def whole(parameter) -> np.ndarray:
@@ -144,32 +137,34 @@ def whole(parameter) -> np.ndarray:
 
 
 def some_steps(s: train.Settings, steps: int = 5, sizes: tuple = (10, 3, 1, 7, 10)) -> dict:
-    """Losses, first gradients and last weights of a few steps over uneven batches; one pair leaves ranks without work."""
-    run, examples = prepared(s)
-    model, objective = run.policy.model, run.objective
-    ref = train.score(run, examples)[0] if objective.needs("ref") else None
-    if run.policy.reference is not None:
-        with torch.no_grad():  # else every token KL is 0
-            for p in run.policy.reference.parameters():
-                p.mul_(1.01)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, eps=1e-5)
-    found = {"loss": [], "norm": [], "eval": []}
-    for step, size in enumerate(sizes[:steps]):
-        rows = list(range(step * 10, step * 10 + size))
-        known = train.known_scores([examples[i] for i in rows], None if ref is None else ref[rows], None, run.device)
-        _, loss = train.accumulate_gradients(run, [examples[i] for i in rows], known, [0, step])
-        if step == 0:
-            found["grad"] = {n: whole(p.grad) for n, p in model.named_parameters()}
-        found["norm"].append(float(dist.clip_gradients(run.policy, 1.0)))
-        found["loss"].append(loss.mean().item())
-        optimizer.step()
-        optimizer.zero_grad()
-    found["weights"] = {n: whole(p) for n, p in model.named_parameters()}
-    held = examples[50:]
-    known = train.known_scores(held, None if ref is None else ref[50:], None, run.device)
-    found["eval"] = train.evaluate(run, held, known)
-    found["answers"] = train.complete(run.policy, data.load_tokenizer(s.model), [e.prompt for e in held[:2]], 6)
-    return found
+    """What some of the trainer's own steps give, over uneven batches; one pair leaves ranks without work."""
+    clip, outcome = dist.clip_gradients, {"loss": [], "norm": []}
+
+    def clip_and_keep(policy, limit):
+        if "grad" not in outcome:
+            outcome["grad"] = {n: whole(p.grad) for n, p in policy.model.named_parameters()}
+        return clip(policy, limit)
+
+    with tempfile.TemporaryDirectory() as folder:
+        rows = dict(dataset=f"{s.dataset}[:50]", eval_dataset=f"{s.dataset}[50:]", warmup_ratio=0.0, sample_tokens=6)
+        run = train.prepare(replace(s, out=f"{folder}/o", cache=f"{folder}/cache", **rows))
+        batches = [list(range(i * 10, i * 10 + size)) for i, size in enumerate(sizes)]
+        run.rows.plan[:] = batches * 20  # a long plan, so that the learning rate stays near its peak
+        for parameters in run.optimizer.param_groups:
+            parameters["eps"] = 1e-5  # a gradient of 1e-8 is rounding, and must not move a weight
+        if run.policy.reference is not None:
+            train.check_step_zero = lambda *_: None  # which would refuse what comes now
+            with torch.no_grad():  # else every token KL is 0
+                for p in run.policy.reference.parameters():
+                    p.mul_(1.01)
+        dist.clip_gradients = clip_and_keep
+        for _ in range(steps):
+            line = train.step(run)
+            outcome["loss"].append(line["loss"])
+            outcome["norm"].append(line["grad_norm"])
+        dist.clip_gradients = clip
+        outcome["weights"] = {n: whole(p) for n, p in run.policy.model.named_parameters()}
+        return outcome | {"eval": train.evaluate(run), "answers": train.answers(run)}
 
 
 def apart(a: dict, b: dict) -> float:
@@ -194,9 +189,9 @@ def test_ranks_follow_one_trajectory(world, alone, count, more):
 
     A response's log-prob is a sum near −40 nats, whose last place in fp32 is 4e-6: no loss can be known better.
     """
-    for found in ranks(count, steps_of_all, lambda name: settings(world, objective=name, **more)):
+    for one_rank in ranks(count, steps_of_all, lambda name: settings(world, objective=name, **more)):
         for name, one in alone.items():
-            many = found[name]
+            many = one_rank[name]
             assert many["loss"] == pytest.approx(one["loss"], abs=4e-6), name
             assert many["norm"] == pytest.approx(one["norm"], rel=2e-6), name
             assert apart(many["grad"], one["grad"]) < 3e-6, name
@@ -223,10 +218,10 @@ def test_rows_arrive_once_or_not_at_all():
 
 def test_bf16_within_its_bound(world):
     """bf16 has 8 bits of mantissa: losses near 1 within 2⁻⁵ of fp32; gradients, reduced in fp32, point the same way."""
-    exact = ranks(0, lambda: some_steps(settings(world), 1))[0]
-    for found in ranks(2, lambda: some_steps(settings(world, dtype="bf16"), 1)):
-        assert found["loss"] == pytest.approx(exact["loss"], abs=2**-5)
-        ours, theirs = (np.concatenate([x["grad"][n].ravel() for n in x["grad"]]) for x in (found, exact))
+    fp32 = ranks(0, lambda: some_steps(settings(world), 1))[0]
+    for bf16 in ranks(2, lambda: some_steps(settings(world, dtype="bf16"), 1)):
+        assert bf16["loss"] == pytest.approx(fp32["loss"], abs=2**-5)
+        ours, theirs = (np.concatenate([x["grad"][n].ravel() for n in x["grad"]]) for x in (bf16, fp32))
         assert ours.dtype == np.float32
         assert ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs) > 0.99
 
@@ -252,13 +247,13 @@ def logits(folder: Path) -> np.ndarray:
 
 
 def exported(s: train.Settings, out: Path, limit: int) -> tuple:
-    run, _ = prepared(s)
-    run.policy.use_layout("padded")
-    dist.export(run.policy.model, data.load_tokenizer(s.model), out, torch.float32, "# card\n", limit)
+    policy = loaded(s)
+    policy.use_layout("padded")
+    dist.export(policy.model, data.load_tokenizer(s.model), out, torch.float32, "# card\n", limit)
     with torch.no_grad():
-        found = run.policy.within(lambda model: model(torch.arange(5, 45)[None] % 40).logits)
-    tied = run.policy.model.get_input_embeddings().weight is run.policy.model.get_output_embeddings().weight
-    return found.numpy().copy(), tied
+        ours = policy.within(lambda model: model(torch.arange(5, 45)[None] % 40).logits)
+    tied = policy.model.get_input_embeddings().weight is policy.model.get_output_embeddings().weight
+    return ours.numpy().copy(), tied
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -267,8 +262,8 @@ def test_streamed_weights_and_export(world, tmp_path, family):
     written again in several files it is the same model, with a tied head in no file."""
     for count in (0, 2):
         out = tmp_path / str(count)
-        for found, tied in ranks(count, exported, settings(world, model=str(world / family)), out, 20_000):
-            np.testing.assert_allclose(found, logits(world / family), atol=2e-6)
+        for ours, tied in ranks(count, exported, settings(world, model=str(world / family)), out, 20_000):
+            np.testing.assert_allclose(ours, logits(world / family), atol=2e-6)
             assert tied == (family != "untied")
         np.testing.assert_array_equal(logits(out), logits(world / family))
         files = sorted(out.glob("*.safetensors"))
@@ -279,7 +274,7 @@ def test_streamed_weights_and_export(world, tmp_path, family):
 
 
 def dtypes(s: train.Settings) -> tuple:
-    model = prepared(s)[0].policy.model
+    model = loaded(s).model
     return model.config.dtype, {p.dtype for p in model.parameters()}
 
 
@@ -288,13 +283,13 @@ def test_a_model_keeps_the_dtype_it_came_in(world, tmp_path):
     shutil.copytree(world / "tied", tmp_path / "m")
     AutoModelForCausalLM.from_pretrained(world / "tied", dtype=torch.bfloat16).save_pretrained(tmp_path / "m")
     for count in (0, 2):
-        for found in ranks(count, dtypes, settings(world, model=str(tmp_path / "m"))):
-            assert found == (torch.bfloat16, {torch.float32})
+        for kept in ranks(count, dtypes, settings(world, model=str(tmp_path / "m"))):
+            assert kept == (torch.bfloat16, {torch.float32})
 
 
 def refused(s: train.Settings) -> str:
     try:
-        prepared(s)
+        loaded(s)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "accepted"
@@ -312,7 +307,7 @@ def test_unfit_weights_are_named(world, tmp_path):
     ):
         save_file({k: v for k, v in {**weights, **change}.items() if v is not None}, tmp_path / "m/model.safetensors")
         for message in ranks(2, refused, settings(world, model=str(tmp_path / "m"))):
-            assert message.startswith("DataError") and said in message
+            assert message.startswith("UserError") and said in message
     (tmp_path / "m/model.safetensors").rename(tmp_path / "m/pytorch_model.bin")
     for count in (0, 2):
         for message in ranks(count, refused, settings(world, model=str(tmp_path / "m"))):
@@ -322,8 +317,8 @@ def test_unfit_weights_are_named(world, tmp_path):
 def memory_while_loading(s: train.Settings) -> tuple[int, int]:
     """(bytes that torch's CPU allocator had given out at most from building to loaded, bytes of this rank's parameters)"""
     with allocated() as most:
-        run, _ = prepared(s)
-    return most[0], sum(p.to_local().nbytes for p in run.policy.parameters())
+        policy = loaded(s)
+    return most[0], sum(p.to_local().nbytes for p in policy.parameters())
 
 
 def test_loading_copies_no_model(world, tmp_path):
@@ -365,11 +360,11 @@ def same(a: dict, b: dict) -> bool:
 
 @pytest.fixture(scope="session")
 def uninterrupted(world, tmp_path_factory) -> dict:
-    found = {}
+    runs = {}
     for layout, count in (("packed", 0), ("padded", 0), ("packed", 2)):
         s = settings(world, out=str(tmp_path_factory.mktemp("run") / "o"), layout=layout)
-        found[layout, count] = ranks(count, trained, s)[0]
-    return found
+        runs[layout, count] = ranks(count, trained, s)[0]
+    return runs
 
 
 def stopped_after(s: train.Settings, step: int) -> dict:
@@ -397,8 +392,8 @@ def test_resume_is_exact(world, uninterrupted, tmp_path, layout, count):
     s = settings(world, out=str(tmp_path / "o"), layout=layout, save_every=2)
     ranks(count, stopped_after, s, 3)
     assert [p.name for p in dist.complete_checkpoints(tmp_path / "o/checkpoints")] == ["step-000002"]
-    for found in ranks(count, trained, settings(world, out=s.out, layout=layout, save_every=2, resume=True)):
-        assert same(found, uninterrupted[layout, count])
+    for resumed in ranks(count, trained, settings(world, out=s.out, layout=layout, save_every=2, resume=True)):
+        assert same(resumed, uninterrupted[layout, count])
 
 
 def test_resume_on_other_numbers_of_ranks(world, uninterrupted, tmp_path):
@@ -409,10 +404,10 @@ def test_resume_on_other_numbers_of_ranks(world, uninterrupted, tmp_path):
     ranks(0, stopped_after, s, 2)
     assert [p.name for p in dist.complete_checkpoints(tmp_path / "o/checkpoints")] == ["step-000003", "step-000004"]
     one = uninterrupted["packed", 0]
-    for found in ranks(4, trained, s):
-        for a, b in zip(found["lines"], one["lines"], strict=True):
+    for resumed in ranks(4, trained, s):
+        for a, b in zip(resumed["lines"], one["lines"], strict=True):
             assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
-        assert apart(found["weights"], one["weights"]) < 1e-5
+        assert apart(resumed["weights"], one["weights"]) < 1e-5
 
 
 def test_replay_and_reset_on_two_ranks(world, tmp_path):
@@ -422,10 +417,10 @@ def test_replay_and_reset_on_two_ranks(world, tmp_path):
     s = settings(world, out=str(tmp_path / "b"), **more)
     ranks(2, stopped_after, s, 4)
     s.resume = True
-    for found in ranks(2, trained, s):
-        for a, b in zip(found["lines"], one["lines"], strict=True):
+    for resumed in ranks(2, trained, s):
+        for a, b in zip(resumed["lines"], one["lines"], strict=True):
             assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
-        assert apart(found["weights"], one["weights"]) < 1e-5
+        assert apart(resumed["weights"], one["weights"]) < 1e-5
     samples = [(tmp_path / folder / "samples.jsonl").read_text() for folder in "ab"]
     assert samples[0] == samples[1] and '"during": {"2":' in samples[0]
 
@@ -446,12 +441,12 @@ def test_damaged_checkpoints_are_skipped(world, uninterrupted, tmp_path, capfd):
     shutil.copytree(five, tmp_path / "o/checkpoints/step-000009.part")
     s.resume = True
     capfd.readouterr()
-    found = ranks(0, trained, s)[0]
+    resumed = ranks(0, trained, s)[0]
     said = capfd.readouterr().err
     reasons = ((five, "it was not finished"), (four, "cut short"), (three, "damaged"), (two, "step.json is missing"))
     for folder, reason in reasons:
         assert any(f"skipped {folder}" in line and reason in line for line in said.splitlines()), reason
-    assert "resumed after step 1" in said and same(found, uninterrupted["packed", 0])
+    assert "resumed after step 1" in said and same(resumed, uninterrupted["packed", 0])
 
 
 def test_another_run_is_refused_by_name(world, tmp_path):
@@ -463,7 +458,7 @@ def test_another_run_is_refused_by_name(world, tmp_path):
         (dict(dataset=str(world / "pairs.jsonl[:40]")), "training rows (hash) is"),
     ):
         message = ranks(0, trained, settings(world, **{**vars(s), "resume": True, **changed}))[0]["error"]
-        assert message.startswith("DataError") and said in message
+        assert message.startswith("UserError") and said in message
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(world, uninterrupted, tmp_path, capfd):
@@ -495,10 +490,10 @@ def test_full_disk_keeps_the_last_good_checkpoint(world, uninterrupted, tmp_path
 def test_too_little_space_is_said_before_training(world, tmp_path, monkeypatch, capsys):
     """2³⁰ parameters: 12 GiB a checkpoint and 2 a bf16 export; a file that is there already counts as room."""
     free = [36 * 2**30 - 2]
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=free[0]))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
     (tmp_path / "there").write_text("x")
     model = torch.nn.Linear(2**15, 2**15, bias=False, device="meta")
-    with pytest.raises(data.DataError, match="36.0 GiB of free space, but 3 checkpoints .* need 38.0 GiB; make room"):
+    with pytest.raises(data.UserError, match="36.0 GiB of free space, but 3 checkpoints .* need 38.0 GiB; make room"):
         dist.check_space(tmp_path, model, 3, torch.bfloat16)
     free[0] = 38 * 2**30 - 1
     dist.check_space(tmp_path, model, 3, torch.bfloat16)
@@ -554,8 +549,8 @@ def test_sigterm_saves_and_resumes(world, tmp_path):
     run.send_signal(signal.SIGTERM)
     _, said = run.communicate(timeout=60)
     assert run.returncode == 0 and "go on with --resume" in said
-    (found,) = dist.complete_checkpoints(tmp_path / "o/checkpoints")
-    reached = json.loads((found / "step.json").read_text())["step"]
+    (saved,) = dist.complete_checkpoints(tmp_path / "o/checkpoints")
+    reached = json.loads((saved / "step.json").read_text())["step"]
     assert 3 <= reached < 200 and json.loads((tmp_path / "o/metrics.jsonl").read_text().splitlines()[-1])["step"] == reached
 
 
@@ -614,8 +609,7 @@ def kill_and_resume(world, out: Path, delay: float, expected: dict) -> None:
     run.communicate()
     before = dist.complete_checkpoints(out / "checkpoints")
     s.resume = True
-    found = ranks(0, trained, s)[0]
-    assert same(found, expected), f"killed after {delay:.3f} s with {[p.name for p in before]}"
+    assert same(ranks(0, trained, s)[0], expected), f"killed after {delay:.3f} s with {[p.name for p in before]}"
 
 
 def test_kill_nine(world, uninterrupted, tmp_path):
@@ -695,8 +689,8 @@ def test_plan_against_measured_memory(family, pairs, checkpointing, reference):
     config = LlamaConfig(num_hidden_layers=6, **sizes)
     if family == "gemma":
         config = Gemma2Config(num_hidden_layers=4, head_dim=64, **sizes)
-    found = dist.one_microbatch(config, pairs, (200, 150, 150), torch.float32, checkpointing, True, reference)
-    planned = (16 if reference else 12) * found["parameters"] + found["peak"]
+    counted = dist.one_microbatch(config, pairs, (200, 150, 150), torch.float32, checkpointing, True, reference)
+    planned = (16 if reference else 12) * counted["parameters"] + counted["peak"]
     assert planned == pytest.approx(ranks(0, peak_of_two_steps, config, pairs, checkpointing, reference)[0], rel=0.02)
 
 
@@ -707,20 +701,29 @@ def test_plan_of_a_recipe(monkeypatch, capsys):
     dist.main(["plan", "--recipe", "gemma-2-9b-it-simpo", "--lengths", "8", "8", "8", "--reference"])
     said = capsys.readouterr().out
     assert "8 GPUs of 80 GB" in said and "a step of 128 pairs" in said and said.count("reference, fp32") == 2
-    for arguments, message in (([], "plan needs --model or --recipe"), (["--recipe", "x"], "unknown recipe 'x'")):
-        with pytest.raises(SystemExit):
-            dist.main(["plan", *arguments])
+    for arguments, message in (
+        (["plan"], "plan needs --model or --recipe"),
+        (["plan", "--recipe", "x"], "unknown recipe 'x'"),
+        (["plan", "--model", "gemma-2-9b", "--lengths", "8", "8"], "lengths are [8, 8]"),
+        (["export", "CHECKPOINT", "OUT", "--dtype", "fp8"], "dtype is 'fp8'; accepted are fp32, bf16"),
+        (["pack"], "pack is no command; there are export, plan"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            dist.main(arguments)
         assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        dist.main(["--help"])
+    assert "distributed.py export" in capsys.readouterr().out
 
 
 def test_recipes_can_be_called():
     """Each published setting parses and its objective takes its arguments; gamma is the paper's (config ratio 0.5 · β 10)."""
-    for start, (*_, methods) in train.PUBLISHED.items():
+    for start, (*_, methods) in data.PUBLISHED.items():
         for method, (_, lr) in methods.items():
             s = train.parse_settings(["--recipe", f"{start}-{method}"])
             train.try_objective(train.parse_objective(s.objective))
             assert (s.lr, s.batch_size) == (lr, 128)
     s = train.parse_settings(["--recipe", "gemma-2-9b-it-simpo", "--lr", "1e-5"])
     assert (s.objective, s.lr, s.max_length, s.max_prompt_length) == ("simpo(beta=10.0, gamma=5.0)", 1e-5, 2048, 1800)
-    with pytest.raises(train.SettingsError, match="unknown recipe 'x'; known are mistral-7b-base-simpo"):
+    with pytest.raises(data.UserError, match="unknown recipe 'x'; known are mistral-7b-base-simpo"):
         train.parse_settings(["--recipe", "x"])
