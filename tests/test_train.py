@@ -8,6 +8,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -437,6 +438,56 @@ def test_length_controlled_win_rate():
     assert win.mean() > 0.7
     assert train.length_controlled(win, difference) == pytest.approx(1 / (1 + math.exp(-0.4)), abs=0.02)
     assert train.length_controlled(win, torch.zeros_like(win)) == pytest.approx(win.mean().item(), abs=1e-4)
+
+
+# ---- what a run says of itself -----------------------------------------------------------------------------------------
+
+
+def test_speeds_are_those_of_the_steps_alone(arguments, monkeypatch, tmp_path):
+    """Evaluations that take a second each are not counted: Σ pairs / Σ seconds of the steps' own lines."""
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda run: time.sleep(1) or evaluate(run))
+    monkeypatch.setattr(train, "matmul_rate", lambda *_: 1e9)
+    summary = train.main(arguments(eval_every=2))
+    total = {key: sum(line[key] for line in steps(tmp_path / "out")) for key in ("pairs", "tokens", "flops", "seconds")}
+    assert summary["train_seconds"] == pytest.approx(total["seconds"]) and summary["seconds"] > 3 + total["seconds"]
+    assert summary["pairs_per_second"] == pytest.approx(total["pairs"] / total["seconds"])
+    assert summary["tokens_per_second"] == pytest.approx(total["tokens"] / total["seconds"])
+    assert summary["mfu"] == pytest.approx(total["flops"] / total["seconds"] / 1e9)
+
+
+def test_the_report_begins_with_what_became_better(capsys):
+    numbers = {"eval_reward_accuracy": 0.75, "eval_reward_margin": 1.0, "eval_loss": 0.5}
+    summary = {
+        "world": {name: [0.5, 0.75] for name in train.WORDS}, "before": numbers, "after": numbers, "held_out": 3,
+        "pairs_per_second": 2.0, "seconds": 9.0, "peak_memory_gib": 1.0, "out": "there",
+    }  # fmt: skip
+    samples = [{"prompt": f"p{i}", "before": "one two", "after": "one two three"} for i in range(4)]
+    train.report_end(summary, samples)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in said] == [
+        "answers", "win", "true", "words", "length-controlled", "KL", "repeated", *["prompt", "before", "after"] * 3,
+        "held-out", "held-out", "held-out", "2.00", "everything",
+    ]  # fmt: skip
+    assert "0.500 → 0.750" in said[1] and "0.5 → 0.8" in said[3]
+    assert said[16] == "held-out accuracy: 0.7500 → 0.7500 (± 0.250 standard error)"  # √(¾ · ¼ / 3)
+    del summary["world"]
+    train.report_end(summary, samples)
+    assert capsys.readouterr().err.startswith("words per sample answer: 2.0 → 3.0\n")
+
+
+def test_only_settings_that_differ_are_printed():
+    said = train.settings_table(Settings(lr=1e-5, out="there", max_length=99)).splitlines()
+    assert "there/settings.json" in said[0] and [line.split() for line in said[1:]] == [
+        ["max_length", "99"], ["out", "there"], ["lr", "1e-05"],
+    ]  # fmt: skip
+
+
+def test_a_log_file_holds_no_bars(world, arguments):
+    """stderr into a pipe: whole lines, none rewritten, and no progress of what took less than ten seconds."""
+    line = [sys.executable, "train.py", *arguments()]
+    said = subprocess.run(line, cwd=Path(train.__file__).parent, capture_output=True).stderr.decode()
+    assert "\r" not in said and "%|" not in said and "held-out loss" in said
 
 
 # ---- settings ------------------------------------------------------------------------------------------------------------

@@ -17,8 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tqdm import tqdm  # noqa: E402
-
+import data  # noqa: E402
 import train  # noqa: E402
 from losses import OBJECTIVES  # noqa: E402
 
@@ -44,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     args, more = parser.parse_known_args(argv)
     head = ["objective", "first loss", "last loss", "held-out accuracy before", "after", "held-out margin before", "after"]
     table, all_finite = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], True
-    for name in tqdm(args.only, desc="objectives"):
+    for name in data.progress(args.only, "objectives", "objectives"):
         source, out = [], args.out / name
         if args.model:
             unpaired = train.parse_objective(name).unpaired

@@ -25,8 +25,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
+import data  # noqa: E402
 import distributed as dist  # noqa: E402
 import train  # noqa: E402
 from data import UserError, setting  # noqa: E402
@@ -191,10 +191,10 @@ def run_jobs(jobs: list[dict], file: Path) -> list[dict]:
     missing = [job for job in jobs if job_key(job) not in known]
     worlds = {job["seed"]: train.Settings(seed=job["seed"], cache=job["cache"]) for job in missing}
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), one_of_many) as pool:
-        for _ in tqdm(pool.map(train.embedded_world, worlds.values()), desc="worlds", total=len(worlds), leave=False):
+        for _ in data.progress(pool.map(train.embedded_world, worlds.values()), "worlds", "worlds", len(worlds)):
             pass  # one process each, so that no two build the same
         futures = [pool.submit(experiment, job) for job in missing]
-        for future in tqdm(as_completed(futures), desc="runs", total=len(futures), unit=" runs"):
+        for future in data.progress(as_completed(futures), "runs", "runs", len(futures)):
             result = future.result()
             known[job_key(result["job"])] = result
             with open(file, "a") as f:
