@@ -1191,6 +1191,7 @@ def test_tiny_world_is_in_order_and_in_its_vocabulary():
         assert row.prompt[0]["content"] not in held_out
     assert data.tiny_world(seed=1, demonstrations=50)[1] == shown != data.tiny_world(seed=2, demonstrations=50)[1]
     assert world_pairs(1, 50, 50) == pairs != world_pairs(2, 50, 50)
+    assert world_pairs(1, 0, 50) != pairs  # drawn after the demonstrations
 
 
 # ---- making pairs on policy ------------------------------------------------------------------------------------------
@@ -1682,6 +1683,7 @@ def test_help_shows_texts_and_defaults(capsys):
     said = capsys.readouterr().out
     assert stop.value.code == 0 and "Works.\n\npython work.py a b\nas typed" in said and "usage: work.py" in said
     assert "rows, 8 % of all (default: 5)" in said and "--batch_size" in said and "--batch-size" in said
+    assert "what to read\n" in said  # no default is shown of what has none
 
 
 def test_commands(capsys):
