@@ -4,6 +4,7 @@ Token ids are compared with those that the raw `tokenizers` object gives to a ha
 independent path, since data.py goes through the chat template. The miniature tokenizers are in templates.py.
 """
 
+import copy
 import functools
 import gzip
 import io
@@ -15,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ import torch
 from conftest import world_pairs
 from pyarrow import parquet
 from templates import FAMILIES, byte_level, family, metaspace
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, normalizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 import data
@@ -966,6 +967,23 @@ def test_large_data_is_tokenised_in_parallel_cached_and_equal(tmp_path, chatml, 
     assert len(mixed) == 402 and mixed[0] == mixed[1] and mixed[401].where.endswith("b.jsonl row 2")
     train, held_out = data.split_held_out(mixed, 10, 0)
     assert not {e.where for e in train} & {e.where for e in held_out}
+
+
+def test_the_cache_key_holds_everything_that_an_outcome_depends_on(tmp_path, chatml):
+    path = write(tmp_path, "a.jsonl", [PAIR])
+    key = lambda source=path, tokenizer=chatml, **more: data._cache_key(source, tokenizer, Reading(**more))  # noqa: E731
+    other_words, other_template = copy.deepcopy(chatml), copy.deepcopy(chatml)
+    other_words.backend_tokenizer.normalizer = normalizers.Lowercase()
+    other_template.chat_template += " "
+    keys = [key(), key(path + "[:1]"), key(tokenizer=other_words), key(tokenizer=other_template), key("-"), key("-")]
+    changed = dict(
+        max_length=9, max_prompt_length=9, format="pairs", columns="a=b", compat="simpo", control_tokens=True, equal_length=0.5,
+        seed=1,
+    )  # fmt: skip
+    keys += [key(**{name: value}) for name, value in changed.items()]
+    assert len(set(keys)) == len(keys) == 6 + 8
+    later = dict(drop_duplicates=True, drop_identical=True, drop_conflicts=True, min_score_margin=0.5, max_drop_fraction=0.5)
+    assert key(**later) == key() and set(changed) | set(later) == {f.name for f in fields(Reading)}
 
 
 def test_a_small_source_starts_no_process_and_writes_no_cache(tmp_path, chatml, monkeypatch):
