@@ -6,10 +6,11 @@ generation prompt, and for each response exactly the ids that generation would h
 What does not fit is dropped, counted and reported with its file and row number.
 
 Making: sample → score → pairs, of a model's own responses; and its answers to a benchmark's prompts, as outside judges read
-them. `python data.py --help` lists the commands:
+them.
 
     python data.py show  --model MODEL --dataset FILE -n 3      # rows as coloured tokens
     python data.py stats --model MODEL --dataset FILE           # lengths, length bias, duplicates, what is dropped and why
+    python data.py sample | score | pairs | answers --help      # make pairs of a model's own responses, and answers
 
 Shape letters: B examples · R responses · T tokens of a batch · N scored tokens.
 """
@@ -1340,8 +1341,8 @@ def sample(s: Sampling) -> None:
             continue
         answer = functools.partial(_answers, model, tokenizer, s=s)
         responses = _responses([prompt for _, prompt in part], strategies, s, answer, s.seed + start)
-        lines = [{"id": key, "prompt": prompt, **found} for (key, prompt), found in zip(part, responses) if key not in done]
-        _write(s.out, [line | made for line in lines])
+        lines = [{"id": key, "prompt": prompt, **of_it, **made} for (key, prompt), of_it in zip(part, responses)]
+        _write(s.out, [line for line in lines if line["id"] not in done])
 
 
 def _responses(prompts: list, strategies: list[str], s: Sampling, answer: Callable, seed: int) -> list[dict]:
@@ -1736,7 +1737,10 @@ def progress(
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Descriptions as they are written, and defaults."""
+    """Descriptions as they are written, and the default of what has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.required else super()._get_help_string(action)
 
 
 def parse(kind: type, argv: list[str], prog: str, text: str, **defaults):
@@ -1759,19 +1763,17 @@ def parse(kind: type, argv: list[str], prog: str, text: str, **defaults):
 
 def commands(argv: list[str], prog: str, text: str, table: dict[str, tuple[type, Callable]]):
     """Run the command that argv begins with: its function gets an instance of its dataclass, whose docstring is its help."""
-    name = argv[0] if argv else "nothing"
-    if name in ("-h", "--help"):
-        lines = [f"  {name:<10}{inspect.getdoc(kind).splitlines()[0]}" for name, (kind, _) in table.items()]
-        print(
-            "\n".join(
-                [f"usage: {prog} COMMAND …", "", inspect.cleandoc(text), "", *lines, "", f"{prog} COMMAND --help lists …"]
-            )
-        )
+    if argv[:1] in (["-h"], ["--help"]):
+        print(f"usage: {prog} COMMAND [options]\n\n{inspect.cleandoc(text)}\n")
+        for name, (kind, _) in table.items():
+            print(f"  {name:<10}{inspect.getdoc(kind).splitlines()[0]}")
+        print(f"\n`python {prog} COMMAND --help` lists the options of a command.")
         raise SystemExit(0)
-    if name not in table:
-        raise UserError(f"{name} is no command; there are {', '.join(table)}, which `python {prog} --help` explains")
-    kind, function = table[name]
-    return function(parse(kind, argv[1:], f"{prog} {name}", inspect.getdoc(kind)))
+    if not argv or argv[0] not in table:
+        what = f"{argv[0]} is no command" if argv else "a command is missing"
+        raise UserError(f"{what}; there are {', '.join(table)}, which `python {prog} --help` explains")
+    kind, function = table[argv[0]]
+    return function(parse(kind, argv[1:], f"{prog} {argv[0]}", inspect.getdoc(kind)))
 
 
 def main(argv: list[str] | None = None):

@@ -4,6 +4,7 @@ Token ids are compared with those that the raw `tokenizers` object gives to a ha
 independent path, since data.py goes through the chat template. The miniature tokenizers are in templates.py.
 """
 
+import copy
 import functools
 import gzip
 import io
@@ -15,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ import pytest
 import torch
 from pyarrow import parquet
 from templates import FAMILIES, byte_level, family, metaspace
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, normalizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 from worlds import world_pairs
 
@@ -968,6 +969,23 @@ def test_large_data_is_tokenised_in_parallel_cached_and_equal(tmp_path, chatml, 
     assert not {e.where for e in train} & {e.where for e in held_out}
 
 
+def test_the_cache_key_holds_everything_that_an_outcome_depends_on(tmp_path, chatml):
+    path = write(tmp_path, "a.jsonl", [PAIR])
+    key = lambda source=path, tokenizer=chatml, **more: data._cache_key(source, tokenizer, Reading(**more))  # noqa: E731
+    other_words, other_template = copy.deepcopy(chatml), copy.deepcopy(chatml)
+    other_words.backend_tokenizer.normalizer = normalizers.Lowercase()
+    other_template.chat_template += " "
+    keys = [key(), key(path + "[:1]"), key(tokenizer=other_words), key(tokenizer=other_template), key("-"), key("-")]
+    changed = dict(
+        max_length=9, max_prompt_length=9, format="pairs", columns="a=b", compat="simpo", control_tokens=True, equal_length=0.5,
+        seed=1,
+    )  # fmt: skip
+    keys += [key(**{name: value}) for name, value in changed.items()]
+    assert len(set(keys)) == len(keys) == 6 + 8
+    later = dict(drop_duplicates=True, drop_identical=True, drop_conflicts=True, min_score_margin=0.5, max_drop_fraction=0.5)
+    assert key(**later) == key() and set(changed) | set(later) == {f.name for f in fields(Reading)}
+
+
 def test_a_small_source_starts_no_process_and_writes_no_cache(tmp_path, chatml, monkeypatch):
     monkeypatch.setenv("PLAINPO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(data.multiprocessing, "Pool", None)
@@ -1191,6 +1209,7 @@ def test_tiny_world_is_in_order_and_in_its_vocabulary():
         assert row.prompt[0]["content"] not in held_out
     assert data.tiny_world(seed=1, demonstrations=50)[1] == shown != data.tiny_world(seed=2, demonstrations=50)[1]
     assert world_pairs(1, 50, 50) == pairs != world_pairs(2, 50, 50)
+    assert world_pairs(1, 0, 50) != pairs  # drawn after the demonstrations
 
 
 # ---- making pairs on policy ------------------------------------------------------------------------------------------
@@ -1682,6 +1701,7 @@ def test_help_shows_texts_and_defaults(capsys):
     said = capsys.readouterr().out
     assert stop.value.code == 0 and "Works.\n\npython work.py a b\nas typed" in said and "usage: work.py" in said
     assert "rows, 8 % of all (default: 5)" in said and "--batch_size" in said and "--batch-size" in said
+    assert "what to read\n" in said  # no default is shown of what has none
 
 
 def test_commands(capsys):
