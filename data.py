@@ -665,7 +665,8 @@ class Reading:
     seed: int = setting(0, "for everything random")
 
 
-ON_EXAMPLES = ("drop_duplicates", "drop_identical", "drop_conflicts", "min_score_margin", "max_drop_fraction")
+# Options that choose among tokenised rows; what is kept in the cache does not depend on them.
+AFTERWARDS = ("drop_duplicates", "drop_identical", "drop_conflicts", "min_score_margin", "max_drop_fraction")
 PARALLEL_FROM = 20_000  # rows
 LABELS = {True: "desirable", False: "undesirable"}  # in the place of a second response
 IDS = pa.list_(pa.int32())
@@ -842,7 +843,7 @@ def _cache_key(source: str, tokenizer, how: Reading) -> str:
     else:
         origin = [os.urandom(8) if name == "-" else (str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     spelling = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
-    settings = {name: value for name, value in asdict(how).items() if name not in ON_EXAMPLES}
+    settings = {name: value for name, value in asdict(how).items() if name not in AFTERWARDS}
     key = repr((source, origin, spelling, tokenizer.chat_template, settings, Path(__file__).read_text()))
     return hashlib.sha256(key.encode()).hexdigest()[:32]
 
@@ -1346,7 +1347,7 @@ def sample(s: Sampling) -> None:
 
 
 def _responses(prompts: list, strategies: list[str], s: Sampling, answer: Callable, seed: int) -> list[dict]:
-    """For each prompt of a batch its different responses, the strategy that gave each first, and how many did not end."""
+    """For each prompt its different responses, the strategy that gave each first, and how many did not end."""
     kept, unfinished = [{} for _ in prompts], [0 for _ in prompts]  # kept: response → strategy
     for strategy in strategies:
         questions = _questions(strategy, prompts, s.n, functools.partial(answer, seed=seed))
@@ -1373,10 +1374,6 @@ def _rule(name: str) -> Callable[[dict, str], float]:
         return getattr(module, function)
     except (ImportError, OSError, AttributeError, ValueError, SyntaxError) as error:
         raise UserError(f"rule is {name!r}, which is no file.py:function or module:function ({_brief(error)})") from error
-
-
-def _by_rule(rule: Callable[[dict, str], float]) -> Callable:
-    return lambda row, prompt, texts: [float(rule(row, text)) for text in texts]
 
 
 def _by_reward_model(name: str, device: str, batch_size: int) -> Callable[[dict, list[dict], list[str]], list[float]]:
@@ -1411,7 +1408,8 @@ def score(s: Scoring) -> None:
     key = lambda row: json.dumps([row["id"], row["responses"]])  # noqa: E731
     done = set(map(key, _resumed(s.responses, s.out)))
     if s.rule:
-        scores_of = _by_rule(_rule(s.rule) if isinstance(s.rule, str) else s.rule)
+        rule = _rule(s.rule) if isinstance(s.rule, str) else s.rule
+        scores_of = lambda row, prompt, texts: [float(rule(row, text)) for text in texts]  # noqa: E731
     else:
         scores_of = _by_reward_model(s.reward_model, s.device, s.batch_size)
     for where, row, prompt in progress(prompts_of(s.responses), "score", "rows"):

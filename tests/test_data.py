@@ -1759,6 +1759,11 @@ def test_progress_of_short_work_says_nothing_elsewhere(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     for i in (bar := data.progress(range(1000), "work", "rows")):
         bar.set_postfix(loss=i)
+    assert sys.stderr.getvalue() == ""
+
+
+def test_progress_can_be_switched_off(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
     assert list(data.progress([1, 2], "work", "rows", disable=True)) == [1, 2]
     assert sys.stderr.getvalue() == ""
 
