@@ -1741,21 +1741,23 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
         return action.help if action.required else super()._get_help_string(action)
 
 
-def parse(kind: type, argv: list[str], prog: str, text: str, **defaults):
-    """Command line → an instance of the dataclass `kind`.
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; `python {self.prog} --help` lists all settings")
 
-    `defaults` (from a file, a recipe) stand below what argv says. Leading bare words fill, in order, the fields that have no
-    default. `--a-b` and `--a_b` are the same.
+
+def parse(kind: type, argv: list[str], prog: str, text: str):
+    """Command line → an instance of the dataclass `kind`; what comes later wins.
+
+    Leading bare words fill, in order, the fields that have no default. `--a-b` and `--a_b` are the same.
     """
     needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))[: len(needed)]
-    given = {name: defaults[name] for name in needed if name in defaults} | dict(zip(needed, words))
-    argv = [f"--{name}={value}" for name, value in given.items()] + argv[len(words) :]
-    parser = HfArgumentParser(kind, prog=prog, description=inspect.cleandoc(text), formatter_class=_HelpFormatter)
-    parser.set_defaults(**defaults)
+    argv = [f"--{name}={word}" for name, word in zip(needed, words)] + argv[len(words) :]
+    parser = _Parser(kind, prog=prog, description=inspect.cleandoc(text), formatter_class=_HelpFormatter)
     instance, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
     if unknown:
-        raise UserError(f"unknown setting {' '.join(unknown)}; `python {prog} --help` lists all of them")
+        parser.error(f"unknown setting {' '.join(unknown)}")
     return instance
 
 

@@ -89,16 +89,18 @@ class Settings(data.Reading):
 
 
 def parse_settings(argv: list[str], kind: type[Settings] = Settings, prog: str = "train.py", text: str = __doc__) -> Settings:
-    """Command line, or one YAML/JSON file (first argument), or both: then the command line wins; a recipe stands below both."""
-    given = _settings_file(Path(argv[0]), kind) if argv and argv[0].endswith((".yaml", ".yml", ".json")) else {}
-    argv = argv[1:] if given else argv
-    name = data.parse(kind, argv, prog, text, **given).recipe
-    s = data.parse(kind, argv, prog, text, **(data.recipe(name) if name else {}) | given)
+    """A recipe, over it a YAML/JSON file (first argument), over both the command line: all as options, the last one wins."""
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        argv = [*_options_of(Path(argv[0]), kind), *argv[1:]]
+    name = data.parse(kind, argv, prog, text).recipe
+    recipe = [f"--{key}={value}" for key, value in data.recipe(name).items()] if name else []
+    s = data.parse(kind, [*recipe, *argv], prog, text)
     check_settings(s)
     return s
 
 
-def _settings_file(path: Path, kind: type) -> dict:
+def _options_of(path: Path, kind: type) -> list[str]:
+    """The settings of a file as options of the command line."""
     import yaml  # transformers brings it; YAML contains JSON
 
     try:
@@ -107,16 +109,12 @@ def _settings_file(path: Path, kind: type) -> dict:
         raise UserError(f"{path}: cannot be read as settings ({error})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds a {type(values).__name__}, not settings as key: value")
-    values = {str(k).replace("-", "_"): v for k, v in values.items()}
-    known = {f.name: f.type for f in fields(kind)}
-    for key, value in values.items():
-        if key not in known:
-            raise UserError(f"{path}: unknown setting {key!r}; known are {', '.join(known)}")
-        if isinstance(value, bool) != (known[key] is bool) and value is not None:
-            fitting = "yes or no" if known[key] is bool else "fitting"
-            raise UserError(f"{path}: {key} is {value!r}, which is not a {fitting} value")
-    # argparse converts defaults given as text with the setting's own type, so "5e-7" (text in YAML) becomes a number
-    return {k: v if isinstance(v, bool) or v is None else str(v) for k, v in values.items()}
+    options = [f"--{key}={value}" for key, value in values.items() if value is not None]
+    try:
+        data.parse(kind, options, "train.py", "")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return options
 
 
 CHOICES = {"layout": ("packed", "padded"), "dtype": ("auto", "fp32", "bf16"), "export_dtype": ("auto", "fp32", "bf16"),

@@ -575,12 +575,14 @@ def test_bad_settings_end_with_a_message_and_code_2(arguments, world, capsys, mo
 
 def test_settings_file_errors(tmp_path, capsys):
     for text, said in (("lr: [", "cannot be read"), ("- lr", "holds a list"),
-                       ("learning_rate: 1", "unknown setting 'learning_rate'"),
-                       ("overwrite: 3", "overwrite is 3"), ("lr: yes", "lr is True")):  # fmt: skip
+                       ("learning_rate: 1", "unknown setting --learning_rate=1"),
+                       ("overwrite: 3", "--overwrite: Truthy value expected: got 3"),
+                       ("lr: yes", "--lr: invalid float value: 'True'")):  # fmt: skip
         (tmp_path / "s.yaml").write_text(text)
         with pytest.raises(SystemExit) as stop:
             train.main([str(tmp_path / "s.yaml")])
-        assert stop.value.code == 2 and said in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith(f"error: {tmp_path / 's.yaml'}: ") and said in error
 
 
 def test_out_that_holds_a_run_is_refused_and_kept(arguments, tmp_path, capsys):
