@@ -1355,13 +1355,13 @@ def summed_logps(model: Path, examples: list[Example]) -> Tensor:
 # ---- the command line -------------------------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> dict:
+def main(argv: list[str] | None = None, work: Callable = lambda argv: train(parse_settings(argv))) -> dict:
     """The command line as a function; returns the summary. What the user can mend ends with a message and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors: far fewer page faults
     transformers.utils.logging.disable_progress_bar()
     try:
-        return train(parse_settings(sys.argv[1:] if argv is None else argv))
+        return work(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         dist.fail(error)
     except OSError as error:

@@ -10,7 +10,6 @@ rates. The best win rate in a world of its own (TUNING_SEED) goes on to `seeds` 
 stands, in a process of its own; each result is a line of runs.jsonl.
 """
 
-import errno
 import json
 import math
 import multiprocessing
@@ -27,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch  # noqa: E402
 
 import data  # noqa: E402
-import distributed as dist  # noqa: E402
 import train  # noqa: E402
 from data import UserError, setting  # noqa: E402
 
@@ -342,17 +340,8 @@ def draw_sweep(title: str, values: tuple, labels: list[str], results: dict, file
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """The command line as a function. What the user can mend ends with a message and exit code 2, as in train.py."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # for the processes of run_jobs, as train.py does
-    try:
-        return study(parse(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        dist.fail(error)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
-            raise
-        dist.fail(error)  # a disk that is full: nothing is wrong with the program
+    """The command line as a function. What the user can mend ends with a message and exit code 2."""
+    return train.main(argv, lambda argv: study(parse(argv)))
 
 
 if __name__ == "__main__":
