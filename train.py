@@ -296,6 +296,7 @@ class Run:
     world: Path | None = None  # folder of the embedded world
     optimizer: torch.optim.Optimizer | None = None
     before: list[str] = field(default_factory=list)  # the start's answers to the sample prompts
+    same: dict = field(default_factory=dict)  # what must be equal for a run to go on from a checkpoint of this one
     step: int = 0
     ahead: list | None = None  # microbatches of the step that comes
 
@@ -472,7 +473,7 @@ def prepare(s: Settings) -> Run:
     check_policy(run)
     plan_steps(run)
     score_start(run)
-    run.optimizer = make_optimizer(run)
+    run.optimizer, run.same = make_optimizer(run), identity(run)
     resume(run)
     return run
 
@@ -553,7 +554,7 @@ def resume(run: Run) -> None:
     """With --resume, go to where the newest complete checkpoint of the same run stands."""
     checkpoint = dist.newest_checkpoint(Path(run.s.out) / "checkpoints", say) if run.s.resume else None
     if checkpoint is not None:
-        run.step = dist.load_checkpoint(checkpoint, run.policy.model, run.optimizer, identity(run))["step"]
+        run.step = dist.load_checkpoint(checkpoint, run.policy.model, run.optimizer, run.same)["step"]
         say(f"resumed after step {run.step} from {checkpoint}")
 
 
@@ -585,7 +586,7 @@ def due(run: Run, every: int) -> bool:
 
 def save(run: Run) -> bool:
     """Write a checkpoint; whether it is there."""
-    state = {"step": run.step, "run": identity(run)}
+    state = {"step": run.step, "run": run.same}
     folder = Path(run.s.out) / "checkpoints"
     return dist.save_checkpoint(folder, run.policy.model, run.optimizer, state, run.s.keep, run.tokenizer)
 
