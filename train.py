@@ -33,6 +33,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
+from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -874,8 +875,9 @@ def identity(run: Run) -> dict:
     s = run.s
     rows = hashlib.sha256(json.dumps([[e.prompt, e.responses] for e in run.rows.train]).encode()).hexdigest()[:16]
     names = ("lr", "batch_size", "epochs", "max_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "max_length")
-    names += ("replays", "reset_alpha", "reset_modules", "sft_weight")
+    names += ("replays", "reset_alpha", "reset_modules", "sft_weight", "layout", "tokens_per_microbatch")
     same = {"model": Path(s.model).name, "dataset": Path(s.dataset).name, "objective": str(run.objective)}
+    same |= {"dtype": "bf16" if run.bf16 else "fp32", "device": run.device.type}
     return {**same, **{k: getattr(s, k) for k in names}, "training rows (hash)": rows}
 
 
@@ -1239,39 +1241,48 @@ SUPERVISED_STEPS, PROMPTS = 250, 1736
 
 
 def embedded_world(s: Settings) -> tuple[Path, Path]:
-    """(folder with model, prompts, samples and the start's answers to held-out prompts; file of pairs), built once."""
+    """(folder with model, prompts, samples and the start's answers to held-out prompts; file of pairs), built once.
+
+    Of several processes one builds; what a killed one left behind is built again.
+    """
     tokenizer, demonstrations = data.tiny_world(s.seed, 8192)
     made_of = json.dumps(["3", SUPERVISED_STEPS, PROMPTS, s.seed, torch.__version__, demonstrations])
     folder = Path(s.cache).expanduser() / f"world-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}"
-    if not folder.exists():
-        part = folder.with_suffix(f".{os.getpid()}")
-        try:
-            part.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"cache {s.cache} cannot be written ({error})") from error
-        supervised_start(demonstrations, tokenizer, s.seed).save_pretrained(part / "model")
-        tokenizer.save_pretrained(part / "model")
-        prompts = [json.dumps({"prompt": p}) + "\n" for p in data.world_prompts(s.seed)]
-        held_out, prompts = prompts[: data.HELD_OUT_PROMPTS], prompts[data.HELD_OUT_PROMPTS :][:PROMPTS]
-        (part / "held_out.jsonl").write_text("".join(held_out))
-        (part / "prompts.jsonl").write_text("".join(prompts))
-        answer(part / "model", part / "held_out.jsonl", part / "answers.jsonl", s.seed)
-        how = dict(temperature=1.0, top_p=1.0, max_tokens=64, batch_size=128, seed=s.seed, device="cpu")
-        names = (str(part / name) for name in ("model", "prompts.jsonl", "sampled.jsonl"))
-        data.sample(data.Sampling(*names, n=5, **how))
-        try:
-            part.rename(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(part)
-    annotator = data.Annotator(s.annotator_noise, s.length_bias, s.seed)
     pairs = folder / f"pairs-{s.annotator_noise}-{s.length_bias}.jsonl"
-    if not pairs.exists():
-        scored, part = (f"{pairs}.{os.getpid()}.{name}.jsonl" for name in ("scored", "part"))
-        data.score(data.Scoring(str(folder / "sampled.jsonl"), scored, rule=annotator))
-        data.pairs(data.Pairing(scored, part, how="best_worst"))
-        os.remove(scored)
-        os.replace(part, pairs)
+    lock = folder.with_name(f".{folder.name}.lock")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    except OSError as error:
+        raise UserError(f"cache {s.cache} cannot be written ({error})") from error
+    with FileLock(lock):
+        if not folder.exists():
+            build_world(folder, tokenizer, demonstrations, s.seed)
+        if not pairs.exists():
+            scored, part = (f"{pairs}.{name}.jsonl" for name in ("scored", "part"))
+            annotator = data.Annotator(s.annotator_noise, s.length_bias, s.seed)
+            data.score(data.Scoring(str(folder / "sampled.jsonl"), scored, rule=annotator))
+            data.pairs(data.Pairing(scored, part, how="best_worst"))
+            os.remove(scored)
+            os.replace(part, pairs)
     return folder, pairs
+
+
+def build_world(folder: Path, tokenizer, demonstrations: list[data.Row], seed: int) -> None:
+    part = folder.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    supervised_start(demonstrations, tokenizer, seed).save_pretrained(part / "model")
+    tokenizer.save_pretrained(part / "model")
+    prompts = [json.dumps({"prompt": p}) + "\n" for p in data.world_prompts(seed)]
+    held_out, prompts = prompts[: data.HELD_OUT_PROMPTS], prompts[data.HELD_OUT_PROMPTS :][:PROMPTS]
+    (part / "held_out.jsonl").write_text("".join(held_out))
+    (part / "prompts.jsonl").write_text("".join(prompts))
+    answer(part / "model", part / "held_out.jsonl", part / "answers.jsonl", seed)
+    how = dict(temperature=1.0, top_p=1.0, max_tokens=64, batch_size=128, seed=seed, device="cpu")
+    names = (str(part / name) for name in ("model", "prompts.jsonl", "sampled.jsonl"))
+    data.sample(data.Sampling(*names, n=5, **how))
+    part.rename(folder)
 
 
 def supervised_start(rows: list[data.Row], tokenizer, seed: int) -> LlamaForCausalLM:

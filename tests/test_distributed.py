@@ -456,6 +456,9 @@ def test_another_run_is_refused_by_name(world, tmp_path):
         (dict(objective="ipo"), "objective is 'ipo()' here and 'simpo(beta=2.0, gamma=1.0)' there"),
         (dict(model=str(world / "untied")), "model is 'untied' here and 'tied' there"),
         (dict(dataset=str(world / "pairs.jsonl[:40]")), "training rows (hash) is"),
+        (dict(dtype="bf16"), "dtype is 'bf16' here and 'fp32' there"),
+        (dict(layout="padded"), "layout is 'padded' here and 'packed' there"),
+        (dict(tokens_per_microbatch=90), "tokens_per_microbatch is 90 here and 120 there"),
     ):
         message = ranks(0, trained, settings(world, **{**vars(s), "resume": True, **changed}))[0]["error"]
         assert message.startswith("UserError") and said in message

@@ -310,6 +310,21 @@ def test_resumed_run_equals_the_uninterrupted_one(arguments, tmp_path, objective
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_what_changes_output_only_may_change_on_the_way(arguments, tmp_path):
+    """More samples, evaluations and another export dtype: the same losses, and a line for each prompt."""
+    train.main(arguments(out=tmp_path / "a"))
+    train.main(arguments(out=tmp_path / "b", save_every=2, eval_every=2))
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "step-000004")
+    more = dict(samples=3, eval_every=1, export_dtype="bf16", gradient_checkpointing=True)
+    train.main(arguments(out=tmp_path / "b", save_every=2, **more) + ["--resume"])
+    assert [x["loss"] for x in steps(tmp_path / "b")] == [x["loss"] for x in steps(tmp_path / "a")]
+    samples = [json.loads(line) for line in (tmp_path / "b" / "samples.jsonl").read_text().splitlines()]
+    assert [list(sample["during"]) for sample in samples] == [["2", "3"], ["3"], ["3"]] and None not in [
+        x["after"] for x in samples
+    ]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "b" / "model").dtype == torch.bfloat16
+
+
 def test_reference_cache(arguments, world, tmp_path, capsys):
     """A second run reads the numbers of the first, bit for bit; other weights or other data compute anew."""
     cache = tmp_path / "cache"
@@ -415,6 +430,25 @@ def test_a_cache_that_cannot_be_written(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "file" / "cache")])
     assert stop.value.code == 2 and "file/cache cannot be written" in capsys.readouterr().err
+
+
+def test_what_a_killed_build_of_the_world_left_is_built_again(tmp_path, monkeypatch):
+    """Killed after its start was written: the next build begins anew, also in a process of the same number, and is whole."""
+    for place, name, value in ((train, "SUPERVISED_STEPS", 3), (train, "PROMPTS", 16), (data, "HELD_OUT_PROMPTS", 16)):
+        monkeypatch.setattr(place, name, value)
+    s, answer = Settings(cache=str(tmp_path / "cache")), train.answer
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "answer", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.embedded_world(s)
+    assert not list((tmp_path / "cache").glob("world-*/pairs*"))
+    monkeypatch.setattr(train, "answer", answer)
+    folder, pairs = train.embedded_world(s)
+    assert len((folder / "answers.jsonl").read_text().splitlines()) == 16 and pairs.exists()
+    assert [p.name for p in (tmp_path / "cache").glob("world-*")] == [folder.name]
 
 
 def test_judging_the_start_against_itself(default_run, tmp_path):
