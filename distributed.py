@@ -348,6 +348,13 @@ def _tensors(model: nn.Module, tied: bool = False) -> dict[str, Tensor]:
     return dict(parameters) | {n: buffers[n] for n in model.state_dict() if n in buffers}
 
 
+def not_finite(model: nn.Module) -> list[str]:
+    """Names of the parameters that hold an infinity or NaN, on any rank."""
+    parts = ((name, p.to_local() if isinstance(p, DTensor) else p) for name, p in model.named_parameters())
+    names = [name for name, part in parts if not torch.isfinite(part).all()]
+    return sorted({name for names_of_rank in gather_objects(names) for name in names_of_rank})
+
+
 # ---- numbers kept between runs ---------------------------------------------------------------------------------------
 
 

@@ -492,6 +492,8 @@ def build_policy(s: Settings, objective: Objective, tokenizer, device: torch.dev
     policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, uses_bf16(s, device), s.gradient_checkpointing)
     for part in filter(None, (model, reference)):
         dist.load_weights(part, s.model, device)
+    if names := dist.not_finite(model):
+        raise UserError(f"{s.model}: {len(names)} weights of this model are not finite numbers, the first is {names[0]}")
     policy.use_layout(s.layout)
     model.train()
     if s.compile:
@@ -604,12 +606,14 @@ def finish(run: Run, journal: "Journal", started: float) -> dict:
     """After the last step: samples, model, curves, summary, report."""
     s, out, model = run.s, Path(run.s.out), run.policy.model
     samples, lines = journal.close()
+    after = {k: v for line in lines if line["step"] for k, v in line.items() if k.startswith("eval_") or k == "repetition"}
+    if dist.not_finite(model) or not all(map(math.isfinite, after.values())):
+        raise UserError(f"after the last step weights or held-out losses are not finite: nothing is in {out}/model. Lower lr")
     run.policy.use_layout("padded")
     measured = {k: v for line in lines[-2:] for k, v in line.items()}
     card = dist.model_card(out.name, {**run.given, "objective": str(run.objective)}, measured)
     dist.export(model, run.tokenizer, out / "model", export_dtype(s, model), card)
     dist.on_main(draw_curves, lines, out / "curves.png", f"{run.objective} on {Path(s.dataset).name}")
-    after = {k: v for line in lines if line["step"] for k, v in line.items() if k.startswith("eval_") or k == "repetition"}
     world = {"world": dist.on_main(judge, out / "model", run.world, out / "answers.jsonl")} if run.world else {}
     summary = {
         "objective": str(run.objective), "steps": len(run.rows.plan), "rows": len(run.rows.train),

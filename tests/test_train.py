@@ -571,6 +571,9 @@ BAD = {
     "learning rate 0": (dict(lr=0), ["lr is 0", "positive"]),
     "learning rate below 0": (dict(lr=-0.5), ["lr is -0.5"]),
     "learning rate nan": (dict(lr="nan"), ["lr is nan"]),
+    "weight decay nan": (dict(weight_decay="nan"), ["weight_decay is nan"]),
+    "weight decay inf": (dict(weight_decay="inf"), ["weight_decay is inf"]),
+    "grad norm nan": (dict(max_grad_norm="nan"), ["max_grad_norm is nan"]),
     "batch size 0": (dict(batch_size=0), ["batch_size is 0"]),
     "batch size as text": (dict(batch_size="many"), ["many"]),
     "unknown setting": (dict(learning_speed=1), ["learning-speed"]),
@@ -651,7 +654,7 @@ def test_model_folder_without_tokenizer(arguments, world, tmp_path, capsys):
     assert stop.value.code == 2 and "no usable tokenizer" in capsys.readouterr().err
 
 
-def test_non_finite_loss_names_the_rows(arguments, world, tmp_path, capsys):
+def test_non_finite_loss_names_the_rows(arguments, world, tmp_path, monkeypatch, capsys):
     """One embedding is NaN, that of a word which only some rows hold: those rows are named, with file and number."""
     model = AutoModelForCausalLM.from_pretrained(world / "model")
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
@@ -665,10 +668,30 @@ def test_non_finite_loss_names_the_rows(arguments, world, tmp_path, capsys):
     lines = (world / "pairs.jsonl").read_text().splitlines()
     guilty = {f"pairs.jsonl row {i}" for i, line in enumerate(lines, 1) if word in line}
     with pytest.raises(SystemExit) as stop:
+        monkeypatch.setattr(dist, "not_finite", lambda model: [])  # else the model itself is refused
         train.main(arguments(model=tmp_path / "model", layout="padded", eval_size=0, batch_size=40, max_steps=None))
     error = capsys.readouterr().err
     named = {f"pairs.jsonl row {part.split()[0].rstrip(';. ')}" for part in error.split("pairs.jsonl row ")[1:]}
     assert stop.value.code == 2 and "not finite" in error and named and named <= guilty
+
+
+def test_a_model_that_is_not_finite_is_not_exported(arguments, tmp_path, capsys):
+    """One step of 1e39 takes fp32 weights, at most 3.4e38, to infinity."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(lr=1e39, max_steps=1))
+    assert stop.value.code == 2 and "not finite: nothing is in" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_a_model_that_comes_with_nan_is_named_as_that(arguments, world, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(world / "model")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(world / "model").save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(model=tmp_path / "model"))
+    assert stop.value.code == 2 and "first is model.layers.1.mlp.up_proj.weight" in capsys.readouterr().err
 
 
 def test_state_space_models_are_refused_for_the_packed_layout():
