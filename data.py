@@ -1728,10 +1728,10 @@ def progress(
 
     It is tqdm's object: `set_postfix` adds numbers, and without items `update` counts.
     """
-    file = sys.stderr if sys.stderr.isatty() else _Lines(sys.stderr)
-    return tqdm(
-        items, what, total, unit=f" {unit}", initial=initial, disable=disable, file=file, leave=False, dynamic_ncols=True
-    )
+    how = dict(file=sys.stderr, dynamic_ncols=True)
+    if not sys.stderr.isatty():
+        how = dict(file=_Lines(sys.stderr), bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]")
+    return tqdm(items, what, total, unit=f" {unit}", initial=initial, disable=disable, leave=False, **how)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
