@@ -16,6 +16,7 @@ Shape letters: B examples · R responses · T tokens of a batch · N scored toke
 """
 
 import argparse
+import difflib
 import functools
 import glob
 import gzip
@@ -33,6 +34,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections import Counter
@@ -66,6 +68,11 @@ def setting(default, text: str, **more):
 
 def _brief(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class Row(NamedTuple):
@@ -138,6 +145,11 @@ def _files(name: str) -> list[Path] | None:
     if name.startswith((".", "/", "~")) or name.endswith(SUFFIXES):
         raise UserError(f"{name}: no such file or folder")
     return None
+
+
+def files_of(dataset: str) -> list[Path]:
+    """The files that all sources of a dataset read; a hub name has none."""
+    return [file for name, _ in _sources(dataset) for file in _files(_cut(name)[0]) or ()]
 
 
 def _read_file(file: Path) -> Iterator[tuple[str, dict | Exception]]:
@@ -868,6 +880,8 @@ def _cached(rows: Iterable, outcome: Callable, key: str) -> Dataset:
 
 
 def _start_worker(outcome: Callable) -> None:
+    """In a new process: it ends with the one that started it, also where that one is killed."""
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a trainer's handler, inherited, would keep the pool from ending it
     _work.outcome = outcome
 

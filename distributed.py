@@ -28,7 +28,7 @@ import time
 import warnings
 import weakref
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 import torch.distributed as c10d  # this library's name inside PyTorch
 import torch.distributed.checkpoint as dcp
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -102,6 +103,25 @@ def fail(error: Exception) -> None:
     if c10d.is_initialized():
         os._exit(2)
     raise SystemExit(2)
+
+
+def own(folder: Path) -> FileLock:
+    """The lock that makes rank 0's process, for all ranks, the only writer of a folder; a dead process holds none.
+
+    It is held as long as the object lives.
+    """
+    lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
+
+    def acquire() -> None:
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"{folder} is in use by another run, perhaps a rank that outlived its torchrun; end it first"
+            ) from None
+
+    on_main(acquire)
+    return lock
 
 
 def rank() -> int:
@@ -221,13 +241,20 @@ def shard(policy: nn.Module, mesh: str | None = None, bf16: bool = False, checkp
     return policy
 
 
-def _mesh(text: str | None) -> DeviceMesh:
+def mesh_sizes(text: str | None) -> tuple[int, ...]:
+    """(copies, parts) of a mesh such as "2x4"; of None one copy cut over all ranks, (ranks,)."""
     if text is None:
-        return init_device_mesh(_kind(), (world_size(),), mesh_dim_names=("shard",))
-    parts = re.fullmatch(r"(\d+)x(\d+)", text)
-    if parts is None or int(parts[1]) * int(parts[2]) != world_size():
-        raise UserError(f'mesh is {text!r}; write copies x parts, such as "2x4", whose product is the {world_size()} ranks')
-    return init_device_mesh(_kind(), (int(parts[1]), int(parts[2])), mesh_dim_names=("replicate", "shard"))
+        return (world_size(),)
+    parts = re.fullmatch(r"(\d{1,9})x(\d{1,9})", text)
+    if parts is None or int(parts[1]) * int(parts[2]) != world_size() or not c10d.is_initialized():
+        ranks = f"{world_size()} ranks" if c10d.is_initialized() else "ranks that torchrun starts"
+        raise UserError(f'mesh is {text!r}; write copies x parts, such as "2x4", whose product is the number of {ranks}')
+    return int(parts[1]), int(parts[2])
+
+
+def _mesh(text: str | None) -> DeviceMesh:
+    sizes = mesh_sizes(text)
+    return init_device_mesh(_kind(), sizes, mesh_dim_names=("replicate", "shard")[-len(sizes) :])
 
 
 def sync_gradients(policy: nn.Module, last: bool) -> None:
@@ -248,6 +275,9 @@ def clip_gradients(policy: nn.Module, limit: float) -> Tensor:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder; a folder with other weights only is refused."""
     files = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter"))
+    with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, TypeError):  # no index, or none that can be read
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        files = sorted({folder / name for name in index["weight_map"].values()})
     if not files and any(p.suffix in (".bin", ".pt", ".pth", ".ckpt") for p in folder.iterdir()):
         raise UserError(f"{folder}: .bin or .pt weights only, a format that can run code; convert them to safetensors")
     if not files:
@@ -282,7 +312,10 @@ def build_model(name: str, trust_remote_code: bool = False) -> nn.Module:
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     how, came_in = dict(dtype=torch.float32, trust_remote_code=trust_remote_code), config.dtype
     if not c10d.is_initialized():
-        model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **how)
+        how |= dict(use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(name, **how)
+        wrong = [f"{key} is {tuple(shape)}, the model has {tuple(own)}" for key, shape, own in info["mismatched_keys"]]
+        refuse_weights(name, wrong, info["unexpected_keys"], info["missing_keys"])
     else:
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, **how)
@@ -318,10 +351,15 @@ def load_weights(model: nn.Module, name: str, device: torch.device) -> None:
                 else:
                     _copy_rows(target, saved.get_slice(key) if target.ndim else saved.get_tensor(key))
                     missing.pop(id(target), None)
-    for what, names in (("of another shape", wrong), ("unexpected", unexpected), ("missing", sorted(missing.values()))):
+    refuse_weights(folder, wrong, unexpected, missing.values())
+
+
+def refuse_weights(name: str | Path, wrong: Iterable[str], unexpected: Iterable[str], missing: Iterable[str]) -> None:
+    """UserError that names what does not fit; a model library would fill it with noise, or leave it out."""
+    for what, names in (("of another shape", sorted(wrong)), ("unexpected", sorted(unexpected)), ("missing", sorted(missing))):
         if names:
             more = " …" if len(names) > 8 else ""
-            raise UserError(f"{folder}: {len(names)} weights are {what}: {', '.join(names[:8])}{more}")
+            raise UserError(f"{name}: {len(names)} weights are {what}: {', '.join(names[:8])}{more}")
 
 
 def _download(name: str) -> Path:
@@ -433,7 +471,7 @@ def _flush(path: Path) -> None:
 
 def _sums(folder: Path) -> dict[str, list[int]]:
     """{file: [bytes, CRC-32]} of this rank's share of a checkpoint's files, all but the marker."""
-    sums, files = {}, sorted(p for p in folder.iterdir() if p.name != "complete")
+    sums, files = {}, sorted(p for p in folder.iterdir() if p.name != "complete" and p.is_file())
     for path in files[rank() :: world_size()]:
         crc, size = 0, 0
         with open(path, "rb") as file:
@@ -446,19 +484,23 @@ def _sums(folder: Path) -> dict[str, list[int]]:
 def flaw(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None; asked by all ranks together."""
     try:
-        expected = json.loads((checkpoint / "complete").read_text())
+        expected = {
+            name: [int(size), int(crc)] for name, (size, crc) in json.loads((checkpoint / "complete").read_text()).items()
+        }
     except FileNotFoundError:
         return "it was not finished"
-    except (OSError, ValueError):
-        expected = None
-    if not isinstance(expected, dict) or not expected:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return "its marker is damaged"
     actual = {name: sums for part in gather_objects(_sums(checkpoint)) for name, sums in part.items()}
-    for name, (size, crc) in expected.items():
+    for name in ("step.json", *expected):
         if name not in actual:
             return f"{name} is missing"
-        if actual[name] != [size, crc]:
-            return f"{name} is {'cut short' if actual[name][0] < size else 'damaged'}"
+        if actual[name] != expected.get(name):
+            return f"{name} is {'cut short' if name in expected and actual[name][0] < expected[name][0] else 'damaged'}"
+    if strange := [name for name in actual if name.endswith(".safetensors") and name not in expected]:
+        return f"{strange[0]} is not part of it"
+    if (step := json.loads((checkpoint / "step.json").read_text())["step"]) != int(checkpoint.name.removeprefix("step-")):
+        return f"it is called {checkpoint.name} and holds step {step}"
     return None
 
 
@@ -543,6 +585,16 @@ def check_space(out: Path, model: nn.Module, checkpoints: int, dtype: torch.dtyp
         )
 
 
+MODEL_FILES = re.compile(
+    r".+\.(safetensors|json|jinja|model|py)|README\.md|(vocab|merges)\.txt|complete|additional_chat_templates"
+)
+
+
+def strangers(folder: Path) -> list[Path]:
+    """What lies in the folder of a model or checkpoint and is none of its files, by name."""
+    return [path for path in folder.glob("*") if not MODEL_FILES.fullmatch(path.name)]
+
+
 def _start_part(part: Path, final: Path) -> None:
     for old in (part, final):  # an earlier `final` is incomplete or damaged
         shutil.rmtree(old, ignore_errors=True)
@@ -570,19 +622,31 @@ def _publish(part: Path, final: Path, sums: dict, keep: int) -> None:
         shutil.rmtree(old)
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """What goes by the name of a checkpoint, oldest first."""
+    return sorted((p for p in folder.glob("step-*") if p.name[5:].isdecimal()), key=lambda p: int(p.name[5:]))
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints with a marker, oldest first."""
-    return sorted(p.parent for p in folder.glob("step-*/complete"))
+    return [p for p in checkpoints(folder) if (p / "complete").exists()]
 
 
 def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that checks out, or None; says which newer ones were passed over, and why."""
-    for candidate in on_main(lambda: sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)):
+    for candidate in reversed(on_main(checkpoints, folder)):
         reason = flaw(candidate)
         if reason is None:
             return candidate
         say(f"skipped {candidate}: {reason}")
     return None
+
+
+def check_same(run: dict, saved: dict, where: str | Path) -> None:
+    """UserError, by name of what differs, where the run that was saved is not this one."""
+    differs = [f"{k} is {v!r} here and {saved.get(k)!r} there" for k, v in run.items() if saved.get(k) != v]
+    if differs:
+        raise UserError(f"{where} belongs to another run: {'; '.join(differs)}")
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, run: dict) -> dict:
@@ -594,10 +658,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, run: dict) ->
         UserError: it is another run's, by name of what differs.
     """
     state = json.loads((checkpoint / "step.json").read_text())
-    saved = state.get("run", {})
-    differs = [f"{k} is {v!r} here and {saved.get(k)!r} there" for k, v in run.items() if saved.get(k) != v]
-    if differs:
-        raise UserError(f"{checkpoint} belongs to another run: {'; '.join(differs)}")
+    check_same(run, state.get("run", {}), checkpoint)
     if state["adam_step"]:
         for p in (p for g in optimizer.param_groups for p in g["params"]):
             step = torch.tensor(state["adam_step"], device=p.device)
@@ -669,17 +730,9 @@ def _write_model(
     folder: Path, shapes: dict[str, torch.Size], fetch: Callable, describe: Callable, dtype: torch.dtype, limit: int
 ) -> None:
     """A folder with the tensors that `fetch(name)` gives and what `describe(part)` writes beside them, renamed when whole."""
-    part = folder.with_suffix(".part")
+    part = folder.with_name(f"{folder.name}.part")
     on_main(_start_part, part, folder)
     files = _files_of(shapes, dtype, limit)
-    for file, names in files.items():
-        tensors = {}
-        for name in names:
-            value = fetch(name)
-            if is_main():
-                kind = dtype if value.is_floating_point() else value.dtype
-                tensors[name] = torch.empty(value.shape, dtype=kind).copy_(value)
-        on_main(save_file, tensors, part / file, {"format": "pt"})
 
     def finish() -> None:
         if len(files) > 1:
@@ -691,7 +744,21 @@ def _write_model(
             _flush(path)
         os.rename(part, folder)
 
-    on_main(finish)
+    try:
+        for file, names in files.items():
+            tensors = {}
+            for name in names:
+                value = fetch(name)
+                if is_main():
+                    kind = dtype if value.is_floating_point() else value.dtype
+                    tensors[name] = torch.empty(value.shape, dtype=kind).copy_(value)
+            on_main(save_file, tensors, part / file, {"format": "pt"})
+        on_main(finish)
+    except (OSError, SafetensorError) as error:  # most often a disk that is full
+        on_main(functools.partial(shutil.rmtree, part, ignore_errors=True))
+        raise UserError(
+            f"{folder} could not be written ({error}); make room, then export a checkpoint or go on with --resume"
+        ) from error
 
 
 def _files_of(shapes: dict[str, torch.Size], dtype: torch.dtype, limit: int) -> dict[str, list[str]]:

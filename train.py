@@ -17,6 +17,7 @@ import contextlib
 import errno
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -91,36 +92,59 @@ class Settings(data.Reading):
 
 def parse_settings(argv: list[str], kind: type[Settings] = Settings, prog: str = "train.py", text: str = __doc__) -> Settings:
     """A recipe, over it a YAML/JSON file (first argument), over both the command line: all as options, the last one wins."""
-    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        argv = [*_options_of(Path(argv[0]), kind), *argv[1:]]
+    file = Path(argv[0]) if argv and argv[0].endswith((".yaml", ".yml", ".json")) else None
+    if file is not None:
+        argv = [*_options_of(file, kind), *argv[1:]]
     name = data.parse(kind, argv, prog, text).recipe
     recipe = [f"--{key}={value}" for key, value in data.recipe(name).items()] if name else []
     s = data.parse(kind, [*recipe, *argv], prog, text)
     check_settings(s)
+    if file is not None and s.overwrite and _is_inside(file, Path(s.out)):
+        raise UserError(f"{file} lies in out {s.out}, where overwrite deletes; copy it to another place")
     return s
 
 
 def _options_of(path: Path, kind: type) -> list[str]:
-    """The settings of a file as options of the command line."""
+    """The settings of a file as options of the command line, each value as it is written there."""
     import yaml  # transformers brings it; YAML contains JSON
 
+    def refuse(problem: str):
+        raise UserError(f"{path}: {problem}")
+
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as settings ({error})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds a {type(values).__name__}, not settings as key: value")
-    options = [f"--{key}={value}" for key, value in values.items() if value is not None]
+        root = yaml.compose(path.read_text(encoding="utf-8-sig"), yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        refuse(f"is not UTF-8 text (byte {error.start}); save it as UTF-8")
+    except (OSError, yaml.YAMLError, RecursionError) as error:
+        refuse(f"cannot be read as settings ({error})")
+    if not isinstance(root, yaml.MappingNode) or not root.value:
+        refuse("holds no settings, which are lines of key: value")
+    options, empty = {}, {f.name for f in fields(kind) if f.default is None}
+    for name, node in root.value:
+        items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        if not all(isinstance(x, yaml.ScalarNode) for x in (name, *items)):
+            refuse(f"line {name.start_mark.line + 1}: a setting is one value, or a list of some")
+        key = name.value.replace("-", "_")
+        if key in options:
+            refuse(f"{key} is there twice, again on line {name.start_mark.line + 1}")
+        options[key] = ",".join(x.value for x in items)
+        if any(x.tag.endswith(":null") for x in items):
+            options[key] = None if key in empty else refuse(f"{key} has no value; give it one, or leave the line out")
+    options = [f"--{key}={value}" for key, value in options.items() if value is not None]
     try:
         data.parse(kind, options, "train.py", "")
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        refuse(str(error))
     return options
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return folder.resolve() in (path.resolve(), *path.resolve().parents)
 
 
 CHOICES = {"layout": ("packed", "padded"), "dtype": ("auto", "fp32", "bf16"), "export_dtype": ("auto", "fp32", "bf16"),
            "log_to": (None, "tensorboard", "wandb")}  # fmt: skip
-AT_LEAST_1 = ("batch_size", "tokens_per_microbatch", "epochs", "keep", "replays", "max_steps")
+AT_LEAST_1 = ("batch_size", "tokens_per_microbatch", "epochs", "keep", "replays", "max_steps", "sample_tokens")
 NOT_NEGATIVE = ("eval_size", "eval_every", "save_every", "weight_decay", "max_grad_norm", "samples", "seed", "annotator_noise",
                 "sft_weight")  # fmt: skip
 SHARES = ("warmup_ratio", "max_drop_fraction", "reset_alpha")
@@ -213,21 +237,27 @@ def parse_objective(text: str) -> Objective:
         if not isinstance(call.func, ast.Name) or call.args or any(k.arg is None for k in call.keywords):
             raise ValueError
         name, given = call.func.id, {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-    except (ValueError, SyntaxError, TypeError):
+        if len(given) < len(call.keywords):
+            raise SyntaxError("an argument is there twice")
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+        why = f" ({error.msg.partition(';')[0]})" if isinstance(error, SyntaxError) else ""
         raise UserError(
-            f'objective is {text!r}; write it as a call with named constants, such as "simpo(beta=2.5, gamma=0.5)"'
+            f"objective is {text[:80]!r}{' …' * (len(text) > 80)}{why}; "
+            'write it as a call with named constants, such as "simpo(beta=2.5, gamma=0.5)"'
         ) from None
     if name not in OBJECTIVES:
-        raise UserError(f"unknown objective {name!r}; known are {', '.join(OBJECTIVES)}")
+        raise UserError(
+            f"unknown objective {name[:80]!r}{data.did_you_mean(name, OBJECTIVES)}; known are {', '.join(OBJECTIVES)}"
+        )
     defaults = OBJECTIVES[name].settings
     signature = f"its signature is {name}({', '.join(f'{k}={v!r}' for k, v in defaults.items())})"
     for key, value in given.items():
         if key not in defaults:
-            raise UserError(f"objective {name} has no argument {key!r}; {signature}")
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            raise UserError(f"objective {name} has no argument {key[:80]!r}{data.did_you_mean(key, defaults)}; {signature}")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
         fits = isinstance(value, type(defaults[key])) if isinstance(defaults[key], (bool, str)) else number
         if not fits and value is not defaults[key]:
-            raise UserError(f"objective {name}: {key}={value!r} is of the wrong kind; {signature}")
+            raise UserError(f"objective {name}: {key}={str(value)[:80]} is of the wrong kind or size; {signature}")
     return Objective(OBJECTIVES[name], given)
 
 
@@ -274,7 +304,7 @@ class Rows:
 
     train: Sequence[Example]
     held_out: Sequence[Example]
-    report: dict  # what was kept and dropped, and why
+    reports: dict[str, data.Report]  # what was kept and dropped, and why
     plan: list[list[int]] = field(default_factory=list)  # the rows of each optimizer step
     ref: Tensor | None = None  # (n, k) of the training rows
     ref_mismatch: Sequence[Tensor] | None = None  # of each batch of the plan
@@ -293,6 +323,7 @@ class Run:
     policy: ResponseLogProbs
     rows: Rows
     origin: list[tuple[Tensor, Tensor]]  # LoRR: (parameter, its value at the start)
+    lock: object = None  # as long as it is held, nobody else writes to the output folder
     given: dict = field(default_factory=dict)  # the settings as they were asked for, for the record
     world: Path | None = None  # folder of the embedded world
     optimizer: torch.optim.Optimizer | None = None
@@ -459,10 +490,11 @@ def prepare(s: Settings) -> Run:
     objective = parse_objective(s.objective)
     try_objective(objective)
     device = dist.setup(s.device)
+    dist.mesh_sizes(s.mesh)
     s.lr = s.lr if s.lr is not None else (2e-4 if s.model == "tiny" else 1e-6)
     s.out = str(dist.on_main(prepare_out, s))
-    given, world = asdict(s), None
-    say(settings_table(s))
+    lock = dist.own(Path(s.out))
+    given, world = {k: v for k, v in asdict(s).items() if k not in ("overwrite", "resume")}, None
     if s.model == "tiny":
         world, pairs = dist.on_main(embedded_world, s)
         s = replace(s, model=str(world / "model"), dataset=str(pairs))
@@ -470,12 +502,16 @@ def prepare(s: Settings) -> Run:
     rows = load_rows(s, tokenizer, objective)
     policy = build_policy(s, objective, tokenizer, device)
     origin = [(p, p.detach().clone()) for p in reset_parameters(policy.model, s)]
-    run = Run(s, objective, device, tokenizer, policy, rows, origin, given, world)
+    run = Run(s, objective, device, tokenizer, policy, rows, origin, lock, given, world)
     check_policy(run)
     plan_steps(run)
+    run.same = identity(run)
+    if s.resume:
+        dist.check_same(run.same, dist.on_main(marker, Path(s.out)), s.out)
     score_start(run)
-    run.optimizer, run.same = make_optimizer(run), identity(run)
-    resume(run)
+    run.optimizer = make_optimizer(run)
+    if s.resume:
+        resume(run)
     return run
 
 
@@ -515,13 +551,19 @@ def check_policy(run: Run) -> None:
         raise UserError(str(error)) from error
 
 
+MOST_STEPS = 10**7
+
+
 def plan_steps(run: Run) -> None:
     """Which rows each optimizer step takes, replays included, from the first step to the last."""
-    s, plan = run.s, []
-    for epoch in range(s.epochs):
-        for rows in data.step_plan(len(run.rows.train), s.batch_size, s.seed, epoch):
-            plan += [rows.tolist()] * s.replays
-    run.rows.plan = plan[: s.max_steps]
+    s, rows = run.s, len(run.rows.train)
+    steps = min(s.epochs * -(-rows // s.batch_size) * s.replays, s.max_steps or math.inf)
+    if steps > MOST_STEPS:
+        raise UserError(
+            f"epochs {s.epochs} over {rows} rows are {steps} steps, and {MOST_STEPS} are planned at most; set max_steps"
+        )
+    batches = (batch for epoch in range(s.epochs) for batch in data.step_plan(rows, s.batch_size, s.seed, epoch))
+    run.rows.plan = list(itertools.islice((rows for batch in batches for rows in [batch.tolist()] * s.replays), s.max_steps))
 
 
 def score_start(run: Run) -> None:
@@ -554,11 +596,12 @@ def make_optimizer(run: Run) -> torch.optim.Optimizer:
 
 
 def resume(run: Run) -> None:
-    """With --resume, go to where the newest complete checkpoint of the same run stands."""
-    checkpoint = dist.newest_checkpoint(Path(run.s.out) / "checkpoints", say) if run.s.resume else None
-    if checkpoint is not None:
-        run.step = dist.load_checkpoint(checkpoint, run.policy.model, run.optimizer, run.same)["step"]
-        say(f"resumed after step {run.step} from {checkpoint}")
+    """Go to where the newest complete checkpoint stands."""
+    checkpoint = dist.newest_checkpoint(Path(run.s.out) / "checkpoints", say)
+    if checkpoint is None:
+        return say("no checkpoint; starting from step 0")
+    run.step = dist.load_checkpoint(checkpoint, run.policy.model, run.optimizer, run.same)["step"]
+    say(f"resumed after step {run.step} from {checkpoint}")
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -567,6 +610,9 @@ def resume(run: Run) -> None:
 def train(s: Settings) -> dict:
     """One run from settings to exported model; returns the summary that is also written to out/summary.json."""
     started = time.time()
+    dist.setup(s.device)
+    if s.resume and (summary := dist.on_main(finished, s)):
+        return summary
     run = prepare(s)
     journal = Journal(run)
     if run.rows.held_out and run.step == 0:
@@ -623,7 +669,7 @@ def finish(run: Run, journal: "Journal", started: float) -> dict:
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
         "out": str(out),
     }  # fmt: skip
-    dist.on_main((out / "summary.json").write_text, json.dumps(summary, indent=2) + "\n")
+    dist.on_main(write_whole, out / "summary.json", json.dumps(summary, indent=2) + "\n")
     report_end(summary, samples)
     return summary
 
@@ -680,12 +726,9 @@ def export_dtype(s: Settings, model: torch.nn.Module) -> torch.dtype:
 def load_rows(s: Settings, tokenizer, objective: Objective) -> Rows:
     """Training and held-out examples in the form the objective trains on, and the report of what was dropped."""
     train_rows, report = data.load(s.dataset, tokenizer, s)
-    say(f"data: {report}")
-    reports = {"dataset": report._asdict()}
+    reports = {"dataset": report}
     if s.eval_dataset:
-        held_out, report = data.load(s.eval_dataset, tokenizer, s)
-        say(f"held-out data: {report}")
-        reports["eval_dataset"] = report._asdict()
+        held_out, reports["eval_dataset"] = data.load(s.eval_dataset, tokenizer, s)
     else:
         if s.eval_size >= len(train_rows):
             raise UserError(f"eval_size {s.eval_size} leaves no training rows of {len(train_rows)}; lower it")
@@ -898,13 +941,20 @@ class Journal:
 
     def __init__(self, run: Run):
         self.run, self.out, self.metrics = run, Path(run.s.out), Path(run.s.out) / "metrics.jsonl"
+        say(settings_table(run.s))
+        for name, report in run.rows.reports.items():
+            say(f"{name}: {report}")
+        if 0 < len(run.rows.held_out) < FEW:
+            few = f"{len(run.rows.held_out)} held-out rows are too few to compare runs by"
+            say(f"{few}; take some hundreds (eval_size, eval_dataset)")
         dist.on_main(open_records, run)
         self.file = open(self.metrics if dist.is_main() else os.devnull, "a", buffering=1)
         self.send = open_log(run.s, self.out)
         prompts = [run.tokenizer.decode(e.prompt) for e in run.rows.held_out[: run.s.samples]]
         self.samples = [{"prompt": p, "before": b, "during": {}, "after": None} for p, b in zip(prompts, run.before)]
-        for sample, during in zip(self.samples, dist.on_main(read_during, self.out / "samples.jsonl", run.step)):
-            sample["during"] = during
+        during = dist.on_main(read_during, self.out / "samples.jsonl", run.step)
+        for sample in self.samples:
+            sample["during"] = during.get(sample["prompt"], {})
         self.start = next((line for line in dist.on_main(read_metrics, self.metrics) if line["step"] == 0), {})
         self.start.pop("step", None)
         self.rate = matmul_rate(run.policy.model, torch.bfloat16 if run.bf16 else torch.float32) * dist.world_size()
@@ -972,8 +1022,25 @@ class Journal:
         dist.on_main(write_lines, self.out / "samples.jsonl", self.samples)
 
 
+FEW = 50  # held-out rows: the standard error of an accuracy is then above 0.05
+MARKER = "run.json"  # in the folder of a run, and in no other: what the run is
+WRITTEN = (
+    "summary.json",
+    "settings.json",
+    "data.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "answers.jsonl",
+    "curves.png",
+    "tensorboard/events.*",
+    "model",
+    "model.part",
+    "checkpoints/step-*",
+)  # by a run into its folder; fmt: skip
+
+
 def prepare_out(s: Settings) -> Path:
-    """The output folder; one that already holds a run is refused unless overwrite or resume was asked for."""
+    """The output folder; one that already holds anything is refused, a run of ours unless overwrite or resume was asked for."""
     if s.out is None:
         stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{s.objective.partition('(')[0].strip()}"
         out, n = Path("runs") / stamp, 1
@@ -981,60 +1048,109 @@ def prepare_out(s: Settings) -> Path:
             out, n = Path("runs") / f"{stamp}-{n + 1}", n + 1
     else:
         out = Path(s.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out {out} is a file, not a folder")
-    holds_run = (out / "settings.json").exists() or (out / "checkpoints").is_dir()
-    if s.resume and not holds_run:
-        raise UserError(f"out {out} holds no run to resume")
-    if s.overwrite and out.exists() and any(out.iterdir()) and not holds_run:
-        raise UserError(f"out {out} holds files but no run of plainpo; overwrite would delete them. Choose another folder")
-    if out.exists() and any(out.iterdir()) and not (s.overwrite or s.resume):
-        raise UserError(
-            f"out {out} already holds {'a run' if holds_run else 'files'}; use --resume, --overwrite or another folder"
-        )
     try:
+        if out.exists() and not out.is_dir():
+            raise UserError(f"out {out} is a file, not a folder")
+        refuse_out(s, out)
         out.mkdir(parents=True, exist_ok=True)
-        (out / ".probe").write_text("")
-        (out / ".probe").unlink()
+        (out / ".lock").touch()
     except OSError as error:
-        raise UserError(f"out {out} cannot be written ({error})") from error
+        raise UserError(f"out {str(out)[:200]} cannot be written ({error.strerror})") from error
     return out
 
 
+def refuse_out(s: Settings, out: Path) -> None:
+    """UserError where a run in `out` would touch what no run has written, or what this one reads."""
+    holds = out.exists() and any(p.name != ".lock" for p in out.iterdir())
+    if s.resume and not marker(out):
+        raise UserError(f"out {out} holds no run to resume (no {MARKER} of plainpo)")
+    if s.overwrite and holds and not marker(out):
+        raise UserError(f"out {out} holds files but no run of plainpo (no {MARKER}); overwrite deletes runs only")
+    if holds and not (s.overwrite or s.resume):
+        held = "a run; use --resume, --overwrite" if marker(out) else "files; use an empty folder"
+        raise UserError(f"out {out} already holds {held} or another folder")
+    sources = [s.dataset, s.eval_dataset] if s.overwrite else []
+    read = [Path(s.model), *(file for source in sources if source for file in data.files_of(source))]
+    if inside := [path for path in read if holds and _is_inside(path, out)]:
+        raise UserError(f"{inside[0]} is read by this run and lies in out {out}, where files are replaced; choose another out")
+    folders = [out / "model", out / "model.part", *(out.glob("checkpoints/step-*") if s.overwrite else ())]
+    if strange := [str(path) for folder in folders for path in dist.strangers(folder)]:
+        raise UserError(f"{', '.join(strange[:3])}: not written by a run, and its folder is going to be replaced; move it away")
+
+
+def marker(out: Path) -> dict:
+    """What the run in a folder is, as `identity` says it; empty where the folder is none of ours."""
+    try:
+        return dict(json.loads((out / MARKER).read_text())["plainpo"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def finished(s: Settings) -> dict | None:
+    """The summary of the run in `out`, if it has come to its end."""
+    out = Path(s.out)
+    try:
+        summary = json.loads((out / "summary.json").read_text())
+        said = f"out {out} holds a finished run of {summary['steps']} steps: nothing to do"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not marker(out):
+        return None
+    say(f"{said}. To train on from its model: --model {out}/model and another --out")
+    return summary
+
+
 def open_records(run: Run) -> None:
-    """Clear an earlier run that is overwritten, or the metrics of steps after the one that is resumed from; note settings."""
+    """Delete the run that is overwritten, or the metrics of steps after the one that is resumed from; note what this run is."""
     s, out = run.s, Path(run.s.out)
     if s.overwrite:  # only now that data and model have loaded is the earlier run given up
-        shutil.rmtree(out)
+        for path in itertools.chain.from_iterable(map(out.glob, WRITTEN)):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     if s.resume:
         write_lines(out / "metrics.jsonl", read_metrics(out / "metrics.jsonl", run.step) if run.step else [])
-    (out / "settings.json").write_text(json.dumps(run.given, indent=2) + "\n")
-    (out / "data.json").write_text(json.dumps(run.rows.report, indent=2) + "\n")
+    reports = {name: report._asdict() for name, report in run.rows.reports.items()}
+    for name, content in (("settings.json", run.given), ("data.json", reports), (MARKER, {"plainpo": run.same})):
+        write_whole(out / name, json.dumps(content, indent=2) + "\n")
+
+
+def read_lines(file: Path, fits: Callable[[dict], bool]) -> list[dict]:
+    """The JSON objects of a file of lines; what does not fit (damaged, or half-written by a kill) is passed over, and said."""
+    lines, passed = [], []
+    for number, text in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else (), 1):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict) and fits(line):
+            lines.append(line)
+        elif text:
+            passed.append(str(number))
+    if passed:
+        say(f"{file}: left out what is no record of a run: line {', '.join(passed)}")
+    return lines
 
 
 def read_metrics(file: Path, last: int | None = None) -> list[dict]:
-    """The lines of metrics.jsonl, all or up to a step; a line that a killed run left half-written is passed over."""
-    lines = []
-    for text in file.read_text().splitlines() if file.exists() else ():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
+    """The lines of metrics.jsonl, all or up to a step."""
+    lines = read_lines(file, lambda line: "step" in line and all(isinstance(x, (int, float)) for x in line.values()))
     return [line for line in lines if last is None or line["step"] <= last]
 
 
-def read_during(file: Path, last: int) -> list[dict[str, str]]:
-    """Of each prompt the answers "during" an earlier part of a run, {step: text}, up to step `last`."""
-    try:
-        rows = [json.loads(line)["during"] for line in file.read_text().split("\n")[:-1]]
-        return [{step: text for step, text in during.items() if int(step) <= last} for during in rows]
-    except (OSError, ValueError, KeyError):
-        return []  # no such file, or of a version that kept none
+def read_during(file: Path, last: int) -> dict[str, dict[str, str]]:
+    """{prompt: answers "during" an earlier part of a run, {step: text}} up to step `last`."""
+    lines = read_lines(file, lambda line: isinstance(line.get("prompt"), str) and isinstance(line.get("during"), dict))
+    return {x["prompt"]: {n: text for n, text in x["during"].items() if n.isdecimal() and int(n) <= last} for x in lines}
 
 
 def write_lines(file: Path, rows: list[dict]) -> None:
-    """A file of JSON lines, whole or not at all."""
+    write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
     part = file.with_suffix(".part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    part.write_text(text, encoding="utf-8")
     os.replace(part, file)
 
 
@@ -1380,6 +1496,9 @@ def main(argv: list[str] | None = None, work: Callable = lambda argv: train(pars
         return work(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         dist.fail(error)
+    except KeyboardInterrupt:
+        print("stopped at once: go on with --resume from the last checkpoint, if there is one", file=sys.stderr)
+        raise SystemExit(130) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
             raise

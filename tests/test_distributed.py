@@ -305,9 +305,18 @@ def test_unfit_weights_are_named(world, tmp_path):
         ({"extra.weight": torch.ones(2)}, "1 weights are unexpected: extra.weight"),
         ({name: torch.ones(3, 3)}, f"1 weights are of another shape: {name} is (3, 3), the model has (70, 36)"),
     ):
-        save_file({k: v for k, v in {**weights, **change}.items() if v is not None}, tmp_path / "m/model.safetensors")
-        for message in ranks(2, refused, settings(world, model=str(tmp_path / "m"))):
-            assert message.startswith("UserError") and said in message
+        kept = {k: v for k, v in {**weights, **change}.items() if v is not None}
+        save_file(kept, tmp_path / "m/model.safetensors", {"format": "pt"})
+        for count in (0, 2):
+            for message in ranks(count, refused, settings(world, model=str(tmp_path / "m"))):
+                assert message.startswith("UserError") and said in message
+    save_file(weights, tmp_path / "m/model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    for layers, said in ((5, "18 weights are missing: model.layers.3."), (1, "18 weights are unexpected: model.layers.1.")):
+        (tmp_path / "m/config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+        for count in (0, 2):  # 9 weights a layer, of which the file has 3
+            for message in ranks(count, refused, settings(world, model=str(tmp_path / "m"))):
+                assert message.startswith("UserError") and said in message
     (tmp_path / "m/model.safetensors").rename(tmp_path / "m/pytorch_model.bin")
     for count in (0, 2):
         for message in ranks(count, refused, settings(world, model=str(tmp_path / "m"))):
@@ -438,12 +447,25 @@ def test_damaged_checkpoints_are_skipped(world, uninterrupted, tmp_path, capfd):
     content[-100] ^= 1
     shard.write_bytes(content)
     (two / "step.json").unlink()
+    one, more = tmp_path / "o/checkpoints/step-000001", [tmp_path / f"o/checkpoints/step-00001{n}" for n in range(6)]
+    for folder, marker in zip(more, ("[]", '{"step.json": 1}', "null", "\udcff", None, None)):
+        shutil.copytree(one, folder)
+        if marker is not None:
+            (folder / "complete").write_bytes(marker.encode(errors="surrogateescape"))
+    shutil.copy(next(one.glob("*.safetensors")), more[4] / "other.safetensors")
+    for beside in (one, more[5]):  # neither is a reason to distrust what is whole
+        (beside / "notes").mkdir()
+        (beside / "link").symlink_to("nowhere")
     shutil.copytree(five, tmp_path / "o/checkpoints/step-000009.part")
+    (tmp_path / "o/checkpoints/step-notes").mkdir()
+    (tmp_path / "o/summary.json").unlink()
     s.resume = True
     capfd.readouterr()
     resumed = ranks(0, trained, s)[0]
     said = capfd.readouterr().err
-    reasons = ((five, "it was not finished"), (four, "cut short"), (three, "damaged"), (two, "step.json is missing"))
+    reasons = [(five, "it was not finished"), (four, "cut short"), (three, "damaged"), (two, "step.json is missing")]
+    reasons += [(folder, "its marker is damaged") for folder in more[:4]]
+    reasons += [(more[4], "other.safetensors is not part of it"), (more[5], "it is called step-000015 and holds step 1")]
     for folder, reason in reasons:
         assert any(f"skipped {folder}" in line and reason in line for line in said.splitlines()), reason
     assert "resumed after step 1" in said and same(resumed, uninterrupted["packed", 0])
@@ -452,6 +474,7 @@ def test_damaged_checkpoints_are_skipped(world, uninterrupted, tmp_path, capfd):
 def test_another_run_is_refused_by_name(world, tmp_path):
     s = settings(world, out=str(tmp_path / "o"), save_every=2, max_steps=2)
     ranks(0, trained, s)
+    (tmp_path / "o/summary.json").unlink()
     for changed, said in (
         (dict(objective="ipo"), "objective is 'ipo()' here and 'simpo(beta=2.0, gamma=1.0)' there"),
         (dict(model=str(world / "untied")), "model is 'untied' here and 'tied' there"),
@@ -504,7 +527,7 @@ def test_too_little_space_is_said_before_training(world, tmp_path, monkeypatch, 
     free[0] = 1_000_000  # enough for the 0.2 MB of the export, not for checkpoints
     with pytest.raises(SystemExit, match="2"):
         train.main([*arguments, "--save_every", "1"])
-    assert "make room" in capsys.readouterr().err and not any((tmp_path / "o").iterdir())
+    assert "make room" in capsys.readouterr().err and [p.name for p in (tmp_path / "o").iterdir()] == [".lock"]
     assert train.main(arguments)["steps"] == 1
 
 

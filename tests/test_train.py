@@ -301,6 +301,7 @@ def test_resumed_run_equals_the_uninterrupted_one(arguments, tmp_path, objective
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     for late in ("step-000006", "step-000004"):  # as if killed in step 5
         shutil.rmtree(tmp_path / "b" / "checkpoints" / late, ignore_errors=True)
+    (tmp_path / "b" / "summary.json").unlink()
     train.main(arguments(**more, out=tmp_path / "b") + ["--resume"])
     assert (tmp_path / "a" / "samples.jsonl").read_text() == (tmp_path / "b" / "samples.jsonl").read_text()
     noise = {"seconds", "tokens_per_second", "mfu"}
@@ -315,6 +316,7 @@ def test_what_changes_output_only_may_change_on_the_way(arguments, tmp_path):
     train.main(arguments(out=tmp_path / "a"))
     train.main(arguments(out=tmp_path / "b", save_every=2, eval_every=2))
     shutil.rmtree(tmp_path / "b" / "checkpoints" / "step-000004")
+    (tmp_path / "b" / "summary.json").unlink()
     more = dict(samples=3, eval_every=1, export_dtype="bf16", gradient_checkpointing=True)
     train.main(arguments(out=tmp_path / "b", save_every=2, **more) + ["--resume"])
     assert [x["loss"] for x in steps(tmp_path / "b")] == [x["loss"] for x in steps(tmp_path / "a")]
@@ -566,6 +568,18 @@ BAD = {
     "code": (dict(objective="__import__('os').system('true')"), ["write it as a call"]),
     "wrong kind": (dict(objective="simpo(beta='2')"), ["wrong kind"]),
     "out of range": (dict(objective="dpo(beta=0.0)"), ["beta"]),
+    "an argument twice": (dict(objective="simpo(beta=1, beta=2)"), ["an argument is there twice"]),
+    "400 digits": (dict(objective=f"simpo(beta={'9' * 400})"), ["beta=999", "wrong kind or size"]),
+    "an infinite number": (dict(objective="simpo(beta=1e999)"), ["beta=inf", "wrong kind or size"]),
+    "3,000 minus signs": (dict(objective=f"simpo(beta={'-' * 3000}1)"), ["write it as a call"]),
+    "a very long name": (dict(objective="x" * 200_000), [f"'{'x' * 80}'", "unknown objective"]),
+    "nearly an objective": (dict(objective="simppo"), ["did you mean simpo?"]),
+    "nearly an argument": (dict(objective="simpo(gama=1)"), ["did you mean gamma?"]),
+    "no sample tokens": (dict(sample_tokens=0), ["sample_tokens is 0"]),
+    "endless epochs": (dict(epochs=10**9, max_steps=None), ["epochs 1000000000 over 32 rows", "set max_steps"]),
+    "an out of 300 characters": (dict(out="x" * 300), ["out xxx", "cannot be written"]),
+    "an out that is a file": (dict(out=__file__), ["is a file, not a folder"]),
+    "a mesh without torchrun": (dict(mesh="2x2"), ["mesh", "torchrun"]),
     "missing file": (dict(dataset="nowhere.jsonl"), ["nowhere.jsonl", "no such file"]),
     "missing model": (dict(model="/nowhere/model"), ["/nowhere/model"]),
     "learning rate 0": (dict(lr=0), ["lr is 0", "positive"]),
@@ -610,16 +624,41 @@ def test_bad_settings_end_with_a_message_and_code_2(arguments, world, capsys, mo
         assert part in error
 
 
-def test_settings_file_errors(tmp_path, capsys):
-    for text, said in (("lr: [", "cannot be read"), ("- lr", "holds a list"),
-                       ("learning_rate: 1", "unknown setting --learning_rate=1"),
-                       ("overwrite: 3", "--overwrite: Truthy value expected: got 3"),
-                       ("lr: yes", "--lr: invalid float value: 'True'")):  # fmt: skip
-        (tmp_path / "s.yaml").write_text(text)
-        with pytest.raises(SystemExit) as stop:
-            train.main([str(tmp_path / "s.yaml")])
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.startswith(f"error: {tmp_path / 's.yaml'}: ") and said in error
+FILES = {  # content of a settings file → what is said of it
+    b"lr: [": "cannot be read",
+    b"- lr": "holds no settings",
+    b"": "holds no settings",
+    b"{}": "holds no settings",
+    b"learning_rate: 1": "unknown setting --learning_rate=1",
+    b"overwrite: 3": "--overwrite: Truthy value expected: got 3",
+    b"lr: yes": "--lr: invalid float value: 'yes'",
+    b"batch_size:": "batch_size has no value",
+    b"lr: 1e-6\nbatch_size: 2\nlr: 1e-5": "lr is there twice, again on line 3",
+    b"lr: {peak: 1}": "line 1: a setting is one value",
+    b"a: &a [x, x]\nb: &b [*a, *a]\ndataset: [*b, *b]": "line 2: a setting is one value",
+    "objective: ä".encode("latin-1"): "is not UTF-8 text (byte 11)",
+    "lr: 1e-6".encode("utf-16"): "is not UTF-8 text (byte 0)",
+    bytes(range(1, 32)): "cannot be read",
+    b"[" * 20_000: "cannot be read",
+}
+
+
+@pytest.mark.parametrize("content", FILES)
+def test_settings_file_errors(tmp_path, capsys, content):
+    (tmp_path / "s.yaml").write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(tmp_path / "s.yaml")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(f"error: {tmp_path / 's.yaml'}: ") and FILES[content] in error
+
+
+def test_settings_files_say_what_people_write(tmp_path):
+    """Rates without a point, lists, null for what is not set, the record of an earlier run."""
+    (tmp_path / "s.yaml").write_text("model: m\ndataset: [a.jsonl, b.jsonl@0.5]\nlr: 1e-6\nmax_steps: null\ncompile: true\n")
+    s = train.parse_settings([str(tmp_path / "s.yaml")])
+    assert (s.dataset, s.lr, s.max_steps, s.compile) == ("a.jsonl,b.jsonl@0.5", 1e-6, None, True)
+    (tmp_path / "settings.json").write_text(json.dumps(vars(replace(s, lr=1e-7))))
+    assert train.parse_settings([str(tmp_path / "settings.json")]) == replace(s, lr=1e-7)
 
 
 def test_out_that_holds_a_run_is_refused_and_kept(arguments, tmp_path, capsys):
@@ -636,6 +675,111 @@ def test_out_that_holds_a_run_is_refused_and_kept(arguments, tmp_path, capsys):
         with pytest.raises(SystemExit):
             train.main(arguments(out=other) + extra)
         assert (other / "letter.txt").read_text() == "mine"
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def refused(argv: list[str], capsys) -> str:
+    """What is said of a command line that must end with code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
+def test_a_folder_without_our_marker_is_no_run(arguments, tmp_path, capsys, flag):
+    out = tmp_path / "project"
+    (out / "checkpoints" / "step-000001").mkdir(parents=True)
+    for name in ("settings.json", "summary.json", "checkpoints/step-000001/complete"):
+        (out / name).write_text("{}")
+    (out / "thesis.txt").write_text("three years")
+    before = files_in(out)
+    assert "no run" in refused(arguments(out=out) + [flag], capsys) and files_in(out) == before
+
+
+def test_overwrite_deletes_what_a_run_wrote_and_nothing_else(arguments, world, tmp_path, capsys):
+    out = tmp_path / "out"
+    train.main(arguments(save_every=2))
+    (out / "notes.txt").write_text("mine")
+    train.main(arguments(max_steps=1, eval_size=4) + ["--overwrite"])
+    assert (out / "notes.txt").read_text() == "mine" and not list(out.glob("checkpoints/*"))
+    assert [line["step"] for line in metrics(out)] == [0, 1, 1]
+    shutil.copy(world / "pairs.jsonl", out / "mine.jsonl")
+    shutil.copy(out / "settings.json", out / "mine.yaml")
+    for more in (dict(dataset=f"{out}/mine.jsonl[:30]"), dict(eval_dataset=out / "*.jsonl"), dict(model=out / "model")):
+        before = files_in(out)
+        assert f"lies in out {out}" in refused(arguments(**more) + ["--overwrite"], capsys) and files_in(out) == before
+    assert "copy it to another place" in refused([f"{out}/mine.yaml", *arguments(), "--overwrite"], capsys)
+    (out / "model" / "quantised.gguf").write_text("mine")
+    before = files_in(out)
+    assert "quantised.gguf: not written by a run" in refused(arguments() + ["--overwrite"], capsys) and files_in(out) == before
+
+
+def test_a_finished_run_is_not_run_again(arguments, tmp_path, capsys):
+    first = train.main(arguments())
+    before = files_in(tmp_path / "out")
+    assert train.main(arguments(lr=1) + ["--resume"]) == first
+    assert "holds a finished run of 4 steps" in capsys.readouterr().err and files_in(tmp_path / "out") == before
+
+
+def test_resume_without_a_checkpoint_is_said_and_needs_the_same_run(arguments, tmp_path, capsys):
+    train.main(arguments())
+    (tmp_path / "out" / "summary.json").unlink()  # as if killed at the very end, without a checkpoint
+    before = files_in(tmp_path / "out")
+    assert "lr is 0.5 here and 0.001 there" in refused(arguments(lr=0.5) + ["--resume"], capsys)
+    assert files_in(tmp_path / "out") == before
+    train.main(arguments() + ["--resume"])
+    assert "no checkpoint; starting from step 0" in capsys.readouterr().err
+    after = files_in(tmp_path / "out")
+    assert after["model/model.safetensors"] == before["model/model.safetensors"] and "summary.json" in after
+
+
+def test_one_run_at_a_time_in_a_folder(arguments, tmp_path, capsys):
+    """Refused while another process has the folder; that one is killed, and nothing of it is in the way."""
+    train.main(arguments(max_steps=1))
+    before = files_in(tmp_path / "out")
+    code = f"import distributed, pathlib; lock = distributed.own(pathlib.Path({str(tmp_path / 'out')!r}))"
+    code += "; print('it is mine', flush=True); input()"
+    how = dict(cwd=Path(train.__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", code], **how) as other:
+        other.stdout.readline()
+        assert "is in use by another run" in refused(arguments(max_steps=1) + ["--overwrite"], capsys)
+        assert files_in(tmp_path / "out") == before
+        other.kill()
+    assert train.main(arguments(max_steps=1) + ["--overwrite"])["steps"] == 1
+
+
+def test_records_that_are_damaged_are_passed_over_and_said(arguments, tmp_path, capsys):
+    """Lines 3 and later of metrics.jsonl hold what no run writes; of samples.jsonl the first of two lines is destroyed."""
+    more = dict(samples=2, save_every=2, eval_every=1)
+    train.main(arguments(**more))
+    out, odd = tmp_path / "out", [b"[]", b"1", b"{}", b'{"step": 1, "loss": "x"}', b"\xff\xfe", b'{"step": 1, "lo', b"[" * 9999]
+    whole, samples = metrics(out), (out / "samples.jsonl").read_text().splitlines()
+    shutil.rmtree(out / "checkpoints" / "step-000004")
+    (out / "summary.json").unlink()
+    first = (out / "metrics.jsonl").read_bytes().splitlines()
+    (out / "metrics.jsonl").write_bytes(b"\n".join([*first[:2], *odd, *first[2:]]) + b"\n")
+    (out / "samples.jsonl").write_bytes(b"\xff{}\n" + samples[1].encode() + b"\n")
+    train.main(arguments(**more) + ["--resume"])
+    said = capsys.readouterr().err
+    assert "metrics.jsonl: left out what is no record of a run: line 3, 4, 5, 6, 7, 8, 9" in said
+    assert "samples.jsonl: left out what is no record of a run: line 1" in said
+    assert [line["step"] for line in metrics(out)] == [line["step"] for line in whole]
+    assert (out / "samples.jsonl").read_text().splitlines()[1] == samples[1]
+
+
+def test_nothing_but_progress_before_an_error_about_settings(arguments, capsys):
+    said = refused(arguments(eval_size=10**6, lr=2), capsys)
+    assert said.startswith("error: eval_size 1000000 leaves no training rows")
+
+
+def test_few_held_out_rows_are_called_too_few(arguments, capsys):
+    train.main(arguments(eval_size=8, max_steps=1))
+    assert "8 held-out rows are too few to compare" in capsys.readouterr().err
 
 
 def test_a_wrong_dataset_does_not_delete_the_earlier_run(arguments, tmp_path):
