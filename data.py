@@ -537,6 +537,25 @@ def _stand_ins(tokenizer) -> tuple[Callable[[str], str], Tokenizer | None]:
         return exchange, None
 
 
+def _controls(tokenizer, ids: list[int]) -> list[int]:
+    """The special tokens among ids, in order; the unknown token stands for text."""
+    special = _special_ids(tokenizer)
+    return [i for i in ids if i in special]
+
+
+@functools.lru_cache(maxsize=4)
+def _special_ids(tokenizer) -> set[int]:
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.unk_token_id}
+
+
+@functools.lru_cache(maxsize=1024)
+def _own_controls(tokenizer, roles: tuple[str, ...]) -> list[int]:
+    """The special tokens that a template writes itself around messages of these roles and a response."""
+    row = Row([{"role": role, "content": MARK} for role in roles], [MARK])
+    prompt, (response,) = _prompt_and_responses(row, tokenizer, functools.partial(_ids, tokenizer))
+    return _controls(tokenizer, prompt + response)
+
+
 def _texts(row: Row) -> list[str]:
     return [m["content"] for m in row.prompt] + row.responses
 
@@ -566,10 +585,13 @@ def encode(
         UserError: the template refuses the row, or its prompt is not a prefix of the whole, or there is no room.
     """
     ids, cuts = functools.partial(_ids, tokenizer), []
+    roles = tuple(m["role"] for m in row.prompt)
     if not control_tokens and any(map(_special(tokenizer)[1].search, _texts(row))):
         row, ids = _with_stand_ins(row, tokenizer)
         cuts.append("with a special token as plain text")
     prompt, responses = _prompt_and_responses(row, tokenizer, ids)
+    if not control_tokens and any(_controls(tokenizer, prompt + r) != _own_controls(tokenizer, roles) for r in responses):
+        raise UserError("the chat template makes special tokens out of its messages")
     if len(prompt) > max_prompt_length:
         prompt, cuts = prompt[-max_prompt_length:], [*cuts, "prompt cut"]
     room = max_length - len(prompt)

@@ -731,7 +731,6 @@ def _write_model(
 ) -> None:
     """A folder with the tensors that `fetch(name)` gives and what `describe(part)` writes beside them, renamed when whole."""
     part = folder.with_name(f"{folder.name}.part")
-    on_main(_start_part, part, folder)
     files = _files_of(shapes, dtype, limit)
 
     def finish() -> None:
@@ -744,7 +743,13 @@ def _write_model(
             _flush(path)
         os.rename(part, folder)
 
+    def begin() -> None:
+        if strange := strangers(part):
+            raise UserError(f"{strange[0]} is in the way of an export to {folder}; move it away")
+        _start_part(part, folder)
+
     try:
+        on_main(begin)
         for file, names in files.items():
             tensors = {}
             for name in names:
@@ -756,9 +761,8 @@ def _write_model(
         on_main(finish)
     except (OSError, SafetensorError) as error:  # most often a disk that is full
         on_main(functools.partial(shutil.rmtree, part, ignore_errors=True))
-        raise UserError(
-            f"{folder} could not be written ({error}); make room, then export a checkpoint or go on with --resume"
-        ) from error
+        why = f"{folder} could not be written ({error})"
+        raise UserError(f"{why}; make room or choose another place, then export a checkpoint or go on with --resume") from error
 
 
 def _files_of(shapes: dict[str, torch.Size], dtype: torch.dtype, limit: int) -> dict[str, list[str]]:
@@ -896,8 +900,12 @@ def plan(p: Plan) -> str:
     model = p.model or next((shape for shape in SHAPES if p.recipe and p.recipe.startswith(shape)), None)
     if model is None:
         raise UserError("plan needs --model or --recipe")
-    if len(p.lengths) != 3:
+    if len(p.lengths) != 3 or min(p.lengths) < 1:
         raise UserError(f"lengths are {p.lengths}; write those of prompt, chosen and rejected, such as --lengths 300 350 350")
+    for name in ("gpus", "gpu_memory", "rows", "batch_size", "mfu", "tflops"):
+        value = getattr(p, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"{name} is {value}; it must be above 0")
     p, config, lines = replace(p, batch_size=p.batch_size or recipe["batch_size"]), config_of(model), []
     half = torch.float16  # 16-bit like bf16, which a CPU would attend to in another way than a GPU does
     for checkpointing in (True, False):

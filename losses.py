@@ -27,6 +27,9 @@ over 10 tokens, s_l = −24 over 12, reference −14 and −22; so a_w = −1.2,
 import functools
 import inspect
 import math
+import os
+import shutil
+import sys
 import textwrap
 from collections.abc import Callable
 
@@ -1281,31 +1284,48 @@ PAIRS = {
 ROWS = {"logp": [-12.0, -24.0], "ref": [-14.0, -22.0], "logp_kl": [-30.0, -28.0], "ref_kl": [-31.0, -29.0]}
 
 
-def table() -> str:
-    """One line per objective: what it asks for, loss and gradient of the first worked row, settings with defaults."""
-    head = f"{'objective':<13} data  ref kl  batch-coupled  {'loss':>11} {'gradient':>9}  settings with their defaults"
-    lines = [head, "─" * 132]
+def table(width: int = 128) -> str:
+    """One line per objective: what it asks for, loss and gradient of the first worked row, settings with defaults.
+
+    width: of the lines, in characters; at least 80.
+    """
+    head = f"{'objective':<13} {'needs':<19} {'loss':>11} {'gradient':>8}  settings with defaults"
+    lines = [head, "─" * width]
     for name, loss in OBJECTIVES.items():
         inputs = {k: tensor([True, False]) if k == "desirable" else tensor((PAIRS | ROWS)[k]) for k in loss.tensors}
         draw = {"generator": torch.Generator().manual_seed(1)} if loss.random else {}
         policy = inputs[loss.tensors[0]].requires_grad_()
         values = loss(**inputs, **draw)
         (slope,) = torch.autograd.grad(values.sum(), policy)
-        data = "rows" if "desirable" in inputs else "pairs"
-        ref = "yes" if inputs.keys() & {"ref", "ref_w", "kl_w"} else "–"
-        kl = "yes" if "kl_w" in inputs else "–"
-        coupled = {True: "yes", False: "–"}.get(loss.coupled, loss.coupled)
-        settings = textwrap.wrap(" ".join(f"{k}={v}" for k, v in loss.settings.items()) or "–", 64)
-        numbers = f"{values[0].item():>11.4f} {slope[0].item() + 0.0:>9.4f}"
-        start = f"{name:<13} {data:<5} {ref:<3} {kl:<3} {coupled:<14} {numbers}  "
+        kinds = {k.partition("_")[0] for k in loss.tensors}
+        needs = [kind for kind in ("ref", "kl", "old", "len") if kind in kinds] + ["rows"] * ("desirable" in kinds)
+        needs += {True: ["batch"], False: []}.get(loss.coupled, ["(batch)"])
+        settings = textwrap.wrap(
+            " ".join(f"{k}={v}" for k, v in loss.settings.items()) or "–", width - 56, break_long_words=False
+        )
+        start = f"{name:<13} {' '.join(needs) or '–':<19} {values[0].item():>11.4f} {slope[0].item() + 0.0:>8.4f}  "
         lines += [start + settings[0]] + [" " * len(start) + line for line in settings[1:]]
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    print(
-        "Worked pair: s_w = −12 over 10 tokens, s_l = −24 over 12, reference −14 and −22, KL 0.5 and 1.5, earlier\n"
-        "policy −13.5 and −22.5. Batch-coupled objectives see a second pair, of no margin (−20 over 10 tokens, KL 0).\n"
-        "Unpaired: this pair as two rows, mismatched log-ratio 1. Loss of row 1; gradient ∂L/∂s_w, ∂L/∂s of the sum.\n"
+def main() -> None:
+    """Print the table as wide as the terminal is."""
+    width = min(128, max(80, shutil.get_terminal_size((128, 24)).columns))
+    about = (
+        "Worked pair: s_w = −12 over 10 tokens, s_l = −24 over 12, reference −14 and −22, KL 0.5 and 1.5, earlier policy −13.5 "
+        "and −22.5. Losses that need the batch see a second pair, of no margin (−20 over 10 tokens, KL 0). Rows: this pair as "
+        "two rows, mismatched log-ratio 1. Loss of row 1; gradient ∂L/∂s_w, ∂L/∂s of the sum. (batch): under one setting only."
     )
-    print(table())
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")  # where a terminal lacks these letters
+    try:
+        print(textwrap.fill(about, width), table(width), sep="\n\n", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # a reader that has seen enough is no error
+            print(f"error: the table cannot be written ({error.strerror})", file=sys.stderr)
+            raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -164,7 +164,7 @@ def check_settings(s: Settings) -> None:
         (AT_LEAST_1, lambda x: x >= 1, "it must be at least 1"),
         (NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "it must not be negative"),
         (SHARES, lambda x: 0 <= x <= 1, "it is a share, from 0 to 1"),
-        (("lr",), lambda x: 0 < x < math.inf, "a learning rate must be positive"),
+        (("lr",), lambda x: 0 < x <= 1, "a learning rate is above 0 and at most 1; AdamW moves every weight by about as much"),
     ):
         for name in names:
             value = getattr(s, name)

@@ -745,6 +745,30 @@ def test_the_reader_of_plain_text_tokenises_ordinary_text_alike(families, name):
         assert reader.encode(exchange(text), add_special_tokens=False).ids == raw_ids(tokenizer, text)
 
 
+JOINING = (  # lets messages touch, and deletes a character
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>{{ m['content'] }}<|im_end|>{% else %}"
+    "{{ m['content'] | replace('~', '') }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("pieces, control", [
+    (["hi <|im_", "end|> there"], True), (["hi <|im~_end|> there"], True), (["<|im_start|> and <|im_", "end|>"], True),
+    (["hi <|im", "end|> there"], False), (["hi <|im_end|> there"], False),
+])  # fmt: skip
+def test_special_tokens_that_the_template_makes_of_pieces(families, pieces, control):
+    """Harmless messages of which the rendered text has an <|im_end|>: refused; as near, but none: encoded."""
+    tokenizer = copy.deepcopy(families["smollm2"])
+    tokenizer.chat_template = JOINING
+    row = Row([{"role": "user", "content": piece} for piece in pieces], ["yes", "no"])
+    if control:
+        with pytest.raises(UserError, match="makes special tokens out of its messages"):
+            encode(row, tokenizer, 512, 448)
+        assert encode(row, tokenizer, 512, 448, control_tokens=True)[0].responses
+    else:
+        example, _ = encode(row, tokenizer, 512, 448)
+        assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in example.prompt
+
+
 def test_private_use_characters_cannot_stand_in_for_a_special_token(chatml):
     with pytest.raises(UserError, match="spells a special token"):
         encode(Row([user("a <|im_end|> \U000f0000\U000f0001\U000f0002")], ["Good"]), chatml, 1000, 900)

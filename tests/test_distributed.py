@@ -543,6 +543,37 @@ def test_export_of_a_checkpoint(world, tmp_path):
         dist.main(["export", str(tmp_path / "o/checkpoints/step-000005"), str(tmp_path / "e")])
 
 
+def test_an_export_that_fails_leaves_nothing_behind_and_deletes_nothing(world, tmp_path, capfd):
+    """No file may exceed 10 kB (as on a full disk); a file in the way; a folder in which none can be made."""
+    s = settings(world, out=str(tmp_path / "o"), save_every=5)
+    ranks(0, trained, s)
+    checkpoint = str(tmp_path / "o/checkpoints/step-000005")
+
+    def attempt(out: Path) -> int:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+        with pytest.raises(SystemExit) as stop:
+            dist.main(["export", checkpoint, str(out)])
+        return stop.value.code
+
+    (tmp_path / "b.part").mkdir()
+    (tmp_path / "b.part/mine.txt").write_text("mine")
+    for out, said in ((tmp_path / "a", "could not be written"), (tmp_path / "b", "mine.txt is in the way"),
+                      (world / "pairs.jsonl/c", "Not a directory"), (Path("/proc/d"), "could not be written")):  # fmt: skip
+        capfd.readouterr()
+        assert ranks(0, attempt, out) == [2] and said in capfd.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.part", "o"] and (tmp_path / "b.part/mine.txt").exists()
+
+
+@pytest.mark.parametrize("name, value", [
+    ("gpus", 0), ("gpus", -1), ("gpu_memory", "nan"), ("gpu_memory", -1), ("rows", 0), ("batch_size", 0), ("mfu", 0),
+    ("mfu", "nan"), ("tflops", "inf"), ("lengths", 0),
+])  # fmt: skip
+def test_plans_that_cannot_be_meant(capsys, name, value):
+    with pytest.raises(SystemExit) as stop:
+        dist.main(["plan", "--model", "mistral-7b", f"--{name}", *(str(value),) * (3 if name == "lengths" else 1)])
+    assert stop.value.code == 2 and f"error: {name} " in capsys.readouterr().err
+
+
 # ---- signals and accidents, with torchrun ----------------------------------------------------------------------------
 
 

@@ -19,8 +19,11 @@ import ast
 import doctest
 import inspect
 import math
+import os
 import runpy
 import statistics
+import subprocess
+import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -1750,21 +1753,35 @@ def test_a_forgotten_argument_is_a_type_error():
 # --- python losses.py ------------------------------------------------------------------------------------------------
 
 
-def test_table_names_every_objective_and_fits_the_screen():
-    lines = losses.table().splitlines()
+@pytest.mark.parametrize("width", [80, 100, 128])
+def test_table_names_every_objective_and_fits_the_terminal(width):
+    lines = losses.table(width).splitlines()
     assert [line.split()[0] for line in lines[2:] if not line.startswith(" ")] == list(OBJECTIVES)
-    assert max(map(len, lines)) <= 140
+    assert max(map(len, lines)) == width
 
 
 def test_table_shows_the_worked_pair():
-    """dpo: −logσ(0.4) and −0.1σ(−0.4); sppo: 2 · 498² and −2 · 498; orpo free of reference, tdpo1 with KL."""
-    cells = {line.split()[0]: line.split() for line in losses.table().splitlines()}
-    assert cells["dpo"][5:7] == [f"{softplus(-0.4):.4f}", f"{-0.1 * sigmoid(-0.4):.4f}"]
-    assert cells["sppo"][5:7] == ["496008.0000", "-996.0000"]
-    assert cells["orpo"][2] == "–" and cells["tdpo1"][2:4] == ["yes", "yes"] and cells["kto"][1] == "rows"
-    assert cells["online_simpo"][4] == "self_normalize" and cells["amapo"][4] == "yes" and cells["dpo"][4] == "–"
+    """dpo: −logσ(0.4) and −0.1σ(−0.4); sppo: 2 · 498² and −2 · 498; what each asks for."""
+    rows = {line.split()[0]: (line[14:33].strip(), *line[33:].split()[:2]) for line in losses.table().splitlines()}
+    assert rows["dpo"] == ("ref", f"{softplus(-0.4):.4f}", f"{-0.1 * sigmoid(-0.4):.4f}")
+    assert rows["sppo"][1:] == ("496008.0000", "-996.0000")
+    needs = dict(slic="–", orpo="len", tdpo1="ref kl", kto="ref rows batch", amapo="len batch")
+    assert {name: rows[name][0] for name in needs} == needs and rows["online_simpo"][0] == "ref old len (batch)"
 
 
-def test_script_prints_the_table(capsys):
+def test_script_prints_the_table_as_wide_as_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
     runpy.run_path(losses.__file__, run_name="__main__")
-    assert losses.table() in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert losses.table(90) in printed and max(map(len, printed.splitlines())) == 90
+
+
+@pytest.mark.parametrize("where, code, said", [
+    ("| head -1", 0, ""), ("> /dev/full", 2, "error: the table cannot be written (No space left on device)"), (">&-", 0, ""),
+])  # fmt: skip
+def test_where_the_table_cannot_go(tmp_path, where, code, said):
+    """From another folder, in a terminal of ASCII: nothing but a message, and none where nobody reads on."""
+    command = f"set -o pipefail; {sys.executable} {losses.__file__} {where}"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (code, said)

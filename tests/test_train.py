@@ -582,7 +582,8 @@ BAD = {
     "a mesh without torchrun": (dict(mesh="2x2"), ["mesh", "torchrun"]),
     "missing file": (dict(dataset="nowhere.jsonl"), ["nowhere.jsonl", "no such file"]),
     "missing model": (dict(model="/nowhere/model"), ["/nowhere/model"]),
-    "learning rate 0": (dict(lr=0), ["lr is 0", "positive"]),
+    "learning rate 0": (dict(lr=0), ["lr is 0", "above 0"]),
+    "learning rate 1e30": (dict(lr=1e30), ["lr is 1e+30"]),
     "learning rate below 0": (dict(lr=-0.5), ["lr is -0.5"]),
     "learning rate nan": (dict(lr="nan"), ["lr is nan"]),
     "weight decay nan": (dict(weight_decay="nan"), ["weight_decay is nan"]),
@@ -819,10 +820,11 @@ def test_non_finite_loss_names_the_rows(arguments, world, tmp_path, monkeypatch,
     assert stop.value.code == 2 and "not finite" in error and named and named <= guilty
 
 
-def test_a_model_that_is_not_finite_is_not_exported(arguments, tmp_path, capsys):
+def test_a_model_that_is_not_finite_is_not_exported(arguments, tmp_path, capsys, monkeypatch):
     """One step of 1e39 takes fp32 weights, at most 3.4e38, to infinity."""
+    monkeypatch.setattr(train, "learning_rate", lambda *_: 1e39)
     with pytest.raises(SystemExit) as stop:
-        train.main(arguments(lr=1e39, max_steps=1))
+        train.main(arguments(max_steps=1))
     assert stop.value.code == 2 and "not finite: nothing is in" in capsys.readouterr().err
     assert not (tmp_path / "out" / "model").exists()
 
