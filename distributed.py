@@ -455,6 +455,8 @@ class StopOnSignal:
         if self.raised and world_size() == 1:  # asked twice: now. torchrun passes on a Ctrl-C that we have had already
             signal.signal(number, self.before[number])
             os.kill(os.getpid(), number)
+        elif number == signal.SIGINT and is_main() and not self.raised:
+            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
         self.raised = True
 
     def requested(self) -> bool:

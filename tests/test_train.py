@@ -5,7 +5,9 @@ Expected numbers are algebra (stated where used) or the same computation done an
 
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -859,6 +861,20 @@ def test_disagreeing_layouts_stop_the_run(arguments, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(arguments())
     assert stop.value.code == 2 and "use --layout padded" in capsys.readouterr().err
+
+
+def test_ctrl_c_twice_stops_at_once_and_says_how_to_go_on(capsys):
+    def work(argv):
+        with dist.StopOnSignal() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.requested()
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+
+    with pytest.raises(SystemExit) as stop:
+        train.main([], work)
+    first, second = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 130 and "Ctrl-C again" in first and "go on with --resume" in second
 
 
 def test_the_command_line_itself(tmp_path):
