@@ -6,7 +6,8 @@
 
 A case is a line of a table: name, command line, a word that the message must hold, what was broken before. Good is: the
 expected exit code (2), no traceback, a message that begins with "error:" and is short, and every file that was there is as it
-was. Exit code 1 if any case is not good. No network is used, and a process may take 8 GiB of address space.
+was; where a run may go on, its model is the unbroken run's. Exit code 1 if any case is not good. No network is used, and a
+process may take 8 GiB of address space.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from processes import REPOSITORY, SMALL, TRAIN  # noqa: E402
 
 SECONDS = 40.0  # a process that takes longer hangs
 LINES, CHARACTERS = 12, 2000  # of a message, at most
-VERDICTS = ("good", "hang", "traceback", "file lost", "wrong exit code", "unhelpful")
+VERDICTS = ("good", "hang", "traceback", "file lost", "wrong exit code", "wrong model", "unhelpful")
 
 
 class Case(NamedTuple):
@@ -46,6 +47,7 @@ class Case(NamedTuple):
     code: tuple[int, ...] = (2,)  # accepted exit codes
     changes: tuple[str, ...] = ()  # patterns of the files that may change
     shell: bool = False
+    model: str = ""  # if the exit code is 0: a folder that must hold the model of the unbroken run
     beside: str = ""  # a command line that runs meanwhile, and must end well when it is asked to stop
 
 
@@ -172,18 +174,18 @@ def overwriting() -> Iterator[Case]:
 
 
 def resuming() -> Iterator[Case]:
-    name = "resume: {}".format
+    name, going_on = "resume: {}".format, dict(changes=("stopped/*",), model="stopped/model")
     yield Case(name("a finished run"), f"{KEPT} --resume", "finished|nothing left|complete|done", None, (0, 2))
     yield Case(name("of nothing"), f"{TRAIN} --resume", "out")
     damaged = both(
         write("stopped/checkpoints/step-000002/complete", "x"), write("stopped/checkpoints/step-000004/complete", "x")
     )
-    yield Case(name("all markers damaged"), STOPPED, "marker|damaged", damaged, (0, 2), ("stopped/*",))
+    yield Case(name("all markers damaged"), STOPPED, "marker|damaged", damaged, (0, 2), **going_on)
     for setting, value in (("lr", "1e-4"), ("batch-size", "4"), ("objective", "dpo"), ("max-steps", "6"), ("seed", "1"),
                            ("dataset", "pairs2.jsonl"), ("layout", "padded"), ("dtype", "bf16")):  # fmt: skip
         yield Case(name(f"with another {setting}"), f"{STOPPED} --{setting} {value}", setting.replace("-", "."))
     early = both(lambda folder: shutil.rmtree(folder / "stopped" / "checkpoints"), remove("stopped/metrics.jsonl"))
-    yield Case(name("killed before the first checkpoint"), STOPPED, "", early, (0,), ("stopped/*",))
+    yield Case(name("killed before the first checkpoint"), STOPPED, "", early, (0,), **going_on)
     long = f"{TRAIN} --max-steps 100000 --epochs 30000 --save-every 10"
     for second in ("--resume", "--overwrite", ""):
         yield Case(
@@ -415,7 +417,9 @@ def commands() -> Iterator[Case]:
     yield Case(name("sample, out of other settings"), f"{SAMPLE} --out sampled.jsonl --temperature 0.5", "temperature")
     yield Case(name("sample, out is no JSON"), f"{SAMPLE} --out rules.py", "rules.py")
     yield Case(name("sample, out is other data"), f"{SAMPLE} --out pairs.jsonl", "pairs.jsonl")
-    yield Case(name("sample, no prompt fits"), f"{SAMPLE} --prompts new.jsonl", "new.jsonl", rows("new.jsonl", {"prompt": ""}))
+    yield Case(
+        name("sample, no prompt fits"), f"{SAMPLE} --prompts none.jsonl", "none.jsonl", rows("none.jsonl", {"prompt": ""})
+    )
     yield Case(name("score without a rule"), SCORE, "rule")
     yield Case(name("score by rule and model"), f"{SCORE} --rule rules.py:words --reward-model judge", "rule")
     broken = {
@@ -503,8 +507,22 @@ def flipped(checkpoint: Path) -> None:
     weights.write_bytes(content)
 
 
+def older(checkpoint: Path) -> None:
+    """Put the weights of step 2 in a later checkpoint as well, under names that its marker does not know."""
+    weights = next((checkpoint.parent / "step-000002").glob("*.safetensors"))
+    for name in ("a.safetensors", "z.safetensors"):
+        shutil.copy(weights, checkpoint / name)
+
+
+def half_listed(checkpoint: Path) -> None:
+    """A damaged file of weights, and a marker that does not list it."""
+    sums = json.loads((checkpoint / "complete").read_text())
+    (checkpoint / "complete").write_text(json.dumps({"step.json": sums["step.json"]}))
+    shutil.copy(next((checkpoint.parent / "step-000002").glob("*.safetensors")), checkpoint)
+
+
 def checkpoints() -> Iterator[Case]:
-    newest = "stopped/checkpoints/step-000004"
+    newest, going_on = "stopped/checkpoints/step-000004", dict(changes=("stopped/*",), model="stopped/model")
     weights = f"{newest}/shard-00001-model-00001-of-00001.safetensors"
     cut = lambda folder: os.truncate(folder / weights, 5000)  # noqa: E731
     inside = lambda folder: (folder / newest / "mine").mkdir()  # noqa: E731
@@ -522,6 +540,9 @@ def checkpoints() -> Iterator[Case]:
         ("marker cut", half, "marker"), ("marker empty", write(f"{newest}/complete", ""), "marker"),
         ("marker a folder", both(remove(f"{newest}/complete"), write(f"{newest}/complete/x", "")), "marker|finished"),
         ("an unlisted file of weights", lambda folder: shutil.copy(folder / "model/model.safetensors", folder / newest), ""),
+        ("a marker that lists step.json only", lambda folder: half_listed(folder / newest), ""),
+        ("an older one's weights under other names", lambda folder: older(folder / newest), ""),
+        ("both damaged", lambda folder: [flipped(c) for c in (folder / newest).parent.iterdir()], "damaged"),
         ("renamed to another step", move(newest, "stopped/checkpoints/step-000006"), ""),
         ("a folder in it", inside, ""), ("a dangling link in it", dangling, ""),
         ("a folder of another name beside it", write("stopped/checkpoints/step-best/complete", "{}"), ""),
@@ -542,7 +563,7 @@ def checkpoints() -> Iterator[Case]:
         ("settings.json binary", write("stopped/settings.json", bytes(range(256))), ""),
         ("a reference cache that is damaged", write("cache/reference-0.safetensors", "x"), ""),
     ):  # fmt: skip
-        yield Case(f"checkpoint: {what}", STOPPED, word, before, (0, 2), ("stopped/*",))
+        yield Case(f"checkpoint: {what}", STOPPED, word, before, (0, 2), **going_on)
 
 
 GROUPS = (overwriting, resuming, models, settings, settings_files, objectives, datasets, commands, plans_and_exports, outputs,
@@ -621,7 +642,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 # ---- running a case --------------------------------------------------------------------------------------------------
 
 
-def judge(case: Case, code: int | None, output: str, lost: list[str]) -> tuple[str, str]:
+def judge(case: Case, code: int | None, output: str, lost: list[str], same: bool = True) -> tuple[str, str]:
     """(verdict, what to say of it)"""
     lines = [line for line in output.splitlines() if line.strip()] or [""]
     where = next((i for i, line in enumerate(lines) if line.startswith("error:")), None)
@@ -635,6 +656,8 @@ def judge(case: Case, code: int | None, output: str, lost: list[str]) -> tuple[s
         return "file lost", f"{', '.join(lost[:4])}{', …' * (len(lost) > 4)} (exit code {code}): {said}"
     if code not in case.code:
         return "wrong exit code", f"exit code {code}: {said}"
+    if code == 0 and not same:
+        return "wrong model", said
     if case.word and not re.search(case.word, message, re.IGNORECASE):
         return "unhelpful", f"no word of {case.word!r}: {said}"
     if code == 2 and where is None:
@@ -689,8 +712,13 @@ def run_case(case: Case, given: Path, place: Path, fresh: bool, seconds: float) 
     lost = [name for name, content in before.items() if after.get(name) != content]
     lost = [name for name in lost if not any(fnmatch.fnmatch(name, pattern) for pattern in case.changes)]
     text = "".join(output.with_suffix(end).read_text(errors="replace") for end in (".out", ".err"))
-    verdict, message = judge(case, code, text, harmed + lost)
+    same = code != 0 or not case.model or _weights(folder / case.model) == _weights(folder / "run/model")
+    verdict, message = judge(case, code, text, harmed + lost, same)
     return Result(verdict, message, seconds)
+
+
+def _weights(model: Path) -> bytes:
+    return (model / "model.safetensors").read_bytes()
 
 
 def in_parallel(cases: list[Case], given: Path, jobs: int, fresh: bool, seconds: float) -> Iterator[tuple[Case, Result]]:

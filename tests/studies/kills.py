@@ -171,16 +171,13 @@ def lives(place: Path, runs: int, seed: int) -> Iterator[tuple[float, Life]]:
 
 
 def table(found: list[Life]) -> str:
-    """By where the last kill struck, and whether a checkpoint was damaged: how the runs ended."""
-    lines = ["| last killed | checkpoint damaged | runs | " + " | ".join(VERDICTS) + " |", "|---" * 7 + "|"]
-    kinds = [(place, harmed) for place in PLACES for harmed in (False, True)]
-    for place, harmed in kinds:
-        same = [x for x in found if x.kills and x.kills[-1].place == place and harmed == any(k.damage for k in x.kills)]
-        counts = Counter(x.verdict for x in same)
-        if same:
-            lines.append(
-                f"| {place} | {'yes' if harmed else '–'} | {len(same)} | {' | '.join(str(counts[v]) for v in VERDICTS)} |"
-            )
+    """By where a kill struck, and whether the newest checkpoint was damaged after it: how the runs ended."""
+    lines = ["| killed | checkpoint damaged | kills | " + " | ".join(VERDICTS) + " |", "|---" * 7 + "|"]
+    for place in PLACES:
+        for harmed in (False, True):
+            same = [x.verdict for x in found for k in x.kills if k.place == place and harmed == (k.damage is not None)]
+            cells = [place, "yes" if harmed else "–", len(same), *map(same.count, VERDICTS)]
+            lines += [f"| {' | '.join(map(str, cells))} |"] if same else []
     return "\n".join(lines)
 
 

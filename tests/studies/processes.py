@@ -18,7 +18,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=3)
 TRAIN = (
@@ -28,7 +28,9 @@ TRAIN = (
 
 
 def preload() -> None:
-    """Import all that the command lines import."""
+    """Import all that the command lines import, for one thread and without a network."""
+    assert "torch" not in sys.modules, "threads are counted when torch is imported"
+    os.environ |= ENVIRONMENT
     import data, distributed  # noqa: E401, F401, I001
     import transformers.models.llama.modeling_llama  # noqa: F401
 
