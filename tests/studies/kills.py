@@ -1,0 +1,231 @@
+"""Kill a run at a random moment, go on with --resume, and compare its end with an unbroken run's, over and over.
+
+    python tests/studies/kills.py                                   # 40 runs
+    python tests/studies/kills.py --runs 200 --seed 1 --out runs/kills --picture kills.png
+
+The run: 12 steps on 40 pairs of the embedded world, a checkpoint every second step, reference log-probs cached. Moments are
+drawn uniformly over the time that an unbroken run takes; every fourth kill is SIGTERM, which asks the run to stop, the others
+SIGKILL. A run that goes on may be killed again (probability ½). Of every third run the newest checkpoint is damaged before it
+goes on: a bit flipped, or a file cut. The end is weights, metrics (speeds left out) and samples, all byte for byte.
+
+    equal       as the unbroken run's
+    different   not
+    lost        a whole checkpoint was there, and the run began again all the same
+    error       a command ended with another exit code than 0
+
+Exit code 1 if any is not equal.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import processes  # noqa: E402
+from processes import TRAIN  # noqa: E402
+
+COMMAND = f"{TRAIN} --max-steps 12 --epochs 3 --save-every 2 --eval-every 4 --objective dpo --weight-decay 0.1"
+SECONDS = 60.0  # a command that takes longer is an error
+SPEEDS = ("seconds", "tokens_per_second", "mfu")
+PLACES = ("before the first step", "between checkpoints", "while a checkpoint is written", "at the export", "after the end")
+VERDICTS = ("equal", "different", "lost", "error")
+
+
+class Kill(NamedTuple):
+    moment: float  # seconds after the start
+    number: int  # of the signal
+    place: str
+    damage: str | None  # what was done to the newest checkpoint afterwards
+
+
+class Life(NamedTuple):
+    """A run from its first start to its end."""
+
+    kills: list[Kill]
+    verdict: str
+    why: str
+
+
+def end_of(out: Path) -> dict:
+    """What must be equal at the end of a run."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{k: v for k, v in line.items() if k not in SPEEDS} for line in lines]
+    weights = hashlib.sha256((out / "model" / "model.safetensors").read_bytes()).hexdigest()
+    return {"weights": weights, "metrics": metrics, "samples": (out / "samples.jsonl").read_text()}
+
+
+def place_of(out: Path) -> str:
+    """How far a run had come, by what it left."""
+    file, folders = out / "metrics.jsonl", list((out / "checkpoints").glob("step-*"))
+    written = [json.loads(line)["step"] for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+    if max(written, default=0) == 0:
+        return "before the first step"
+    if any(folder.suffix == ".part" or not (folder / "complete").exists() for folder in folders):
+        return "while a checkpoint is written"
+    if (out / "summary.json").exists():
+        return "after the end"
+    return "at the export" if max(written) == 12 else "between checkpoints"
+
+
+def whole_checkpoints(out: Path) -> list[Path]:
+    return sorted(marker.parent for marker in (out / "checkpoints").glob("step-*/complete"))
+
+
+def damage(out: Path, draw: random.Random) -> str | None:
+    """Flip a bit of the newest checkpoint's files, or cut one; returns what was done, None if there is none."""
+    if not (found := whole_checkpoints(out)):
+        return None
+    file = draw.choice(sorted(path for path in found[-1].iterdir() if path.name != "complete"))
+    content, at = bytearray(file.read_bytes()), draw.randrange(file.stat().st_size)
+    flip = draw.random() < 0.5
+    content[at] ^= 1 << draw.randrange(8)
+    file.write_bytes(content if flip else content[:at])
+    return f"{file.name} {'flipped' if flip else 'cut'} at {at}"
+
+
+def start(folder: Path, more: str = "") -> int:
+    return processes.start(shlex.split(f"{COMMAND} {more}"), folder, folder / "log")
+
+
+def said(folder: Path) -> str:
+    """The last line on standard error."""
+    return (folder / "log.err").read_text().strip().rpartition("\n")[2][:300]
+
+
+def killed(folder: Path, process: int, duration: float, number: int, draw: random.Random, harm: bool) -> Kill | None:
+    """Kill a run at a moment of its own; None if it ended before."""
+    moment = draw.uniform(0, duration)
+    time.sleep(moment)
+    processes.kill(process, number)
+    code = processes.wait(process, SECONDS)
+    place = place_of(folder / "out")
+    if code not in (-number, 0):  # 0: asked to stop, or the end came first
+        raise RuntimeError(f"exit code {code} when killed: {said(folder)}")
+    return Kill(moment, number, place, damage(folder / "out", draw) if harm else None)
+
+
+def go_on(folder: Path) -> int:
+    """Start with --resume, or, where that finds no run, as at first."""
+    if (folder / "out" / "settings.json").exists():
+        return start(folder, "--resume")
+    process = start(folder, "--resume")
+    if (code := processes.wait(process, SECONDS)) != 2:
+        raise RuntimeError(f"--resume without a run ended with {code}: {said(folder)}")
+    return start(folder)
+
+
+def life(folder: Path, index: int, duration: float, expected: dict, draw: random.Random) -> Life:
+    """One run, killed once or more often, to its end."""
+    kills, out = [], folder / "out"
+    try:
+        process = start(folder)
+        while True:
+            number = signal.SIGTERM if draw.randrange(4) == 0 else signal.SIGKILL
+            kills.append(killed(folder, process, duration, number, draw, index % 3 == 2))
+            whole = len(whole_checkpoints(out)) - (kills[-1].damage is not None)
+            (folder / "log.err").write_text("")
+            process = go_on(folder)
+            if len(kills) < 6 and draw.random() < 0.5:
+                continue
+            finished = kills[-1].place == "after the end"  # there --resume may say so and leave it at that
+            if (code := processes.wait(process, SECONDS)) != 0 and not (finished and code == 2):
+                return Life(kills, "error", f"exit code {code}: {said(folder)}")
+            break
+        if whole > 0 and not finished and "resumed after step" not in (folder / "log.err").read_text():
+            return Life(kills, "lost", f"{whole} whole checkpoints, but: {said(folder)}")
+        found = end_of(out)
+    except (RuntimeError, OSError, ValueError) as error:
+        return Life(kills, "error", str(error))
+    differs = [name for name in expected if expected[name] != found[name]]
+    return Life(kills, "different" if differs else "equal", ", ".join(differs))
+
+
+def lives(place: Path, runs: int, seed: int) -> Iterator[tuple[float, Life]]:
+    """(duration of the unbroken run, a run that was killed), one after the other."""
+    (given := place / "given").mkdir(parents=True)
+    processes.small_world(given)
+    shutil.copytree(given, unbroken := place / "unbroken")
+    tick = time.monotonic()
+    if (code := processes.wait(start(unbroken), SECONDS)) != 0:
+        sys.exit(f"the unbroken run ended with {code}: {said(unbroken)}")
+    duration, expected = time.monotonic() - tick, end_of(unbroken / "out")
+    for index in range(runs):
+        shutil.copytree(given, folder := place / f"run-{index:03d}")
+        found = life(folder, index, duration, expected, random.Random(f"{seed} {index}"))
+        yield duration, found
+        if found.verdict == "equal":
+            shutil.rmtree(folder)
+
+
+def table(found: list[Life]) -> str:
+    """By where a kill struck, and whether the newest checkpoint was damaged after it: how the runs ended."""
+    lines = ["| killed | checkpoint damaged | kills | " + " | ".join(VERDICTS) + " |", "|---" * 7 + "|"]
+    for place in PLACES:
+        for harmed in (False, True):
+            same = [x.verdict for x in found for k in x.kills if k.place == place and harmed == (k.damage is not None)]
+            cells = [place, "yes" if harmed else "–", len(same), *map(same.count, VERDICTS)]
+            lines += [f"| {' | '.join(map(str, cells))} |"] if same else []
+    return "\n".join(lines)
+
+
+def picture(found: list[Life], duration: float, path: str) -> None:
+    """How often a kill struck at each moment, by what it interrupted."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 3), layout="constrained")
+    kills = [kill for x in found for kill in x.kills]
+    moments = [[kill.moment for kill in kills if kill.place == place] for place in PLACES]
+    axis.hist(moments, bins=24, range=(0, duration), stacked=True, label=PLACES)
+    axis.set(xlabel="seconds after the start", ylabel="kills")
+    axis.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=40, help="runs to kill (40)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
+    parser.add_argument("--out", type=Path, help="a new folder that keeps what did not end equal")
+    parser.add_argument("--picture", help="a histogram of the moments, which needs matplotlib")
+    args = parser.parse_args(argv)
+    processes.preload()
+    import data
+
+    with tempfile.TemporaryDirectory() as scratch:
+        place = args.out or Path(scratch) / "kills"
+        os.environ["PLAINPO_CACHE"] = str(place / "tokens")
+        found = list(data.progress(lives(place, args.runs, args.seed), "kills", "runs", args.runs))
+    duration, found = found[0][0], [x for _, x in found]
+    print(table(found) + "\n")
+    for index, x in enumerate(found):
+        if x.verdict != "equal":
+            story = "; ".join(
+                f"{signal.Signals(k.number).name} {k.place}{f', {k.damage}' if k.damage else ''}" for k in x.kills
+            )
+            print(f"run-{index:03d} {x.verdict}: {x.why} ({story})")
+    kills, counts = [kill for x in found for kill in x.kills], Counter(x.verdict for x in found)
+    signals = Counter(signal.Signals(kill.number).name for kill in kills)
+    told = f"{len(kills)} kills ({', '.join(f'{n} {name}' for name, n in sorted(signals.items()))})"
+    ends = ", ".join(f"{counts[v]} {v}" for v in VERDICTS)
+    print(f"{len(found)} runs, {told}: {ends}; an unbroken run takes {duration:.1f} s, seed {args.seed}")
+    if args.picture:
+        picture(found, duration, args.picture)
+    return 0 if counts["equal"] == len(found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Command lines of the project as processes of their own, for studies that need hundreds of them.
+
+`start` forks: the child is a process with its own folder, output and exit code and runs the file as `python FILE …` would, but
+torch, transformers and datasets are imported already, which is 4 of the 4.5 seconds. The parent may have one thread only and
+never have computed with several: call `preload` in a script of its own. `fresh=True` starts a new interpreter.
+"""
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
+
+SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=3)
+TRAIN = (
+    "train.py --model model --dataset pairs.jsonl --out out --lr 1e-3 --batch-size 8 --eval-size 8 --max-steps 1 --samples 1 "
+    "--sample-tokens 4 --cache cache --dtype fp32"
+)
+
+
+def preload() -> None:
+    """Import all that the command lines import, for one thread and without a network."""
+    assert "torch" not in sys.modules, "threads are counted when torch is imported"
+    os.environ |= ENVIRONMENT
+    import data, distributed  # noqa: E401, F401, I001
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    with contextlib.suppress(ImportError):
+        import matplotlib.pyplot  # noqa: F401
+
+
+def start(command: list[str] | str, folder: Path, output: Path, fresh: bool = False) -> int:
+    """Run a file of the repository with its arguments, or a line for bash, in `folder`; returns the process's number.
+
+    What it says goes to `output`.out and .err.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if (child := os.fork()) != 0:
+        return child
+    try:
+        os.setsid()  # a signal to its group reaches what it starts, and a Ctrl-C here does not reach it
+        os.chdir(folder)
+        for number, name in enumerate((os.devnull, f"{output}.out", f"{output}.err")):
+            os.dup2(os.open(name, os.O_RDWR if number == 0 else os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+        if isinstance(command, str):
+            os.execvp("bash", ["bash", "-o", "pipefail", "-c", command])
+        argv = [str(REPOSITORY / command[0]), *command[1:]]
+        if fresh:
+            os.execv(sys.executable, [sys.executable, *argv])
+        _run(argv)
+    finally:
+        os._exit(70)
+
+
+def _run(argv: list[str]) -> None:
+    """What the interpreter does with a script, up to its exit code."""
+    sys.argv, sys.stdin = argv, open(0)
+    sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), encoding="utf-8")
+    sys.stderr = io.TextIOWrapper(open(2, "wb", 0, closefd=False), "utf-8", "backslashreplace", write_through=True)
+    code = 0
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def wait(process: int, seconds: float) -> int | None:
+    """Its exit code, below 0 the signal that ended it; None, and it is killed with all it started, after so many seconds."""
+    end = time.monotonic() + seconds
+    try:
+        while time.monotonic() < end:
+            done, status = os.waitpid(process, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.01)
+    except BaseException:
+        kill(process)
+        raise
+    kill(process)
+    os.waitpid(process, 0)
+    return None
+
+
+def kill(process: int, number: int = signal.SIGKILL) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process, number)
+
+
+def small_world(folder: Path, pairs: int = 40) -> None:
+    """A folder as a user has it: `model` (an untrained Llama), pairs.jsonl, and the same as rows.jsonl with labels."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from worlds import world_pairs
+
+    import data
+
+    tokenizer, rows = data.world_tokenizer(), world_pairs(0, 0, pairs)
+    torch.manual_seed(0)
+    more = dict(tie_word_embeddings=True, bos_token_id=None, eos_token_id=3, max_position_embeddings=256)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SMALL, **more)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    paired = [{"prompt": p.prompt, "chosen": p.responses[0], "rejected": p.responses[1]} for p in rows]
+    single = [{"prompt": p.prompt, "completion": p.responses[i % 2], "label": i % 2 == 0} for i, p in enumerate(rows)]
+    for name, lines in (("pairs", paired), ("rows", single)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
