@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -122,8 +123,9 @@ def _options_of(path: Path, kind: type) -> list[str]:
     options, empty = {}, {f.name for f in fields(kind) if f.default is None}
     for name, node in root.value:
         items = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        if not all(isinstance(x, yaml.ScalarNode) for x in (name, *items)):
-            refuse(f"line {name.start_mark.line + 1}: a setting is one value, or a list of some")
+        plain = all(re.search(":(null|bool|int|float|str|timestamp|seq)$", x.tag) for x in (node, *items))
+        if not plain or not all(isinstance(x, yaml.ScalarNode) for x in (name, *items)):
+            refuse(f"line {name.start_mark.line + 1}: {str(name.value)[:80]}: a setting is one value, or a list of some")
         key = name.value.replace("-", "_")
         if key in options:
             refuse(f"{key} is there twice, again on line {name.start_mark.line + 1}")
