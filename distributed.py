@@ -336,7 +336,7 @@ def load_weights(model: nn.Module, name: str, device: torch.device) -> None:
     model.to_empty(device=device)
     for n, b in model.named_buffers():
         b.copy_(buffers[n])
-    folder = Path(name) if Path(name).is_dir() else on_main(_download, name)
+    folder = Path(name) if Path(name).is_dir() else _download(name)
     places, missing = _tensors(model, tied=True), {id(t): n for n, t in _tensors(model).items()}
     prefix, wrong, unexpected = model.base_model_prefix + ".", [], []
     ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), r"rotary_emb\.inv_freq$"]
@@ -363,6 +363,8 @@ def refuse_weights(name: str | Path, wrong: Iterable[str], unexpected: Iterable[
 
 
 def _download(name: str) -> Path:
+    """A hub model's folder. Each rank asks for it: one of a machine downloads and the others wait at its file lock, where no
+    timeout of a process group counts."""
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
