@@ -195,7 +195,7 @@ def _files(name: str) -> list[Path] | None:
                 raise UserError(f"{name}: no file matches this pattern")
             return files
     except (OSError, ValueError) as error:  # a name that no file can have
-        raise UserError(f"{name[:200]}: no such file or folder ({_brief(error)})") from error
+        raise UserError(f"{name[:200]}: no such file or folder ({getattr(error, 'strerror', error)})") from error
     if name.startswith((".", "/", "~")) or name.endswith(SUFFIXES):
         raise UserError(f"{name}: no such file or folder")
     return None
@@ -529,6 +529,8 @@ def load_tokenizer(model: str, trust_remote_code: bool = False):
     from transformers import AutoTokenizer
 
     reachable(model)
+    if os.path.isfile(model):
+        raise UserError(f"{model}: is a file; give the folder of the model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds; all mean that there is no usable tokenizer
@@ -1415,7 +1417,12 @@ def _answers(model, tokenizer, prompts: list[list[dict]], s: Sampling, seed: int
         raise UserError("the model has no token that ends a response (eos_token_id of its generation config)")
     ids = [encode(Row(p, [MARK]), tokenizer, 2**31, 2**31)[0].prompt for p in prompts]
     torch.manual_seed(seed)
-    return completions(model, tokenizer, ids, s.max_tokens, s.temperature, s.top_p)
+    try:
+        return completions(model, tokenizer, ids, s.max_tokens, s.temperature, s.top_p)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise UserError(f"{s.model}: its probabilities are not finite numbers; are its weights?") from error
 
 
 STRATEGIES = ("plain", "cot", "dts")
@@ -1443,6 +1450,12 @@ def _questions(strategy: str, prompts: list[list[dict]], n: int, answer: Callabl
     return questions
 
 
+def _check_decoding(temperature: float, top_p: float, **counts: int) -> None:
+    if min(counts.values()) < 1 or not (temperature == 0 or 0.001 <= temperature < math.inf) or not 0 < top_p <= 1:
+        least = f"{', '.join(counts)} are at least 1"
+        raise UserError(f"temperature is at least 0.001, or 0 (greedy), top_p above 0 and at most 1, {least}")
+
+
 def sample(s: Sampling, prompts: Iterable | None = None, say: Callable[[str], None] = _quiet) -> None:
     """Sample responses to prompts (those of `prompts_of`, if not given): see Sampling."""
     strategies = [name.strip() for name in s.strategy.split(",")]
@@ -1450,8 +1463,7 @@ def sample(s: Sampling, prompts: Iterable | None = None, say: Callable[[str], No
         if name not in STRATEGIES:
             guess = did_you_mean(name, STRATEGIES)
             raise UserError(f"strategy is {s.strategy!r}; accepted are plain, cot, dts, or several with commas between{guess}")
-    if min(s.n, s.batch_size, s.max_tokens) < 1 or not 0 <= s.temperature < math.inf or not 0 < s.top_p <= 1:
-        raise UserError("n, batch_size and max_tokens are at least 1, temperature at least 0, top_p above 0 and at most 1")
+    _check_decoding(s.temperature, s.top_p, n=s.n, batch_size=s.batch_size, max_tokens=s.max_tokens)
     device = device_named(s.device)
     names = ("model", "strategy", "n", "batch_size", "temperature", "top_p", "max_tokens", "seed")
     made = {name: getattr(s, name) for name in names}
@@ -1638,7 +1650,8 @@ def pairs(s: Pairing, say: Callable[[str], None] = _quiet) -> Counter:
         else:
             counts[f"no two responses that differ as asked ({s.how}, min_margin {s.min_margin:g})"] += 1
     if not lines:
-        raise UserError(f"{s.scored}: gives no pair: {'; '.join(f'{n} {why}' for why, n in counts.items())}")
+        why = "; ".join(f"{n} {why}" for why, n in counts.items())
+        raise UserError(f"{s.scored}: gives no pair: {why}. Lower --min_margin, or sample more responses to each prompt")
     _write(s.out, lines, "w")
     margins = [line["score_chosen"] - line["score_rejected"] for line in lines]
     longer = sum(len(line["chosen"]) > len(line["rejected"]) for line in lines) / len(lines)
@@ -1726,8 +1739,7 @@ def decoding(g: Generation) -> dict:
     temperature, tokens = (0.0, 2048) if g.decoding is None else DECODING[g.decoding][g.style]
     temperature = temperature if g.temperature is None else g.temperature
     tokens = tokens if g.max_new_tokens is None else g.max_new_tokens
-    if not 0 <= temperature < math.inf or tokens < 1 or not 0 < g.top_p <= 1 or g.batch_size < 1:
-        raise UserError("temperature is at least 0, max_new_tokens and batch_size at least 1, top_p above 0 and at most 1")
+    _check_decoding(temperature, g.top_p, max_new_tokens=tokens, batch_size=g.batch_size)
     return dict(temperature=temperature, top_p=g.top_p, max_tokens=tokens)
 
 
@@ -1865,7 +1877,7 @@ def print_rows(s: Showing) -> None:
         raise UserError(f"n is {s.n}; it must not be negative")
     tokenizer = load_tokenizer(s.model)
     examples, report = load(s.dataset, tokenizer, s)
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ or "FORCE_COLOR" in os.environ
+    colour = sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ or "FORCE_COLOR" in os.environ
     tokens = sys.maxsize if s.full else SHOWN_TOKENS
     print("\n\n".join(show(example, tokenizer, colour, s.ids, tokens) for example in examples[: s.n]))
     print(f"\n{report}")
@@ -1921,12 +1933,13 @@ class _Lines:
         self.stream, self.next = stream, time.monotonic() + LINE_EVERY
 
     def write(self, text: str) -> None:
-        if text.strip() and time.monotonic() >= self.next:
+        if self.stream and text.strip() and time.monotonic() >= self.next:
             self.stream.write(text.strip() + "\n")
             self.next = time.monotonic() + LINE_EVERY
 
     def flush(self) -> None:
-        self.stream.flush()
+        if self.stream:
+            self.stream.flush()
 
 
 def progress(
@@ -1937,7 +1950,7 @@ def progress(
     It is tqdm's object: `set_postfix` adds numbers, and without items `update` counts.
     """
     how = dict(file=sys.stderr, dynamic_ncols=True)
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         how = dict(file=_Lines(sys.stderr), bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]")
     return tqdm(items, what, total, unit=f" {unit}", initial=initial, disable=disable, leave=False, **how)
 
@@ -2006,7 +2019,7 @@ def parse(kind: type, argv: list[str], prog: str, text: str):
     Leading bare words fill, in order, the fields that have no default. `--a-b` and `--a_b` are the same.
     """
     needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
-    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))[: len(needed)]
+    words = list(itertools.takewhile(lambda word: word == "-" or not word.startswith("-"), argv))[: len(needed)]
     argv = [f"--{name}={word}" for name, word in zip(needed, words)] + argv[len(words) :]
     usage = " ".join([prog, *map(str.upper, needed), "[options]"])
     how = dict(prog=prog, usage=usage, description=inspect.cleandoc(text), formatter_class=_HelpFormatter, allow_abbrev=False)
@@ -2049,8 +2062,8 @@ def command_line(
 ):
     """work(argv) as a command line, without a traceback for what its owner can mend; returns what it returns.
 
-    A UserError, or an OSError of the system (a place that cannot be written, a full disk), goes to `fail` as a UserError;
-    `distributed.fail` is the one of several ranks. Ctrl-C prints `stopped` and ends with code 130. Output that nobody reads
+    A UserError, an OSError of the system (a place that cannot be written, a full disk) or the end of the GPU's memory goes to
+    `fail` as a UserError; `distributed.fail` is the one of several ranks. Ctrl-C prints `stopped` and ends with code 130. Output that nobody reads
     any more (`| head`) ends the work quietly. Characters that the output's encoding lacks are written as escapes.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -2067,6 +2080,8 @@ def command_line(
     except KeyboardInterrupt:
         _say(stopped)
         raise SystemExit(130) from None
+    except torch.OutOfMemoryError as error:
+        problem = UserError(f"the GPU's memory is too small; lower --batch_size ({_brief(error)})")
     except OSError as error:
         if error.errno is None:
             raise
@@ -2081,9 +2096,10 @@ def command_line(
 
 def main(argv: list[str] | None = None):
     """The command line as a function. What the user can mend ends with a message and exit code 2."""
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     disable_progress_bar()
+    set_verbosity_error()  # a table of missing weights, where one message follows
     argv = sys.argv[1:] if argv is None else argv
     goes_on = argv[:1] in (["sample"], ["score"], ["answers"])
     stopped = "stopped" + "; nothing is lost, the same command goes on from here" * goes_on

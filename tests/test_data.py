@@ -1563,6 +1563,8 @@ def test_published_decoding():
         (dict(style="mt_bench"), ["style is 'mt_bench'", "alpaca_eval, arena_hard"]),
         (dict(decoding="gemma"), ["decoding is 'gemma'", "mistral-7b-instruct"]),
         (dict(temperature=-1), ["temperature is at least 0"]),
+        (dict(temperature=1e-300), ["or 0 (greedy)"]),
+        (dict(temperature="nan"), ["--temperature: nan is not finite"]),
         (dict(temperature="hot"), ["invalid float value: 'hot'"]),
         (dict(max_new_tokens=0), ["max_new_tokens"]),
         (dict(device="abacus"), ["device is 'abacus'", "auto, cpu"]),
