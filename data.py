@@ -17,7 +17,6 @@ Shape letters: B examples · R responses · T tokens of a batch · N scored toke
 
 import argparse
 import contextlib
-import copy
 import difflib
 import errno
 import functools
@@ -118,10 +117,7 @@ def reachable(name: str, kind: str = "model") -> None:
 
 
 def setting(default, text: str, **more):
-    """A field of a dataclass that is read from a command line; MISSING stands for one that must be given.
-
-    `group` begins a group of the help, `aliases` are further spellings.
-    """
+    """A field of a dataclass that is read from a command line; MISSING stands for one that must be given."""
     return field(default=default, metadata={"help": text.replace("%", "%%")} | more)
 
 
@@ -718,7 +714,7 @@ def to_equal_length(example: Example, fraction: float = 1.0, seed: int = 0) -> E
 class Reading:
     """How rows become examples; the trainer's settings inherit these."""
 
-    max_length: int = setting(2048, "tokens of prompt + response; a longer response is cut", group="reading rows")
+    max_length: int = setting(2048, "tokens of prompt + response; a longer response is cut")
     max_prompt_length: int | None = setting(
         None, "longer prompts lose their oldest tokens; without it 7/8 of max_length, with compat 1800/2048"
     )
@@ -1854,7 +1850,7 @@ def advice(report: Report, bias: float) -> list[str]:
 class Counting(Reading):
     """Print lengths with a histogram, length bias, duplicates, conflicts, what is cut or dropped and why."""
 
-    model: str = setting(MISSING, "folder or hub name whose tokenizer and chat template to use", group="model and data")
+    model: str = setting(MISSING, "folder or hub name whose tokenizer and chat template to use")
     dataset: str = setting(MISSING, "sources: files, folders, patterns, -, hub names; see the README")
     max_drop_fraction: float = setting(1.0, "more invalid rows than this share is an error")
 
@@ -1863,7 +1859,7 @@ class Counting(Reading):
 class Showing(Counting):
     """Print rows as coloured tokens: prompt dim, scored response bright."""
 
-    n: int = setting(3, "rows to print", aliases="-n", group="what is shown")
+    n: int = setting(3, "rows to print", aliases="-n")
     ids: bool = setting(False, "also the id of every token")
     full: bool = setting(False, f"whole prompts; without it those above {SHOWN_TOKENS} tokens show their last turns")
 
@@ -1985,7 +1981,6 @@ def _number(kind: type) -> Callable[[str], int | float]:
 
 
 READERS = {int: ("N", _number(int)), float: ("X", _number(float))}  # type → (its name in the help, its reader)
-READING = "reading rows"  # the group of the help that stands last
 ELSEWHERE = {  # what other trainers call it → setting
     "learning_rate": "lr", "per_device_train_batch_size": "batch_size", "train_batch_size": "batch_size",
     "num_train_epochs": "epochs", "output_dir": "out", "model_name_or_path": "model", "loss_type": "objective",
@@ -1994,16 +1989,21 @@ ELSEWHERE = {  # what other trainers call it → setting
 
 
 class _Parser(HfArgumentParser):
-    """Options in the groups that their fields begin, each shown in one spelling; what cannot be parsed is a UserError."""
+    """Options in groups, each shown in one spelling; what cannot be parsed is a UserError.
 
-    group = None
+    A dataclass may name groups in GROUPS = {title: "its fields"}; those of `Reading` come last, under a title of their own.
+    """
+
+    def _add_dataclass_arguments(self, kind: type) -> None:
+        reading = {"reading rows": " ".join(f.name for f in fields(Reading))} if issubclass(kind, Reading) else {}
+        self.group_of = {}
+        for title, names in (getattr(kind, "GROUPS", {}) | reading).items():
+            self.group_of |= dict.fromkeys(names.split(), self.add_argument_group(title))
+        super()._add_dataclass_arguments(kind)
 
     def _parse_dataclass_field(self, parser, field) -> None:
-        field, before = copy.copy(field), len(self._actions)
-        field.metadata = dict(field.metadata)
-        if title := field.metadata.pop("group", None):
-            self.group = next((g for g in self._action_groups if g.title == title), None) or self.add_argument_group(title)
-        super()._parse_dataclass_field(self.group or parser, field)
+        before = len(self._actions)
+        super()._parse_dataclass_field(self.group_of.get(field.name, parser), field)
         for action in self._actions[before:]:
             action.metavar, action.type = READERS.get(action.type, ("TEXT", action.type))
             short = [option for option in action.option_strings if not option.startswith("--")]
@@ -2024,7 +2024,6 @@ def parse(kind: type, argv: list[str], prog: str, text: str):
     usage = " ".join([prog, *map(str.upper, needed), "[options]"])
     how = dict(prog=prog, usage=usage, description=inspect.cleandoc(text), formatter_class=_HelpFormatter, allow_abbrev=False)
     parser = _Parser(kind, **how)
-    parser._action_groups.sort(key=lambda group: group.title == READING)
     instance, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
     if unknown:
         name = next((word for word in unknown if word.startswith("-")), "").lstrip("-").partition("=")[0].replace("-", "_")
@@ -2063,8 +2062,9 @@ def command_line(
     """work(argv) as a command line, without a traceback for what its owner can mend; returns what it returns.
 
     A UserError, an OSError of the system (a place that cannot be written, a full disk) or the end of the GPU's memory goes to
-    `fail` as a UserError; `distributed.fail` is the one of several ranks. Ctrl-C prints `stopped` and ends with code 130. Output that nobody reads
-    any more (`| head`) ends the work quietly. Characters that the output's encoding lacks are written as escapes.
+    `fail` as a UserError; `distributed.fail` is the one of several ranks. Ctrl-C prints `stopped` and ends with code 130.
+    Output that nobody reads any more (`| head`) ends the work quietly. Characters that the output's encoding lacks are
+    written as escapes.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # and not None, or what a notebook puts there
