@@ -99,9 +99,6 @@ def reachable(name: str, kind: str = "model") -> None:
         validate_repo_id(name)
     except errors.HFValidationError:  # such as ./x, /x, a/b/c
         raise UserError(f"{name[:200] or repr(name)}: no such file or folder") from None
-    folders = (Path(constants.HF_HUB_CACHE), Path(constants.HF_HOME) / "datasets")
-    cached = (folders[0] / f"{kind}s--{name.replace('/', '--')}").is_dir()
-    cached = cached or kind == "dataset" and (folders[1] / name.replace("/", "___")).is_dir()
     if not constants.HF_HUB_OFFLINE:
         try:
             HfApi(endpoint=constants.ENDPOINT).repo_info(name, repo_type=kind, timeout=HUB_SECONDS)
@@ -112,7 +109,7 @@ def reachable(name: str, kind: str = "model") -> None:
             return
         except Exception:  # the HTTP client raises many kinds; all mean that there was no answer
             os.environ["HF_HUB_OFFLINE"], constants.HF_HUB_OFFLINE = "1", True
-    if not cached:
+    if not Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}").is_dir():
         raise UserError(f"{name}: no such file or folder, and the hub cannot be reached (offline?)")
 
 
@@ -257,11 +254,12 @@ def _read_json(file: Path):
 def _hub(name: str):
     from datasets import config as settings
     from datasets import load_dataset
+    from huggingface_hub import constants
 
     path, *rest = name.split(":")
     config, split = ([None] + rest)[-2:] if rest else (None, "train")
     reachable(path, "dataset")
-    settings.HF_HUB_OFFLINE |= "HF_HUB_OFFLINE" in os.environ  # found out just now
+    settings.HF_HUB_OFFLINE |= constants.HF_HUB_OFFLINE  # found out just now
     try:
         return load_dataset(path, config, split=split or "train")
     except Exception as error:  # the hub client raises many kinds; all mean that the name gives no rows

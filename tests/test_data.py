@@ -421,7 +421,6 @@ def hub(monkeypatch, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     data.reachable.cache_clear()
@@ -460,9 +459,9 @@ def test_offline_is_found_at_once_and_what_is_cached_goes_on(hub, tmp_path, monk
     with pytest.raises(UserError, match=r"org/x: no such file or folder, and the hub cannot be reached \(offline\?\)"):
         data.reachable("org/x")
     assert constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
-    for folder in ("hub/models--org--y", "hub/datasets--org--y", "datasets/org___z"):
-        (tmp_path / folder).mkdir(parents=True)
-    data.reachable("org/y"), data.reachable("org/y", "dataset"), data.reachable("org/z", "dataset")
+    for folder in ("models--org--y", "datasets--org--y"):
+        (tmp_path / "hub" / folder).mkdir(parents=True)
+    data.reachable("org/y"), data.reachable("org/y", "dataset")
     for read in (lambda: data.load_tokenizer("org/z"), lambda: all_rows("org/none:train")):
         with pytest.raises(UserError, match="cannot be reached"):
             read()
