@@ -8,7 +8,7 @@ What does not fit is dropped, counted and reported with its file and row number.
 Making: sample → score → pairs, of a model's own responses; and its answers to a benchmark's prompts, as outside judges read
 them.
 
-    python data.py show  --model MODEL --dataset FILE -n 3      # rows as coloured tokens
+    python data.py show  --model MODEL --dataset FILE -n 3      # rows in colour
     python data.py stats --model MODEL --dataset FILE           # lengths, length bias, duplicates, what is dropped and why
     python data.py sample | score | pairs | answers --help      # make pairs of a model's own responses, and answers
 
@@ -1855,7 +1855,7 @@ class Counting(Reading):
 
 @dataclass(kw_only=True)
 class Showing(Counting):
-    """Print rows as coloured tokens: prompt dim, scored response bright."""
+    """Print rows in colour: prompt dim, scored response bright."""
 
     n: int = setting(3, "rows to print", aliases="-n")
     ids: bool = setting(False, "also the id of every token")
