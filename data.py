@@ -8,7 +8,7 @@ What does not fit is dropped, counted and reported with its file and row number.
 Making: sample → score → pairs, of a model's own responses; and its answers to a benchmark's prompts, as outside judges read
 them.
 
-    python data.py show  --model MODEL --dataset FILE -n 3      # rows as coloured tokens
+    python data.py show  --model MODEL --dataset FILE -n 3      # rows in colour
     python data.py stats --model MODEL --dataset FILE           # lengths, length bias, duplicates, what is dropped and why
     python data.py sample | score | pairs | answers --help      # make pairs of a model's own responses, and answers
 
@@ -16,7 +16,9 @@ Shape letters: B examples · R responses · T tokens of a batch · N scored toke
 """
 
 import argparse
+import contextlib
 import difflib
+import errno
 import functools
 import glob
 import gzip
@@ -41,24 +43,75 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import torch
-import transformers
-from datasets import Dataset, Features, concatenate_datasets, disable_progress_bars, enable_progress_bars
-from datasets.exceptions import DatasetGenerationError
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from logprobs import completions
+if TYPE_CHECKING:  # pyarrow, datasets and transformers' models are imported where they are used: --help comes at once
+    from datasets import Dataset
 
 
 class UserError(Exception):
     """Something its owner can mend: what was wrong, where, what to do. Every command line prints it and ends with code 2."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean simpo?" where a known name is close to the word, else ""."""
+    by_lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(str(word).lower(), by_lower, 1)
+    return f"; did you mean {by_lower[near[0]]}?" if near else ""
+
+
+def refuse_unless_known(name: str, value: str, known: Iterable[str]) -> None:
+    """UserError that names the setting, its value and what is accepted."""
+    if value not in known:
+        raise UserError(f"{name} is {value!r}; accepted are {', '.join(known)}{did_you_mean(value, known)}")
+
+
+def device_named(name: str) -> torch.device:
+    """ "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1" as a device; UserError where it is not here."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = ["cuda", *(f"cuda:{i}" for i in range(count))] if count else []
+    refuse_unless_known("device", name, ["auto", "cpu", *gpus])
+    return torch.device(("cuda" if count else "cpu") if name == "auto" else name)
+
+
+HUB_SECONDS = 5.0  # that the hub has for its first answer
+
+
+@functools.lru_cache(maxsize=64)
+def reachable(name: str, kind: str = "model") -> None:
+    """UserError within seconds where a name (of a "model" or "dataset") is neither here nor on the hub.
+
+    The hub is asked once and briefly; its own client would try for a minute. Where it does not answer, what is in its cache
+    goes on without it, for the rest of the process.
+    """
+    from huggingface_hub import HfApi, constants, errors
+    from huggingface_hub.utils import validate_repo_id
+
+    if os.path.exists(os.path.expanduser(name)):
+        return
+    try:
+        validate_repo_id(name)
+    except errors.HFValidationError:  # such as ./x, /x, a/b/c
+        raise UserError(f"{name[:200] or repr(name)}: no such file or folder") from None
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            HfApi(endpoint=constants.ENDPOINT).repo_info(name, repo_type=kind, timeout=HUB_SECONDS)
+            return
+        except errors.RepositoryNotFoundError:
+            raise UserError(f"{name}: no such file or folder, and no such {kind} on the hub (or a private one)") from None
+        except errors.HfHubHTTPError:  # it is there and says something else, which the loader will report
+            return
+        except Exception:  # the HTTP client raises many kinds; all mean that there was no answer
+            os.environ["HF_HUB_OFFLINE"], constants.HF_HUB_OFFLINE = "1", True
+    if not Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}").is_dir():
+        raise UserError(f"{name}: no such file or folder, and the hub cannot be reached (offline?)")
 
 
 def setting(default, text: str, **more):
@@ -68,11 +121,6 @@ def setting(default, text: str, **more):
 
 def _brief(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 class Row(NamedTuple):
@@ -114,7 +162,7 @@ def read(dataset: str) -> Iterator[tuple[str, dict | Exception]]:
     rows = _read_hub(name) if files is None else itertools.chain.from_iterable(map(_read_file, files))
     if cut is None:
         return rows
-    first, last = (int(x) if x else None for x in cut[1:-1].split(":"))
+    first, last = (int(x[:18]) if x else None for x in cut[1:-1].split(":"))  # no file has 10¹⁸ rows
     if min(first or 0, last or 0) < 0:
         return iter(list(rows)[first:last])
     return itertools.islice(rows, first, last)
@@ -141,7 +189,7 @@ def _files(name: str) -> list[Path] | None:
                 raise UserError(f"{name}: no file matches this pattern")
             return files
     except (OSError, ValueError) as error:  # a name that no file can have
-        raise UserError(f"{name[:200]}: no such file or folder ({_brief(error)})") from error
+        raise UserError(f"{name[:200]}: no such file or folder ({getattr(error, 'strerror', error)})") from error
     if name.startswith((".", "/", "~")) or name.endswith(SUFFIXES):
         raise UserError(f"{name}: no such file or folder")
     return None
@@ -174,6 +222,9 @@ def _open(file: Path):
     # bytes that are not UTF-8 become lone surrogates, which _text reports for the row that holds them
     how = dict(mode="rt", encoding="utf-8-sig", errors="surrogateescape")
     if str(file) == "-":
+        if sys.stdin is None or sys.stdin.isatty():
+            where = "closed" if sys.stdin is None else "a terminal"
+            raise UserError(f"standard input is {where}: pipe JSON lines into it, or name a file")
         return io.TextIOWrapper(sys.stdin.buffer, encoding=how["encoding"], errors=how["errors"])
     return gzip.open(file, **how) if file.suffix == ".gz" else open(file, **how)
 
@@ -207,10 +258,14 @@ def _read_json(file: Path):
 
 @functools.lru_cache(maxsize=8)
 def _hub(name: str):
+    from datasets import config as settings
     from datasets import load_dataset
+    from huggingface_hub import constants
 
     path, *rest = name.split(":")
     config, split = ([None] + rest)[-2:] if rest else (None, "train")
+    reachable(path, "dataset")
+    settings.HF_HUB_OFFLINE |= constants.HF_HUB_OFFLINE  # found out just now
     try:
         return load_dataset(path, config, split=split or "train")
     except Exception as error:  # the hub client raises many kinds; all mean that the name gives no rows
@@ -227,10 +282,10 @@ def _sources(dataset: str) -> list[tuple[str, float]]:
     sources = []
     for part in [dataset] if os.path.exists(dataset) else dataset.split(","):
         name, weight = re.fullmatch(r"(.*?)(?:@(\d+(?:\.\d+)?))?", part.strip(), re.DOTALL).groups()
-        if not name or weight is not None and float(weight) == 0:
+        if not name or weight is not None and not 0 < float(weight) <= 1000:
             raise UserError(
-                f"dataset is {dataset!r}: write sources with commas between, each with an optional weight above 0: "
-                "a.jsonl, b.jsonl@0.5"
+                f"dataset is {dataset[:400]!r}: write sources with commas between, each with an optional weight above 0 and at "
+                "most 1000: a.jsonl, b.jsonl@0.5"
             )
         sources.append((name, float(weight or 1)))
     return sources
@@ -442,8 +497,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict], Row]]] = {  # the fir
 def format_of(row: dict, where: str, name: str = "auto") -> tuple[Callable[[dict], Row], str]:
     """(reader, why it was taken) for a dataset that begins with this row, or a UserError that says what is accepted."""
     if name != "auto":
-        if name not in FORMATS:
-            raise UserError(f"format is {name!r}; accepted are auto, {', '.join(FORMATS)}")
+        refuse_unless_known("format", name, ["auto", *FORMATS])
         return FORMATS[name][1], f"format {name}, as asked for"
     for name, (needed, reader) in FORMATS.items():
         if set(needed) <= set(row) and (name != "hh" or _is_hh(row)):
@@ -472,9 +526,13 @@ MARK = "\ue000"  # a private-use character: stands for a response to see what a 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False):
     """The tokenizer of a folder or hub name; one without a chat template gets PLAIN_TEMPLATE."""
+    from transformers import AutoTokenizer
 
+    reachable(model)
+    if os.path.isfile(model):
+        raise UserError(f"{model}: is a file; give the folder of the model")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds; all mean that there is no usable tokenizer
         raise UserError(f"{model}: no usable tokenizer there ({_brief(error)})") from error
     if len(tokenizer) == 0:
@@ -703,11 +761,18 @@ class Reading:
 AFTERWARDS = ("drop_duplicates", "drop_identical", "drop_conflicts", "min_score_margin", "max_drop_fraction")
 PARALLEL_FROM = 20_000  # rows
 LABELS = {True: "desirable", False: "undesirable"}  # in the place of a second response
-IDS = pa.list_(pa.int32())
-SCHEMA = pa.schema({
-    "where": pa.string(), "prompt": IDS, "responses": pa.list_(IDS), "desirable": pa.bool_(), "margin": pa.float64(),
-    "dropped": pa.string(), "cuts": pa.list_(pa.string()), "keys": pa.list_(pa.int64()),
-})  # fmt: skip
+
+
+@functools.cache
+def _schema():
+    """The columns of an outcome: an example's, and what became of its row."""
+    import pyarrow as pa
+
+    ids = pa.list_(pa.int32())
+    return pa.schema({
+        "where": pa.string(), "prompt": ids, "responses": pa.list_(ids), "desirable": pa.bool_(), "margin": pa.float64(),
+        "dropped": pa.string(), "cuts": pa.list_(pa.string()), "keys": pa.list_(pa.int64()),
+    })  # fmt: skip
 
 
 class Report(NamedTuple):
@@ -736,7 +801,7 @@ class Examples(Sequence):
     several times (a source with a weight) is the same row.
     """
 
-    def __init__(self, dataset: Dataset, rows: np.ndarray, changes: tuple[Callable[[Example], Example], ...] = ()):
+    def __init__(self, dataset: "Dataset", rows: np.ndarray, changes: tuple[Callable[[Example], Example], ...] = ()):
         self.dataset, self.rows, self.changes = dataset, rows, changes
 
     def __len__(self) -> int:
@@ -768,13 +833,19 @@ def load(dataset: str, tokenizer, how: Reading | None = None) -> tuple[Examples,
     Raises:
         UserError: unreadable source, unknown columns, no valid rows, too many dropped, or a setting that does not fit.
     """
+    from datasets import concatenate_datasets
+
     how = _completed(how or Reading())
-    parts, formats, weights = [], [], []
+    parts, formats, weights, kinds = [], [], [], {}
     for source, weight in _sources(dataset):
         part, why = _outcomes(source, tokenizer, how)
         parts.append(part)
+        labels = zip(_column(part, "desirable"), _column(part, "dropped"))
+        kinds |= {label is None: source for label, problem in labels if problem is None}
         formats.append(f"{source}{f' × {weight:g}' if weight != 1 else ''}: {why}")
         weights += [weight] * len(part)
+    if len(kinds) == 2:
+        raise UserError(f"{kinds[True]} holds pairs, {kinds[False]} single completions with a label: give one kind at a time")
     outcomes = concatenate_datasets(parts)
     problems = _column(outcomes, "dropped")
     invalid = sum(p not in (None, TIE) for p in problems)
@@ -792,15 +863,20 @@ def load(dataset: str, tokenizer, how: Reading | None = None) -> tuple[Examples,
         share = f"{how.max_drop_fraction:.0%}"
         raise UserError(f"{dataset}: more than {share} of the rows were dropped as invalid (--max_drop_fraction)\n{report}")
     rows = kept if set(weights) == {1} else _weighted(kept, weights, how.seed)
+    if not rows:
+        raise UserError(f"{dataset}: no row is left by the weights (@)\n{report}")
     return Examples(outcomes.select_columns(list(Example._fields)), np.array(rows)), report
 
 
 def _completed(how: Reading) -> Reading:
     """The reading options alone, checked, with the prompt's length limit filled in."""
-    if how.compat not in (None, "", "simpo"):
-        raise UserError(f"compat is {how.compat!r}; accepted is simpo")
-    if not 0 <= how.equal_length <= 1:
-        raise UserError(f"equal_length is {how.equal_length}; it is a share between 0 and 1")
+    refuse_unless_known("compat", how.compat or "simpo", ["simpo"])
+    for name in ("equal_length", "max_drop_fraction"):
+        if not 0 <= getattr(how, name) <= 1:
+            raise UserError(f"{name} is {getattr(how, name)}; it is a share between 0 and 1")
+    for name in ("min_score_margin", "seed"):
+        if not 0 <= getattr(how, name) < math.inf:
+            raise UserError(f"{name} is {getattr(how, name)}; it must not be negative")
     longest = how.max_prompt_length
     if longest is None:
         longest = how.max_length * (225 if how.compat else 224) // 256  # released SimPO: 1800 of 2048; else seven eighths
@@ -819,27 +895,32 @@ def _renamed(columns: str) -> dict[str, str]:
     return dict(pairs)
 
 
-def _outcomes(source: str, tokenizer, how: Reading) -> tuple[Dataset, str]:
-    """What becomes of each row of a source, in order, as rows of SCHEMA; and the reason for the format."""
+def _outcomes(source: str, tokenizer, how: Reading) -> tuple["Dataset", str]:
+    """What becomes of each row of a source, in order, as rows of `_schema`; and the reason for the format."""
+    import pyarrow as pa
+    from datasets import Dataset
+
     rows, renamed = read(source), _renamed(how.columns)
     head = list(itertools.islice(rows, PARALLEL_FROM))
     where, first = next(((w, raw) for w, raw in head if isinstance(raw, dict)), (source, None))
     reader, why = None, "no row"
     if first is not None:
         if missing := [old for old in renamed.values() if old not in first]:
-            raise UserError(f"{where}: --columns names {', '.join(missing)}, but its columns are {sorted(map(str, first))}")
+            columns = sorted(map(str, first))
+            guess = did_you_mean(missing[0], columns)
+            raise UserError(f"{where}: --columns names {', '.join(missing)}, but its columns are {columns}{guess}")
         reader, why = format_of(first | {new: first[old] for new, old in renamed.items()}, where, how.format)
     outcome = functools.partial(_outcome, reader=reader, renamed=renamed, tokenizer=tokenizer, how=how)
     rows = progress(itertools.chain(head, rows), "tokenise", "rows")
     if len(head) < PARALLEL_FROM:
-        return Dataset(pa.Table.from_pylist(list(map(outcome, rows)), SCHEMA)), why
+        return Dataset(pa.Table.from_pylist(list(map(outcome, rows)), _schema())), why
     return _cached(rows, outcome, _cache_key(source, tokenizer, how)), why
 
 
 def _outcome(item: tuple[str, dict | Exception], reader, renamed: dict[str, str], tokenizer, how: Reading) -> dict:
-    """What becomes of one row: its token ids, or the reason for which it is dropped; a row of SCHEMA."""
+    """What becomes of one row: its token ids, or the reason for which it is dropped; a row of `_schema`."""
     where, raw = item
-    nothing = dict.fromkeys(SCHEMA.names) | {"where": where, "cuts": [], "keys": []}
+    nothing = dict.fromkeys(_schema().names) | {"where": where, "cuts": [], "keys": []}
     try:
         if isinstance(raw, Exception):
             raise raw
@@ -882,9 +963,11 @@ def _cache_key(source: str, tokenizer, how: Reading) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
-def _cached(rows: Iterable, outcome: Callable, key: str) -> Dataset:
+def _cached(rows: Iterable, outcome: Callable, key: str) -> "Dataset":
     """The outcomes kept under `key`, made first by all cores if they are not there; of several processes one makes them and
     the rest wait."""
+    from datasets import Dataset, Features, disable_progress_bars, enable_progress_bars
+    from datasets.exceptions import DatasetGenerationError
 
     def made():
         with multiprocessing.Pool(initializer=_start_worker, initargs=(outcome,)) as pool:
@@ -894,7 +977,7 @@ def _cached(rows: Iterable, outcome: Callable, key: str) -> Dataset:
     rows, folder = iter(rows), Path(os.environ.get("PLAINPO_CACHE", "~/.cache/plainpo")).expanduser()
     disable_progress_bars()  # ours counts rows as they are read
     try:
-        return Dataset.from_generator(made, Features.from_arrow_schema(SCHEMA), cache_dir=str(folder), fingerprint=key)
+        return Dataset.from_generator(made, Features.from_arrow_schema(_schema()), cache_dir=str(folder), fingerprint=key)
     except DatasetGenerationError as error:
         raise error.__cause__ or error from None
     finally:
@@ -912,7 +995,7 @@ def _work(item: tuple[str, dict | Exception]) -> dict:
     return _work.outcome(item)
 
 
-def _column(outcomes: Dataset, name: str) -> list:
+def _column(outcomes: "Dataset", name: str) -> list:
     return outcomes.data.column(name).to_pylist()
 
 
@@ -1286,9 +1369,11 @@ def _resumed(source: str, out: str) -> list[dict]:
     """The rows of an unfinished output; a line cut short by a kill is taken off."""
     path = Path(out)
     _keep_apart(source, out)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _writable(out)
     if not path.exists():
         return []
+    if not path.is_file():
+        raise UserError(f"{out}: is no file that could be continued")
     try:
         text = path.read_text(encoding="utf-8")
         complete = text[: text.rfind("\n") + 1]
@@ -1302,37 +1387,69 @@ def _resumed(source: str, out: str) -> list[dict]:
     return rows
 
 
+def _writable(out: str) -> None:
+    """Make the folder of a file to write; a file that cannot be written is refused now and not after hours."""
+    path = Path(out)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.touch()
+            path.unlink()
+        elif not os.access(path, os.W_OK) or path.is_dir():
+            raise UserError(f"{out}: cannot be written ({'a folder' if path.is_dir() else 'not permitted'})")
+    except OSError as error:
+        raise UserError(f"{out[:200]}: cannot be written ({error.strerror})") from error
+
+
 def _keep_apart(source: str, out: str) -> None:
     if any(os.path.exists(name) and os.path.exists(out) and os.path.samefile(name, out) for name, _ in _sources(source)):
         raise UserError(f"{out}: is read and written at once; give another --out")
 
 
-def _write(out: str, rows: list[dict]) -> None:
-    with open(out, "a", encoding="utf-8") as f:
-        f.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def _write(out: str, rows: list[dict], mode: str = "a") -> None:
+    # a lone surrogate becomes its escape, which is JSON again; what JSON has no form for, such as a date, its text
+    with open(out, mode, encoding="utf-8", errors="backslashreplace") as f:
+        f.write("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
 
 
-def _load_model(name: str, auto, device: str):
+def _quiet(text: str) -> None:
+    pass
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _load_model(name: str, kind: str, device: torch.device):
+    import transformers
+
     try:
+        auto = getattr(transformers, f"AutoModelFor{kind}")
         model, info = auto.from_pretrained(name, dtype="auto", use_safetensors=True, output_loading_info=True)
     except Exception as error:  # transformers raises many kinds; all mean that there is no such model
-        kind = auto.__name__.removeprefix("AutoModelFor")
         raise UserError(f"{name}: no loadable {kind} model there ({_brief(error)})") from error
     if info["missing_keys"]:  # transformers would fill them with noise
         raise UserError(f"{name}: is another kind of model, it lacks {', '.join(sorted(info['missing_keys'])[:3])}")
-    device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).train(False)
 
 
 def _answers(model, tokenizer, prompts: list[list[dict]], s: Sampling, seed: int) -> tuple[list[str], list[bool]]:
     """One answer to each prompt, and whether it ended within max_tokens."""
+    from logprobs import completions
+
     if not (model.generation_config.eos_token_id or tokenizer.eos_token_id):
         raise UserError("the model has no token that ends a response (eos_token_id of its generation config)")
     ids = [encode(Row(p, [MARK]), tokenizer, 2**31, 2**31)[0].prompt for p in prompts]
     torch.manual_seed(seed)
-    return completions(model, tokenizer, ids, s.max_tokens, s.temperature, s.top_p)
+    try:
+        return completions(model, tokenizer, ids, s.max_tokens, s.temperature, s.top_p)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise UserError(f"{s.model}: its probabilities are not finite numbers; are its weights?") from error
 
 
+STRATEGIES = ("plain", "cot", "dts")
 STEP_BY_STEP = "\n\nThink step by step, then give the final answer."
 APPROACHES = "\n\nName {n} clearly different approaches to this, one per line, numbered. Do not carry them out yet."
 BY_APPROACH = "\n\nAnswer by this approach: {approach}"
@@ -1357,21 +1474,35 @@ def _questions(strategy: str, prompts: list[list[dict]], n: int, answer: Callabl
     return questions
 
 
-def sample(s: Sampling) -> None:
-    """Sample responses to prompts: see Sampling."""
+def _check_decoding(temperature: float, top_p: float, **counts: int) -> None:
+    if min(counts.values()) < 1 or not (temperature == 0 or 0.001 <= temperature < math.inf) or not 0 < top_p <= 1:
+        least = f"{', '.join(counts)} are at least 1"
+        raise UserError(f"temperature is at least 0.001, or 0 (greedy), top_p above 0 and at most 1, {least}")
+
+
+def sample(s: Sampling, prompts: Iterable | None = None, say: Callable[[str], None] = _quiet) -> None:
+    """Sample responses to prompts (those of `prompts_of`, if not given): see Sampling."""
     strategies = [name.strip() for name in s.strategy.split(",")]
-    if not set(strategies) <= {"plain", "cot", "dts"}:
-        raise UserError(f"strategy is {s.strategy!r}; accepted are plain, cot, dts, or several with commas between")
-    if s.n < 1 or s.batch_size < 1 or s.max_tokens < 1 or s.temperature < 0 or not 0 < s.top_p <= 1:
-        raise UserError("n, batch_size and max_tokens are at least 1, temperature at least 0, top_p above 0 and at most 1")
+    for name in strategies:
+        if name not in STRATEGIES:
+            guess = did_you_mean(name, STRATEGIES)
+            raise UserError(f"strategy is {s.strategy!r}; accepted are plain, cot, dts, or several with commas between{guess}")
+    _check_decoding(s.temperature, s.top_p, n=s.n, batch_size=s.batch_size, max_tokens=s.max_tokens)
+    device = device_named(s.device)
     names = ("model", "strategy", "n", "batch_size", "temperature", "top_p", "max_tokens", "seed")
     made = {name: getattr(s, name) for name in names}
     done = {row["id"]: row for row in _resumed(s.prompts, s.out)}
     for row in done.values():
         if other := [f"{k} {row[k]}, now {v}" for k, v in made.items() if row.get(k, v) != v]:
             raise UserError(f"{s.out}: was begun with {'; '.join(other)}; give the same settings or another --out")
-    prompts = list({row["id"]: prompt for _, row, prompt in prompts_of(s.prompts, s.columns)}.items())
-    tokenizer, model = load_tokenizer(s.model), _load_model(s.model, transformers.AutoModelForCausalLM, s.device)
+    given = prompts_of(s.prompts, s.columns) if prompts is None else prompts
+    prompts = list({row["id"]: prompt for _, row, prompt in given}.items())
+    how = (
+        f"{s.n} responses each ({s.strategy}), temperature {s.temperature:g}, top_p {s.top_p:g}, at most {s.max_tokens} tokens"
+    )
+    there = f"; {sum(key in done for key, _ in prompts)} are in {s.out} already" if done else ""
+    say(f"sample: {s.model} on {device}, {len(prompts):,} prompts, {how}{there}")
+    tokenizer, model = load_tokenizer(s.model), _load_model(s.model, "CausalLM", device)
     for start in progress(range(0, len(prompts), s.batch_size), "sample", "batches"):
         part = prompts[start : start + s.batch_size]
         if all(key in done for key, _ in part):
@@ -1380,6 +1511,23 @@ def sample(s: Sampling) -> None:
         responses = _responses([prompt for _, prompt in part], strategies, s, answer, s.seed + start)
         lines = [{"id": key, "prompt": prompt, **of_it, **made} for (key, prompt), of_it in zip(part, responses)]
         _write(s.out, [line for line in lines if line["id"] not in done])
+        done |= {line["id"]: line for line in lines if line["id"] not in done}
+    say(_sampled([done[key] for key, _ in prompts], s, len(strategies) * s.n * len(prompts)))
+
+
+def _sampled(rows: list[dict], s: Sampling, asked: int) -> str:
+    """What became of the responses that were asked for; UserError where not one was kept."""
+    kept, unfinished = sum(len(row["responses"]) for row in rows), sum(row["unfinished"] for row in rows)
+    text = f"{len(rows):,} prompts, {kept:,} responses kept"
+    if unfinished:
+        advice = "" if s.keep_unfinished or unfinished < 0.1 * asked else ": raise --max_tokens"
+        text += f"; {unfinished:,} of {asked:,} responses did not end within {s.max_tokens} tokens{advice}"
+    if same := asked - kept - (0 if s.keep_unfinished else unfinished):
+        text += f"; {same:,} were equal to another one or empty"
+    if not kept:
+        os.remove(s.out)  # so that the same --out can be tried again with other settings
+        raise UserError(f"{s.out}: not written, nothing to keep: {text}")
+    return f"{text}; all in {s.out}"
 
 
 def _responses(prompts: list, strategies: list[str], s: Sampling, answer: Callable, seed: int) -> list[dict]:
@@ -1407,14 +1555,18 @@ def _rule(name: str) -> Callable[[dict, str], float]:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
-        return getattr(module, function)
-    except (ImportError, OSError, AttributeError, ValueError, SyntaxError) as error:
-        raise UserError(f"rule is {name!r}, which is no file.py:function or module:function ({_brief(error)})") from error
+        rule = getattr(module, function)
+    except (Exception, SystemExit) as error:  # anybody's code, which may end in any way
+        why = f"{type(error).__name__}: {_brief(error)}"
+        raise UserError(f"rule is {name!r}, which is no file.py:function or module:function ({why})") from error
+    if not callable(rule):
+        raise UserError(f"rule is {name!r}, which is a {type(rule).__name__} and no function of (row, response)")
+    return rule
 
 
-def _by_reward_model(name: str, device: str, batch_size: int) -> Callable[[dict, list[dict], list[str]], list[float]]:
+def _by_reward_model(name: str, device: torch.device, batch_size: int) -> Callable[[dict, list[dict], list[str]], list[float]]:
     """A function of (row, prompt, responses); responses go padded on the right, batch_size at a time."""
-    tokenizer, model = load_tokenizer(name), _load_model(name, transformers.AutoModelForSequenceClassification, device)
+    tokenizer, model = load_tokenizer(name), _load_model(name, "SequenceClassification", device)
     if model.config.num_labels != 1:
         raise UserError(f"{name}: gives {model.config.num_labels} numbers per text; a reward model gives one")
     config = model.config.get_text_config()
@@ -1437,28 +1589,42 @@ def _by_reward_model(name: str, device: str, batch_size: int) -> Callable[[dict,
     return scores
 
 
-def score(s: Scoring) -> None:
+def score(s: Scoring, say: Callable[[str], None] = _quiet) -> None:
     """Score responses by a reward model or a rule: see Scoring."""
     if bool(s.reward_model) == bool(s.rule) or s.batch_size < 1:
         raise UserError("score needs either reward_model or rule, and a batch_size of at least 1")
-    key = lambda row: json.dumps([row["id"], row["responses"]])  # noqa: E731
-    done = set(map(key, _resumed(s.responses, s.out)))
+    device, key = device_named(s.device), lambda row: json.dumps([row["id"], row["responses"]])  # noqa: E731
+    done = {key(row): row.get("scores") for row in _resumed(s.responses, s.out)}
+    if None in done.values():
+        raise UserError(f"{s.out}: holds rows without scores, so it cannot be continued; give another --out")
+    rows = list(prompts_of(s.responses))
+    for where, row, _ in rows:
+        if not isinstance(row.get("responses"), list) or not all(isinstance(x, str) for x in row["responses"]):
+            raise UserError(f"{where}: responses is not a list of texts")
+    if not any(row["responses"] for _, row, _ in rows):
+        raise UserError(f"{s.responses}: {len(rows):,} rows without any response: nothing to score")
+    there = f"; {sum(key(row) in done for _, row, _ in rows):,} are in {s.out} already" if done else ""
+    say(f"score: {s.reward_model or s.rule}{f' on {device}' * bool(s.reward_model)}, {len(rows):,} rows{there}")
     if s.rule:
         rule = _rule(s.rule) if isinstance(s.rule, str) else s.rule
         scores_of = lambda row, prompt, texts: [float(rule(row, text)) for text in texts]  # noqa: E731
     else:
-        scores_of = _by_reward_model(s.reward_model, s.device, s.batch_size)
-    for where, row, prompt in progress(prompts_of(s.responses), "score", "rows"):
-        if not isinstance(row.get("responses"), list) or not all(isinstance(x, str) for x in row["responses"]):
-            raise UserError(f"{where}: responses is not a list of texts")
+        scores_of = _by_reward_model(s.reward_model, device, s.batch_size)
+    for where, row, prompt in progress(rows, "score", "rows"):
         if key(row) in done:
             continue
         try:
             scores = [_score(x, "a score") for x in scores_of(row, prompt, row["responses"])]
-        except Exception as error:  # a rule is anybody's code
+        except (Exception, SystemExit) as error:  # a rule is anybody's code
             why = f"{type(error).__name__}: {_brief(error)}"
             raise UserError(f"{where}: {s.rule or s.reward_model} cannot score it ({why})") from error
         _write(s.out, [{**row, "scores": scores}])
+        done[key(row)] = scores
+    scores = [done[key(row)] for _, row, _ in rows]
+    every = np.array([x for of_row in scores for x in of_row])
+    alike = sum(len(set(of_row)) < 2 for of_row in scores)
+    spread = f"mean {every.mean():.4g}, standard deviation {every.std():.4g}, {every.min():.4g} to {every.max():.4g}"
+    say(f"{len(rows):,} rows, {len(every):,} scores: {spread}; {alike:,} rows have no two different scores, so no pair")
 
 
 def _scored(row: dict) -> dict[str, float]:
@@ -1482,12 +1648,13 @@ def _comparable(scores: dict[str, float], s: Pairing) -> list[tuple[str, str]]:
     return couples
 
 
-def pairs(s: Pairing) -> Counter:
+def pairs(s: Pairing, say: Callable[[str], None] = _quiet) -> Counter:
     """Make preference pairs, see Pairing; returns how many prompts gave a pair, or why not."""
-    if s.how not in ("best_worst", "random", "correct"):
-        raise UserError(f"how is {s.how!r}; accepted are best_worst, random, correct")
+    refuse_unless_known("how", s.how, ["best_worst", "random", "correct"])
     _keep_apart(s.scored, s.out)
+    _writable(s.out)
     counts, lines, prompts = Counter(), [], {}
+    say(f"pairs: {s.how}, scores at least {s.min_margin:g} apart, seed {s.seed}, of {s.scored}")
     for _, row, prompt in prompts_of(s.scored):
         try:
             scores = _scored(row)
@@ -1507,10 +1674,15 @@ def pairs(s: Pairing) -> Counter:
         else:
             counts[f"no two responses that differ as asked ({s.how}, min_margin {s.min_margin:g})"] += 1
     if not lines:
-        raise UserError(f"{s.scored}: gives no pair: {'; '.join(f'{n} {why}' for why, n in counts.items())}")
-    Path(s.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(s.out).write_text("", encoding="utf-8")
-    _write(s.out, lines)
+        why = "; ".join(f"{n} {why}" for why, n in counts.items())
+        raise UserError(f"{s.scored}: gives no pair: {why}. Lower --min_margin, or sample more responses to each prompt")
+    _write(s.out, lines, "w")
+    margins = [line["score_chosen"] - line["score_rejected"] for line in lines]
+    longer = sum(len(line["chosen"]) > len(line["rejected"]) for line in lines) / len(lines)
+    say(f"{len(lines):,} pairs in {s.out}: mean margin {sum(margins) / len(margins):.4g}, chosen longer in {longer:.0%}")
+    for what, n in counts.items():
+        if what != "pairs":
+            say(f"  {n:,} without: {what}")
     return counts
 
 
@@ -1554,53 +1726,44 @@ class Generation:
     device: str = setting("auto", "cpu, cuda, or auto")
 
 
-def generate(g: Generation) -> dict:
+def generate(g: Generation, say: Callable[[str], None] = _quiet) -> dict:
     """Answers as a judge reads them, see Generation; returns their number and how many were cut."""
-    how, out, part, whole = decoding(g), Path(g.out), Path(f"{g.out}.part"), Path(f"{g.out}.whole")
+    how, out, part, whole = decoding(g), Path(g.out), Path(f"{g.out}.part"), Path(f"{g.out}.new")
     if out.exists():
         raise UserError(f"out {out} is there already; choose another file, or delete it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        whole.write_text("")
-        whole.unlink()
-    except OSError as error:
-        raise UserError(f"out {out} cannot be written ({error})") from error
     rows = list(prompts_of(g.prompts, g.columns))
     folder = Path(g.model).resolve()  # an exported model is RUN/model: the run's name says more
     name = g.name or (folder.parent.name if folder.name == "model" else Path(g.model).name)
-    print(f"{name}: {len(rows)} prompts, {', '.join(f'{k} {v:g}' for k, v in how.items())}, seed {g.seed}", file=sys.stderr)
+    there = f"; goes on from {part}" if part.exists() else ""
+    say(f"{name}: {len(rows)} prompts, {', '.join(f'{k} {v:g}' for k, v in how.items())}, seed {g.seed}{there}")
     more = dict(batch_size=g.batch_size, columns=g.columns, seed=g.seed, device=g.device)
-    sample(Sampling(g.model, g.prompts, str(part), n=1, keep_unfinished=True, **how, **more))
+    sample(Sampling(g.model, g.prompts, str(part), n=1, keep_unfinished=True, **how, **more), rows)
     sampled = {row["id"]: row for row in map(json.loads, part.read_text(encoding="utf-8").split("\n")[:-1])}
     answers = [sampled[row["id"]]["responses"][0] for _, row, _ in rows]
     cut = sum(sampled[row["id"]]["unfinished"] for _, row, _ in rows)
     if g.style == "alpaca_eval":
-        text = json.dumps([alpaca_eval(*x, name) for x in zip(rows, answers)], ensure_ascii=False, indent=2) + "\n"
+        text = json.dumps([alpaca_eval(*x, name) for x in zip(rows, answers)], ensure_ascii=False, indent=2, default=str) + "\n"
     else:
         tokenizer = load_tokenizer(g.model)
-        lines = (json.dumps(arena_hard(*x, name, tokenizer), ensure_ascii=False) for x in zip(rows, answers))
+        lines = (json.dumps(arena_hard(*x, name, tokenizer), ensure_ascii=False, default=str) for x in zip(rows, answers))
         text = "".join(f"{line}\n" for line in lines)
-    whole.write_text(text, encoding="utf-8")
+    whole.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(whole, out)
     part.unlink()
-    tail = f"{cut} of them cut at {how['max_tokens']} tokens, {answers.count('')} empty"
-    print(f"{len(answers)} answers in {out}, {tail}", file=sys.stderr)
+    advice = ": raise --max_new_tokens" if cut > 0.1 * len(answers) else ""
+    say(f"{len(answers)} answers in {out}, {cut} of them cut at {how['max_tokens']} tokens{advice}, {answers.count('')} empty")
     return {"out": str(out), "answers": len(answers), "cut": cut}
 
 
 def decoding(g: Generation) -> dict:
     """How to sample: as published, and over that what was asked for."""
-    if g.style not in STYLES:
-        raise UserError(f"style is {g.style!r}; accepted are {', '.join(STYLES)}")
-    if g.decoding is not None and g.decoding not in DECODING:
-        raise UserError(f"decoding is {g.decoding!r}; published are {', '.join(DECODING)}")
-    if g.device not in ("auto", "cpu") and not (g.device.partition(":")[0] == "cuda" and torch.cuda.is_available()):
-        raise UserError(f"device is {g.device!r}; accepted here are auto, cpu{', cuda' * torch.cuda.is_available()}")
+    refuse_unless_known("style", g.style, STYLES)
+    if g.decoding is not None:
+        refuse_unless_known("decoding", g.decoding, DECODING)
     temperature, tokens = (0.0, 2048) if g.decoding is None else DECODING[g.decoding][g.style]
     temperature = temperature if g.temperature is None else g.temperature
     tokens = tokens if g.max_new_tokens is None else g.max_new_tokens
-    if not 0 <= temperature < math.inf or tokens < 1 or not 0 < g.top_p <= 1 or g.batch_size < 1:
-        raise UserError("temperature is at least 0, max_new_tokens and batch_size at least 1, top_p above 0 and at most 1")
+    _check_decoding(temperature, g.top_p, max_new_tokens=tokens, batch_size=g.batch_size)
     return dict(temperature=temperature, top_p=g.top_p, max_tokens=tokens)
 
 
@@ -1625,25 +1788,49 @@ def arena_hard(row: tuple[str, dict, list[dict]], answer: str, name: str, tokeni
 
 SUBSCRIPT = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 COLOURS = {"prompt": "2", "chosen": "1;32", "rejected": "1;31", "completion": "1;36"}
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")  # not tab and newline
+SHOWN_TOKENS = 300  # of a prompt
 
 
-def show(example: Example, tokenizer, colour: bool = True) -> str:
-    """An example as text: every token followed by its id in small digits; the prompt dim, what is scored bright."""
+def visible(text: str) -> str:
+    """Text of a stranger for a terminal: what would steer it (escapes, carriage returns, bidi marks) is spelled out."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
-    def piece(ids: list[int], part: str) -> str:
-        text = "".join(f"{tokenizer.decode([i])}{str(i).translate(SUBSCRIPT)}" for i in ids)
+
+def last_turns(prompt: list[int], tokenizer, tokens: int) -> list[int]:
+    """The end of a prompt, at most so many tokens: from the first special token in them that begins a turn, if there is one."""
+    if len(prompt) <= tokens:
+        return prompt
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.eos_token_id}
+    end = prompt[-tokens:]
+    return end[next((at for at, i in enumerate(end) if i in special), 0) :]
+
+
+def show(example: Example, tokenizer, colour: bool = True, ids: bool = False, tokens: int = SHOWN_TOKENS) -> str:
+    """An example as text, its prompt dim, what is scored bright.
+
+    ids: every token is followed by its id in small digits. tokens: a longer prompt is shown from one of its last turns on.
+    """
+
+    def piece(part: str, numbers: list[int]) -> str:
+        if ids:
+            text = "".join(f"{visible(tokenizer.decode([i]))}{str(i).translate(SUBSCRIPT)}" for i in numbers)
+        else:
+            text = visible(tokenizer.decode(numbers, clean_up_tokenization_spaces=False))
         return f"\x1b[{COLOURS[part]}m{text}\x1b[0m" if colour else text
 
-    parts = ["chosen", "rejected"] if example.desirable is None else ["completion"]
-    lines = [f"── {example.where}", f"prompt ({len(example.prompt)} tokens, not scored)", piece(example.prompt, "prompt")]
-    for part, ids in zip(parts, example.responses):
+    parts, prompt = ["chosen", "rejected"] if example.desirable is None else ["completion"], example.prompt
+    end = last_turns(prompt, tokenizer, tokens)
+    hidden = f", the first {len(prompt) - len(end)} hidden: --full shows them" if len(end) < len(prompt) else ""
+    lines = [f"── {visible(example.where)}", f"prompt ({len(prompt)} tokens, not scored{hidden})", piece("prompt", end)]
+    for part, response in zip(parts, example.responses):
         label = "" if example.desirable is None else f", label {str(example.desirable).lower()}"
-        lines += [f"{part} ({len(ids)} tokens, scored{label})", piece(ids, part)]
+        lines += [f"{part} ({len(response)} tokens, scored{label})", piece(part, response)]
     return "\n".join(lines)
 
 
 def stats(examples: Sequence[Example], report: Report) -> str:
-    """Lengths in tokens with a histogram, length bias, and the report, as text."""
+    """The report, lengths in tokens with a histogram, length bias, and what to do about what was found, as text."""
     names = ["prompt", "completion"] if examples[0].desirable is not None else ["prompt", "chosen", "rejected"]
     sizes = np.array([[len(e.prompt), *map(len, e.responses)] for e in examples])
     lines = [str(report), "", f"{'tokens':<12}{'mean':>8}{'p50':>8}{'p90':>8}{'p99':>8}{'max':>8}{'sum':>12}"]
@@ -1661,9 +1848,30 @@ def stats(examples: Sequence[Example], report: Report) -> str:
         shares = [(longer > 0).mean(), (longer == 0).mean(), (longer < 0).mean()]
         lines.append("\nchosen is longer in {:.1%} of the pairs, as long in {:.1%}, shorter in {:.1%}; ".format(*shares))
         lines[-1] += f"by {longer.mean():+.1f} tokens on average"
+        bias = shares[0] - shares[2]
     else:
         lines.append(f"\n{np.mean([e.desirable for e in examples]):.1%} of the rows are desirable")
-    return "\n".join(lines)
+        bias = 0.0
+    return "\n".join([*lines, *(f"→ {text}" for text in advice(report, bias))])
+
+
+def advice(report: Report, bias: float) -> list[str]:
+    """What to do about what was found; bias: share of pairs whose chosen response is the longer one, less the opposite."""
+    found = []
+    for name, what in (("duplicates", "repeat an earlier one"), ("identical responses", "compare a response with itself"),
+                       ("conflicts", "say the opposite of another one")):  # fmt: skip
+        option = f"drop_{name.split()[0]}"
+        if report.quality.get(name) and f"{name} ({option})" not in report.dropped:
+            found.append(f"{report.quality[name]} rows {what}: --{option} drops them")
+    if (n := report.cut.get("response cut", 0)) > 0.01 * report.kept:
+        found.append(f"{n} rows have a cut response, which teaches no ending: raise --max_length")
+    if (n := report.cut.get("prompt cut", 0)) > 0.1 * report.kept:
+        found.append(f"{n} prompts have lost their beginning: raise --max_length or --max_prompt_length")
+    if bias > 0.2:
+        found.append("the chosen responses are longer, which sums of log-probs reward: simpo, rdpo or --equal_length 1")
+    if (n := sum(n for reason, n in report.dropped.items() if "(drop_" not in reason)) > 0.01 * report.rows:
+        found.append(f"{n} rows are dropped for the reasons above: mend them, or see --format and --columns")
+    return found
 
 
 @dataclass(kw_only=True)
@@ -1677,9 +1885,11 @@ class Counting(Reading):
 
 @dataclass(kw_only=True)
 class Showing(Counting):
-    """Print rows as coloured tokens: prompt dim, scored response bright."""
+    """Print rows in colour: prompt dim, scored response bright."""
 
     n: int = setting(3, "rows to print", aliases="-n")
+    ids: bool = setting(False, "also the id of every token")
+    full: bool = setting(False, f"whole prompts; without it those above {SHOWN_TOKENS} tokens show their last turns")
 
 
 def print_stats(s: Counting) -> None:
@@ -1687,15 +1897,14 @@ def print_stats(s: Counting) -> None:
 
 
 def print_rows(s: Showing) -> None:
+    if s.n < 0:
+        raise UserError(f"n is {s.n}; it must not be negative")
     tokenizer = load_tokenizer(s.model)
     examples, report = load(s.dataset, tokenizer, s)
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ or "FORCE_COLOR" in os.environ
-    print("\n\n".join(show(example, tokenizer, colour) for example in examples[: s.n]))
+    colour = sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ or "FORCE_COLOR" in os.environ
+    tokens = sys.maxsize if s.full else SHOWN_TOKENS
+    print("\n\n".join(show(example, tokenizer, colour, s.ids, tokens) for example in examples[: s.n]))
     print(f"\n{report}")
-
-
-def print_pairs(s: Pairing) -> None:
-    print("\n".join(f"{n} {what}" for what, n in pairs(s).items()))
 
 
 # ---- published runs ----------------------------------------------------------------------------------------------------
@@ -1728,8 +1937,7 @@ PUBLISHED = {
 def recipe(name: str) -> dict:
     """Settings of a published run, by name such as "gemma-2-9b-it-simpo"; files and the command line may change each."""
     recipes = {f"{start}-{method}": (start, method) for start, (*_, methods) in PUBLISHED.items() for method in methods}
-    if name not in recipes:
-        raise UserError(f"unknown recipe {name!r}; known are {', '.join(recipes)}")
+    refuse_unless_known("recipe", name, recipes)
     start, method = recipes[name]
     model, dataset, (prompt, length), methods = PUBLISHED[start]
     objective, lr = methods[method]
@@ -1749,12 +1957,13 @@ class _Lines:
         self.stream, self.next = stream, time.monotonic() + LINE_EVERY
 
     def write(self, text: str) -> None:
-        if text.strip() and time.monotonic() >= self.next:
+        if self.stream and text.strip() and time.monotonic() >= self.next:
             self.stream.write(text.strip() + "\n")
             self.next = time.monotonic() + LINE_EVERY
 
     def flush(self) -> None:
-        self.stream.flush()
+        if self.stream:
+            self.stream.flush()
 
 
 def progress(
@@ -1765,19 +1974,69 @@ def progress(
     It is tqdm's object: `set_postfix` adds numbers, and without items `update` counts.
     """
     how = dict(file=sys.stderr, dynamic_ncols=True)
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         how = dict(file=_Lines(sys.stderr), bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]")
     return tqdm(items, what, total, unit=f" {unit}", initial=initial, disable=disable, leave=False, **how)
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Descriptions as they are written, and the default of what has one."""
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they are written, and the default of what has one; switches without a value."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.required else super()._get_help_string(action)
+        has_default = action.default not in (None, "", argparse.SUPPRESS) and action.default is not False
+        return action.help + " (default: %(default)s)" * has_default
+
+    def _format_args(self, action: argparse.Action, metavar: str) -> str:
+        return "" if action.nargs == "?" else super()._format_args(action, metavar)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return super()._format_action_invocation(action).rstrip()
+
+
+def _number(kind: type) -> Callable[[str], int | float]:
+    """A reader of an int of 64 bits or a finite float; what it refuses, argparse reports with the setting's name."""
+
+    def convert(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text[:40]!r}") from None
+        if not (-(2**63) <= value < 2**63 if kind is int else math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text[:40]} is {'too large' if kind is int else 'not finite'}")
+        return value
+
+    return convert
+
+
+READERS = {int: ("N", _number(int)), float: ("X", _number(float))}  # type → (its name in the help, its reader)
+ELSEWHERE = {  # what other trainers call it → setting
+    "learning_rate": "lr", "per_device_train_batch_size": "batch_size", "train_batch_size": "batch_size",
+    "num_train_epochs": "epochs", "output_dir": "out", "model_name_or_path": "model", "loss_type": "objective",
+    "dataset_name": "dataset", "save_steps": "save_every", "eval_steps": "eval_every",
+}  # fmt: skip
 
 
 class _Parser(HfArgumentParser):
+    """Options in groups, each shown in one spelling; what cannot be parsed is a UserError.
+
+    A dataclass may name groups in GROUPS = {title: "its fields"}; those of `Reading` come last, under a title of their own.
+    """
+
+    def _add_dataclass_arguments(self, kind: type) -> None:
+        reading = {"reading rows": " ".join(f.name for f in fields(Reading))} if issubclass(kind, Reading) else {}
+        self.group_of = {}
+        for title, names in (getattr(kind, "GROUPS", {}) | reading).items():
+            self.group_of |= dict.fromkeys(names.split(), self.add_argument_group(title))
+        super()._add_dataclass_arguments(kind)
+
+    def _parse_dataclass_field(self, parser, field) -> None:
+        before = len(self._actions)
+        super()._parse_dataclass_field(self.group_of.get(field.name, parser), field)
+        for action in self._actions[before:]:
+            action.metavar, action.type = READERS.get(action.type, ("TEXT", action.type))
+            short = [option for option in action.option_strings if not option.startswith("--")]
+            action.option_strings = [*short, *action.option_strings][:1]  # the others are accepted and not shown
+
     def error(self, message: str):
         raise UserError(f"{message}; `python {self.prog} --help` lists all settings")
 
@@ -1788,12 +2047,16 @@ def parse(kind: type, argv: list[str], prog: str, text: str):
     Leading bare words fill, in order, the fields that have no default. `--a-b` and `--a_b` are the same.
     """
     needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
-    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))[: len(needed)]
+    words = list(itertools.takewhile(lambda word: word == "-" or not word.startswith("-"), argv))[: len(needed)]
     argv = [f"--{name}={word}" for name, word in zip(needed, words)] + argv[len(words) :]
-    parser = _Parser(kind, prog=prog, description=inspect.cleandoc(text), formatter_class=_HelpFormatter)
+    usage = " ".join([prog, *map(str.upper, needed), "[options]"])
+    how = dict(prog=prog, usage=usage, description=inspect.cleandoc(text), formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser = _Parser(kind, **how)
     instance, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
     if unknown:
-        parser.error(f"unknown setting {' '.join(unknown)}")
+        name = next((word for word in unknown if word.startswith("-")), "").lstrip("-").partition("=")[0].replace("-", "_")
+        guess = did_you_mean(ELSEWHERE.get(name, name), [f.name for f in fields(kind)])
+        parser.error(f"unknown setting {' '.join(unknown)[:200]}{guess}")
     return instance
 
 
@@ -1806,36 +2069,78 @@ def commands(argv: list[str], prog: str, text: str, table: dict[str, tuple[type,
         print(f"\n`python {prog} COMMAND --help` lists the options of a command.")
         raise SystemExit(0)
     if not argv or argv[0] not in table:
-        what = f"{argv[0]} is no command" if argv else "a command is missing"
+        what = f"{argv[0]} is no command{did_you_mean(argv[0], table)}" if argv else "a command is missing"
         raise UserError(f"{what}; there are {', '.join(table)}, which `python {prog} --help` explains")
     kind, function = table[argv[0]]
     return function(parse(kind, argv[1:], f"{prog} {argv[0]}", inspect.getdoc(kind)))
 
 
+def fail(error: Exception) -> None:
+    """Print one message and end with code 2."""
+    _say(f"error: {error}")
+    raise SystemExit(2)
+
+
+def command_line(
+    work: Callable[[list[str]], object],
+    argv: list[str] | None = None,
+    fail: Callable[[Exception], None] = fail,
+    stopped: str = "stopped",
+):
+    """work(argv) as a command line, without a traceback for what its owner can mend; returns what it returns.
+
+    A UserError, an OSError of the system (a place that cannot be written, a full disk) or the end of the GPU's memory goes to
+    `fail` as a UserError; `distributed.fail` is the one of several ranks. Ctrl-C prints `stopped` and ends with code 130.
+    Output that nobody reads any more (`| head`) ends the work quietly. Characters that the output's encoding lacks are
+    written as escapes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # and not None, or what a notebook puts there
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return work(sys.argv[1:] if argv is None else argv)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # what cannot be written is found here and not on the way out
+    except UserError as error:
+        problem = error
+    except KeyboardInterrupt:
+        _say(stopped)
+        raise SystemExit(130) from None
+    except torch.OutOfMemoryError as error:
+        problem = UserError(f"the GPU's memory is too small; lower --batch_size ({_brief(error)})")
+    except OSError as error:
+        if error.errno is None:
+            raise
+        if error.filename is None:  # most likely the output: the interpreter would try to write it once more
+            with contextlib.suppress(OSError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            return None
+        problem = UserError(f"{str(error.filename or 'the output')[:200]}: {error.strerror}")
+    fail(problem)
+
+
 def main(argv: list[str] | None = None):
     """The command line as a function. What the user can mend ends with a message and exit code 2."""
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    disable_progress_bar()
+    set_verbosity_error()  # a table of missing weights, where one message follows
     argv = sys.argv[1:] if argv is None else argv
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        return commands(argv, "data.py", __doc__, COMMANDS)
-    except UserError as error:
-        message = str(error)
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return None
-    except OSError as error:  # a place that cannot be written, a full disk
-        message = f"{error.filename or 'data.py'}: {error.strerror or error}"
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    goes_on = argv[:1] in (["sample"], ["score"], ["answers"])
+    stopped = "stopped" + "; nothing is lost, the same command goes on from here" * goes_on
+    return command_line(lambda argv: commands(argv, "data.py", __doc__, COMMANDS), argv, stopped=stopped)
 
 
 COMMANDS = {
     "show": (Showing, print_rows),
     "stats": (Counting, print_stats),
-    "sample": (Sampling, sample),
-    "score": (Scoring, score),
-    "pairs": (Pairing, print_pairs),
-    "answers": (Generation, generate),
+    "sample": (Sampling, functools.partial(sample, say=_say)),
+    "score": (Scoring, functools.partial(score, say=_say)),
+    "pairs": (Pairing, functools.partial(pairs, say=_say)),
+    "answers": (Generation, functools.partial(generate, say=_say)),
 }
 
 if __name__ == "__main__":

@@ -89,6 +89,14 @@ class Settings(data.Reading):
     length_bias: float = setting(0.0, "embedded world: what the annotator adds to a response's quality per word")
     mesh: str | None = setting(None, "under torchrun: copies x parts, such as 2x4; without it one copy cut over all ranks")
     trust_remote_code: bool = setting(False, "allow a model folder to bring Python code that is then run")
+    GROUPS = {  # of --help
+        "model and data": "model dataset eval_dataset eval_size recipe trust_remote_code",
+        "objective": "objective replays reset_alpha reset_modules sft_weight",
+        "schedule": "lr batch_size epochs max_steps warmup_ratio weight_decay max_grad_norm",
+        "memory and speed": "tokens_per_microbatch layout dtype gradient_checkpointing compile device mesh",
+        "output": "out overwrite resume eval_every samples sample_tokens save_every keep export_dtype cache log_to",
+        "embedded world": "annotator_noise length_bias",
+    }
 
 
 def parse_settings(argv: list[str], kind: type[Settings] = Settings, prog: str = "train.py", text: str = __doc__) -> Settings:

@@ -5,6 +5,7 @@ independent path, since data.py goes through the chat template. The miniature to
 """
 
 import copy
+import datetime
 import functools
 import gzip
 import io
@@ -15,8 +16,10 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import MISSING, dataclass, fields
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from worlds import world_pairs
 
 import data
+import train
 from data import Example, Examples, Pairing, Reading, Row, Sampling, Scoring, UserError, encode
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -197,6 +201,11 @@ def test_the_reason_for_a_format_is_reported(tmp_path, chatml):
         load(write(tmp_path, "b.jsonl", [{"chosen": "Human: a ", "rejected": "Human: a b"}]), chatml, format="implied")
     with pytest.raises(UserError, match="format is 'csv'; accepted are auto, sharegpt, pairs, hh"):
         load(path, chatml, format="csv")
+    with pytest.raises(UserError, match=r"did you mean unpaired\?"):
+        load(path, chatml, format="unpared")
+    for wrong in (dict(seed=-1), dict(min_score_margin=math.nan), dict(max_drop_fraction=2.0), dict(equal_length=math.nan)):
+        with pytest.raises(UserError, match=f"^{[*wrong][0]} is "):
+            load(path, chatml, **wrong)
 
 
 def test_columns_are_renamed(tmp_path, chatml):
@@ -212,6 +221,8 @@ def test_columns_are_renamed(tmp_path, chatml):
         UserError, match=r"row 1: --columns names best, but its columns are \['bad', 'good', 'prompt', 'question'\]"
     ):
         load(path, chatml, columns="chosen=best")
+    with pytest.raises(UserError, match=r"did you mean question\?"):
+        load(path, chatml, columns="prompt=qestion")
     for text in ("chosen", "chosen=", "=a", "a=b=c"):
         with pytest.raises(UserError, match="write new=old with commas between"):
             load(path, chatml, columns=text)
@@ -245,6 +256,7 @@ def test_reads_every_kind_of_file_alike(tmp_path):
 
 def test_slices(tmp_path):
     path = write(tmp_path, "a.jsonl", range(10))
+    assert all_rows(f"{path}[1:{10**23}]") == list(range(1, 10)) and all_rows(f"{path}[-{10**23}:{'9' * 5000}]") == [*range(10)]
     assert all_rows(path + "[:3]") == [0, 1, 2]
     assert all_rows(path + "[8:]") == [8, 9]
     assert all_rows(path + "[2:4]") == [2, 3]
@@ -321,6 +333,21 @@ def test_standard_input(monkeypatch):
     assert isinstance(rows[2][1], UserError)
 
 
+def test_standard_input_that_is_not_there(monkeypatch):
+    for stream, said in ((None, "closed"), (Terminal(), "a terminal")):
+        monkeypatch.setattr(sys, "stdin", stream)
+        with pytest.raises(UserError, match=f"standard input is {said}: pipe JSON lines into it"):
+            all_rows("-")
+
+
+def test_pairs_and_single_completions_do_not_mix(tmp_path, chatml):
+    a = write(tmp_path, "a.jsonl", [{**PAIR, "chosen": ""}, PAIR])
+    b = write(tmp_path, "b.jsonl", [{"prompt": "A", "completion": "B", "label": True}])
+    for both in (f"{a},{b}", f"{b}, {a}"):
+        with pytest.raises(UserError, match="a.jsonl holds pairs, .*b.jsonl single completions with a label"):
+            load(both, chatml, max_drop_fraction=1)
+
+
 def test_several_sources_with_weights(tmp_path, chatml):
     a = write(tmp_path, "a.jsonl", [{**PAIR, "prompt": f"Ask {i}"} for i in range(3)])
     b = write(tmp_path, "b.jsonl", [{**PAIR, "prompt": f"Beg {i}"} for i in range(200)])
@@ -337,7 +364,9 @@ def test_several_sources_with_weights(tmp_path, chatml):
     for seed in range(5):  # a repeated row is on one side only
         train, held_out = data.split_held_out(load(f"{a}@3", chatml)[0], 1, seed)
         assert len(held_out) == 1 and len(train) == 6 and held_out[0].where not in [e.where for e in train]
-    for wrong in ("", f"{a},", f"{a}@0"):
+    with pytest.raises(UserError, match="no row is left by the weights"):
+        load(f"{a}@0.000001", chatml)
+    for wrong in ("", f"{a},", f"{a}@0", f"{a}@100000000", f"{a}@{'9' * 400}"):
         with pytest.raises(UserError, match="dataset is"):
             load(wrong, chatml)
 
@@ -354,6 +383,7 @@ def test_hub_names(monkeypatch):
         return [{"a": i} for i in range(5)]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(data, "reachable", lambda name, kind: None)
     data._hub.cache_clear()
     assert [w for w, _ in data.read("org/name")][4] == "org/name row 5"
     assert all_rows("org/name:test[:2]") == [{"a": 0}, {"a": 1}]
@@ -365,6 +395,77 @@ def test_hub_names(monkeypatch):
     ]
     with pytest.raises(UserError, match="org/none: .*not loadable from the hub"):
         all_rows("org/none")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub on this machine that says for every name what `hub.status` is, and an empty cache; `hub.asked` are the paths."""
+    from huggingface_hub import constants
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.asked += [self.path] if self.path.endswith("/org/x") else []
+            if server.slow:
+                time.sleep(1.0)
+            self.send_response(server.status)
+            self.send_header("X-Error-Code", "RepoNotFound" if server.status == 404 else "")
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    server.asked, server.status, server.slow = [], 404, False
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    data.reachable.cache_clear()
+    yield server
+    data.reachable.cache_clear()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("name", ["./x", "/x/y", "runs/x/model", "a b", "", "x" * 300, "a--b"])
+def test_what_cannot_be_a_hub_name_is_refused_without_asking(name, hub):
+    with pytest.raises(UserError, match="no such file or folder$"):
+        data.reachable(name)
+    assert hub.asked == []
+
+
+def test_the_hub_is_asked_once(hub, tmp_path):
+    for kind in ("model", "dataset"):
+        with pytest.raises(UserError, match=f"^org/x: no such file or folder, and no such {kind} on the hub"):
+            data.reachable("org/x", kind)
+    assert hub.asked == ["/api/models/org/x", "/api/datasets/org/x"]
+    for hub.status in (500, 429):  # it is there: what it has to say, the loader will say
+        data.reachable.cache_clear()
+        data.reachable("org/x")
+        data.reachable("org/x")
+    data.reachable(str(tmp_path))
+    assert len(hub.asked) == 4
+
+
+def test_offline_is_found_at_once_and_what_is_cached_goes_on(hub, tmp_path, monkeypatch):
+    """A hub that does not answer in time: one attempt, then none; of two names one is in the cache."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(data, "HUB_SECONDS", 0.1)
+    hub.slow = True
+    with pytest.raises(UserError, match=r"org/x: no such file or folder, and the hub cannot be reached \(offline\?\)"):
+        data.reachable("org/x")
+    assert constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
+    for folder in ("models--org--y", "datasets--org--y"):
+        (tmp_path / "hub" / folder).mkdir(parents=True)
+    data.reachable("org/y"), data.reachable("org/y", "dataset")
+    for read in (lambda: data.load_tokenizer("org/z"), lambda: all_rows("org/none:train")):
+        with pytest.raises(UserError, match="cannot be reached"):
+            read()
+    assert len(hub.asked) == 1
 
 
 # ---- rows that are dropped, counted and reported ---------------------------------------------------------------------
@@ -1303,9 +1404,10 @@ def test_greedy_samples_are_equal_and_kept_once(world_model, tmp_path):
     source = write(tmp_path, "p.jsonl", [{"prompt": "name two fruits"}])
     for strategy in ("plain", "cot", "dts"):
         out = str(tmp_path / strategy)
-        data.sample(Sampling(world_model, source, out, n=3, temperature=0, max_tokens=5, strategy=strategy))
+        how = dict(n=3, temperature=0, max_tokens=5, strategy=strategy, keep_unfinished=True)
+        data.sample(Sampling(world_model, source, out, **how))
         (row,) = lines_of(out)
-        assert row["unfinished"] + len(row["responses"]) in (1, 3) and row["prompt"] == [user("name two fruits")]
+        assert len(row["responses"]) == 1 and row["prompt"] == [user("name two fruits")]
 
 
 def test_strategies_ask_as_they_say(world_model, tmp_path, monkeypatch):
@@ -1367,6 +1469,133 @@ def test_score_by_a_rule_and_by_a_model(sampled, world_model, tmp_path):
         data.score(Scoring(out, str(tmp_path / "x")))
 
 
+def test_what_sampling_says(sampled, world_model, tmp_path):
+    """Every number of the summary against the rows that were written; what is there already is counted."""
+    source, out, options = sampled
+    said, again = [], str(tmp_path / "again.jsonl")
+    Path(again).write_text("".join(Path(out).read_text().splitlines(keepends=True)[:2]))
+    data.sample(Sampling(world_model, source, again, **options), say=said.append)
+    begin = f"sample: {world_model} on cpu, 4 prompts, 4 responses each (plain), temperature 1, top_p 0.95, at most 40 tokens"
+    assert said[0] == f"{begin}; 2 are in {again} already" and len(said) == 2
+    kept, open_ends = (sum(f(row) for row in lines_of(out)) for f in (lambda r: len(r["responses"]), lambda r: r["unfinished"]))
+    start = f"4 prompts, {kept} responses kept; {open_ends} of 16 responses did not end within 40 tokens: raise --max_tokens"
+    assert said[1].startswith(start) and said[1].endswith(f"all in {again}")
+    assert (f"; {16 - kept - open_ends} were equal" in said[1]) == (kept + open_ends < 16)
+    with pytest.raises(UserError, match="nothing to keep: 4 prompts, 0 responses kept; 16 of 16 .*: raise --max_tokens"):
+        data.sample(Sampling(world_model, source, str(tmp_path / "none.jsonl"), **options | {"max_tokens": 1, "seed": 1}))
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_equal_responses_are_counted(world_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        data, "_answers", lambda model, tokenizer, prompts, s, seed: (["A", "A", "", "B", "C"], [True] * 4 + [False])
+    )
+    said, source = [], write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
+    data.sample(Sampling(world_model, source, str(tmp_path / "out"), n=5), say=said.append)
+    assert said[1].startswith(
+        "1 prompts, 2 responses kept; 1 of 5 responses did not end within 512 tokens: raise --max_tokens; "
+    )
+    assert "; 2 were equal to another one or empty; " in said[1]
+
+
+def test_what_scoring_and_pairing_say(tmp_path):
+    """By hand: scores 1 3, 2 2, 4: mean 2.4, variance (34 − 5·2.4²)/5 = 1.04; pairs of margin 2 and 1, longer in one."""
+    rows = [{"prompt": p, "responses": r} for p, r in (("A", ["a", "aaa"]), ("B", ["bb", "bb"]), ("C", ["cccc"]))]
+    source, out, said = write(tmp_path, "s.jsonl", rows), str(tmp_path / "o.jsonl"), []
+    score = lambda: data.score(Scoring(source, out, rule=lambda row, text: len(text)), say=said.append)  # noqa: E731
+    score()
+    end = "3 rows, 5 scores: mean 2.4, standard deviation 1.02, 1 to 4; 2 rows have no two different scores, so no pair"
+    assert said[1] == end and "already" not in said[0]
+    score()
+    assert said[2].endswith(f"3 rows; 3 are in {out} already") and said[3] == end
+    with pytest.raises(UserError, match="1 rows without any response: nothing to score"):
+        data.score(Scoring(write(tmp_path, "e.jsonl", [{"prompt": "A", "responses": []}]), str(tmp_path / "no"), rule=len))
+    sampled = write(tmp_path, "sampled.jsonl", [{"id": "1", "prompt": "A", "responses": ["a"]}])
+    with pytest.raises(UserError, match="holds rows without scores"):
+        data.score(Scoring(out, sampled, rule=len))
+    scored = [
+        {"prompt": "A", "responses": ["a", "aaa"], "scores": [0, 2]},
+        {"prompt": "B", "responses": ["b", "bb"], "scores": [1, 0]},
+        {"prompt": "C", "responses": ["c"], "scores": [1]},
+    ]  # fmt: skip
+    said.clear()
+    data.pairs(Pairing(write(tmp_path, "c.jsonl", scored), out), say=said.append)
+    assert said[1:] == [f"2 pairs in {out}: mean margin 1.5, chosen longer in 50%", "  1 without: fewer than two responses"]
+    with pytest.raises(UserError, match="gives no pair: .* Lower --min_margin"):
+        data.pairs(Pairing(str(tmp_path / "c.jsonl"), str(tmp_path / "no"), min_margin=9))
+    assert not (tmp_path / "no").exists()
+
+
+def test_columns_that_json_cannot_hold_are_passed_on(tmp_path):
+    """A lone surrogate as its escape, a date as its text."""
+    row = {"prompt": "A", "responses": ["a"], "note": "\ud800", "day": datetime.date(2020, 1, 2)}
+    parquet.write_table(pyarrow.Table.from_pylist([{**row, "note": "x"}]), tmp_path / "s.parquet")
+    (tmp_path / "s.jsonl").write_text(json.dumps({**row, "day": None}) + "\n")
+    for name, (note, day) in {"s.parquet": ("x", "2020-01-02"), "s.jsonl": ("\ud800", None)}.items():
+        data.score(Scoring(str(tmp_path / name), str(tmp_path / f"{name}.out"), rule=lambda row, text: 1))
+        (out,) = lines_of(tmp_path / f"{name}.out")
+        assert (out["note"], out["day"], out["scores"]) == (note, day, [1.0])
+
+
+RULES = {
+    "exits.py:f": ("import sys\nsys.exit()", "no file.py:function or module:function .SystemExit"),
+    "raises.py:f": ("1 / 0", "no file.py:function or module:function .ZeroDivisionError: division by zero"),
+    "broken.py:f": ("def f(:", "no file.py:function or module:function .SyntaxError"),
+    "number.py:f": ("f = 3", "which is a int and no function"),
+    "later.py:f": ("import sys\nf = lambda row, text: sys.exit()", "s.jsonl row 1: .*later.py:f cannot score it .SystemExit"),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_that_is_none(name, tmp_path):
+    text, message = RULES[name]
+    (tmp_path / name.partition(":")[0]).write_text(text)
+    source = write(tmp_path, "s.jsonl", [{"prompt": "A", "responses": ["a", "b"]}])
+    with pytest.raises(UserError, match=message):
+        data.score(Scoring(source, str(tmp_path / "out"), rule=f"{tmp_path}/{name}"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_outputs_that_cannot_be_written(world_model, tmp_path):
+    source = write(tmp_path, "s.jsonl", [{**SCORED}])
+    (tmp_path / "file").write_text("")
+    for out, why in (
+        (str(tmp_path), "a folder"),
+        (f"{tmp_path}/file/out", "File exists|Not a directory"),
+        ("x" * 300, "too long"),
+    ):
+        for call in (lambda: data.sample(Sampling("org/none", source, out)),  # noqa: B023
+                     lambda: data.score(Scoring(source, out, rule=len)), lambda: data.pairs(Pairing(source, out))):  # noqa: B023 # fmt: skip
+            with pytest.raises(UserError, match=f"cannot be written .*({why})"):
+                call()
+    with pytest.raises(UserError, match="no file that could be continued"):
+        data.sample(Sampling("org/none", source, "/dev/null"))
+
+
+def test_models_without_finite_weights_are_named(world_model, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(world_model)
+    model.lm_head.weight.data.fill_(math.nan)
+    model.save_pretrained(tmp_path / "m")
+    data.world_tokenizer().save_pretrained(tmp_path / "m")
+    source = write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
+    with pytest.raises(UserError, match="its probabilities are not finite numbers"):
+        data.sample(Sampling(str(tmp_path / "m"), source, str(tmp_path / "out")))
+
+
+def test_devices(monkeypatch):
+    assert data.device_named("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert data.device_named("auto") == torch.device("cpu")
+    for name in ("cuda", "cuda:0", "gpu", "meta", "", "cpu:0"):
+        with pytest.raises(UserError, match=f"device is '{name}'; accepted are auto, cpu"):
+            data.device_named(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(data.device_named(name)) for name in ("auto", "cuda", "cuda:1")] == ["cuda", "cuda", "cuda:1"]
+    with pytest.raises(UserError, match="device is 'cuda:7'; accepted are auto, cpu, cuda, cuda:0, cuda:1"):
+        data.device_named("cuda:7")
+
+
 def test_padding_of_a_reward_model_without_a_padding_token(world_model, tmp_path):
     judge = LlamaForSequenceClassification.from_pretrained(f"{world_model}/judge")
     judge.config.pad_token_id = None
@@ -1400,7 +1629,7 @@ def test_what_cannot_be_scored_is_named(world_model, tmp_path, capsys):
         data.pairs(Pairing(source, str(tmp_path / "out")))
     with pytest.raises(SystemExit) as error:  # a folder where a file should be written
         data.main(["pairs", "--scored", write(tmp_path, "t.jsonl", [SCORED]), "--out", str(tmp_path)])
-    assert error.value.code == 2 and capsys.readouterr().err == f"error: {tmp_path}: Is a directory\n"
+    assert error.value.code == 2 and capsys.readouterr().err == f"error: {tmp_path}: cannot be written (a folder)\n"
 
 
 def test_answers_of_several_files_and_rows_are_joined_by_prompt(tmp_path):
@@ -1556,8 +1785,9 @@ def test_a_killed_generation_goes_on(speaker, tmp_path, monkeypatch, capsys):
         return answers(*a, **k)
 
     monkeypatch.setattr(data, "_answers", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         answers_of(speaker, tmp_path / "p.json", tmp_path / "cut.json", **how)
+    assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().err
     assert len((tmp_path / "cut.json.part").read_text().splitlines()) == 4 and not (tmp_path / "cut.json").exists()
     with pytest.raises(SystemExit):
         answers_of(speaker, tmp_path / "p.json", tmp_path / "cut.json", **how | dict(temperature=0.5))
@@ -1584,6 +1814,8 @@ def test_published_decoding():
         (dict(style="mt_bench"), ["style is 'mt_bench'", "alpaca_eval, arena_hard"]),
         (dict(decoding="gemma"), ["decoding is 'gemma'", "mistral-7b-instruct"]),
         (dict(temperature=-1), ["temperature is at least 0"]),
+        (dict(temperature=1e-300), ["or 0 (greedy)"]),
+        (dict(temperature="nan"), ["--temperature: nan is not finite"]),
         (dict(temperature="hot"), ["invalid float value: 'hot'"]),
         (dict(max_new_tokens=0), ["max_new_tokens"]),
         (dict(device="abacus"), ["device is 'abacus'", "auto, cpu"]),
@@ -1622,15 +1854,38 @@ def test_show_by_hand():
     assert ids["<user>"] == 1 and ids["<end>"] == 3
     pair = Example([1], [[ids["cat"], 3], [ids["pig"], 3]], where="f row 1")
     small = {w: str(i).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")) for w, i in ids.items()}
-    assert data.show(pair, tokenizer, colour=False).splitlines() == [
+    plain = ["prompt (1 tokens, not scored)", "<user>", "chosen (2 tokens, scored)", "cat <end>"]
+    assert data.show(pair, tokenizer, colour=False).splitlines()[1:5] == plain
+    assert data.show(pair, tokenizer, colour=False, ids=True).splitlines() == [
         "── f row 1",
         "prompt (1 tokens, not scored)", "<user>₁",
         "chosen (2 tokens, scored)", f"cat{small['cat']}<end>₃",
         "rejected (2 tokens, scored)", f"pig{small['pig']}<end>₃",
     ]  # fmt: skip
-    assert "\x1b[2m<user>₁\x1b[0m" in data.show(pair, tokenizer)
+    assert "\x1b[2m<user>\x1b[0m" in data.show(pair, tokenizer)
     single = Example([1], [[3]], desirable=False)
     assert "completion (1 tokens, scored, label false)" in data.show(single, tokenizer, colour=False)
+
+
+def test_show_hides_the_beginning_of_long_prompts(chatml):
+    """The cut is where a turn begins, or where the last turn is too long, anywhere."""
+    turns = [user("A"), assistant("B"), user("C"), assistant("D"), user("E")]
+    example, _ = encode(Row(turns, ["F", "G"]), chatml, 2048, 1792)
+    assert "hidden" not in data.show(example, chatml, colour=False, tokens=len(example.prompt))
+    end = chatml("<|im_start|>user\nE<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+    for tokens in (len(end), len(end) + 1):
+        said = data.show(example, chatml, colour=False, tokens=tokens)
+        assert f"not scored, the first {len(example.prompt) - len(end)} hidden: --full shows them)\n<|im_start|>user\nE" in said
+    assert data.last_turns(example.prompt, chatml, 2) == example.prompt[-2:]
+
+
+def test_what_would_steer_a_terminal_is_spelled_out(chatml):
+    assert data.visible("a\tb\nc é 日") == "a\tb\nc é 日"
+    assert data.visible("\x1b[31m\r\x00\u202e\x9b") == r"\x1b[31m\r\x00\u202e\x9b"
+    example, _ = encode(Row(ASKED, ["\x1b]0;x\x07", "\r\x08"]), chatml, 2048, 1792)
+    for ids in (False, True):
+        said = data.show(example, chatml, colour=False, ids=ids)
+        assert not set(said) & set("\x1b\x07\r\x08") and "\\x1b" in said and "\\r" in said
 
 
 def test_show_on_the_command_line(tmp_path, chatml, capsys, monkeypatch):
@@ -1660,9 +1915,28 @@ def test_stats_by_hand():
     bars = [line.split() for line in lines[12:16]]
     assert [b[:3] for b in bars] == [["1", "–", "1"], ["2", "–", "3"], ["4", "–", "7"], ["8", "–", "15"]]
     assert bars[1][3:] == ["█" * 18, "2", "█" * 9, "1"] and bars[3][3:] == ["█" * 9, "1"]
-    assert lines[-1] == ("chosen is longer in 0.0% of the pairs, as long in 50.0%, shorter in 50.0%; by -3.0 tokens on average")
+    assert lines[17] == "chosen is longer in 0.0% of the pairs, as long in 50.0%, shorter in 50.0%; by -3.0 tokens on average"
     single = [Example([1], [[1]], True), Example([1], [[1]], False), Example([1], [[1]], False), Example([1], [[1]], False)]
-    assert data.stats(single, report).endswith("25.0% of the rows are desirable")
+    assert "25.0% of the rows are desirable" in data.stats(single, report).splitlines()
+
+
+def test_stats_end_with_what_to_do():
+    report = data.Report(
+        100, 80, {"duplicates (drop_duplicates)": 18, "chosen is empty": 2}, [], {"response cut": 5, "prompt cut": 9}, [],
+        {"duplicates": 18, "identical responses": 3, "conflicts": 4},
+    )  # fmt: skip
+    said = data.advice(report, bias=0.5)
+    assert [line.split(": ")[-1] for line in said] == [
+        "--drop_identical drops them", "--drop_conflicts drops them", "raise --max_length",
+        "raise --max_length or --max_prompt_length", "simpo, rdpo or --equal_length 1",
+        "mend them, or see --format and --columns",
+    ]  # fmt: skip
+    assert data.advice(report._replace(dropped={}, cut={"prompt cut": 8}, quality={}), bias=-0.5) == []
+    assert len(data.advice(report._replace(dropped={}, cut={"prompt cut": 9}), bias=0.0)) == 4  # three of quality, one cut
+    pairs = [Example([1], [[1, 2], [1]])] * 4
+    assert data.stats(pairs, report).endswith(
+        "see --format and --columns"
+    ) and "→ the chosen responses are longer" in data.stats(pairs, report)
 
 
 def test_the_other_commands(tmp_path, chatml, capsys):
@@ -1672,7 +1946,8 @@ def test_the_other_commands(tmp_path, chatml, capsys):
     printed = capsys.readouterr().out
     assert "1 of 3 rows kept" in printed and "format scored" in printed and "dropped 1: duplicates (drop_duplicates)" in printed
     data.main(["pairs", "--scored", scored, "--out", str(tmp_path / "pairs.jsonl"), "--min-margin", "0.5"])
-    assert capsys.readouterr().out.startswith("1 pairs\n1 no two responses that differ")
+    said = capsys.readouterr()
+    assert said.out == "" and "1 without: no two responses that differ" in said.err
     for wrong in (["score", "--responses", scored, "--out", "x"], ["show", "--model", str(tmp_path), "--dataset", scored]):
         with pytest.raises(SystemExit) as error:
             data.main(wrong)
@@ -1683,6 +1958,70 @@ def test_command_line_errors_are_one_message_and_code_2(tmp_path):
     command = [sys.executable, data.__file__, "show", "--model", str(tmp_path), "--dataset", "gone.jsonl"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("error: ")
+
+
+def run(*argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, **env):
+    """(code, output, messages) of data.py as a process."""
+    command = [sys.executable, data.__file__, *map(str, argv)]
+    done = subprocess.run(command, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, env=os.environ | env)
+    return done.returncode, (done.stdout or b"").decode("ascii", "replace"), done.stderr.decode()
+
+
+def test_outputs_of_every_kind(world_model, tmp_path):
+    """ASCII only, full, and closed by its reader."""
+    source = write(tmp_path, "s.jsonl", [{"prompt": "A", "chosen": "ünï", "rejected": "b"}] * 3)
+    stats = ("stats", world_model, source)
+    code, out, err = run(*stats, PYTHONIOENCODING="ascii")
+    assert code == 0 and err == "" and "\\u2588" in out and "3 of 3 rows kept" in out
+    with open("/dev/full", "w") as full:
+        assert run(*stats, stdout=full)[::2] == (2, "error: the output: No space left on device\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed:
+        assert run(*stats, stdout=closed)[::2] == (0, "")
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    source, out = write(tmp_path, "s.jsonl", [{"prompt": p, "responses": ["a", "b"]} for p in "ABC"]), tmp_path / "out"
+    (tmp_path / "r.py").write_text(
+        "import os, signal\ndef f(row, x):\n    row['prompt'] == 'B' and os.kill(os.getpid(), signal.SIGINT)\n    return 1"
+    )
+    code, _, err = run("score", source, out, "--rule", f"{tmp_path}/r.py:f")
+    assert code == 130 and err.endswith("stopped; nothing is lost, the same command goes on from here\n")
+    assert "Traceback" not in err and [row["prompt"] for row in lines_of(out)] == ["A"]
+
+
+def test_command_line_hands_on_what_is_no_mistake_of_its_owner(tmp_path, capsys):
+    told = []
+    ended = lambda error: data.command_line(functools.partial(fails, error), [], fail=told.append)  # noqa: E731
+
+    def fails(error, argv):
+        raise error
+
+    for error in (
+        UserError("so"),
+        FileNotFoundError(2, "gone", "f"),
+        OSError(28, "full"),
+        torch.OutOfMemoryError("3 GiB\nmore"),
+    ):
+        ended(error)
+    assert list(map(str, told)) == [
+        "so",
+        "f: gone",
+        "the output: full",
+        "the GPU's memory is too small; lower --batch_size (3 GiB)",
+    ]
+    assert all(isinstance(error, UserError) for error in told)
+    assert data.command_line(lambda argv: len(argv), ["a", "b"]) == 2
+    for error in (OSError("of a library"), ValueError("x")):
+        with pytest.raises(type(error)):
+            ended(error)
+
+
+def test_did_you_mean():
+    assert data.did_you_mean("Simp", ["dpo", "simpo"]) == "; did you mean simpo?" and data.did_you_mean("zzz", ["dpo"]) == ""
+    for name, setting in data.ELSEWHERE.items():
+        assert setting in [f.name for f in fields(train.Settings)] and name not in [f.name for f in fields(train.Settings)]
 
 
 # ---- progress and command lines --------------------------------------------------------------------------------------
@@ -1711,7 +2050,14 @@ def test_leading_words_fill_what_has_no_default():
 
 def test_what_cannot_be_parsed():
     for argv, said in (
-        (["a", "b", "c", "--fats", "1"], "unknown setting c --fats 1"),
+        (["a", "b", "c", "--fats", "1"], r"unknown setting c --fats 1; did you mean fast\?"),
+        (["a", "b", "--batch", "1"], r"unknown setting --batch 1; did you mean batch_size\?"),
+        (["a", "b", "--train-batch-size=1"], r"unknown setting --train-batch-size=1; did you mean batch_size\?"),
+        (["a", "b", "--zzz"], "unknown setting --zzz"),
+        (["a", "b", "--batch-size", "9" * 5000], f"--batch_size: invalid int value: '{'9' * 40}'"),
+        (["a", "b", "--batch-size", str(2**63)], f"--batch_size: {2**63} is too large"),
+        (["a", "b", "-r", "nan"], "argument -r: nan is not finite"),
+        (["a", "b", "-r", "1e999"], "argument -r: 1e999 is not finite"),
         (["a"], "required: --out"),
         (["a", "b", "-r", "hot"], "invalid float value: 'hot'"),
     ):
@@ -1724,8 +2070,28 @@ def test_help_shows_texts_and_defaults(capsys):
         work(["--help"])
     said = capsys.readouterr().out
     assert stop.value.code == 0 and "Works.\n\npython work.py a b\nas typed" in said and "usage: work.py" in said
-    assert "rows, 8 % of all (default: 8)" in said and "--batch_size" in said and "--batch-size" in said
+    assert "rows, 8 % of all (default: 8)" in said and "--batch_size" in said and "--batch-size" not in said
     assert "what to read\n" in said  # no default is shown of what has none
+
+
+@dataclass
+class Grouped(Reading):
+    """What to do."""
+
+    source: str = data.setting("a", "what to read")
+    out: str = data.setting("b", "what to write")
+    GROUPS = {"writing": "out"}
+
+
+def test_help_is_in_groups_and_reading_comes_last(capsys):
+    with pytest.raises(SystemExit):
+        data.parse(Grouped, ["--help"], "work.py", "")
+    said = capsys.readouterr().out
+    order = ["options:", "--source", "writing:", "--out", "reading rows:", "--max_length", "--seed"]
+    places = [said.index(word) for word in order]
+    assert places == sorted(places)
+    for kind in (train.Settings, data.Counting):  # every field of a group is one of the dataclass
+        assert not {n for names in getattr(kind, "GROUPS", {}).values() for n in names.split()} - {f.name for f in fields(kind)}
 
 
 def test_commands(capsys):
@@ -1739,6 +2105,8 @@ def test_commands(capsys):
     for argv in ([], ["done"], ["--fast"]):
         with pytest.raises(UserError, match="there are do, say"):
             run(*argv)
+    with pytest.raises(UserError, match=r"sey is no command; did you mean say\?; there are do, say"):
+        run("sey")
     with pytest.raises(UserError, match="`python work.py do --help`"):
         run("do", "a", "b", "--slow")
 
