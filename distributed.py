@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 import torch.distributed as c10d  # this library's name inside PyTorch
 import torch.distributed.checkpoint as dcp
+import transformers
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -48,7 +49,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import data
 from data import UserError
@@ -65,10 +65,12 @@ def setup(device: str) -> torch.device:
 
     A rank that fails prints its error and leaves at once, without waiting for anybody; torchrun then ends the others.
     """
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    place = data.device_named(device)
     if not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
-        return torch.device(kind)
-    place = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+        return place
+    if place.index is not None:
+        raise UserError(f"device is {device!r}; torchrun gives each rank a GPU of its own, so write cuda")
+    kind, place = place.type, torch.device("cuda", int(os.environ["LOCAL_RANK"])) if place.type == "cuda" else place
     if not c10d.is_initialized():
         if kind == "cuda":
             torch.cuda.set_device(place)
@@ -309,16 +311,16 @@ def build_model(name: str, trust_remote_code: bool = False) -> nn.Module:
     """A causal language model in fp32: loaded, or, when it is going to be sharded, without weights until `load_weights`."""
     if Path(name).is_dir():
         weight_files(Path(name))
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     how, came_in = dict(dtype=torch.float32, trust_remote_code=trust_remote_code), config.dtype
     if not c10d.is_initialized():
         how |= dict(use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
-        model, info = AutoModelForCausalLM.from_pretrained(name, **how)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **how)
         wrong = [f"{key} is {tuple(shape)}, the model has {tuple(own)}" for key, shape, own in info["mismatched_keys"]]
         refuse_weights(name, wrong, info["unexpected_keys"], info["missing_keys"])
     else:
         with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, **how)
+            model = transformers.AutoModelForCausalLM.from_config(config, **how)
     model.config.dtype = came_in  # what the file has, and the export will have
     return model
 
@@ -837,8 +839,8 @@ def one_microbatch(
     prompt, *responses = lengths
     batch = data.packed_batch([data.Example([0] * prompt, [[0] * n for n in responses])] * pairs)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
-        frozen = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False) if reference else None
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        frozen = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False) if reference else None
         policy = ResponseLogProbs(model, frozen)
         policy.use_layout("packed")
         policy = shard(policy, checkpointing=checkpointing)
@@ -874,9 +876,9 @@ def config_of(model: str):
     """The configuration of a name in SHAPES, a config.json, a folder that holds one, or a hub name."""
     if model in SHAPES:
         kind, sizes = SHAPES[model]
-        return AutoConfig.for_model(kind, **sizes)
+        return transformers.AutoConfig.for_model(kind, **sizes)
     try:
-        return AutoConfig.from_pretrained(model)
+        return transformers.AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{model}: no configuration there ({reason}); known shapes are {', '.join(SHAPES)}") from error
@@ -957,10 +959,7 @@ def _fit(one: dict, per_pair: float, p: Plan) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     """The command line as a function. What the user can mend ends with a message and exit code 2."""
     commands = {"export": (Export, export_checkpoint), "plan": (Plan, lambda p: print(plan(p)))}
-    try:
-        data.commands(sys.argv[1:] if argv is None else argv, "distributed.py", __doc__, commands)
-    except UserError as error:
-        fail(error)
+    data.command_line(lambda argv: data.commands(argv, "distributed.py", __doc__, commands), argv, fail)
 
 
 if __name__ == "__main__":

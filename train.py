@@ -14,7 +14,6 @@ Shape letters: n examples · k responses of each, 2 for pairs and 1 else.
 
 import ast
 import contextlib
-import errno
 import hashlib
 import importlib.util
 import itertools
@@ -38,7 +37,6 @@ import transformers
 from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import data
 import distributed as dist
@@ -153,7 +151,7 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 
 CHOICES = {"layout": ("packed", "padded"), "dtype": ("auto", "fp32", "bf16"), "export_dtype": ("auto", "fp32", "bf16"),
-           "log_to": (None, "tensorboard", "wandb")}  # fmt: skip
+           "log_to": ("tensorboard", "wandb")}  # fmt: skip
 AT_LEAST_1 = ("batch_size", "tokens_per_microbatch", "epochs", "keep", "replays", "max_steps", "sample_tokens")
 NOT_NEGATIVE = ("eval_size", "eval_every", "save_every", "weight_decay", "max_grad_norm", "samples", "seed", "annotator_noise",
                 "sft_weight")  # fmt: skip
@@ -168,8 +166,8 @@ def check_settings(s: Settings) -> None:
             raise UserError(problem)
 
     for name, accepted in CHOICES.items():
-        said = ", ".join(str(a) for a in accepted if a)
-        refuse_unless(getattr(s, name) in accepted, f"{name} is {getattr(s, name)!r}; accepted are {said}")
+        if getattr(s, name) is not None:
+            data.refuse_unless_known(name, getattr(s, name), accepted)
     for names, holds, said in (
         (AT_LEAST_1, lambda x: x >= 1, "it must be at least 1"),
         (NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "it must not be negative"),
@@ -692,6 +690,7 @@ def load_model(s: Settings) -> torch.nn.Module:
 
     Under torchrun the weights of a folder come later, when the model has been cut up: see `distributed.load_weights`.
     """
+    data.reachable(s.model)
     try:
         model = dist.build_model(s.model, s.trust_remote_code)
     except UserError:
@@ -1415,10 +1414,10 @@ def build_world(folder: Path, tokenizer, demonstrations: list[data.Row], seed: i
     part.rename(folder)
 
 
-def supervised_start(rows: list[data.Row], tokenizer, seed: int) -> LlamaForCausalLM:
+def supervised_start(rows: list[data.Row], tokenizer, seed: int) -> torch.nn.Module:
     """A Llama of 350,000 parameters that has learned to answer from noisy demonstrations."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
         max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None, eos_token_id=3, pad_token_id=3,
     ))  # fmt: skip
@@ -1489,7 +1488,7 @@ def length_controlled(win: Tensor, difference: Tensor) -> float:
 
 @torch.no_grad()
 def summed_logps(model: Path, examples: list[Example]) -> Tensor:
-    policy = ResponseLogProbs(LlamaForCausalLM.from_pretrained(model, dtype=torch.float32))
+    policy = ResponseLogProbs(transformers.LlamaForCausalLM.from_pretrained(model, dtype=torch.float32))
     policy.use_layout("padded")
     return torch.cat([policy(data.padded_batch(examples[i : i + 128]))[0] for i in range(0, len(examples), 128)])
 
@@ -1502,17 +1501,8 @@ def main(argv: list[str] | None = None, work: Callable = lambda argv: train(pars
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors: far fewer page faults
     transformers.utils.logging.disable_progress_bar()
-    try:
-        return work(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        dist.fail(error)
-    except KeyboardInterrupt:
-        print("stopped at once: go on with --resume from the last checkpoint, if there is one", file=sys.stderr)
-        raise SystemExit(130) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
-            raise
-        dist.fail(error)  # a disk that is full: nothing is wrong with the program
+    stopped = "stopped at once: --resume goes on from the last checkpoint, if there is one"
+    return data.command_line(work, argv, dist.fail, stopped)
 
 
 if __name__ == "__main__":
