@@ -1412,8 +1412,7 @@ def _write(out: str, rows: list[dict], mode: str = "a") -> None:
         f.write("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
 
 
-def _quiet(text: str) -> None:
-    pass
+def _quiet(text: str) -> None: ...
 
 
 def _say(text: str) -> None:
@@ -1484,9 +1483,7 @@ def sample(s: Sampling, prompts: Iterable | None = None, say: Callable[[str], No
     """Sample responses to prompts (those of `prompts_of`, if not given): see Sampling."""
     strategies = [name.strip() for name in s.strategy.split(",")]
     for name in strategies:
-        if name not in STRATEGIES:
-            guess = did_you_mean(name, STRATEGIES)
-            raise UserError(f"strategy is {s.strategy!r}; accepted are plain, cot, dts, or several with commas between{guess}")
+        refuse_unless_known("strategy", name, STRATEGIES)
     _check_decoding(s.temperature, s.top_p, n=s.n, batch_size=s.batch_size, max_tokens=s.max_tokens)
     device = device_named(s.device)
     names = ("model", "strategy", "n", "batch_size", "temperature", "top_p", "max_tokens", "seed")
@@ -1497,11 +1494,9 @@ def sample(s: Sampling, prompts: Iterable | None = None, say: Callable[[str], No
             raise UserError(f"{s.out}: was begun with {'; '.join(other)}; give the same settings or another --out")
     given = prompts_of(s.prompts, s.columns) if prompts is None else prompts
     prompts = list({row["id"]: prompt for _, row, prompt in given}.items())
-    how = (
-        f"{s.n} responses each ({s.strategy}), temperature {s.temperature:g}, top_p {s.top_p:g}, at most {s.max_tokens} tokens"
-    )
+    how = f"temperature {s.temperature:g}, top_p {s.top_p:g}, at most {s.max_tokens} tokens"
     there = f"; {sum(key in done for key, _ in prompts)} are in {s.out} already" if done else ""
-    say(f"sample: {s.model} on {device}, {len(prompts):,} prompts, {how}{there}")
+    say(f"sample: {s.model} on {device}, {len(prompts):,} prompts, {s.n} responses each ({s.strategy}), {how}{there}")
     tokenizer, model = load_tokenizer(s.model), _load_model(s.model, "CausalLM", device)
     for start in progress(range(0, len(prompts), s.batch_size), "sample", "batches"):
         part = prompts[start : start + s.batch_size]
@@ -1937,7 +1932,8 @@ PUBLISHED = {
 def recipe(name: str) -> dict:
     """Settings of a published run, by name such as "gemma-2-9b-it-simpo"; files and the command line may change each."""
     recipes = {f"{start}-{method}": (start, method) for start, (*_, methods) in PUBLISHED.items() for method in methods}
-    refuse_unless_known("recipe", name, recipes)
+    if name not in recipes:
+        raise UserError(f"unknown recipe {name!r}; known are {', '.join(recipes)}{did_you_mean(name, recipes)}")
     start, method = recipes[name]
     model, dataset, (prompt, length), methods = PUBLISHED[start]
     objective, lr = methods[method]
