@@ -877,6 +877,7 @@ def config_of(model: str):
     if model in SHAPES:
         kind, sizes = SHAPES[model]
         return transformers.AutoConfig.for_model(kind, **sizes)
+    data.reachable(model)
     try:
         return transformers.AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:

@@ -777,7 +777,7 @@ def test_records_that_are_damaged_are_passed_over_and_said(arguments, tmp_path, 
 
 
 def test_nothing_but_progress_before_an_error_about_settings(arguments, capsys):
-    said = refused(arguments(eval_size=10**6, lr=2), capsys)
+    said = refused(arguments(eval_size=10**6, samples=2), capsys)
     assert said.startswith("error: eval_size 1000000 leaves no training rows")
 
 
@@ -875,7 +875,7 @@ def test_ctrl_c_twice_stops_at_once_and_says_how_to_go_on(capsys):
     with pytest.raises(SystemExit) as stop:
         train.main([], work)
     first, second = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 130 and "Ctrl-C again" in first and "go on with --resume" in second
+    assert stop.value.code == 130 and "Ctrl-C again" in first and "--resume goes on" in second
 
 
 def test_the_command_line_itself(tmp_path):

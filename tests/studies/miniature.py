@@ -185,7 +185,7 @@ def job_key(job: dict) -> str:
 
 def run_jobs(jobs: list[dict], file: Path) -> list[dict]:
     """All jobs, a process per core at a time; each result is a line of `file`, and those already there stay."""
-    known = {job_key(result["job"]): result for result in train.read_metrics(file)}
+    known = {job_key(result["job"]): result for result in train.read_lines(file, lambda line: "job" in line)}
     missing = [job for job in jobs if job_key(job) not in known]
     worlds = {job["seed"]: train.Settings(seed=job["seed"], cache=job["cache"]) for job in missing}
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), one_of_many) as pool:
@@ -213,7 +213,10 @@ def study(s: Study) -> dict:
     """Tune, run and tabulate objectives over several seeds, and draw sweeps; everything is in the output folder."""
     check(s)
     started, out, common = time.time(), train.prepare_out(s), common_settings(s)
-    (out / "settings.json").write_text(json.dumps(asdict(s), indent=2) + "\n")
+    train.write_whole(out / train.MARKER, json.dumps({"plainpo": {"study": "miniature"}}))
+    train.write_whole(out / "settings.json", json.dumps(asdict(s), indent=2) + "\n")
+    if s.overwrite:
+        (out / "runs.jsonl").unlink(missing_ok=True)
     best = tune(grid_of(s), common, out / "runs.jsonl")
     results = run_groups({name: [job | {"seed": n} for n in range(s.seeds)] for name, job in best.items()}, out / "runs.jsonl")
     if results:

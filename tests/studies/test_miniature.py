@@ -18,6 +18,8 @@ import data
 import train
 from losses import OBJECTIVES
 
+ALWAYS = {".lock", "run.json", "settings.json"}  # in the folder of a study
+
 
 @pytest.fixture
 def made_up(monkeypatch) -> list[dict]:
@@ -48,7 +50,7 @@ def test_comparison(tmp_path, made_up, capsys):
     assert table[3].startswith("| `dpo(beta=0.5)` | 0.001 | 61.0 ± 0.6 |") and table[4].startswith("| `simper` | 0.0002 | – |")
     assert "\n".join(table) in capsys.readouterr().out
     pictures = {"length.png", "drift.png", "kl.png", "sweep-gamma.png"}
-    assert {p.name for p in (tmp_path / "out").iterdir()} == pictures | {"sweep-gamma.md", "table.md", "settings.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == ALWAYS | pictures | {"sweep-gamma.md", "table.md"}
 
 
 def test_sweep_table(tmp_path, made_up):
@@ -61,14 +63,14 @@ def test_sweep_table(tmp_path, made_up):
     assert title in table[0] and table[2].startswith("| alpha_dpo | 0 | 50.5 ± 0.5 | 1.0 ± 0.0 | 1.00 ± 0.00 |")
     assert [job["seed"] for job in made_up] == [0, 1] * 10 and all(job["annotator_noise"] == 0.5 for job in made_up)
     assert not any("lr" in job for job in made_up)
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"sweep-alpha.md", "sweep-alpha.png", "settings.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == ALWAYS | {"sweep-alpha.md", "sweep-alpha.png"}
 
 
 def test_where_every_run_ended_early(tmp_path, made_up):
     """Dashes, and no picture of nothing."""
     miniature.main(["--compare", "simper", "--seeds", "1", "--out", str(tmp_path / "out")])
     assert (tmp_path / "out" / "table.md").read_text().splitlines()[3] == "| `simper` | 0.0002 |" + " – |" * len(MEASURES)
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"table.md", "settings.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == ALWAYS | {"table.md"}
 
 
 def test_a_job_holds_what_differs_from_the_default(tmp_path):
