@@ -24,6 +24,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -689,8 +690,12 @@ def run_beside(case: Case, folder: Path, output: Path) -> Callable[[], list[str]
         processes.kill(process, signal.SIGTERM)
         if (code := processes.wait(process, SECONDS)) != 0:
             return [f"the run beside it (exit code {code}, {output.with_suffix('.err').read_text()[-200:]})"]
-        steps = [json.loads(line)["step"] for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
-        return [] if steps == list(range(len(steps))) else ["metrics of the run beside it"]
+        try:
+            steps = [json.loads(line)["step"] for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+            whole = steps == list(range(len(steps)))
+        except (OSError, ValueError):
+            whole = False
+        return [] if whole else ["metrics of the run beside it"]
 
     return ended
 
@@ -706,9 +711,12 @@ def run_case(case: Case, given: Path, place: Path, fresh: bool, seconds: float) 
     before = snapshot(folder)
     ended = run_beside(case, folder, place / "beside") if case.beside else lambda: []
     tick = time.monotonic()
-    code = processes.wait(started(case, folder, output, fresh), min(seconds, 15) if case.beside else seconds)
-    seconds = time.monotonic() - tick
-    harmed, after = ended(), snapshot(folder)
+    try:
+        code = processes.wait(started(case, folder, output, fresh), min(seconds, 15) if case.beside else seconds)
+        seconds = time.monotonic() - tick
+    finally:
+        harmed = ended()
+    after = snapshot(folder)
     lost = [name for name, content in before.items() if after.get(name) != content]
     lost = [name for name in lost if not any(fnmatch.fnmatch(name, pattern) for pattern in case.changes)]
     text = "".join(output.with_suffix(end).read_text(errors="replace") for end in (".out", ".err"))
@@ -731,6 +739,8 @@ def in_parallel(cases: list[Case], given: Path, jobs: int, fresh: bool, seconds:
                 try:
                     result = run_case(case, given, place, fresh, seconds)
                     (place / "result").write_text(json.dumps(result))
+                except BaseException:
+                    traceback.print_exc()
                 finally:
                     os._exit(0)
             running[worker] = case, place
@@ -766,7 +776,7 @@ def main(argv: list[str] | None = None, cases: list[Case] | None = None) -> int:
     processes.preload()
     import data
 
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         os.environ["TMPDIR"] = tempfile.tempdir = place
         (given := Path(place) / "given").mkdir()
         fixture(given)

@@ -12,6 +12,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -33,7 +34,10 @@ def preload() -> None:
     os.environ |= ENVIRONMENT
     import data, distributed  # noqa: E401, F401, I001
     import transformers.models.llama.modeling_llama  # noqa: F401
+    from tqdm import tqdm
 
+    tqdm.set_lock(threading.RLock())  # its own is shared with children: one that is killed may hold it for ever
+    tqdm.monitor_interval = 0  # no thread of its own
     with contextlib.suppress(ImportError):
         import matplotlib.pyplot  # noqa: F401
 
