@@ -99,7 +99,7 @@ def reachable(name: str, kind: str = "model") -> None:
     try:
         validate_repo_id(name)
     except errors.HFValidationError:  # such as ./x, /x, a/b/c
-        raise UserError(f"{name[:200] or repr(name)}: no such file or folder") from None
+        raise UserError(f"{name[:200] or f'a {kind} without a name'}: no such file or folder") from None
     if not constants.HF_HUB_OFFLINE:
         try:
             HfApi(endpoint=constants.ENDPOINT).repo_info(name, repo_type=kind, timeout=HUB_SECONDS)

@@ -499,6 +499,8 @@ def prepare(s: Settings) -> Run:
     try_objective(objective)
     device = dist.setup(s.device)
     dist.mesh_sizes(s.mesh)
+    if s.model != "tiny":
+        data.reachable(s.model)
     s.lr = s.lr if s.lr is not None else (2e-4 if s.model == "tiny" else 1e-6)
     s.out = str(dist.on_main(prepare_out, s))
     lock = dist.own(Path(s.out))
@@ -690,7 +692,6 @@ def load_model(s: Settings) -> torch.nn.Module:
 
     Under torchrun the weights of a folder come later, when the model has been cut up: see `distributed.load_weights`.
     """
-    data.reachable(s.model)
     try:
         model = dist.build_model(s.model, s.trust_remote_code)
     except UserError:

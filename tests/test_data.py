@@ -1984,7 +1984,8 @@ def test_outputs_of_every_kind(world_model, tmp_path):
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     source, out = write(tmp_path, "s.jsonl", [{"prompt": p, "responses": ["a", "b"]} for p in "ABC"]), tmp_path / "out"
     (tmp_path / "r.py").write_text(
-        "import os, signal\ndef f(row, x):\n    row['prompt'] == 'B' and os.kill(os.getpid(), signal.SIGINT)\n    return 1"
+        "import os, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background lacks\n"
+        "def f(row, x):\n    row['prompt'] == 'B' and os.kill(os.getpid(), signal.SIGINT)\n    return 1"
     )
     code, _, err = run("score", source, out, "--rule", f"{tmp_path}/r.py:f")
     assert code == 130 and err.endswith("stopped; nothing is lost, the same command goes on from here\n")

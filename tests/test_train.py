@@ -864,7 +864,10 @@ def test_disagreeing_layouts_stop_the_run(arguments, monkeypatch, capsys):
     assert stop.value.code == 2 and "use --layout padded" in capsys.readouterr().err
 
 
-def test_ctrl_c_twice_stops_at_once_and_says_how_to_go_on(capsys):
+def test_ctrl_c_twice_stops_at_once_and_says_how_to_go_on(capsys, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background lacks
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+
     def work(argv):
         with dist.StopOnSignal() as stop:
             os.kill(os.getpid(), signal.SIGINT)
