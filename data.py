@@ -1938,7 +1938,8 @@ def recipe(name: str) -> dict:
     model, dataset, (prompt, length), methods = PUBLISHED[start]
     objective, lr = methods[method]
     return dict(model=model, dataset=dataset, objective=objective, lr=lr, max_prompt_length=prompt, max_length=length,
-                batch_size=128, epochs=1, warmup_ratio=0.1, weight_decay=0.0, max_grad_norm=1.0, dtype="bf16")  # fmt: skip
+                batch_size=128, epochs=1, warmup_ratio=0.1, weight_decay=0.0, max_grad_norm=1.0, dtype="bf16",
+                gradient_checkpointing=True, tokens_per_microbatch=32768)  # fmt: skip
 
 
 # ---- progress and command lines, of every file -----------------------------------------------------------------------

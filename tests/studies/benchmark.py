@@ -200,9 +200,8 @@ def peer(args) -> dict:
         )
     trainer.train()
     seconds = synchronized() - Clock.tick
-    run = train.Run(None, None, settings_of(args, args.dtype, "padded"), next(model.parameters()).device)
     # trl shuffles; over equal steps the pairs differ in order only by the one warm-up batch
-    return finish(args, model, run, examples[args.batch_size :], seconds) | {"trl": trl.__version__}
+    return finish(args, model, examples[args.batch_size :], seconds) | {"trl": trl.__version__}
 
 
 def child(args, variant: str, dtype: str, **more) -> dict:
