@@ -52,7 +52,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from logprobs import completions
+from logprobs import completions, to_device
 
 
 class UserError(Exception):
@@ -987,7 +987,7 @@ class Batch(NamedTuple):
     tree: list[tuple[int, list[int]]] | None  # packed: (prompt length, response lengths) per example
 
     def to(self, device) -> "Batch":
-        return self._replace(**{k: v.to(device, non_blocking=True) for k, v in self._asdict().items() if isinstance(v, Tensor)})
+        return self._replace(**{k: to_device(v, device) for k, v in self._asdict().items() if isinstance(v, Tensor)})
 
 
 def _batch(ids, positions, index, targets, response, lengths, tree) -> Batch:
