@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
@@ -275,7 +276,10 @@ class Blocks(NamedTuple):
         part, full = (cells > 0) & (cells < BLOCK**2), cells == BLOCK**2
         lists = [x for s in (part, full, part.T, full.T) for x in (s.sum(1), np.argsort(~s, axis=1, kind="stable"))]
         send = lambda x: to_device(torch.from_numpy(x.astype(np.int32)), device)  # noqa: E731
-        return cls(tuple(map(send, ranges)), tuple(send(x)[None, None] for x in lists))
+        blocks = cls(tuple(map(send, ranges)), tuple(send(x)[None, None] for x in lists))
+        for x in tree_leaves(tuple(blocks)):
+            torch._dynamo.maybe_mark_dynamic(x, [d for d in range(x.ndim) if x.shape[d] > 1])
+        return blocks
 
     def mask(self) -> BlockMask:
         size, sees = self.ranges[0].shape[0], lambda b, h, q, k: _sees(self.ranges, q, k)
@@ -288,15 +292,23 @@ def to_device(tensor: Tensor, device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def compiled(function):
-    """torch.compile for packs: one graph for all lengths, whatever sizes happen to be equal, with the soft-cap a literal in it.
+def compiled(function, dim: int):
+    """torch.compile of a function of packs, given `blocks` by name; dimension `dim` of its other tensors counts tokens.
 
-    A soft-cap that is an input of the graph would break it under grad, and then all scores of a pack would be written out.
+    Only what differs between packs is no constant of the graph, so there is one for all, and sizes that are equal by chance
+    are not taken for the same. A soft-cap is a constant: as an input it would break the graph under grad.
     """
     torch._dynamo.config.specialize_float = True
-    torch.fx.experimental._config.use_duck_shape = False
     torch._dynamo.config.recompile_limit = 64  # a graph each for train and eval, of every model in this process
-    return torch.compile(function, dynamic=True)
+    fast = torch.compile(function)
+
+    def call(*args, blocks, **kwargs):
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor) and x.ndim > dim:
+                torch._dynamo.maybe_mark_dynamic(x, dim)
+        return fast(*args, blocks=blocks, **kwargs)
+
+    return call
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, blocks: Blocks) -> Tensor:
@@ -307,7 +319,7 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: fl
 
 @functools.cache
 def _compiled_flex():
-    return compiled(_flex)
+    return compiled(_flex, dim=2)
 
 
 def tree_attention(
@@ -329,7 +341,8 @@ def tree_attention(
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings leave them in fp32
     if blocks is not None:
         flex = _flex if torch.compiler.is_compiling() else _compiled_flex()
-        return flex(query, key, value, scaling, softcap, blocks[sliding_window]).transpose(1, 2).contiguous(), None
+        out = flex(query, key, value, scaling, softcap, blocks=blocks[sliding_window])
+        return out.transpose(1, 2).contiguous(), None
     sizes = [n for prompt, (first, *others) in tree for n in (prompt + first, *others)]
     pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)))  # split, as its backward is one concatenation
     out = []
