@@ -252,14 +252,13 @@ def tree_mask(tree: list[tuple[int, list[int]]], dtype: torch.dtype, device) -> 
 
 
 class Blocks(NamedTuple):
-    """What FlexAttention needs to know of a pack of n blocks, for one window; all layers of that window share it.
-
-    Nothing of it is a constant of the kernel, so one graph serves packs of every shape and window.
-    """
+    """What FlexAttention needs to know of a pack of n blocks, for one window; nothing of it is a constant of the kernel."""
 
     ranges: tuple[Tensor, ...]  # own, low, high of `seen_ranges`, (128·n,) each
-    lists: tuple[Tensor, ...]  # (1, 1, n) numbers and (1, 1, n, n) indices of the key blocks that a query block sees in part,
-    # the same of those seen in full, and both of the query blocks that see a key block
+    lists: tuple[
+        Tensor, ...
+    ]  # (n,) how many and (n, n) which key blocks a query block sees in part, then in full; and the same
+    # of the query blocks that see a key block
 
     @classmethod
     def of(cls, tree: list[tuple[int, list[int]]], window: int | None, device) -> "Blocks":
@@ -270,20 +269,20 @@ class Blocks(NamedTuple):
         # right over key blocks j (column j + 1), the four edges count the seen cells of each block
         edges, signs = np.stack([index + 1, own, high, low]), np.array([[1], [-1], [1], [-1]])
         at, rest = index // BLOCK * (n + 2) + edges // BLOCK, edges % BLOCK
-        cells = np.bincount(at.ravel() + 1, (signs * rest).ravel(), n * (n + 2))
-        cells += np.bincount(at.ravel(), (signs * (BLOCK - rest)).ravel(), n * (n + 2))
-        cells = cells.reshape(n, n + 2)[:, ::-1].cumsum(1)[:, n:0:-1]
+        counted = np.concatenate([signs * rest, signs * (BLOCK - rest)]).ravel()
+        cells = np.bincount(np.concatenate([at + 1, at]).ravel(), counted, n * (n + 2)).reshape(n, n + 2)
+        cells = cells[:, ::-1].cumsum(1)[:, n:0:-1]
         part, full = (cells > 0) & (cells < BLOCK**2), cells == BLOCK**2
         lists = [x for s in (part, full, part.T, full.T) for x in (s.sum(1), np.argsort(~s, axis=1, kind="stable"))]
         send = lambda x: to_device(torch.from_numpy(x.astype(np.int32)), device)  # noqa: E731
-        blocks = cls(tuple(map(send, ranges)), tuple(send(x)[None, None] for x in lists))
-        for x in tree_leaves(tuple(blocks)):
-            torch._dynamo.maybe_mark_dynamic(x, [d for d in range(x.ndim) if x.shape[d] > 1])
+        blocks = cls(tuple(map(send, ranges)), tuple(map(send, lists)))
+        for x in tree_leaves(blocks):
+            torch._dynamo.maybe_mark_dynamic(x, list(range(x.ndim)))
         return blocks
 
     def mask(self) -> BlockMask:
         size, sees = self.ranges[0].shape[0], lambda b, h, q, k: _sees(self.ranges, q, k)
-        return BlockMask((size, size), *self.lists, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees)
+        return BlockMask((size, size), *(x[None, None] for x in self.lists), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees)
 
 
 def to_device(tensor: Tensor, device) -> Tensor:
@@ -292,15 +291,15 @@ def to_device(tensor: Tensor, device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def compiled(function, dim: int):
-    """torch.compile of a function of packs, given `blocks` by name; dimension `dim` of its other tensors counts tokens.
+def compiled(function, dim: int, **how):
+    """torch.compile(function, …) for packs, given `blocks` by name; dimension `dim` of its other tensors counts tokens.
 
     Only what differs between packs is no constant of the graph, so there is one for all, and sizes that are equal by chance
     are not taken for the same. A soft-cap is a constant: as an input it would break the graph under grad.
     """
     torch._dynamo.config.specialize_float = True
     torch._dynamo.config.recompile_limit = 64  # a graph each for train and eval, of every model in this process
-    fast = torch.compile(function)
+    fast = torch.compile(function, **how)
 
     def call(*args, blocks, **kwargs):
         for x in tree_leaves((args, kwargs)):
@@ -319,7 +318,7 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: fl
 
 @functools.cache
 def _compiled_flex():
-    return compiled(_flex, dim=2)
+    return compiled(_flex, dim=2, fullgraph=True)  # uncompiled, it would write out (T, T) scores; better an error
 
 
 def tree_attention(
@@ -329,13 +328,16 @@ def tree_attention(
 
     A query sees the keys of its own pair that come earlier, in the prompt or in its own response. Given `tree`, each pair is
     attended to on its own, so no (T × T) mask exists: prompt + first response is an ordinary causal sequence, each further
-    response attends to the prompt's keys followed by its own. Given `blocks` {window: Blocks}, FlexAttention takes the pack at
-    once.
+    response attends to the prompt's keys followed by its own. Given `blocks` {window: Blocks}, one kernel takes the whole pack.
     """
     if tree is None and blocks is None:
         raise ValueError('attention is set to packed trees, but this batch has none; call use_layout("padded") first')
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise ValueError("packed layout: attention sinks and position biases are not supported; use --layout padded")
+    if blocks is not None and sliding_window not in blocks:
+        raise ValueError(
+            f"packed layout: the config knows no window of {sliding_window}, which a layer has; use --layout padded"
+        )
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings leave them in fp32

@@ -14,6 +14,7 @@ import torch.nn.attention.flex_attention as flex
 from test_distributed import ranks
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
+from torch.distributed.utils import _to_kwargs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -351,7 +352,7 @@ def test_blocks_of_a_long_pack_are_small(window):
     host = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert host + live.peak < 6e6
-    assert sum(x.nbytes for x in tree_leaves(tuple(blocks))) < 0.5e6
+    assert sum(x.nbytes for x in tree_leaves(blocks)) < 0.5e6
 
 
 @pytest.mark.parametrize("softcaps", [(None,), (50.0, 30.0)])
@@ -447,6 +448,21 @@ def test_fused_packs_through_fsdp(monkeypatch, compiling):
             torch.testing.assert_close(torch.from_numpy(b), d, rtol=3e-6, atol=3e-5)
             largest = max(g.abs().max().item() for g in wanted.values())
             assert all((torch.from_numpy(grads[n]) - g).abs().max() <= 6e-6 * largest for n, g in wanted.items())
+
+
+def test_batches_pass_the_way_to_fsdps_device():
+    """With GPUs, FSDP's root moves whatever it is given to its device first, lists and tuples inside included."""
+    batch = packed_batch(examples())
+    (moved,), _ = _to_kwargs((batch,), {}, torch.device("meta"), False)
+    (moved,) = moved
+    assert type(moved) is type(batch) and moved.tree == batch.tree and moved.responses == batch.responses
+    assert all(x.is_meta and x.shape == y.shape for x, y in zip(moved, batch) if isinstance(x, torch.Tensor))
+
+
+def test_a_window_that_the_config_does_not_name_is_refused():
+    q = torch.zeros(1, 1, 256, 4)
+    with pytest.raises(ValueError, match="no window of 7.*--layout padded"):
+        logprobs.tree_attention(None, q, q, q, None, sliding_window=7, blocks={None: Blocks.of([(1, [1])], None, "cpu")})
 
 
 def dense_attention(query, key, value, scaling, softcap, blocks) -> torch.Tensor:
