@@ -312,6 +312,9 @@ def compiled(function, dim: int, **how):
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, blocks: Blocks) -> Tensor:
     """The whole pack in one kernel that skips the blocks in which nothing is seen. (1, H, T, d)."""
+    size = blocks.ranges[0].shape[0]  # said here, so that the compiler knows it and the kernel checks no bounds
+    if not query.shape[2] == key.shape[2] == value.shape[2] == size or size % BLOCK:
+        raise ValueError(f"a pack of {query.shape[2]} tokens is not filled up to {size}, in blocks of {BLOCK}")
     cap = None if softcap is None else lambda score, b, h, q, k: softcap * torch.tanh(score / softcap)
     return flex_attention(query, key, value, score_mod=cap, block_mask=blocks.mask(), scale=scaling, enable_gqa=True)
 

@@ -15,6 +15,7 @@ from test_distributed import ranks
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 from torch.distributed.utils import _to_kwargs
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -288,7 +289,10 @@ def fused(monkeypatch):
     graphs = []
 
     def spy(graph, inputs):
-        graphs.append(sum("flex_attention" in str(node.target) for node in graph.graph.nodes))
+        kernels = [node for node in graph.graph.nodes if "flex_attention" in str(node.target)]
+        graphs.append(len(kernels))
+        for size in (tensor.meta["example_value"].shape[2] for node in kernels for tensor in (node.args[0], node.args[2])):
+            assert not isinstance(size, int) and statically_known_true(size % 128 == 0)  # dynamic, and no bounds to check
         return aot_eager(graph, inputs)
 
     torch._dynamo.reset()
