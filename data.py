@@ -52,6 +52,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from logprobs import to_device
+
 if TYPE_CHECKING:  # pyarrow, datasets and transformers' models are imported where they are used: --help comes at once
     from datasets import Dataset
 
@@ -1106,7 +1108,7 @@ class Batch(NamedTuple):
     tree: list[tuple[int, list[int]]] | None  # packed: (prompt length, response lengths) per example
 
     def to(self, device) -> "Batch":
-        return self._replace(**{k: v.to(device, non_blocking=True) for k, v in self._asdict().items() if isinstance(v, Tensor)})
+        return self._replace(**{k: to_device(v, device) for k, v in self._asdict().items() if isinstance(v, Tensor)})
 
 
 def _batch(ids, positions, index, targets, response, lengths, tree) -> Batch:

@@ -52,7 +52,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from data import UserError
-from logprobs import ResponseLogProbs
+from logprobs import ResponseLogProbs, chunk_rows, compiled, to_device
 
 alone = False  # while on_main's function runs, in which nothing may wait for another rank
 FILE_LIMIT = 5 * 10**9  # bytes of one file of an exported model
@@ -171,28 +171,22 @@ def _kind() -> str:
     return "cuda" if "nccl" in c10d.get_backend() else "cpu"
 
 
-def gather_rows(rows: dict[int, Tensor], total: int) -> Tensor:
-    """Rows computed on this rank {index: values (k,)} → (total, k) with the rows of all ranks, on all ranks.
+def gather_rows(rows: Tensor, values: Tensor, total: int) -> Tensor:
+    """Rows computed on this rank → (total, k) with the rows of all ranks, on all ranks; no GPU is waited for.
 
-    Rows are added up next to a count of how often each came, so that a value is exact (x + 0) and a row that is missing or
-    came twice is an error, never a zero.
+    Args:
+        rows: (n,) the number of each row, on the host, where they are counted: one that is missing or came twice is an error,
+            never a zero.
+        values: (n, k) the rows, on the device. What ranks add up is a value and zeros, so it is exact.
     """
-    one = next(iter(rows.values()), torch.zeros(0))
-    if world_size() == 1:  # nothing to wait for, on a GPU neither
-        counts = [int(i in rows) for i in range(total)]
-        values = torch.stack([rows[i] for i in sorted(rows)]) if rows else one[None]
-    else:
-        place = _kind()
-        width = torch.tensor(one.numel(), device=place)
-        c10d.all_reduce(width, c10d.ReduceOp.MAX)
-        table = torch.zeros(total, int(width) + 1, device=place, dtype=one.dtype)
-        for i, values in rows.items():
-            table[i] = torch.cat([values.to(place), table.new_ones(1)])
+    counts, table = torch.bincount(rows, minlength=total), values.new_zeros(total, values.shape[1])
+    table[to_device(rows, values.device)] = values
+    if world_size() > 1:
+        c10d.all_reduce(counts)
         c10d.all_reduce(table)
-        values, counts = table[:, :-1], table[:, -1].tolist()
-    if any(n != 1 for n in counts) or len(rows) > total:
-        raise RuntimeError(f"{sum(n != 1 for n in counts)} of {total} rows were not scored exactly once")
-    return values
+    if wrong := int((counts != 1).sum()):
+        raise RuntimeError(f"{wrong} of {total} rows were not scored exactly once")
+    return table
 
 
 # ---- sharding --------------------------------------------------------------------------------------------------------
@@ -204,16 +198,28 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=[]))
 
 
-def shard(policy: nn.Module, mesh: str | None = None, bf16: bool = False, checkpointing: bool = False) -> nn.Module:
-    """Cut a ResponseLogProbs over all ranks, in place; in one process without torchrun only the first line does anything.
+def _compiled_when_packed(forward: Callable) -> Callable:
+    """A decoder block's forward, compiled where it is handed a pack for the fused kernel; generation's own path stays eager."""
+    fast = compiled(forward, dim=1)
+    return lambda *args, blocks=None, **kw: forward(*args, **kw) if blocks is None else fast(*args, blocks=blocks, **kw)
+
+
+def shard(
+    policy: nn.Module, mesh: str | None = None, bf16: bool = False, checkpointing: bool = False, compiling: bool = False
+) -> nn.Module:
+    """Cut a ResponseLogProbs over all ranks, in place; in one process without torchrun only the first lines do anything.
 
     Args:
         mesh: "RxS", R copies of a model that is cut into S parts (R·S ranks); None: one copy, cut over all ranks.
         bf16: gather weights and compute in bf16; weights, reductions and moments stay fp32.
         checkpointing: recompute the activations of a decoder block in backward.
+        compiling: compile the decoder blocks.
     """
-    blocks = decoder_blocks(policy.model)
-    # 1. recomputation innermost: a block is gathered once in backward, and recomputed with the weights already there
+    blocks, frozen = (decoder_blocks(m) if m is not None else [] for m in (policy.model, policy.reference))
+    # 0. compiled innermost: what wraps a block later is no part of its graph, which all blocks of a kind share
+    for block in blocks + frozen if compiling else ():
+        block.forward = _compiled_when_packed(block.forward)
+    # 1. recomputation around it: a block is gathered once in backward, and recomputed with the weights already there
     for block in blocks if checkpointing else ():
         block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
     if not c10d.is_initialized():
@@ -221,7 +227,7 @@ def shard(policy: nn.Module, mesh: str | None = None, bf16: bool = False, checkp
     precision = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32)
     options = dict(mesh=_mesh(mesh), mp_policy=precision)
     # 2. each block: at most this one and the next are whole at a time; a reference is cut the same way
-    for block in blocks + (decoder_blocks(policy.reference) if policy.reference is not None else []):
+    for block in blocks + frozen:
         fully_shard(block, **options)
     # 3. the root, last, takes what is left: embeddings, final norm and head. It is the module whose forward runs the chunked
     #    head, so these are gathered once per microbatch, and a tied weight stays one parameter
@@ -825,12 +831,14 @@ class LiveBytes(TorchDispatchMode):
 
 
 def one_microbatch(
-    config, pairs: int, lengths: tuple, dtype: torch.dtype, checkpointing: bool, keep_gradients: bool, reference: bool = False
-) -> dict:
+    config, pairs: int, lengths: tuple, dtype: torch.dtype, checkpointing: bool, keep_gradients: bool, reference: bool = False,
+    chunk: int | None = None,
+) -> dict:  # fmt: skip
     """What forward and backward of `pairs` pairs of (prompt, chosen, rejected) tokens take, computed on tensors without memory.
 
     Args:
         reference: also the token KL to a second model.
+        chunk: rows of the head at once where that is not the CPU's number; the first pair then fills such a chunk.
     Returns:
         peak: bytes at most alive besides the weights; gradients count if `keep_gradients`, else each is freed at once.
         flops: floating-point operations, recomputation included.
@@ -841,10 +849,12 @@ def one_microbatch(
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
         frozen = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False) if reference else None
-        policy = ResponseLogProbs(model, frozen)
+        policy = ResponseLogProbs(model, frozen, chunk)
         policy.use_layout("packed")
         policy = shard(policy, checkpointing=checkpointing)
         fake = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in batch._asdict().items() if isinstance(v, Tensor)}
+        missing = max(0, (chunk or 0) - sum(responses))
+        fake |= {k: nn.functional.pad(fake[k], (0, missing)) for k in ("index", "targets", "response")}
 
         def after(p: nn.Parameter) -> None:
             p.grad = p.grad if keep_gradients else None
@@ -916,7 +926,8 @@ def plan(p: Plan) -> str:
     p, config, lines = replace(p, batch_size=p.batch_size or recipe["batch_size"]), config_of(model), []
     half = torch.float16  # 16-bit like bf16, which a CPU would attend to in another way than a GPU does
     for checkpointing in (True, False):
-        one, three = (one_microbatch(config, n, p.lengths, half, checkpointing, False, p.reference) for n in (1, 3))
+        chunk = chunk_rows(config.get_text_config().vocab_size, "cuda")
+        one, three = (one_microbatch(config, n, p.lengths, half, checkpointing, False, p.reference, chunk) for n in (1, 3))
         lines.append(f"{'with' if checkpointing else 'without'} --gradient-checkpointing, per GPU:")
         lines += _fit(one, (three["peak"] - one["peak"]) / 2, p)
     flops = (three["flops"] - one["flops"]) / 2 * p.rows

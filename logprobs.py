@@ -14,14 +14,14 @@ Shape letters: B pairs · R responses (2B for pairs) · T tokens of a batch · N
 import functools
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
-
-CHUNK_ELEMENTS = 2**25  # logits alive at once, tokens × vocabulary: 128 MiB in fp32
 
 
 def response_logprob(model: nn.Module, prompt: list[int], response: list[int]) -> Tensor:
@@ -66,6 +66,16 @@ def logits_of(hidden: Tensor, head: Head) -> Tensor:
     return logits
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in fp32 for bf16 factors too."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.device.type == "cpu":  # which has no such kernel: each product is rounded to bf16
+        total.add_(a @ b)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # torch ≥ 2.10
+
+
 class _ChunkedLogProb(torch.autograd.Function):
     """log softmax(logits)[target] per token; logits are made chunk by chunk and made again in backward.
 
@@ -81,6 +91,7 @@ class _ChunkedLogProb(torch.autograd.Function):
             logits = logits_of(hidden[i : i + chunk], Head(narrow, bias, scale, softcap))
             log_z[i : i + chunk] = logits.logsumexp(-1)
             logp[i : i + chunk] = logits.gather(-1, targets[i : i + chunk, None]).squeeze(-1) - log_z[i : i + chunk]
+            del logits  # before those of the next chunk are made
         ctx.save_for_backward(hidden, weight, bias, targets, log_z)
         ctx.scale, ctx.softcap, ctx.chunk = scale, softcap, chunk
         return logp
@@ -106,14 +117,16 @@ class _ChunkedLogProb(torch.autograd.Function):
                 grad_bias += grad.sum(0).to(bias.dtype)
             grad = grad.to(h.dtype)
             grad_hidden[rows] = grad @ narrow
-            if grad_weight is not None:  # fp32 in one call; bf16 products are added up in fp32
-                grad_weight.addmm_(grad.T, h) if h.dtype == wide else grad_weight.add_(grad.T @ h)
+            if grad_weight is not None:
+                _add_product(grad_weight, grad.T, h)
+            del logits, slope, grad  # before those of the next chunk are made
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
-def _chunk_rows(chunk: int | None, vocabulary: int) -> int:
-    return chunk or max(1, CHUNK_ELEMENTS // vocabulary)
+def chunk_rows(vocabulary: int, device: str) -> int:
+    """Tokens whose logits exist at once: 128 MiB of them in fp32 on CPUs; 1 GiB elsewhere, in whole tiles of 128 tokens."""
+    return max(1, 2**25 // vocabulary) if device == "cpu" else max(128, 2**28 // vocabulary // 128 * 128)
 
 
 def _as_computed(hidden: Tensor) -> Tensor:
@@ -129,15 +142,14 @@ def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, chunk: int | Non
         hidden: (N, D) states at the positions that predict the targets.
         head: the output layer.
         targets: (N,) token ids.
-        chunk: tokens whose logits exist at once; None picks CHUNK_ELEMENTS / V.
+        chunk: tokens whose logits exist at once; None picks `chunk_rows`.
     Returns:
         (N,) log-probs in nats, fp32 (fp64 for fp64 input). Gradients reach hidden, head.weight and head.bias.
     """
-    hidden = _as_computed(hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return _ChunkedLogProb.apply(
-            hidden, head.weight, head.bias, targets, head.scale, head.softcap, _chunk_rows(chunk, len(head.weight))
-        )
+    hidden, kind = _as_computed(hidden), hidden.device.type
+    chunk = chunk or chunk_rows(len(head.weight), kind)
+    with torch.autocast(kind, enabled=False):
+        return _ChunkedLogProb.apply(hidden, head.weight, head.bias, targets, head.scale, head.softcap, chunk)
 
 
 def _kl_rows(hidden: Tensor, ref_hidden: Tensor, head: Head, ref_head: Head) -> Tensor:
@@ -158,7 +170,7 @@ def token_kl(hidden: Tensor, ref_hidden: Tensor, head: Head, ref_head: Head, chu
         (N,) nats, fp32 (fp64 for fp64 input).
     """
     hidden, ref_hidden = _as_computed(hidden), _as_computed(ref_hidden.detach())
-    rows = _chunk_rows(chunk, 2 * len(head.weight))
+    rows = chunk or chunk_rows(2 * len(head.weight), hidden.device.type)
     ref_head = Head(ref_head.weight.detach(), *ref_head[1:])
     with torch.autocast(hidden.device.type, enabled=False):
         parts = [
@@ -203,71 +215,138 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: i
     return (weights.view(groups, -1, k) @ value[0]).view(1, heads, q, -1)
 
 
-def tree_sees(tree: list[tuple[int, list[int]]], window: int | None, device):
-    """What a token of the packed tree sees, as a function of (query, key) indices, which broadcast: same pair, not later, and
-    the key in the prompt or in the query's own response; a window counts positions, not indices."""
-    parts = [(i, j, p if j else 0) for i, (p, rs) in enumerate(tree) for j in range(len(rs) + 1)]  # pair, branch, start
-    lengths = torch.tensor([n for p, rs in tree for n in (p, *rs)], device=device)
-    pair, branch, start = torch.tensor(parts, device=device).repeat_interleave(lengths, 0).unbind(1)
-    index = torch.arange(len(pair), device=device)
-    position = start + index - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+BLOCK = 128  # queries, and keys, that FlexAttention takes at once
+FUSED = ("cuda",)  # devices on which it takes a whole pack, forward and backward
 
-    def sees(q, k):
-        seen = (pair[q] == pair[k]) & (k <= q) & ((branch[k] == 0) | (branch[k] == branch[q]))
-        return seen if window is None else seen & (position[q] - position[k] < window)
 
-    return sees
+def seen_ranges(tree: list[tuple[int, list[int]]], window: int | None = None, block: int | None = None) -> np.ndarray:
+    """What each token of a packed tree sees, (3, T) int32: own, low, high of the token at index q.
+
+    It sees the keys own … q of its own branch and low … high − 1 of the prompt before it (none if it is in a prompt). A window
+    counts positions, not indices, and cuts both from below. With `block`, T is filled up to whole blocks by a prompt that is
+    nobody's: at least two, as shorter packs would get torch's decoding kernel, and a size of 1 a graph of its own.
+    """
+    total = sum(p + sum(rs) for p, rs in tree)
+    pairs = [*tree, (max(2, -(-total // block)) * block - total if block else 0, [])]
+    sizes, lengths = (np.array(x) for x in ([p + sum(rs) for p, rs in pairs], [n for p, rs in pairs for n in (p, *rs)]))
+    start, own = ((x.cumsum() - x).repeat(x) for x in (sizes, lengths))
+    high = start + np.array([p if j else 0 for p, rs in pairs for j in range(len(rs) + 1)]).repeat(lengths)
+    low, index = start, np.arange(len(start))
+    if window is not None:
+        low = np.clip(high + index - own - window + 1, start, high)  # its position is high − start + index − own
+        own = np.maximum(own, index - window + 1)
+    return np.stack([own, low, high]).astype(np.int32)
+
+
+def _sees(ranges, q: Tensor, k: Tensor) -> Tensor:
+    own, low, high = (x[q] for x in ranges)
+    return (own <= k) & (k <= q) | (low <= k) & (k < high)
 
 
 def tree_mask(tree: list[tuple[int, list[int]]], dtype: torch.dtype, device) -> Tensor:
     """The same as an additive mask (1, 1, T, T), for models whose attention is not exchangeable. O(T²) memory."""
-    index = torch.arange(sum(p + sum(rs) for p, rs in tree), device=device)
-    seen = tree_sees(tree, None, device)(index[:, None], index[None, :])
+    ranges = to_device(torch.from_numpy(seen_ranges(tree)), device)
+    index = torch.arange(ranges.shape[1], device=device)
+    seen = _sees(ranges, index[:, None], index[None, :])
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)[None, None]
+
+
+class Blocks(NamedTuple):
+    """What FlexAttention needs to know of a pack of n blocks, for one window; nothing of it is a constant of the kernel."""
+
+    ranges: tuple[Tensor, ...]  # own, low, high of `seen_ranges`, (128·n,) each
+    lists: tuple[
+        Tensor, ...
+    ]  # (n,) how many and (n, n) which key blocks a query block sees in part, then in full; and the same
+    # of the query blocks that see a key block
+
+    @classmethod
+    def of(cls, tree: list[tuple[int, list[int]]], window: int | None, device) -> "Blocks":
+        """Found on the host, so that no GPU is waited for, in O(T + n²) time and memory, never O(T²)."""
+        own, low, high = ranges = seen_ranges(tree, window, BLOCK)
+        index, n = np.arange(len(own)), len(own) // BLOCK
+        # keys before x: x % BLOCK in the block of x, BLOCK in each before it. Summed over the queries of a block, and from the
+        # right over key blocks j (column j + 1), the four edges count the seen cells of each block
+        edges, signs = np.stack([index + 1, own, high, low]), np.array([[1], [-1], [1], [-1]])
+        at, rest = index // BLOCK * (n + 2) + edges // BLOCK, edges % BLOCK
+        counted = np.concatenate([signs * rest, signs * (BLOCK - rest)]).ravel()
+        cells = np.bincount(np.concatenate([at + 1, at]).ravel(), counted, n * (n + 2)).reshape(n, n + 2)
+        cells = cells[:, ::-1].cumsum(1)[:, n:0:-1]
+        part, full = (cells > 0) & (cells < BLOCK**2), cells == BLOCK**2
+        lists = [x for s in (part, full, part.T, full.T) for x in (s.sum(1), np.argsort(~s, axis=1, kind="stable"))]
+        send = lambda x: to_device(torch.from_numpy(x.astype(np.int32)), device)  # noqa: E731
+        blocks = cls(tuple(map(send, ranges)), tuple(map(send, lists)))
+        for x in tree_leaves(blocks):
+            torch._dynamo.maybe_mark_dynamic(x, list(range(x.ndim)))
+        return blocks
+
+    def mask(self) -> BlockMask:
+        size, sees = self.ranges[0].shape[0], lambda b, h, q, k: _sees(self.ranges, q, k)
+        return BlockMask((size, size), *(x[None, None] for x in self.lists), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees)
+
+
+def to_device(tensor: Tensor, device) -> Tensor:
+    """A copy of a tensor of the host that nobody waits for: while the host goes on, CUDA can read pinned memory only."""
+    tensor = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)
+
+
+def compiled(function, dim: int, **how):
+    """torch.compile(function, …) for packs, given `blocks` by name; dimension `dim` of its other tensors counts tokens.
+
+    Only what differs between packs is no constant of the graph, so there is one for all, and sizes that are equal by chance
+    are not taken for the same. A soft-cap is a constant: as an input it would break the graph under grad.
+    """
+    torch._dynamo.config.specialize_float = True
+    torch._dynamo.config.recompile_limit = 64  # a graph each for train and eval, of every model in this process
+    fast = torch.compile(function, **how)
+
+    def call(*args, blocks, **kwargs):
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor) and x.ndim > dim:
+                torch._dynamo.maybe_mark_dynamic(x, dim)
+        return fast(*args, blocks=blocks, **kwargs)
+
+    return call
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, blocks: Blocks) -> Tensor:
+    """The whole pack in one kernel that skips the blocks in which nothing is seen. (1, H, T, d)."""
+    size = blocks.ranges[0].shape[0]  # said here, so that the compiler knows it and the kernel checks no bounds
+    if not query.shape[2] == key.shape[2] == value.shape[2] == size or size % BLOCK:
+        raise ValueError(f"a pack of {query.shape[2]} tokens is not filled up to {size}, in blocks of {BLOCK}")
+    cap = None if softcap is None else lambda score, b, h, q, k: softcap * torch.tanh(score / softcap)
+    return flex_attention(query, key, value, score_mod=cap, block_mask=blocks.mask(), scale=scaling, enable_gqa=True)
 
 
 @functools.cache
 def _compiled_flex():
-    return torch.compile(flex_attention, dynamic=True)
-
-
-def _flex(query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, blocks: BlockMask) -> Tensor:
-    """The whole pack in one kernel that skips the blocks in which nothing is seen. (1, H, T, d)."""
-    cap = None if softcap is None else lambda score, b, h, q, k: softcap * torch.tanh(score / softcap)
-    kernel = _compiled_flex() if query.is_cuda else flex_attention
-    return kernel(query, key, value, score_mod=cap, block_mask=blocks, scale=scaling, enable_gqa=True)
-
-
-class Tree(list):
-    """[(prompt length, [response lengths])] of a pack, with its block masks, which all layers of a window share."""
-
-    def blocks(self, window: int | None, device) -> BlockMask:
-        if not hasattr(self, "made"):
-            self.made = {}
-        if window not in self.made:
-            sees, total = tree_sees(self, window, device), sum(p + sum(rs) for p, rs in self)
-            self.made[window] = create_block_mask(lambda b, h, q, k: sees(q, k), None, None, total, total, device=device)
-        return self.made[window]
+    return compiled(_flex, dim=2, fullgraph=True)  # uncompiled, it would write out (T, T) scores; better an error
 
 
 def tree_attention(
-    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, tree=None, **kwargs
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, tree=None, blocks=None, **kwargs
 ):
     """Attention over a packed tree, in the form transformers' AttentionInterface calls: (1, H, T, d) → (1, T, H, d).
 
-    A query sees the keys of its own pair that come earlier, in the prompt or in its own response. On CPUs each pair is attended
-    to on its own, so no (T × T) mask exists: prompt + first response is an ordinary causal sequence, each further response
-    attends to the prompt's keys followed by its own. On GPUs FlexAttention takes the pack at once.
+    A query sees the keys of its own pair that come earlier, in the prompt or in its own response. Given `tree`, each pair is
+    attended to on its own, so no (T × T) mask exists: prompt + first response is an ordinary causal sequence, each further
+    response attends to the prompt's keys followed by its own. Given `blocks` {window: Blocks}, one kernel takes the whole pack.
     """
-    if tree is None:
+    if tree is None and blocks is None:
         raise ValueError('attention is set to packed trees, but this batch has none; call use_layout("padded") first')
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise ValueError("packed layout: attention sinks and position biases are not supported; use --layout padded")
+    if blocks is not None and sliding_window not in blocks:
+        raise ValueError(
+            f"packed layout: the config knows no window of {sliding_window}, which a layer has; use --layout padded"
+        )
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings leave them in fp32
-    if query.is_cuda:
-        out = _flex(query, key, value, scaling, softcap, tree.blocks(sliding_window, query.device))
+    if blocks is not None:
+        flex = _flex if torch.compiler.is_compiling() else _compiled_flex()
+        out = flex(query, key, value, scaling, softcap, blocks=blocks[sliding_window])
         return out.transpose(1, 2).contiguous(), None
     sizes = [n for prompt, (first, *others) in tree for n in (prompt + first, *others)]
     pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)))  # split, as its backward is one concatenation
@@ -294,7 +373,7 @@ class ResponseLogProbs(nn.Module):
     Args:
         model: a transformers causal language model.
         reference: a second one, frozen, only for objectives that need the token KL.
-        chunk: see `token_logprobs`.
+        chunk: see `token_logprobs`; the token KL, which has the logits of two models, takes half.
     """
 
     def __init__(self, model: nn.Module, reference: nn.Module | None = None, chunk: int | None = None):
@@ -320,11 +399,17 @@ class ResponseLogProbs(nn.Module):
     @staticmethod
     def states(model: nn.Module, batch) -> Tensor:
         """Hidden states at the scored positions, (N, D). `batch.tree` is None for the padded layout."""
-        extra = {} if batch.tree is None else {"tree": Tree(batch.tree)}
-        if batch.tree is not None and not model._can_set_attn_implementation():
-            extra = {"attention_mask": tree_mask(batch.tree, model.dtype, batch.input_ids.device)}
+        ids, positions, tree, extra = batch.input_ids, batch.position_ids, batch.tree, {}
+        if tree is not None and not model._can_set_attn_implementation():
+            extra = {"attention_mask": tree_mask(tree, model.dtype, ids.device)}
+        elif tree is not None and ids.device.type in FUSED:
+            windows = {None, getattr(model.config.get_text_config(), "sliding_window", None)}
+            extra = {"blocks": {window: Blocks.of(tree, window, ids.device) for window in windows}}
+            ids, positions = (F.pad(x, (0, len(extra["blocks"][None].ranges[0]) - x.shape[1])) for x in (ids, positions))
+        elif tree is not None:
+            extra = {"tree": tree}
         # no padding mask: padding is on the right, where a causal position never looks
-        out = model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **extra)
+        out = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **extra)
         return out.last_hidden_state.flatten(0, 1)[batch.index]
 
     def forward(self, batch, with_kl: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -336,7 +421,7 @@ class ResponseLogProbs(nn.Module):
             return total.index_add(0, batch.response, logp), None
         with torch.no_grad():
             ref_hidden = self.states(self.reference, batch)
-        kl = token_kl(hidden, ref_hidden, head, head_of(self.reference), self.chunk)
+        kl = token_kl(hidden, ref_hidden, head, head_of(self.reference), self.chunk and max(1, self.chunk // 2))
         return total.index_add(0, batch.response, logp), total.index_add(0, batch.response, kl)
 
 

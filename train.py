@@ -41,7 +41,7 @@ from tqdm import tqdm
 import data
 import distributed as dist
 from data import Example, UserError, setting
-from logprobs import ResponseLogProbs, check_head, completions
+from logprobs import ResponseLogProbs, check_head, completions, to_device
 from losses import OBJECTIVES
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -364,14 +364,16 @@ def log_probs(
     run: Run, examples: Sequence[Example], with_kl: bool = False, progress: str | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Summed log-probs, and token KLs, of all responses without gradient: (n, k) each, on every rank."""
-    logps, kls, k = {}, {}, len(examples[0].responses)
+    rows, logps, kls, k = [], [], [], len(examples[0].responses)
     batches = data.progress(_lazily(run, examples), progress or "", "batches", disable=progress is None or not dist.is_main())
     with run.arithmetic():
         for part, batch in batches:
             logp, kl = run.policy(batch, with_kl)
-            logps |= zip(part, logp.view(len(part), k))
-            kls |= zip(part, kl.view(len(part), k)) if with_kl else ()
-    return dist.gather_rows(logps, len(examples)), dist.gather_rows(kls, len(examples)) if with_kl else None
+            rows += part
+            logps.append(logp.view(len(part), k))
+            kls += [kl.view(len(part), k)] if with_kl else []
+    rows = torch.tensor(rows, dtype=torch.long)
+    return tuple(dist.gather_rows(rows, torch.cat(x), len(examples)) if x else None for x in (logps, kls))
 
 
 def _lazily(run: Run, examples: Sequence[Example]) -> Iterator[tuple[list[int], data.Batch]]:
@@ -422,27 +424,28 @@ def accumulate_gradients(
     if objective.coupled and len(batches) > 1:
         logp, kl = log_probs(run, examples, with_kl)
         whole = coefficients(objective, known._replace(logp=logp, kl=kl), seed, sft)
-    losses, logps, kls = {}, {}, {}
+    scored, losses, logps, kls = torch.tensor([i for part, _ in batches for i in part], dtype=torch.long), [], [], []
+    gathered = lambda values: dist.gather_rows(scored, torch.cat(values), n)  # noqa: E731
     with run.arithmetic():
         for i, (part, batch) in enumerate(batches):
             dist.sync_gradients(run.policy, last=i == len(batches) - 1)
             logp, kl = run.policy(batch, with_kl)
             logp, kl = logp.view(len(part), k), kl.view(len(part), k) if with_kl else None
-            logps |= zip(part, logp.detach())
-            kls |= zip(part, kl.detach()) if with_kl else ()
-            at = torch.tensor(part, dtype=torch.long)
+            logps.append(logp.detach())
+            kls += [kl.detach()] if with_kl else []
+            at = to_device(torch.tensor(part, dtype=torch.long), logp.device)
             if objective.coupled and whole is None:
-                all_kl = dist.gather_rows(kls, n) if with_kl else None
-                whole = coefficients(objective, known._replace(logp=dist.gather_rows(logps, n), kl=all_kl), seed, sft)
+                all_kl = gathered(kls) if with_kl else None
+                whole = coefficients(objective, known._replace(logp=gathered(logps), kl=all_kl), seed, sft)
             if whole is None:
                 loss, d_logp, d_kl = coefficients(objective, known.at(at)._replace(logp=logp, kl=kl), seed, sft)
-                losses |= zip(part, loss.view(len(part), k if objective.unpaired else 1))
+                losses.append(loss.view(len(part), k if objective.unpaired else 1))
             else:
                 d_logp, d_kl = whole[1][at], whole[2][at] if with_kl else None
             heads, grads = ([logp, kl], [d_logp, d_kl]) if with_kl else ([logp], [d_logp])
             torch.autograd.backward(heads, [g / rows for g in grads])
-    sums = known._replace(logp=dist.gather_rows(logps, n), kl=dist.gather_rows(kls, n) if with_kl else known.kl)
-    return sums, dist.gather_rows(losses, n).flatten() if whole is None else whole[0]
+    sums = known._replace(logp=gathered(logps), kl=gathered(kls) if with_kl else known.kl)
+    return sums, gathered(losses).flatten() if whole is None else whole[0]
 
 
 def next_batch(run: Run) -> tuple[list[Example], Sums]:
@@ -535,15 +538,13 @@ def build_policy(s: Settings, objective: Objective, tokenizer, device: torch.dev
         refuse_packed(model)
     reference = load_model(s).requires_grad_(False).train(False) if objective.needs("kl_w") else None
     dist.on_main(dist.check_space, Path(s.out), model, s.keep + 1 if s.save_every else 0, export_dtype(s, model))
-    policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, uses_bf16(s, device), s.gradient_checkpointing)
+    policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, uses_bf16(s, device), s.gradient_checkpointing, s.compile)
     for part in filter(None, (model, reference)):
         dist.load_weights(part, s.model, device)
     if names := dist.not_finite(model):
         raise UserError(f"{s.model}: {len(names)} weights of this model are not finite numbers, the first is {names[0]}")
     policy.use_layout(s.layout)
     model.train()
-    if s.compile:
-        model.base_model.compile(dynamic=True)
     return policy
 
 
