@@ -28,7 +28,8 @@ import time
 import warnings
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -48,11 +49,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as recompute
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from data import UserError
-from logprobs import ResponseLogProbs, chunk_rows, compiled, to_device
+from logprobs import Blocks, ResponseLogProbs, chunk_rows, compiled, to_device
 
 alone = False  # while on_main's function runs, in which nothing may wait for another rank
 FILE_LIMIT = 5 * 10**9  # bytes of one file of an exported model
@@ -830,47 +830,112 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+def windows_of(config) -> list[int | None]:
+    """The attention window of each layer, None where a layer sees everything."""
+    layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    return [window if "sliding" in kind else None for kind in kinds]
+
+
+def seen_keys(first: int, count: int, window: int | None) -> int:
+    """Keys that `count` causal queries at positions first, first + 1, … see in all: Σ min(position + 1, window)."""
+    full = max(0, min(count, window - 1 - first)) if window else count
+    return full * first + full * (full + 1) // 2 + (count - full) * (window or 0)
+
+
+def model_flops(model: nn.Module, examples: Sequence[data.Example]) -> float:
+    """Floating-point operations that one forward and backward over `examples` has to do, each prompt counted once.
+
+    Body: 6 per weight and token. Head: 6·V·D per scored token. Attention: 12·heads·head_dim per layer and (query, key) pair
+    that the mask lets through. What is done twice (checkpointing, the head's second pass, padding) is not counted.
+    """
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings().weight.numel()
+    embeddings = {id(p) for p in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
+    body = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    scored = sum(len(r) for e in examples for r in e.responses)
+    attention = 0
+    for window, layers in Counter(windows_of(config)).items():
+        for e in examples:
+            p = len(e.prompt)
+            keys = seen_keys(0, p, window) + sum(seen_keys(p, len(r), window) for r in e.responses)
+            attention += 12.0 * width * layers * keys
+    return 6.0 * body * sum(map(data.tokens_of, examples)) + 6.0 * head * scored + attention
+
+
+class _FusedKernel(torch.autograd.Function):
+    """The tensors that FlexAttention's kernel makes and keeps, without its work."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        out, log_z = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, log_z)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, _, log_z = ctx.saved_tensors
+        torch.empty_like(log_z)  # Σ out · grad of each query
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _fused_trace(module, query, key, value, attention_mask, **kwargs):
+    return _FusedKernel.apply(query, key, value).transpose(1, 2).contiguous(), None
+
+
 def one_microbatch(
-    config, pairs: int, lengths: tuple, dtype: torch.dtype, checkpointing: bool, keep_gradients: bool, reference: bool = False,
-    chunk: int | None = None,
-) -> dict:  # fmt: skip
+    config, pairs: int, lengths: tuple, dtype: torch.dtype, checkpointing: bool, reference: bool = False, gpu: bool = True
+) -> dict:
     """What forward and backward of `pairs` pairs of (prompt, chosen, rejected) tokens take, computed on tensors without memory.
 
     Args:
         reference: also the token KL to a second model.
-        chunk: rows of the head at once where that is not the CPU's number; the first pair then fills such a chunk.
+        gpu: as on one: attention in the fused kernel, its block masks, the head in larger chunks, of which the first pair fills
+            one; each gradient is freed at once. Else as on this CPU, gradients kept.
     Returns:
-        peak: bytes at most alive besides the weights; gradients count if `keep_gradients`, else each is freed at once.
-        flops: floating-point operations, recomputation included.
+        peak: bytes at most alive besides the weights.
+        flops: those of `model_flops`: nothing that is done twice.
         parameters, root, block: numbers of all, of those outside the decoder blocks, and of one block.
     """
     prompt, *responses = lengths
-    batch = data.packed_batch([data.Example([0] * prompt, [[0] * n for n in responses])] * pairs)
+    examples = [data.Example([0] * prompt, [[0] * n for n in responses])] * pairs
+    batch, chunk, masks = data.packed_batch(examples), None, 0
+    if gpu:
+        transformers.AttentionInterface.register("fused_trace", _fused_trace)
+        chunk = chunk_rows(config.get_text_config().vocab_size, "cuda")
+        windows = {*windows_of(config.get_text_config()), None}
+        masks = sum(x.nbytes for x in tree_leaves([Blocks.of(batch.tree, window, "cpu") for window in windows]))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
         frozen = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False) if reference else None
         policy = ResponseLogProbs(model, frozen, chunk)
         policy.use_layout("packed")
+        for part in (model, frozen) if gpu else ():
+            if part is not None:
+                part.set_attn_implementation("fused_trace")
         policy = shard(policy, checkpointing=checkpointing)
         fake = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in batch._asdict().items() if isinstance(v, Tensor)}
         missing = max(0, (chunk or 0) - sum(responses))
         fake |= {k: nn.functional.pad(fake[k], (0, missing)) for k in ("index", "targets", "response")}
 
         def after(p: nn.Parameter) -> None:
-            p.grad = p.grad if keep_gradients else None
+            p.grad = None if gpu else p.grad
             gc.collect()  # dispatch modes tie recomputed tensors into cycles, which a run without them does not
 
         for p in model.parameters():
             p.register_post_accumulate_grad_hook(after)
         gc.collect()
         gc.freeze()  # so that collecting looks at what is new only
-        with FlopCounterMode(display=False) as flops, LiveBytes() as live:
+        with LiveBytes() as live:
             sum(x.sum() for x in policy(batch._replace(**fake), reference) if x is not None).backward()
         gc.unfreeze()
     blocks = decoder_blocks(model)
     parameters, layered = (sum(p.numel() for p in m.parameters()) for m in (model, nn.ModuleList(blocks)))
     counts = dict(parameters=parameters, root=parameters - layered, block=layered // max(1, len(blocks)))
-    return dict(peak=live.peak, flops=flops.get_total_flops(), **counts)
+    return dict(peak=live.peak + masks, flops=model_flops(model, examples), **counts)
 
 
 BODY = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)
@@ -907,7 +972,7 @@ class Plan:
     lengths: list[int] = field(default_factory=lambda: [300, 350, 350], metadata={"help": "tokens of prompt, chosen, rejected"})
     rows: int = data.setting(60_000, "pairs of one epoch")
     batch_size: int | None = data.setting(None, "pairs of one optimizer step, all GPUs together (128)")
-    mfu: float = data.setting(0.4, "share of the peak that is reached")
+    mfu: float = data.setting(0.25, "share of the peak that is reached: an estimate, no GPU was measured")
     tflops: float = data.setting(989.0, "dense bf16 peak of one GPU; 989 is an H100's or H200's")
 
 
@@ -924,18 +989,17 @@ def plan(p: Plan) -> str:
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"{name} is {value}; it must be above 0")
     p, config, lines = replace(p, batch_size=p.batch_size or recipe["batch_size"]), config_of(model), []
-    half = torch.float16  # 16-bit like bf16, which a CPU would attend to in another way than a GPU does
     for checkpointing in (True, False):
-        chunk = chunk_rows(config.get_text_config().vocab_size, "cuda")
-        one, three = (one_microbatch(config, n, p.lengths, half, checkpointing, False, p.reference, chunk) for n in (1, 3))
+        one, three = (one_microbatch(config, n, p.lengths, torch.bfloat16, checkpointing, p.reference) for n in (1, 3))
         lines.append(f"{'with' if checkpointing else 'without'} --gradient-checkpointing, per GPU:")
         lines += _fit(one, (three["peak"] - one["peak"]) / 2, p)
     flops = (three["flops"] - one["flops"]) / 2 * p.rows
     hours = flops / (p.gpus * p.tflops * 1e12 * p.mfu) / 3600
     rows = f"{p.rows} pairs of {' + '.join(map(str, p.lengths))} tokens"
     head = f"{one['parameters'] / 1e9:.2f} B parameters; {rows}; {p.gpus} GPUs of {p.gpu_memory:g} GB"
-    tail = f"one epoch: {flops:.3g} flops (head's second pass included), {hours:.2f} h, {hours * p.gpus:.1f} GPU-hours at "
-    tail += f"{p.mfu:.0%} of {p.tflops:g} Tflop/s; a third more with checkpointing"
+    tail = f"one epoch: {flops:.3g} flops (nothing counted twice), {hours:.2f} h, {hours * p.gpus:.1f} GPU-hours at "
+    tail += f"{p.mfu:.0%} of {p.tflops:g} Tflop/s\nBytes are counted on tensors without memory, the share of the peak is an "
+    tail += "estimate; measure both with python tests/studies/benchmark.py --gpu"
     return "\n".join([head, *lines, tail])
 
 

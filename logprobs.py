@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface
 
 
 def response_logprob(model: nn.Module, prompt: list[int], response: list[int]) -> Tensor:
@@ -361,7 +360,13 @@ def tree_attention(
     return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("packed_tree", tree_attention)
+@functools.cache
+def packed_attention() -> str:
+    """The name under which transformers knows `tree_attention`."""
+    from transformers import AttentionInterface  # late, as it takes two seconds that `--help` need not wait
+
+    AttentionInterface.register("packed_tree", tree_attention)
+    return "packed_tree"
 
 
 # ---- the policy ------------------------------------------------------------------------------------------------------
@@ -389,7 +394,7 @@ class ResponseLogProbs(nn.Module):
         before, self.layout = self.layout, layout
         for model in filter(None, (self.model, self.reference)):
             if model._can_set_attn_implementation():
-                model.set_attn_implementation("packed_tree" if layout == "packed" else self.native_attention)
+                model.set_attn_implementation(packed_attention() if layout == "packed" else self.native_attention)
         return before
 
     def within(self, function, *args, **kwargs):
@@ -430,13 +435,15 @@ class ResponseLogProbs(nn.Module):
 
 @torch.no_grad()
 def completions(
-    model: nn.Module, tokenizer, prompts: list[list[int]], max_tokens: int, temperature: float = 0.0, top_p: float = 1.0
-) -> tuple[list[str], list[bool]]:
+    model: nn.Module, tokenizer, prompts: list[list[int]], max_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
+    together: bool = False,
+) -> tuple[list[str], list[bool]]:  # fmt: skip
     """What the model answers to each prompt, all as one batch, with its own attention.
 
     Args:
         prompts: token ids; shorter ones are padded on the left.
         max_tokens: longer answers are cut there.
+        together: the model is cut over processes, which all take as many steps as the one that takes the most.
         temperature: 0 is greedy; else sampled by torch's global generator, from the share `top_p` of the probability.
     Returns:
         the answers as text without special tokens and outer whitespace, and whether each ended by itself.
@@ -451,8 +458,9 @@ def completions(
         how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     model.train(False)
     out = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, eos_token_id=stop, pad_token_id=pad, **how
-    )
+        input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, eos_token_id=stop, pad_token_id=pad,
+        synced_gpus=together, **how
+    )  # fmt: skip
     model.train(was_training)
     stops, answers = set(stop) if isinstance(stop, list) else {stop}, out[:, width:].tolist()
     ends = [next((i for i, token in enumerate(answer) if token in stops), None) for answer in answers]

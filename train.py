@@ -480,7 +480,7 @@ def step(run: Run) -> dict:
     reset(run.origin, s.reset_alpha)
     run.step += 1
     line = {"step": run.step, **measures(run.objective, sums, loss), "grad_norm": grad_norm, "lr": lr, "pairs": len(loss)}
-    line |= {"tokens": sum(map(data.tokens_of, examples)), "flops": model_flops(run.policy.model, examples)}
+    line |= {"tokens": sum(map(data.tokens_of, examples)), "flops": dist.model_flops(run.policy.model, examples)}
     line |= {"seconds": time.time() - tick, **balance(run, examples)}
     return line | ({"replay": replay + 1} if s.replays > 1 else {}) | ({"sft_weight": sft} if sft else {})
 
@@ -857,8 +857,9 @@ def answers(run: Run) -> list[str]:
     """Greedy answers to the prompts of the first held-out rows."""
     prompts, texts = [e.prompt for e in run.rows.held_out[: run.s.samples]], []
     layout = run.policy.use_layout("padded")  # the model's own attention, which generation needs
+    how = dict(max_tokens=run.s.sample_tokens, together=dist.world_size() > 1)
     for i in range(0, len(prompts), 32):
-        texts += run.policy.within(completions, run.tokenizer, prompts[i : i + 32], run.s.sample_tokens)[0]
+        texts += run.policy.within(completions, run.tokenizer, prompts[i : i + 32], **how)[0]
     run.policy.use_layout(layout)
     return texts
 
@@ -1290,42 +1291,6 @@ def report_end(summary: dict, samples: list[dict]) -> None:
 
 
 # ---- accounting ------------------------------------------------------------------------------------------------------
-
-
-def windows_of(config) -> list[int | None]:
-    """The attention window of each layer, None where a layer sees everything."""
-    layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
-    if not getattr(config, "use_sliding_window", True):
-        window = None
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
-    return [window if "sliding" in kind else None for kind in kinds]
-
-
-def seen_keys(first: int, count: int, window: int | None) -> int:
-    """Keys that `count` causal queries at positions first, first + 1, … see in all: Σ min(position + 1, window)."""
-    full = max(0, min(count, window - 1 - first)) if window else count
-    return full * first + full * (full + 1) // 2 + (count - full) * (window or 0)
-
-
-def model_flops(model: torch.nn.Module, examples: Sequence[Example]) -> float:
-    """Floating-point operations that one forward and backward over `examples` has to do, each prompt counted once.
-
-    Body: 6 per weight and token. Head: 6·V·D per scored token. Attention: 12·heads·head_dim per layer and (query, key) pair
-    that the mask lets through. What is done twice (checkpointing, the head's second pass, padding) is not counted.
-    """
-    config = model.config.get_text_config()
-    head = model.get_output_embeddings().weight.numel()
-    embeddings = {id(p) for p in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
-    body = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    scored = sum(len(r) for e in examples for r in e.responses)
-    attention = 0
-    for window, layers in Counter(windows_of(config)).items():
-        for e in examples:
-            p = len(e.prompt)
-            keys = seen_keys(0, p, window) + sum(seen_keys(p, len(r), window) for r in e.responses)
-            attention += 12.0 * width * layers * keys
-    return 6.0 * body * sum(map(data.tokens_of, examples)) + 6.0 * head * scored + attention
 
 
 def balance(run: Run, examples: list[Example]) -> dict[str, float]:

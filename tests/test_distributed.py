@@ -33,7 +33,7 @@ from worlds import world_pairs
 import data
 import distributed as dist
 import train
-from logprobs import ResponseLogProbs
+from logprobs import ResponseLogProbs, completions
 
 ROOT = Path(__file__).parent.parent
 ALL = ("simpo", "dpo", "alpha_dpo(beta=2.5, gamma=0.375, alpha=0.125)", "tdpo2")  # β multiplies rounding: 2.5, not 10
@@ -224,6 +224,36 @@ def test_bf16_within_its_bound(world):
         ours, theirs = (np.concatenate([x["grad"][n].ravel() for n in x["grad"]]) for x in (bf16, fp32))
         assert ours.dtype == np.float32
         assert ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs) > 0.99
+
+
+def answered(s: train.Settings) -> list[str]:
+    policy, tokenizer = loaded(s), data.load_tokenizer(s.model)
+    policy.use_layout("padded")
+    tokens = 2 + 5 * dist.rank()
+    return policy.within(completions, tokenizer, [[4, 5]], tokens, together=dist.world_size() > 1)[0][0].split()
+
+
+def test_ranks_that_stop_at_different_tokens_wait_for_each_other(world):
+    """Two ranks of a cut model, of which one wants 2 tokens and the other 7: what they say is what one process says."""
+    short, long = ranks(2, answered, settings(world))
+    assert ranks(0, answered, settings(world)) == [short] and len(long) > len(short) and long[: len(short)] == short
+
+
+def test_recipes_are_within_the_plan(monkeypatch):
+    """Every recipe recomputes activations, and its tokens of a microbatch are those of a step of 8 GPUs at 1,000 tokens a pair,
+    with room to spare: one microbatch, so that no whole gradients wait for the next."""
+    for start, (*_, methods) in data.PUBLISHED.items():
+        for method in methods:
+            recipe = data.recipe(f"{start}-{method}")
+            assert recipe["gradient_checkpointing"] and recipe["tokens_per_microbatch"] >= 2 * recipe["batch_size"] * 1000 / 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", dist.SHAPES)
+def test_recipes_fit_by_the_plan(capsys, shape):
+    dist.main(["plan", "--model", shape])
+    with_checkpointing = capsys.readouterr().out.partition("without")[0]
+    assert int(with_checkpointing.rpartition("up to ")[2]) >= data.recipe("gemma-2-9b-it-simpo")["tokens_per_microbatch"]
 
 
 def test_rank_0_alone(world):
@@ -747,7 +777,7 @@ def test_plan_against_measured_memory(family, pairs, checkpointing, reference):
     config = LlamaConfig(num_hidden_layers=6, **sizes)
     if family == "gemma":
         config = Gemma2Config(num_hidden_layers=4, head_dim=64, **sizes)
-    counted = dist.one_microbatch(config, pairs, (200, 150, 150), torch.float32, checkpointing, True, reference)
+    counted = dist.one_microbatch(config, pairs, (200, 150, 150), torch.float32, checkpointing, reference, gpu=False)
     planned = (16 if reference else 12) * counted["parameters"] + counted["peak"]
     assert planned == pytest.approx(ranks(0, peak_of_two_steps, config, pairs, checkpointing, reference)[0], rel=0.02)
 

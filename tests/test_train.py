@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 from worlds import world_pairs
@@ -236,9 +237,9 @@ def test_flops_by_hand(world):
     vocabulary = model.config.vocab_size
     # prompt of 3: 1+2+3 keys; responses of 2 and 1: 4+5 and 4; 4 heads of 8
     expected = 6 * body * 6 + 6 * vocabulary * 32 * 3 + 12 * 32 * 2 * (6 + 9 + 4)
-    assert train.model_flops(model, [data.Example([1] * 3, [[1] * 2, [1]])]) == expected
+    assert dist.model_flops(model, [data.Example([1] * 3, [[1] * 2, [1]])]) == expected
     # window of 4: positions 3 and 4 see 4 and 4 keys, of 10 queries 1+2+3+4 and then 4 each
-    assert train.seen_keys(3, 2, 4) == 8 and train.seen_keys(0, 10, 4) == 10 + 6 * 4 and train.seen_keys(0, 10, None) == 55
+    assert dist.seen_keys(3, 2, 4) == 8 and dist.seen_keys(0, 10, 4) == 10 + 6 * 4 and dist.seen_keys(0, 10, None) == 55
 
 
 # ---- runs --------------------------------------------------------------------------------------------------------------
@@ -858,7 +859,7 @@ def test_disagreeing_layouts_stop_the_run(arguments, monkeypatch, capsys):
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
         return out.transpose(1, 2), None
 
-    monkeypatch.setitem(logprobs.AttentionInterface._global_mapping, "packed_tree", causal)
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, logprobs.packed_attention(), causal)
     with pytest.raises(SystemExit) as stop:
         train.main(arguments())
     assert stop.value.code == 2 and "use --layout padded" in capsys.readouterr().err

@@ -144,7 +144,7 @@ def finish(args, model, examples: list, seconds: float) -> dict:
     peak, dtype = peak_bytes(), torch.bfloat16 if args.dtype == "bf16" else torch.float32
     return {
         "variant": args.variant, "dtype": args.dtype, "pairs": len(examples), "seconds": seconds,
-        "tokens": sum(map(data.tokens_of, examples)), "flops": train.model_flops(model, examples),
+        "tokens": sum(map(data.tokens_of, examples)), "flops": train.dist.model_flops(model, examples),
         "rate": train.matmul_rate(model, dtype), "peak_above_state": peak - 16 * sum(p.numel() for p in model.parameters()),
     }  # fmt: skip
 

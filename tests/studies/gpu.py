@@ -1,0 +1,222 @@
+"""What only a GPU can show. Run it there, and send back what it prints:
+
+    python tests/studies/benchmark.py --gpu                  # some ten minutes; also written to runs/gpu.md
+    python tests/studies/benchmark.py --gpu --steps 2 --sizes "1B Llama"
+
+Models are built from their configurations, nothing is downloaded. Each has as many layers as one GPU of 80 GB holds with fp32
+weights, gradients and Adam moments, and the widths of the real one. Without a GPU everything runs on shapes of a few numbers,
+which says that the commands work and nothing about speed.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+import data
+import distributed as dist
+import logprobs
+import train
+
+ON_GPU = torch.cuda.is_available()
+LENGTHS = (300, 350, 350) if ON_GPU else (12, 6, 8)  # tokens of prompt, chosen and rejected
+LLAMA_1B = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+                head_dim=64, vocab_size=128256, tie_word_embeddings=True)  # fmt: skip
+SIZES = {  # what is built → (kind, sizes)
+    "1B Llama": ("llama", LLAMA_1B),
+    "8B Llama, 8 of 32 layers": ("llama", dist.SHAPES["llama-3-8b"][1] | {"num_hidden_layers": 8}),
+    "9B Gemma-2, 8 of 42 layers": ("gemma2", dist.SHAPES["gemma-2-9b"][1] | {"num_hidden_layers": 8}),
+}
+TINY = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+            vocab_size=211)  # fmt: skip
+
+
+def config_of(name: str):
+    kind, sizes = SIZES[name]
+    return transformers.AutoConfig.for_model(kind, **(sizes if ON_GPU else sizes | TINY))
+
+
+def built(name: str, tokens: int, checkpointing: bool, compiling: bool) -> train.Run:
+    """A run on a model with random weights and batches of random tokens, as many pairs as `tokens` holds, a microbatch each."""
+    rng, device, pairs = np.random.default_rng(0), data.device_named("auto"), max(1, tokens // sum(LENGTHS))
+    s = train.Settings(model="built", dataset="built", objective="simpo", dtype="bf16" if ON_GPU else "fp32", lr=1e-6,
+                       gradient_checkpointing=checkpointing, compile=compiling, batch_size=pairs,
+                       tokens_per_microbatch=pairs * sum(LENGTHS))  # fmt: skip
+    torch.manual_seed(0)
+    with device:
+        model = transformers.AutoModelForCausalLM.from_config(config_of(name), dtype=torch.float32).train()
+    policy = dist.shard(logprobs.ResponseLogProbs(model), None, ON_GPU, checkpointing, compiling)
+    policy.use_layout("packed")
+    ids = [[rng.integers(3, 200, n).tolist() for n in LENGTHS] for _ in range(pairs)]
+    rows = train.Rows([data.Example(prompt, responses) for prompt, *responses in ids], [], {})
+    run = train.Run(s, train.parse_objective(s.objective), device, None, policy, rows, [])
+    run.optimizer, rows.plan = train.make_optimizer(run), [list(range(pairs))] * 1000
+    return run
+
+
+def wait() -> float:
+    if ON_GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# ---- the parts, each in a process of its own ------------------------------------------------------------------------------
+
+
+def step(name: str, tokens: int, checkpointing: bool, compiling: bool, steps: int, tflops: float) -> dict:
+    """One row: speed, share of the nominal peak, memory against the plan's, and how far the two layouts are apart."""
+    run = built(name, tokens, checkpointing, compiling)
+    worst = train.compare_layouts(run, [run.rows.train[0]], float("inf"))
+    tick = wait()
+    for _ in range(2):  # compiles, warms up
+        train.step(run)
+    first = wait() - tick
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
+    tick = wait()
+    lines = [train.step(run) for _ in range(steps)]
+    seconds, peak = wait() - tick, train.peak_memory(run.device)
+    rate = train.matmul_rate(run.policy.model, torch.bfloat16 if ON_GPU else torch.float32)
+    config, size = run.policy.model.config, sum(p.numel() for p in run.policy.model.parameters())
+    chunk = logprobs.chunk_rows(config.vocab_size, run.device.type)
+    traced = dist.one_microbatch(config, len(run.rows.train), LENGTHS, torch.float16, checkpointing, False, chunk=chunk)
+    flops, done = sum(line["flops"] for line in lines), sum(line["tokens"] for line in lines)
+    return {
+        "model": name, "tokens": lines[0]["tokens"], "checkpointing": checkpointing, "compiled": compiling,
+        "tokens/s": round(done / seconds), "MFU": f"{flops / seconds / (tflops * 1e12):.1%}",
+        "of the matmul rate": f"{flops / seconds / rate:.1%}", "seconds": round(seconds / steps, 3),
+        "first two steps": round(first, 1), "peak, GiB": round(peak, 2),
+        "plan, GiB": round((18 * size + traced["peak"]) / 2**30, 2),  # fp32 weights, moments, gradients; a bf16 copy
+        "layouts apart, nats per token": f"{worst:.2g}",
+    }  # fmt: skip
+
+
+def kernels() -> list[dict]:
+    """The fused kernel against the segments in fp32: largest difference of output and gradients over their largest entry."""
+    rows, device = [], data.device_named("auto")
+    tree = [(300, [350, 200]), (64, [1, 500]), (700, [900, 40])] if ON_GPU else [(5, [3, 4]), (2, [1, 6])]
+    total = sum(p + sum(rs) for p, rs in tree)
+    for width in (64, 128, 256) if ON_GPU else (16,):
+        for window in (None, 256 if ON_GPU else 4):
+            for cap in (None, 50.0):
+                torch.manual_seed(0)
+                given = [torch.randn(1, heads, total, width, device=device, requires_grad=True) for heads in (8, 2, 2)]
+                pull = torch.randn(1, total, 8, width, device=device)
+                how = dict(attention_mask=None, sliding_window=window, softcap=cap)
+
+                def attend(dtype, cast=given, how=how, pull=pull, **pack):
+                    cast = [x.detach().to(dtype).requires_grad_() for x in cast]
+                    filled = [torch.nn.functional.pad(x, (0, 0, 0, size - total)) for x in cast]
+                    tick = wait()
+                    out = logprobs.tree_attention(None, *filled, **how, **pack)[0][:, :total]
+                    return [x.float() for x in (out, *torch.autograd.grad(out, cast, pull.to(dtype)))], wait() - tick
+
+                size = total
+                right, _ = attend(torch.float32, tree=tree)
+                blocks = logprobs.Blocks.of(tree, window, device)
+                size = len(blocks.ranges[0])
+                kind = torch.bfloat16 if ON_GPU else torch.float32
+                attend(kind, blocks={window: blocks})  # compiles
+                fused, seconds = attend(kind, blocks={window: blocks})
+                gaps = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(fused, right)]
+                names = ("output", "∂query", "∂key", "∂value")
+                about = {"head width": width, "window": window or "–", "soft-cap": cap or "–"}
+                rows.append(
+                    about | {n: f"{x:.1e}" for n, x in zip(names, gaps)} | {"forward + backward, ms": f"{1e3 * seconds:.2f}"}
+                )
+    return rows
+
+
+def going_on() -> list[dict]:
+    """Runs of the embedded world: unbroken, resumed from its middle, and as one rank of a process group."""
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        common = ["--max_steps=6", "--eval_size=64", "--save_every=3", "--samples=0", f"--cache={train.Settings.cache}"]
+
+        def run(out: str, *more: str, launcher: tuple[str, ...] = ()) -> dict:
+            command = [sys.executable, *launcher, str(Path(train.__file__)), *common, f"--out={place / out}", *more]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{out}: {done.stderr[-2000:]}")
+            lines = [json.loads(line) for line in (place / out / "metrics.jsonl").read_text().splitlines()]
+            return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+        unbroken = run("unbroken")
+        shutil.copytree(place / "unbroken", place / "resumed")
+        shutil.rmtree(place / "resumed" / "checkpoints" / "step-000006", ignore_errors=True)
+        (place / "resumed" / "summary.json").unlink()
+        others = {
+            "resumed after step 3": run("resumed", "--resume"),
+            "one rank of a process group": run("rank", launcher=("-m", "torch.distributed.run", "--standalone")),
+        }
+        gap = lambda losses: max(abs(losses[step] - loss) for step, loss in unbroken.items())  # noqa: E731
+        return [{"run": name, "losses apart from the unbroken run's": f"{gap(x):.1e}"} for name, x in others.items()]
+
+
+PARTS = {"step": step, "kernels": kernels, "going_on": going_on}
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------------
+
+
+def in_a_process(part: str, *args):
+    """The result of a part, or why there is none."""
+    command = [sys.executable, __file__, json.dumps([part, args])]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    if done.returncode:
+        return next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no reason was given")[:300]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def markdown(rows: list[dict]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(x) for x in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def machine() -> str:
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    if not ON_GPU:
+        return f"No GPU: tiny shapes, no speed. {versions}"
+    about = torch.cuda.get_device_properties(0)
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+    )
+    memory = f"{about.total_memory / 2**30:.0f} GiB, driver {driver.stdout.splitlines()[0] if driver.stdout else 'unknown'}"
+    return f"{about.name}, {memory}, CUDA {torch.version.cuda}. {versions}"
+
+
+def report(args: argparse.Namespace) -> str:
+    """All parts as Markdown; what fails stands there with its reason, and the others go on."""
+    sections = {"Attention: the fused kernel against segments in fp32": [("kernels",)],
+                "A step": [("step", name, args.tokens, checkpointing, compiling, args.steps, args.tflops)
+                           for name in args.sizes for checkpointing in (True, False) for compiling in (False, True)],
+                "Checkpoint, resume, process group": [("going_on",)]}  # fmt: skip
+    text = [f"# {machine()}"]
+    bar = data.progress(None, "parts", "parts", sum(map(len, sections.values())))
+    for title, parts in sections.items():
+        rows, failed = [], []
+        for part, *how in parts:
+            result = in_a_process(part, *how)
+            bar.update()
+            if isinstance(result, str):
+                failed.append(f"- {part} {', '.join(map(str, how))}: {result}")
+            else:
+                rows += result if isinstance(result, list) else [result]
+        text += [f"## {title}", *([markdown(rows)] if rows else []), *(["\n".join(failed)] if failed else [])]
+    bar.close()
+    return "\n\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    part, arguments = json.loads(sys.argv[1])
+    print("\n" + json.dumps(PARTS[part](*arguments)))
