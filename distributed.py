@@ -993,7 +993,7 @@ def plan(p: Plan) -> str:
         one, three = (one_microbatch(config, n, p.lengths, torch.bfloat16, checkpointing, p.reference) for n in (1, 3))
         lines.append(f"{'with' if checkpointing else 'without'} --gradient-checkpointing, per GPU:")
         lines += _fit(one, (three["peak"] - one["peak"]) / 2, p)
-    flops = (three["flops"] - one["flops"]) / 2 * p.rows
+    flops = (three["flops"] - one["flops"]) / 2 * p.rows * (4 / 3 if p.reference else 1)  # forward is a third of the whole
     hours = flops / (p.gpus * p.tflops * 1e12 * p.mfu) / 3600
     rows = f"{p.rows} pairs of {' + '.join(map(str, p.lengths))} tokens"
     head = f"{one['parameters'] / 1e9:.2f} B parameters; {rows}; {p.gpus} GPUs of {p.gpu_memory:g} GB"

@@ -296,6 +296,9 @@ class Sums(NamedTuple):
     def at(self, rows: Tensor) -> "Sums":
         return Sums(*(None if x is None else x[rows] for x in self))
 
+    def cpu(self) -> "Sums":
+        return Sums(*(None if x is None else x.cpu() for x in self))
+
     def by_name(self) -> dict[str, Tensor]:
         """What a signature of losses.py may ask for. `old_*` is the policy as it is at the start of the step."""
         named = {"desirable": self.label, "logp_kl": self.logp_mismatch, "ref_kl": self.ref_mismatch}
@@ -468,7 +471,8 @@ def step(run: Run) -> dict:
     sums, loss = accumulate_gradients(run, examples, known, [s.seed, run.step], run.ahead, sft)
     last = run.step + 1 == len(plan)
     run.ahead = None if last else run.microbatches([run.rows.train[i] for i in plan[run.step + 1]])  # while a GPU works
-    grad_norm = float(dist.clip_gradients(run.policy, s.max_grad_norm))
+    grad_norm = dist.clip_gradients(run.policy, s.max_grad_norm)
+    sums, loss, grad_norm = sums.cpu(), loss.cpu(), float(grad_norm)  # the one place where the host waits for a GPU
     stop_if_not_finite(examples, sums, loss, grad_norm)
     if run.step == 0:
         check_step_zero(sums, 0.1 if run.bf16 else 1e-3)
@@ -912,10 +916,11 @@ def check_step_zero(sums: Sums, bound: float) -> None:
         )
 
 
-def compare_layouts(run: Run, examples: list[Example], bound: float) -> None:
-    """Score the first examples in the packed and in the padded layout; they must agree per token within `bound` nats."""
+def compare_layouts(run: Run, examples: list[Example], bound: float) -> float:
+    """Score the first examples in the packed and in the padded layout; they must agree per token within `bound` nats. Returns
+    by how much they are apart."""
     if run.s.layout != "packed":
-        return
+        return 0.0
     with_packed, _ = log_probs(run, examples)
     run.policy.use_layout("padded")
     with_padded, _ = log_probs(replace(run, s=replace(run.s, layout="padded")), examples)
@@ -927,6 +932,7 @@ def compare_layouts(run: Run, examples: list[Example], bound: float) -> None:
     )
     if not worst <= bound:
         raise UserError(f"the packed layout disagrees with the padded one by {worst:.3g} nats per token; use --layout padded")
+    return worst
 
 
 def identity(run: Run) -> dict:

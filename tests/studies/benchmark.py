@@ -3,6 +3,7 @@
     python tests/studies/benchmark.py --model MODEL --dataset PAIRS.jsonl --out runs/benchmark.json
     python tests/studies/benchmark.py --model MODEL --dataset PAIRS.jsonl --peer trl      # and trl's trainers on the same pairs
     python tests/studies/benchmark.py --growth                                            # how cost grows, on models built here
+    python tests/studies/benchmark.py --gpu                                               # what only a GPU can show: see gpu.py
 
 Every variant runs in a process of its own, so that its peak memory is its own, and the variants take turns for several
 rounds, so that a machine that drifts drifts for all. A round is one optimizer step to warm up and then the measured steps,
@@ -23,6 +24,7 @@ from pathlib import Path
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py does
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import gpu  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
@@ -273,6 +275,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset")
     parser.add_argument("--peer", choices=["trl"])
     parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--sizes", nargs="+", default=list(gpu.SIZES), choices=list(gpu.SIZES), help="with --gpu")
+    parser.add_argument("--tokens", type=int, default=16_000, help="of a step, with --gpu")
+    parser.add_argument("--tflops", type=float, default=989.0, help="dense bf16 peak of the GPU, with --gpu (an H100's)")
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--rounds", type=int, default=2)
@@ -293,6 +299,13 @@ def main(argv: list[str] | None = None) -> None:
         args = argparse.Namespace(**json.loads(args.child))
         print("\n" + json.dumps((peer if args.variant in PEERS else ours)(args)))
         return
+    if args.gpu:
+        text = gpu.report(args)
+        print(text)
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).with_suffix(".md").write_text(text)
+        if not args.peer:
+            return
     if args.growth:
         results = growth(args)
     else:

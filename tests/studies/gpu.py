@@ -2,6 +2,7 @@
 
     python tests/studies/benchmark.py --gpu                  # some ten minutes; also written to runs/gpu.md
     python tests/studies/benchmark.py --gpu --steps 2 --sizes "1B Llama"
+    python tests/studies/benchmark.py --gpu --peer trl --model MODEL --dataset PAIRS.jsonl     # and trl beside it
 
 Models are built from their configurations, nothing is downloaded. Each has as many layers as one GPU of 80 GB holds with fp32
 weights, gradients and Adam moments, and the widths of the real one. Without a GPU everything runs on shapes of a few numbers,
@@ -9,6 +10,7 @@ which says that the commands work and nothing about speed.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -37,8 +39,10 @@ SIZES = {  # what is built → (kind, sizes)
     "8B Llama, 8 of 32 layers": ("llama", dist.SHAPES["llama-3-8b"][1] | {"num_hidden_layers": 8}),
     "9B Gemma-2, 8 of 42 layers": ("gemma2", dist.SHAPES["gemma-2-9b"][1] | {"num_hidden_layers": 8}),
 }
-TINY = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-            vocab_size=211)  # fmt: skip
+TINY = dict(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    vocab_size=211,
+)  # fmt: skip
 
 
 def config_of(name: str):
@@ -76,7 +80,7 @@ def wait() -> float:
 def step(name: str, tokens: int, checkpointing: bool, compiling: bool, steps: int, tflops: float) -> dict:
     """One row: speed, share of the nominal peak, memory against the plan's, and how far the two layouts are apart."""
     run = built(name, tokens, checkpointing, compiling)
-    worst = train.compare_layouts(run, [run.rows.train[0]], float("inf"))
+    worst = train.compare_layouts(run, run.rows.train[:4], float("inf"))
     tick = wait()
     for _ in range(2):  # compiles, warms up
         train.step(run)
@@ -88,8 +92,7 @@ def step(name: str, tokens: int, checkpointing: bool, compiling: bool, steps: in
     seconds, peak = wait() - tick, train.peak_memory(run.device)
     rate = train.matmul_rate(run.policy.model, torch.bfloat16 if ON_GPU else torch.float32)
     config, size = run.policy.model.config, sum(p.numel() for p in run.policy.model.parameters())
-    chunk = logprobs.chunk_rows(config.vocab_size, run.device.type)
-    traced = dist.one_microbatch(config, len(run.rows.train), LENGTHS, torch.float16, checkpointing, False, chunk=chunk)
+    traced = dist.one_microbatch(config, len(run.rows.train), LENGTHS, torch.bfloat16, checkpointing)
     flops, done = sum(line["flops"] for line in lines), sum(line["tokens"] for line in lines)
     return {
         "model": name, "tokens": lines[0]["tokens"], "checkpointing": checkpointing, "compiled": compiling,
@@ -102,46 +105,47 @@ def step(name: str, tokens: int, checkpointing: bool, compiling: bool, steps: in
 
 
 def kernels() -> list[dict]:
-    """The fused kernel against the segments in fp32: largest difference of output and gradients over their largest entry."""
-    rows, device = [], data.device_named("auto")
+    """Each head width, window and soft-cap."""
+    cases = itertools.product((64, 128, 256) if ON_GPU else (16,), (None, 256 if ON_GPU else 4), (None, 50.0))
+    return [kernel(*case) for case in cases]
+
+
+def kernel(width: int, window: int | None, cap: float | None) -> dict:
+    """One row: the fused kernel in bf16 against the segments in fp32, the largest difference of output and gradients over their
+    largest entry; and its time. On CPUs it is eager, in fp32, and has no backward pass."""
     tree = [(300, [350, 200]), (64, [1, 500]), (700, [900, 40])] if ON_GPU else [(5, [3, 4]), (2, [1, 6])]
-    total = sum(p + sum(rs) for p, rs in tree)
-    for width in (64, 128, 256) if ON_GPU else (16,):
-        for window in (None, 256 if ON_GPU else 4):
-            for cap in (None, 50.0):
-                torch.manual_seed(0)
-                given = [torch.randn(1, heads, total, width, device=device, requires_grad=True) for heads in (8, 2, 2)]
-                pull = torch.randn(1, total, 8, width, device=device)
-                how = dict(attention_mask=None, sliding_window=window, softcap=cap)
+    device, total = data.device_named("auto"), sum(p + sum(rs) for p, rs in tree)
+    blocks = logprobs.Blocks.of(tree, window, device)
+    filled = len(blocks.ranges[0])
+    torch.manual_seed(0)
+    given = [torch.randn(1, heads, total, width, device=device) for heads in (8, 2, 2)]
+    pull = torch.randn(1, total, 8, width, device=device)
 
-                def attend(dtype, cast=given, how=how, pull=pull, **pack):
-                    cast = [x.detach().to(dtype).requires_grad_() for x in cast]
-                    filled = [torch.nn.functional.pad(x, (0, 0, 0, size - total)) for x in cast]
-                    tick = wait()
-                    out = logprobs.tree_attention(None, *filled, **how, **pack)[0][:, :total]
-                    return [x.float() for x in (out, *torch.autograd.grad(out, cast, pull.to(dtype)))], wait() - tick
+    def attend(dtype: torch.dtype, size: int, **pack) -> tuple[list[torch.Tensor], float]:
+        leaves, tick = [x.to(dtype).requires_grad_() for x in given], wait()
+        query, key, value = (torch.nn.functional.pad(x, (0, 0, 0, size - total)) for x in leaves)
+        if ON_GPU or "tree" in pack:
+            out, _ = logprobs.tree_attention(None, query, key, value, None, sliding_window=window, softcap=cap, **pack)
+        else:
+            out = logprobs._flex(query.detach(), key.detach(), value.detach(), width**-0.5, cap, blocks).transpose(1, 2)
+            return [out[:, :total]], wait() - tick
+        grads = torch.autograd.grad(out[:, :total], leaves, pull.to(dtype))
+        return [x.float() for x in (out[:, :total], *grads)], wait() - tick
 
-                size = total
-                right, _ = attend(torch.float32, tree=tree)
-                blocks = logprobs.Blocks.of(tree, window, device)
-                size = len(blocks.ranges[0])
-                kind = torch.bfloat16 if ON_GPU else torch.float32
-                attend(kind, blocks={window: blocks})  # compiles
-                fused, seconds = attend(kind, blocks={window: blocks})
-                gaps = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(fused, right)]
-                names = ("output", "∂query", "∂key", "∂value")
-                about = {"head width": width, "window": window or "–", "soft-cap": cap or "–"}
-                rows.append(
-                    about | {n: f"{x:.1e}" for n, x in zip(names, gaps)} | {"forward + backward, ms": f"{1e3 * seconds:.2f}"}
-                )
-    return rows
+    right, _ = attend(torch.float32, total, tree=tree)
+    for _ in range(2):  # the first one compiles
+        fused, seconds = attend(torch.bfloat16 if ON_GPU else torch.float32, filled, blocks={window: blocks})
+    gaps = [f"{((a - b).abs().max() / b.abs().max()).item():.1e}" for a, b in zip(fused, right)]
+    row = {"head width": width, "window": window or "–", "soft-cap": cap or "–"}
+    row |= dict(itertools.zip_longest(("output", "∂query", "∂key", "∂value"), gaps, fillvalue="–"))
+    return row | {"forward + backward, ms": f"{1e3 * seconds:.2f}"}
 
 
 def going_on() -> list[dict]:
-    """Runs of the embedded world: unbroken, resumed from its middle, and as one rank of a process group."""
+    """Runs of the embedded world in fp32: unbroken, resumed from its middle, and as one rank of a process group."""
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
-        common = ["--max_steps=6", "--eval_size=64", "--save_every=3", "--samples=0", f"--cache={train.Settings.cache}"]
+        common = "--max_steps=6 --eval_size=64 --save_every=3 --samples=0 --dtype=fp32".split()
 
         def run(out: str, *more: str, launcher: tuple[str, ...] = ()) -> dict:
             command = [sys.executable, *launcher, str(Path(train.__file__)), *common, f"--out={place / out}", *more]
@@ -188,10 +192,9 @@ def machine() -> str:
     if not ON_GPU:
         return f"No GPU: tiny shapes, no speed. {versions}"
     about = torch.cuda.get_device_properties(0)
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    )
-    memory = f"{about.total_memory / 2**30:.0f} GiB, driver {driver.stdout.splitlines()[0] if driver.stdout else 'unknown'}"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    memory = f"{about.total_memory / 2**30:.0f} GiB, driver {driver[0] if driver else 'unknown'}"
     return f"{about.name}, {memory}, CUDA {torch.version.cuda}. {versions}"
 
 
