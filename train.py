@@ -41,7 +41,7 @@ from tqdm import tqdm
 import data
 import distributed as dist
 from data import Example, UserError, setting
-from logprobs import ResponseLogProbs, check_head, completions, to_device
+from logprobs import FUSED, ResponseLogProbs, check_head, completions, to_device
 from losses import OBJECTIVES
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ class Settings(data.Reading):
     samples: int = setting(4, "held-out prompts whose greedy completions are recorded before, at evaluations and after")
     sample_tokens: int = setting(64, "length limit of those completions")
     cache: str = setting("~/.cache/plainpo", "folder for reference log-probs, found again by a hash of all they depend on")
-    compile: bool = setting(False, "torch.compile the decoder (CUDA)")
+    compile: bool = setting(False, "torch.compile the decoder's blocks (packed layout on CUDA)")
     log_to: str | None = setting(None, "also send the metrics to tensorboard or wandb, if installed")
     device: str = setting("auto", "cpu, cuda, or auto")
     recipe: str | None = setting(None, "a published run, such as gemma-2-9b-it-simpo: model, data, objective, lr, lengths")
@@ -540,6 +540,8 @@ def build_policy(s: Settings, objective: Objective, tokenizer, device: torch.dev
         raise UserError(f"the tokenizer has {len(tokenizer)} ids, but the model only {embeddings} embeddings: no match")
     if s.layout == "packed":
         refuse_packed(model)
+    if s.compile and (s.layout != "packed" or device.type not in FUSED):
+        raise UserError(f"compile works on packs on CUDA; with --layout {s.layout} on {device.type} leave it out")
     reference = load_model(s).requires_grad_(False).train(False) if objective.needs("kl_w") else None
     dist.on_main(dist.check_space, Path(s.out), model, s.keep + 1 if s.save_every else 0, export_dtype(s, model))
     policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, uses_bf16(s, device), s.gradient_checkpointing, s.compile)
