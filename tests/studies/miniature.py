@@ -1,13 +1,13 @@
 """The papers in miniature: objectives tuned, compared and swept in the embedded world of train.py.
 
-    python tests/studies/miniature.py --compare dpo simpo simper                      # tuned, then run in three worlds
-    python tests/studies/miniature.py --compare all --sweeps all --out runs/compare   # all: about half an hour on two cores
+    python tests/studies/miniature.py --compare dpo simpo simper                      # tuned, then run in five worlds
+    python tests/studies/miniature.py --compare all --sweeps all --out runs/compare   # all: about 90 minutes on two cores
     python tests/studies/miniature.py --sweeps alpha --seeds 5 --annotator-noise 0.5  # with any setting of train.py
     python tests/studies/miniature.py --compare all --out runs/compare --resume       # goes on where a killed one stopped
 
-Every objective gets the same small grid: two settings of its hyper-parameters, or one where it has none, times three learning
-rates. The best win rate in a world of its own (TUNING_SEED) goes on to `seeds` other worlds. A run is train.train() as it
-stands, in a process of its own; each result is a line of runs.jsonl.
+Every objective is tuned by successive halving: all of GRID's settings times six learning rates in one world, the better quarter
+of them in a second, a quarter of these in a third. The best mean win rate goes on to `seeds` other worlds. A run is
+train.train() as it stands, in a process of its own; each result is a line of runs.jsonl.
 """
 
 import json
@@ -31,45 +31,57 @@ from data import UserError, setting  # noqa: E402
 
 # ---- what is run -----------------------------------------------------------------------------------------------------
 
-LEARNING_RATES, TUNING_SEED = (2e-4, 5e-4, 1e-3), 100
+LEARNING_RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
+TUNING_SEEDS, KEPT = (100, 101, 102), 4  # the worlds of tuning, one after the other; of each so many one goes on
+
+
+def calls(text: str, *settings) -> tuple[str, ...]:
+    """The call with each of the settings in its place."""
+    return tuple(text.format(*(s if isinstance(s, tuple) else (s,))) for s in settings)
+
+
+# The papers' search ranges (α-DPO's appendix), a few of each. Averages: as they are. Sums of log-probs: β ten times as large,
+# as answers here have some nine tokens and not hundreds; R-DPO's α, a price per token, as it is.
+SUMS_BETA = (0.1, 0.5, 1.0)  # 0.01, 0.05, 0.1
 GRID = {
     "sft": ("sft",),
-    "dpo": ("dpo(beta=0.1)", "dpo(beta=0.5)"),
-    "dpo_norm": ("dpo_norm(beta=2.0)", "dpo_norm(beta=5.0)"),
-    "robust_dpo": ("robust_dpo(beta=0.1)", "robust_dpo(beta=0.5)"),
-    "ipo": ("ipo(tau=0.1)", "ipo(tau=0.5)"),
-    "rdpo": ("rdpo(beta=0.1, alpha=0.01)", "rdpo(beta=0.1, alpha=0.05)"),
-    "rso_hinge": ("rso_hinge(beta=0.05)", "rso_hinge(beta=0.2)"),
-    "exo": ("exo(beta=0.1)", "exo(beta=0.5)"),
-    "nca": ("nca(beta=0.01)", "nca(beta=0.1)"),
-    "sppo": ("sppo(beta=0.001)", "sppo(beta=0.02)"),
-    "apo_zero": ("apo_zero(beta=0.1)", "apo_zero(beta=0.5)"),
-    "apo_down": ("apo_down(beta=0.1)", "apo_down(beta=0.5)"),
-    "discopop": ("discopop(beta=0.05)", "discopop(beta=0.2)"),
-    "f_dpo": ("f_dpo(divergence='js')", "f_dpo(divergence='forward_kl')"),
-    "tdpo1": ("tdpo1(beta=0.1)", "tdpo1(beta=0.5)"),
-    "tdpo2": ("tdpo2(beta=0.1)", "tdpo2(beta=0.5)"),
-    "beta_dpo": ("beta_dpo(beta=0.1)", "beta_dpo(beta=0.5)"),
-    "aot": ("aot(beta=0.01)", "aot(beta=0.1)"),
-    "aot_unpaired": ("aot_unpaired(beta=0.01)", "aot_unpaired(beta=0.1)"),
-    "cpo": ("cpo(beta=0.1, lam=1.0)", "cpo(beta=0.1, lam=0.1)"),
-    "slic": ("slic(delta=1.0, lam=0.1)", "slic(delta=5.0, lam=0.01)"),
-    "rrhf": ("rrhf(lam=1.0)", "rrhf(lam=0.01)"),
-    "orpo": ("orpo(lam=0.1)", "orpo(lam=1.0)"),
-    "simpo": ("simpo(beta=2.0, gamma=1.0)", "simpo(beta=10.0, gamma=3.0)"),
-    "repo": ("repo(gamma=0.2)", "repo(gamma=0.5)"),
+    "dpo": calls("dpo(beta={})", *SUMS_BETA),
+    "dpo_norm": calls("dpo_norm(beta={})", 2.0, 5.0, 10.0),
+    "robust_dpo": calls("robust_dpo(beta={})", *SUMS_BETA),
+    "ipo": calls("ipo(tau={})", 0.01, 0.1, 0.5, 1.0),
+    "rdpo": calls("rdpo(beta={}, alpha={})", (0.1, 0.05), (0.5, 0.05), (1.0, 0.05), (0.5, 0.1), (0.5, 0.5)),
+    "rso_hinge": calls("rso_hinge(beta={})", *SUMS_BETA),
+    "exo": calls("exo(beta={})", *SUMS_BETA),
+    "nca": calls("nca(beta={})", 0.01, *SUMS_BETA),
+    "sppo": calls("sppo(beta={})", 0.001, 0.01, 0.03, 0.1),
+    "apo_zero": calls("apo_zero(beta={})", *SUMS_BETA),
+    "apo_down": calls("apo_down(beta={})", *SUMS_BETA),
+    "discopop": calls("discopop(beta={})", 0.05, *SUMS_BETA),
+    "f_dpo": calls("f_dpo(beta={}, divergence='{}')", (0.1, "js"), (0.5, "js"), (0.1, "forward_kl"), (0.5, "forward_kl")),
+    "tdpo1": calls("tdpo1(beta={})", *SUMS_BETA),
+    "tdpo2": calls("tdpo2(beta={})", *SUMS_BETA),
+    "beta_dpo": calls("beta_dpo(beta={})", *SUMS_BETA),
+    "aot": calls("aot(beta={})", *SUMS_BETA),
+    "aot_unpaired": calls("aot_unpaired(beta={})", *SUMS_BETA),
+    "cpo": calls("cpo(beta={}, lam={})", (0.1, 1.0), (0.5, 1.0), (1.0, 1.0), (0.5, 0.1)),
+    "slic": calls("slic(delta={}, lam={})", (0.5, 0.1), (1.0, 0.1), (2.0, 0.1), (1.0, 0.5), (5.0, 0.01)),
+    "rrhf": calls("rrhf(lam={})", 0.01, 0.1, 0.5, 1.0),
+    "orpo": calls("orpo(lam={})", 0.1, 0.5, 1.0, 2.0),
+    "simpo": calls("simpo(beta={}, gamma={})", (2.0, 0.3), (2.0, 1.0), (4.0, 1.0), (10.0, 1.0), (10.0, 3.0)),
+    "repo": calls("repo(gamma={})", 0.1, 0.2, 0.5),
     "simper": ("simper",),
-    "alphapo": ("alphapo(alpha=0.25)", "alphapo(alpha=-0.25)"),
-    "alpha_dpo": ("alpha_dpo(beta=2.5, gamma=0.5, alpha=0.1)", "alpha_dpo(beta=10.0, gamma=4.0, alpha=0.5)"),
-    "alpha_dpo_kl": ("alpha_dpo_kl(beta=2.5, gamma=0.5, alpha=0.1)", "alpha_dpo_kl(beta=10.0, gamma=4.0, alpha=0.5)"),
-    "online_simpo": ("online_simpo(clip=1.0)", "online_simpo(self_normalize=True)"),
-    "gamma_dpo": ("gamma_dpo(beta=0.1)", "gamma_dpo(beta=0.5)"),
-    "gamma_simpo": ("gamma_simpo(beta=2.5, gamma=1.0)", "gamma_simpo(beta=10.0, gamma=4.0)"),
-    "amapo": ("amapo(beta=2.5)", "amapo(beta=10.0)"),
-    "kto": ("kto(beta=0.1)", "kto(beta=0.5)"),
-    "bco": ("bco(beta=0.1)", "bco(beta=0.5)"),
-    "uapo": ("uapo(beta=0.1)", "uapo(beta=0.5)"),
-}
+    "alphapo": calls("alphapo(beta={}, alpha={})", (2.5, 0.25), (2.5, -0.25), (10.0, 0.25), (10.0, -0.25)),
+    "alpha_dpo": calls("alpha_dpo(beta={}, gamma={}, alpha={})",
+                       (2.5, 0.3, 0.05), (2.5, 0.3, 0.2), (10.0, 1.0, 0.2), (10.0, 3.0, 0.5), (10.0, 3.0, 2.0)),
+    "alpha_dpo_kl": calls("alpha_dpo_kl(beta={}, gamma={}, alpha={})", (2.5, 0.3, 0.2), (10.0, 1.0, 0.2), (10.0, 3.0, 0.5)),
+    "online_simpo": ("online_simpo(clip=1.0)", "online_simpo(clip=5.0)", "online_simpo(self_normalize=True)"),
+    "gamma_dpo": calls("gamma_dpo(beta={})", *SUMS_BETA),
+    "gamma_simpo": calls("gamma_simpo(beta={}, gamma={})", (2.5, 0.3), (2.5, 1.0), (10.0, 1.0), (10.0, 4.0)),
+    "amapo": calls("amapo(beta={})", 2.0, 3.0, 10.0),
+    "kto": calls("kto(beta={})", *SUMS_BETA),
+    "bco": calls("bco(beta={})", *SUMS_BETA),
+    "uapo": calls("uapo(beta={})", *SUMS_BETA),
+}  # fmt: skip
 
 # name → what is swept, its values, and series: label → value → settings that differ from the default run
 ALPHA, SUMS = "alpha_dpo(beta=2.5, gamma=0.5, alpha={})", "simpo(beta=0.1, gamma=0.0, average=False)"
@@ -115,7 +127,7 @@ PANELS = ("win_rate", "length", "kl", "chosen")  # of a sweep
 class Study(train.Settings):
     compare: list[str] | None = setting(None, "tune and compare these objectives (all, names, or calls)")
     sweeps: list[str] | None = setting(None, "figures of these sweeps (all, or names of SWEEPS)")
-    seeds: int = setting(3, "runs of each setting, each in a world of its own")
+    seeds: int = setting(5, "runs of each setting, each in a world of its own")
 
 
 def parse(argv: list[str]) -> Study:
@@ -220,7 +232,7 @@ def study(s: Study) -> dict:
     best = tune(grid_of(s), common, out / "runs.jsonl")
     results = run_groups({name: [job | {"seed": n} for n in range(s.seeds)] for name, job in best.items()}, out / "runs.jsonl")
     if results:
-        table = comparison_table(best, results)
+        table = comparison_table(best, results, grid_of(s))
         (out / "table.md").write_text(table)
         print(table)
         draw_comparison(results, out)
@@ -231,15 +243,29 @@ def study(s: Study) -> dict:
 
 
 def tune(grid: dict[str, tuple[str, ...]], common: dict, file: Path) -> dict[str, dict]:
-    """Each objective's job with the best win rate in the tuning world."""
-    tuning = {
-        name: [common | {"seed": TUNING_SEED, "objective": text, "lr": lr} for text in texts for lr in LEARNING_RATES]
+    """Each objective's job with the best mean win rate, by successive halving over the worlds of tuning; a run that ended early
+    has won nothing."""
+    alive = {
+        name: [common | {"objective": text, "lr": lr} for text in texts for lr in LEARNING_RATES]
         for name, texts in grid.items()
     }
-    return {
-        name: max(results, key=lambda result: result.get("win_rate", -1.0))["job"]
-        for name, results in run_groups(tuning, file).items()
-    }
+    wins: dict[str, list[float]] = {}
+    for seed in TUNING_SEEDS:
+        results = run_groups({name: [job | {"seed": seed} for job in jobs] for name, jobs in alive.items()}, file)
+        for name, jobs in alive.items():
+            for job, result in zip(jobs, results[name]):
+                wins.setdefault(job_key(job), []).append(result.get("win_rate", 0.0))
+            jobs.sort(key=lambda job: -sum(wins[job_key(job)]) / len(wins[job_key(job)]))
+            del jobs[-(-len(jobs) // KEPT) :]
+    return {name: jobs[0] for name, jobs in alive.items()}
+
+
+def tuning_runs(settings: int) -> int:
+    """How many runs the tuning of an objective with so many settings takes."""
+    total, alive = 0, settings * len(LEARNING_RATES)
+    for _ in TUNING_SEEDS:
+        total, alive = total + alive, -(-alive // KEPT)
+    return total
 
 
 def sweep(name: str, common: dict, seeds: int, out: Path) -> None:
@@ -275,14 +301,17 @@ def markdown(lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def comparison_table(best: dict[str, dict], results: dict[str, list[dict]]) -> str:
-    """Markdown, best win rate first."""
-    titles = ["objective", "lr", *(title for title, *_ in MEASURES.values())]
+def comparison_table(best: dict[str, dict], results: dict[str, list[dict]], grid: dict[str, tuple[str, ...]]) -> str:
+    """Markdown, best win rate first; with the number of runs that an objective's tuning had."""
+    titles = ["objective", "lr", "tuning runs", *(title for title, *_ in MEASURES.values())]
     start = [{**r["start"], "chosen": 0.0, "rejected": 0.0} for r in next(iter(results.values())) if "start" in r]
-    lines = [titles, ["---"] * len(titles), ["the start", "–", *(cell(start, m) for m in MEASURES)]]
+    lines = [titles, ["---"] * len(titles), ["the start", "–", "–", *(cell(start, m) for m in MEASURES)]]
     for name in sorted(results, key=lambda name: -mean_and_error(results[name], "win_rate")[0]):
-        lines.append([f"`{best[name]['objective']}`", f"{best[name]['lr']:g}", *(cell(results[name], m) for m in MEASURES)])
-    return markdown(lines)
+        job, runs = best[name], str(tuning_runs(len(grid[name])))
+        lines.append([f"`{job['objective']}`", f"{job['lr']:g}", runs, *(cell(results[name], m) for m in MEASURES)])
+    edges = [name for name, job in best.items() if job["lr"] in (LEARNING_RATES[0], LEARNING_RATES[-1])]
+    said = f"The best learning rate is at an edge of the grid for {len(edges)} of {len(best)}" + ": " * bool(edges)
+    return markdown(lines) + f"\n{said}{', '.join(edges)}.\n"
 
 
 def axis_title(name: str) -> str:

@@ -30,7 +30,7 @@ def made_up(monkeypatch) -> list[dict]:
         asked.append(job)
         if job["objective"] == "simper":
             return {"job": job, "error": "the loss is not finite"}
-        rate = 0.5 + 1e3 * job.get("lr", 0) / 10 * ("0.5" in job["objective"])
+        rate = 0.5 + 100 * job.get("lr", 0) * ("0.5" in job["objective"])
         measures = dict.fromkeys(MEASURES, 1.0) | {"win_rate": rate + 0.01 * (job["seed"] % 100)}
         return {"job": job, **measures, "start": dict.fromkeys(MEASURES, 0.5)}
 
@@ -39,15 +39,21 @@ def made_up(monkeypatch) -> list[dict]:
 
 
 def test_comparison(tmp_path, made_up, capsys):
-    """Grid, choice by win rate in the tuning world, then every seed; a run that ended early is a dash; nothing is run twice."""
-    line = ["--compare", "dpo", "simper", "--sweeps", "gamma", "--out", str(tmp_path / "out"), "--epochs", "2"]
+    """Six rates of each setting in the first world, the best quarter in the second, of these a quarter in the third; the best
+    mean goes on to every seed. A run that ended early has won nothing and is a dash; nothing is run twice."""
+    line = ["--compare", "dpo", "simper", "--sweeps", "gamma", "--seeds", "3", "--out", str(tmp_path / "out"), "--epochs", "2"]
     done = miniature.main(line)
     assert all(job["epochs"] == 2 and "batch_size" not in job for job in made_up)
-    assert [job["seed"] for job in made_up].count(miniature.TUNING_SEED) == 2 * 3 + 3 and len(made_up) == 9 + 2 * 3 + 5 * 3
-    assert done["best"]["dpo"]["objective"] == "dpo(beta=0.5)" and done["best"]["dpo"]["lr"] == 1e-3
+    counts = [[job["seed"] for job in made_up].count(seed) for seed in miniature.TUNING_SEEDS]
+    assert counts == [3 * 6 + 6, 5 + 2, 2 + 1] and len(made_up) == sum(counts) + 2 * 3 + 5 * 3
+    assert (miniature.tuning_runs(3), miniature.tuning_runs(1)) == (18 + 5 + 2, 6 + 2 + 1)
+    assert done["best"]["dpo"]["objective"] == "dpo(beta=0.5)" and done["best"]["dpo"]["lr"] == 3.2e-3
     table = (tmp_path / "out" / "table.md").read_text().splitlines()
-    # 0.6 + 0, 0.01, 0.02: mean 61 %, standard error 1/√3 = 0.6 %
-    assert table[3].startswith("| `dpo(beta=0.5)` | 0.001 | 61.0 ± 0.6 |") and table[4].startswith("| `simper` | 0.0002 | – |")
+    # 0.5 + 0.32 + 0, 0.01, 0.02: mean 83 %, standard error 1/√3 = 0.6 %
+    assert table[3].startswith("| `dpo(beta=0.5)` | 0.0032 | 25 | 83.0 ± 0.6 |") and table[4].startswith(
+        "| `simper` | 0.0001 | 9 | – |"
+    )
+    assert table[6] == "The best learning rate is at an edge of the grid for 2 of 2: dpo, simper."
     assert "\n".join(table) in capsys.readouterr().out
     pictures = {"length.png", "drift.png", "kl.png", "sweep-gamma.png"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == ALWAYS | pictures | {"sweep-gamma.md", "table.md"}
@@ -69,7 +75,7 @@ def test_sweep_table(tmp_path, made_up):
 def test_where_every_run_ended_early(tmp_path, made_up):
     """Dashes, and no picture of nothing."""
     miniature.main(["--compare", "simper", "--seeds", "1", "--out", str(tmp_path / "out")])
-    assert (tmp_path / "out" / "table.md").read_text().splitlines()[3] == "| `simper` | 0.0002 |" + " – |" * len(MEASURES)
+    assert (tmp_path / "out" / "table.md").read_text().splitlines()[3] == "| `simper` | 0.0001 | 9 |" + " – |" * len(MEASURES)
     assert {p.name for p in (tmp_path / "out").iterdir()} == ALWAYS | {"table.md"}
 
 
@@ -87,7 +93,7 @@ def test_settings_are_those_of_the_trainer_and_three_more(tmp_path):
     assert more == {"compare", "sweeps", "seeds"}
     (tmp_path / "s.yaml").write_text("epochs: 3\nmax-steps: 5\n")
     s = miniature.parse([str(tmp_path / "s.yaml"), "--sweeps", "alpha", "gamma", "--max-steps", "6"])
-    assert (s.epochs, s.max_steps, s.sweeps, s.compare, s.seeds) == (3, 6, ["alpha", "gamma"], None, 3)
+    assert (s.epochs, s.max_steps, s.sweeps, s.compare, s.seeds) == (3, 6, ["alpha", "gamma"], None, 5)
 
 
 def in_a_small_world() -> None:
