@@ -1645,11 +1645,23 @@ def _comparable(scores: dict[str, float], s: Pairing) -> list[tuple[str, str]]:
     return couples
 
 
+def _are_pairs(file: Path) -> bool:
+    """Whether a file is empty or what `pairs` has written, by its first line; such a one may be made again."""
+    try:
+        with open(file, encoding="utf-8") as lines:
+            first = lines.readline()
+        return not first or {"id", "score_chosen", "score_rejected"} <= json.loads(first).keys()
+    except (ValueError, AttributeError):
+        return False
+
+
 def pairs(s: Pairing, say: Callable[[str], None] = _quiet) -> Counter:
     """Make preference pairs, see Pairing; returns how many prompts gave a pair, or why not."""
     refuse_unless_known("how", s.how, ["best_worst", "random", "correct"])
     _keep_apart(s.scored, s.out)
     _writable(s.out)
+    if Path(s.out).exists() and not _are_pairs(Path(s.out)):
+        raise UserError(f"{s.out}: is there, and not as pairs of this command; give another --out")
     counts, lines, prompts = Counter(), [], {}
     say(f"pairs: {s.how}, scores at least {s.min_margin:g} apart, seed {s.seed}, of {s.scored}")
     for _, row, prompt in prompts_of(s.scored):
@@ -1673,7 +1685,8 @@ def pairs(s: Pairing, say: Callable[[str], None] = _quiet) -> Counter:
     if not lines:
         why = "; ".join(f"{n} {why}" for why, n in counts.items())
         raise UserError(f"{s.scored}: gives no pair: {why}. Lower --min_margin, or sample more responses to each prompt")
-    _write(s.out, lines, "w")
+    _write(part := f"{s.out}.new", lines, "w")
+    os.replace(part, s.out)
     margins = [line["score_chosen"] - line["score_rejected"] for line in lines]
     longer = sum(len(line["chosen"]) > len(line["rejected"]) for line in lines) / len(lines)
     say(f"{len(lines):,} pairs in {s.out}: mean margin {sum(margins) / len(margins):.4g}, chosen longer in {longer:.0%}")

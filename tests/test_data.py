@@ -1646,6 +1646,30 @@ def test_answers_of_several_files_and_rows_are_joined_by_prompt(tmp_path):
         data.pairs(Pairing(f"{one}@2", str(tmp_path / "pairs.jsonl")))
 
 
+def test_pairs_replace_pairs_of_their_own_and_nothing_else(tmp_path):
+    scored = write(tmp_path, "s.jsonl", [{"prompt": "P", "responses": ["a", "b"], "scores": [1, 0]}])
+    out = tmp_path / "p.jsonl"
+    for content, refused in (
+        (b"", False),
+        (b'{"prompt": "mine"}\n', True),
+        (b"a thesis\n", True),
+        (b"\xff", True),
+        (b"[]", True),
+    ):
+        out.write_bytes(content)
+        if refused:
+            with pytest.raises(UserError, match="is there, and not as pairs"):
+                data.pairs(Pairing(scored, str(out)))
+            assert out.read_bytes() == content
+        else:
+            data.pairs(Pairing(scored, str(out)))
+    out.unlink()
+    data.pairs(Pairing(scored, str(out)))
+    first = out.read_text()
+    data.pairs(Pairing(scored, str(out)))
+    assert out.read_text() == first and sorted(p.name for p in tmp_path.iterdir()) == ["p.jsonl", "s.jsonl"]
+
+
 def test_pairs_by_hand(tmp_path, chatml):
     rows = [
         {"prompt": "A", "responses": ["a1", "a2", "a3"], "scores": [0.2, 0.9, 0.1]},
