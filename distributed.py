@@ -36,7 +36,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as c10d  # this library's name inside PyTorch
-import torch.distributed.checkpoint as dcp
 import transformers
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
@@ -44,8 +43,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as recompute
@@ -224,6 +221,8 @@ def shard(
         block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
     if not c10d.is_initialized():
         return policy
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     precision = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32)
     options = dict(mesh=_mesh(mesh), mp_policy=precision)
     # 2. each block: at most this one and the next are whole at a time; a reference is cut the same way
@@ -267,14 +266,14 @@ def _mesh(text: str | None) -> DeviceMesh:
 
 def sync_gradients(policy: nn.Module, last: bool) -> None:
     """Before each backward: only the last one of a step reduces gradients over ranks; until then each rank adds up its own."""
-    if isinstance(policy, FSDPModule):
+    if hasattr(policy, "set_requires_gradient_sync"):  # it is cut
         policy.set_requires_gradient_sync(last)
 
 
 def clip_gradients(policy: nn.Module, limit: float) -> Tensor:
     """Scale all gradients so that their global 2-norm is at most `limit` (0: no limit); returns the norm before."""
     norm = nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.grad is not None], limit or float("inf"))
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return _whole(norm)
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -381,7 +380,7 @@ def _download(name: str) -> Path:
 @torch.no_grad()
 def _copy_rows(target: Tensor, source) -> None:
     """Fill a tensor, or the rows of it that this rank owns, from a whole one in a safetensors file."""
-    if not isinstance(target, DTensor):
+    if _local(target) is target:
         target.copy_(source[:] if target.ndim else source)
         return
     mesh, local = target.device_mesh["shard"], target.to_local()
@@ -398,8 +397,7 @@ def _tensors(model: nn.Module, tied: bool = False) -> dict[str, Tensor]:
 
 def not_finite(model: nn.Module) -> list[str]:
     """Names of the parameters that hold an infinity or NaN, on any rank."""
-    parts = ((name, p.to_local() if isinstance(p, DTensor) else p) for name, p in model.named_parameters())
-    names = [name for name, part in parts if not torch.isfinite(part).all()]
+    names = [name for name, p in model.named_parameters() if not torch.isfinite(_local(p)).all()]
     return sorted({name for names_of_rank in gather_objects(names) for name in names_of_rank})
 
 
@@ -410,9 +408,8 @@ def hash_weights(model: nn.Module) -> list[str]:
     """A digest of every weight's name and bytes, one per rank of its own shards; equal on all ranks."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         digest.update(name.encode())
-        digest.update(local.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(_local(parameter).detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return gather_objects(digest.hexdigest())
 
 
@@ -441,8 +438,13 @@ def load_tensors(file: Path) -> dict[str, Tensor] | None:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """All rows of a tensor that may be cut over ranks."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    """All rows of a tensor that may be cut over ranks (then it is a DTensor)."""
+    return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The rows of a tensor that this rank owns; the tensor itself where it is not cut."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -525,6 +527,8 @@ def _quiet() -> Iterator[None]:
 
 def _read_into(tensors: dict[str, Tensor], checkpoint: Path) -> None:
     """Fill tensors from those of the same names in a checkpoint, each rank its rows."""
+    import torch.distributed.checkpoint as dcp  # late here and below: `--help` need not wait for it
+
     with _quiet():
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=world_size() == 1)
 
@@ -545,6 +549,8 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer, state: dict, keep
     Returns:
         whether it is there; when it cannot be written (a full disk) the reason is printed and older ones are left alone.
     """
+    import torch.distributed.checkpoint as dcp
+
     final = folder / f"step-{state['step']:06d}"
     part = final.with_suffix(".part")
     if on_main(final.exists) and flaw(final) is None:
@@ -571,6 +577,8 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer, state: dict, keep
 
 def _write_checkpoint(part: Path, model: nn.Module, optimizer, state: dict, tokenizer) -> dict[str, list[int]]:
     """All files but the marker, on disk when it returns; the sums of this rank's share of them."""
+    import torch.distributed.checkpoint as dcp
+
     with _quiet():
         writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
         dcp.save(_everything(model, optimizer), storage_writer=writer, no_dist=world_size() == 1)
@@ -710,6 +718,8 @@ class Export:
 
 def export_checkpoint(e: Export) -> None:
     """The model of a checkpoint as a `transformers` folder, file by file; the whole model is never in memory."""
+    import torch.distributed.checkpoint as dcp
+
     checkpoint, out, dtypes = e.checkpoint, e.out, {"fp32": torch.float32, "bf16": torch.bfloat16}
     if e.dtype not in dtypes:
         raise UserError(f"dtype is {e.dtype!r}; accepted are {', '.join(dtypes)}")
