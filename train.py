@@ -961,7 +961,7 @@ class Journal:
 
     def __init__(self, run: Run):
         self.run, self.out, self.metrics = run, Path(run.s.out), Path(run.s.out) / "metrics.jsonl"
-        say(settings_table(run.s))
+        say(settings_table(run.given))
         for name, report in run.rows.reports.items():
             say(f"{name}: {report}")
         if 0 < len(run.rows.held_out) < FEW:
@@ -1266,11 +1266,11 @@ WORDS = {  # measure of the embedded world → what it is called in the report, 
 }  # fmt: skip
 
 
-def settings_table(s: Settings) -> str:
+def settings_table(given: dict) -> str:
     """What differs from the defaults, a line each."""
-    changed = {f.name: getattr(s, f.name) for f in fields(s) if getattr(s, f.name) != f.default}
+    changed = {f.name: given[f.name] for f in fields(Settings) if given.get(f.name, f.default) != f.default}
     lines = [f"  {name:<{max(map(len, changed))}}  {value}" for name, value in changed.items()]
-    return "\n".join([f"settings that differ from the defaults (all are in {s.out}/settings.json):", *lines])
+    return "\n".join([f"settings that differ from the defaults (all are in {given['out']}/settings.json):", *lines])
 
 
 def report_end(summary: dict, samples: list[dict]) -> None:

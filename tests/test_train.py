@@ -516,10 +516,17 @@ def test_the_report_begins_with_what_became_better(capsys):
 
 
 def test_only_settings_that_differ_are_printed():
-    said = train.settings_table(Settings(lr=1e-5, out="there", max_length=99)).splitlines()
+    said = train.settings_table(vars(Settings(lr=1e-5, out="there", max_length=99))).splitlines()
     assert "there/settings.json" in said[0] and [line.split() for line in said[1:]] == [
         ["max_length", "99"], ["out", "there"], ["lr", "1e-05"],
     ]  # fmt: skip
+
+
+def test_a_run_of_the_embedded_world_prints_the_settings_that_were_given(default_run, tmp_path, capsys):
+    """And not the model and the pairs that were made for it."""
+    train.main(["--max-steps", "1", "--out", str(tmp_path / "out"), "--cache", str(default_run[1])])
+    said = capsys.readouterr().err.partition("settings that differ")[2].partition("dataset:")[0].splitlines()
+    assert [line.split()[0] for line in said[1:] if line] == ["out", "lr", "max_steps", "cache"]
 
 
 def test_a_log_file_holds_no_bars(world, arguments):
