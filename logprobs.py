@@ -251,13 +251,15 @@ def tree_mask(tree: list[tuple[int, list[int]]], dtype: torch.dtype, device) -> 
 
 
 class Blocks(NamedTuple):
-    """What FlexAttention needs to know of a pack of n blocks, for one window; nothing of it is a constant of the kernel."""
+    """What FlexAttention needs to know of a pack of n blocks, for one window; nothing of it is a constant of the kernel.
 
-    ranges: tuple[Tensor, ...]  # own, low, high of `seen_ranges`, (128·n,) each
-    lists: tuple[
-        Tensor, ...
-    ]  # (n,) how many and (n, n) which key blocks a query block sees in part, then in full; and the same
-    # of the query blocks that see a key block
+    ranges: own, low, high of `seen_ranges`, (128·n,) each.
+    lists: how many (n,) and which (n, n) key blocks each query block sees in part, then in full; and, for the backward pass,
+        the same of the query blocks that see each key block.
+    """
+
+    ranges: tuple[Tensor, ...]
+    lists: tuple[Tensor, ...]
 
     @classmethod
     def of(cls, tree: list[tuple[int, list[int]]], window: int | None, device) -> "Blocks":
