@@ -148,6 +148,8 @@ def dpo(
     gradient pushes the margin back.
     Search: β ∈ {0.01, 0.05, 0.1}; 0.01 was best in the SimPO suite.
 
+    trl's "sigmoid" (and its "sigmoid_norm", our `dpo_norm`) does not read label_smoothing: there ε is 0 whatever is set.
+
     >>> dpo(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))  # −logσ(0.4)
     tensor([0.5130])
 
@@ -464,7 +466,8 @@ def f_dpo(
       logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
       beta: β.
       divergence: "reverse_kl", "forward_kl", "js" or "alpha".
-      coef: c ≠ 1, for "alpha": c → 1 is reverse_kl, c = 0 is forward_kl. The paper's and trl's α is 1 − c.
+      coef: c ≠ 1, for "alpha": c → 1 is reverse_kl, c = 0 is forward_kl. It is trl's
+        f_alpha_divergence_coef, where 1 stands for reverse_kl; the paper's α is 1 − c.
 
     Gradient: ∂L/∂s_w = −βσ(−h)g'(u_w), ∂L/∂s_l = βσ(−h)g'(u_l); g' = 1, e^{−u}, σ(−u), e^{(c−1)u}. Exponents are capped
     at 40, beyond which the gradient is 0.
@@ -549,6 +552,9 @@ def beta_dpo(
 
     Returns: (B,); the factor B/k makes the caller's mean over B rows the mean over the drawn ones.
     Gradient: ∂L/∂s_w = −(B/k) β_b σ(−β_bΔ) = −∂L/∂s_l on drawn rows, 0 elsewhere.
+
+    Code: m, v are moving averages (0.9) over microbatches that start at 0 without bias correction, v of the sample
+    standard deviation. We: the whole optimizer batch and the population's, unless they are given.
 
     The draw is the top k of −½((Δ−m)/v)² plus Gumbel noise: the same law, and far rows may have weight 0 in floating
     point, which multinomial sampling refuses.
@@ -709,7 +715,8 @@ def orpo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, lam: f
     clamp of `log1mexp` leaves 1 in place of 1/(1 − eᵃ).
     Search: λ ∈ {0.1, 0.5, 1, 2}.
 
-    The authors' code takes the likelihood over prompt and response by default; we over the response, as the formula.
+    The authors' code takes the likelihood over prompt and response by default, trl always; we over the response, as the
+    formula. The authors' a_w, a_l are averages over n + 1 positions: the mask reaches into the padding after the response.
 
     >>> orpo(tensor([-12.0]), tensor([-24.0]), tensor([10]), tensor([12]))
     tensor([1.2310])
@@ -864,9 +871,10 @@ def alpha_dpo(
     policy both get the factor 1 − α/σ_M (1 − α without normalisation): for α > σ_M training runs backwards.
     Search: β ∈ {2.5, 10}, γ/β ∈ {0.1, 0.3, 0.5}, α/β ∈ {0.01, 0.05, 0.1, 0.2}.
 
-    Paper: μ, σ_M over the training set. Code: a moving average (0.9) over microbatches that starts at 0 without bias
-    correction, and γ, α multiplied by β (its "γ 0.4, α 0.05" at β = 10 is 4 and 0.5). We: the whole optimizer batch,
-    because that does not depend on how it is split; equal M (one row, or policy = reference) give M* = 0.
+    Paper: μ, σ_M over the training set. Code: moving averages (0.9) over microbatches that start at 0 without bias
+    correction, σ_M of the sample standard deviation, so that step 1, where all M are 0, is 0/0; and γ, α multiplied by β
+    (its "γ 0.4, α 0.05" at β = 10 is 4 and 0.5). We: the whole optimizer batch, because that does not depend on how it is
+    split; equal M (one row, or policy = reference) give M* = 0.
 
     >>> pairs = [[-12.0, -20.0], [-24.0, -20.0], [-14.0, -20.0], [-22.0, -20.0], [10, 10], [12, 10]]
     >>> alpha_dpo(*map(tensor, pairs))  # M* = 1, −1: h = 8 − 4.5, 0 − 3.5
@@ -961,7 +969,9 @@ def gamma_margins(r: Tensor, gamma: float, tau: float) -> Tensor:
 
     Authors: 20 exponentiated-gradient steps of min(0.5/τ, 1), which for τ ≥ ½ is the same iteration at the share ½ and
     leaves about 1e-6 (and swings for γ₀ = 4, τ ≤ 2). We: 40 steps, which end at the fixed point to rounding where
-    γ₀ ≤ τ and within 1e-4 γ₀ far beyond, because that is what the paper defines.
+    γ₀ ≤ τ and within 1e-4 γ₀ far beyond, because that is what the paper defines. The released SimPO form solves for a
+    microbatch together with a random sample of earlier r from a queue, 256 in all, so that there the γ_i of a batch do
+    not have the mean γ₀.
 
     >>> gamma_margins(tensor([0.0, 8.0]), gamma=4.0, tau=10.0)
     tensor([3.2671, 4.7329])
@@ -1018,7 +1028,7 @@ def gamma_simpo(
       tau: τ; large keeps all γ_i near γ₀, and τ → ∞ is simpo.
 
     Gradient: ∂L/∂s_w = −(β/n_w)σ(−h), ∂L/∂s_l = (β/n_l)σ(−h).
-    Published: β 2.5–10, γ₀ 0.375–4, τ 10–20.
+    Published: β 2.5–10, γ₀ 0.375–5, τ 3–20.
 
     >>> gamma_simpo(*map(tensor, ([-12.0, -20.0], [-24.0, -20.0], [10, 10], [12, 10])))  # γ_i = 4.733, 3.267
     tensor([0.0374, 3.3045])
@@ -1046,8 +1056,9 @@ def amapo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, beta:
     Published: β 2–3.
 
     Paper: β inside the exponent; code: in front of it, and the rows by d < μ. The two put the margin on opposite pairs
-    when μ < 0. We follow the code by default, because the results come from it. μ, s are those of the batch (population
-    s); s = 0 gives no margin, and the exponent is capped at 20.
+    when μ < 0. We follow the code's formula by default, because the results come from it. Its μ, s are the mean and the
+    sample standard deviation over the ranks' microbatches; ours, of the whole optimizer batch and with the population's s,
+    do not depend on how it is split. s = 0 gives no margin, and the exponent is capped at 20.
 
     >>> amapo(*map(tensor, ([-12.0, -20.0], [-24.0, -20.0], [10, 10], [12, 10])))  # μ = s = 0.4, m = 0, 2.5 e^0.4
     tensor([0.1269, 3.7533])
