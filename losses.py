@@ -274,6 +274,82 @@ def rdpo(
 
 
 @objective(reward=log_ratio)
+def dpop(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: float = 0.3, lam: float = 50.0) -> Tensor:
+    """DPO-Positive: DPO whose margin pays λ for every nat that the chosen response falls below the reference.
+
+        L = −logσ(β[Δ − λ max(0, −u_w)])
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
+      lam: λ, nats of margin per nat lost; 0 is dpo.
+
+    Returns: (B,); log 2 where policy = reference.
+    Gradient: with k = 1[u_w < 0], ∂L/∂s_w = −β(1 + λk)σ(−h), ∂L/∂s_l = βσ(−h).
+    Published: β 0.3, λ 50; the authors found λ from 5 to 500 to make little difference.
+
+    Paper: its authors corrected the formula's brackets in July 2024; some libraries still add λ max(0, −u_w) outside the
+    sigmoid. We: inside, times β, as the corrected formula.
+
+    >>> dpop(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))  # u_w = 2 pays nothing: −logσ(1.2)
+    tensor([0.2633])
+
+    Reference: Pal et al., 2024, "Smaug", arXiv 2402.13228.
+    """
+    u_w, u_l = logp_w - ref_w, logp_l - ref_l
+    return bradley_terry(beta * (u_w - u_l - lam * F.relu(-u_w)))
+
+
+@objective(reward=log_ratio)
+def dpo_shift(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: float = 0.1, lam: float = 0.95) -> Tensor:
+    """DPO that counts the rejected response for less, so that pushing it down pays less than lifting the chosen one.
+
+        L = −logσ(β(u_w − λu_l))
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
+      lam: λ, the paper's f(λ); 1 is dpo. Smaller holds the chosen response up and costs margin.
+
+    Gradient: ∂L/∂s_w = −βσ(−h), ∂L/∂s_l = λβσ(−h).
+    Released outputs: λ 0.5–0.9999.
+
+    Code: λ fixed, or linear in the step between two values, up or down; here fixed.
+
+    >>> dpo_shift(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))  # h = 0.1·(2 + 1.9)
+    tensor([0.5170])
+
+    Reference: Yang et al., 2025, arXiv 2502.07599.
+    """
+    return bradley_terry(beta * ((logp_w - ref_w) - lam * (logp_l - ref_l)))
+
+
+@objective(reward=log_ratio)
+def focal(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: float = 0.1, gamma: float = 0.05) -> Tensor:
+    """FocalPO: DPO weighted by its own confidence, so that pairs ranked right count for more, pairs ranked wrong for less.
+
+        L = −p^γ log p          p = σ(βΔ)
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
+      gamma: γ, how fast doubtful pairs fade; 0 is dpo. (Vision's focal loss has (1 − p)^γ, which does the opposite.)
+
+    Returns: (B,); 2^−γ log 2 where policy = reference.
+    Gradient: ∂L/∂s_w = −βp^γ(1 + γ log p)σ(−βΔ) = −∂L/∂s_l. The weight p^γ is not held constant: below p = e^{−1/γ} the
+    loss pushes the margin *down*. The default is small so that this is out of reach (βΔ < −20); at γ = 1 it begins at
+    βΔ = −0.54.
+
+    >>> focal(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))  # p = σ(0.4)
+    tensor([0.5000])
+
+    Reference: Liu et al., 2025, arXiv 2501.06645; the formula as others have implemented it.
+    """
+    log_p = F.logsigmoid(beta * ((logp_w - ref_w) - (logp_l - ref_l)))
+    return -torch.exp(gamma * log_p) * log_p
+
+
+@objective(reward=log_ratio)
 def rso_hinge(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: float = 0.05) -> Tensor:
     """DPO's margin under a hinge: pushes with constant force until βΔ reaches 1, then rests.
 
@@ -341,6 +417,30 @@ def nca(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: f
     """
     v_w, v_l = beta * (logp_w - ref_w), beta * (logp_l - ref_l)
     return -F.logsigmoid(v_w) - 0.5 * F.logsigmoid(-v_w) - 0.5 * F.logsigmoid(-v_l)
+
+
+@objective(reward=log_ratio)
+def bco_pair(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: float = 0.1) -> Tensor:
+    """A classifier whose logit is the reward, on pairs: chosen above the reference, rejected below, each by itself.
+
+        L = −logσ(βu_w) − logσ(−βu_l)
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
+
+    Returns: (B,); 2 log 2 where policy = reference.
+    Gradient: ∂L/∂s_w = −βσ(−βu_w), ∂L/∂s_l = βσ(βu_l).
+
+    Papers (BCO, MPO): both rewards less a shift δ, a moving average of earlier rewards. Libraries: trl and Liger have none
+    in their "bco_pair"; nor do we. `bco` has δ, for single completions.
+
+    >>> bco_pair(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))  # −2 logσ(0.2)
+    tensor([1.1963])
+
+    Reference: Jung et al., 2024, arXiv 2404.04656; the quality loss of MPO, Wang et al., 2024, arXiv 2411.10442.
+    """
+    return -F.logsigmoid(beta * (logp_w - ref_w)) - F.logsigmoid(-beta * (logp_l - ref_l))
 
 
 @objective(reward=log_ratio)
@@ -1136,6 +1236,31 @@ def bco(logp: Tensor, ref: Tensor, desirable: Tensor, *, beta: float = 0.1, delt
     r = beta * (logp - ref)
     delta = r.detach().mean() if delta is None else delta
     return bradley_terry(torch.where(desirable, r - delta, delta - r))
+
+
+@objective(reward=log_ratio)
+def apo_zero_unpaired(logp: Tensor, ref: Tensor, desirable: Tensor, *, beta: float = 0.1) -> Tensor:
+    """`apo_zero` on single completions: desirable ones up, undesirable ones down, both anchored at the reference.
+
+        L = 1 − σ(βu) if desirable, σ(βu) if not          u = s − s̄
+
+    Args:
+      logp, ref: (N,) summed log-probs under policy and reference, nats.
+      desirable: (N,) bool.
+      beta: β.
+
+    Returns: (N,) in (0, 1); ½ where policy = reference.
+    Gradient: ∂L/∂s = −βσ(βu)σ(−βu) if desirable, the opposite if not.
+
+    It is `kto` with z = 0 and λ = 1, so no row sees another. A pair as two rows gives the two terms of `apo_zero`.
+
+    >>> apo_zero_unpaired(tensor([-12.0, -24.0]), tensor([-14.0, -22.0]), tensor([True, False]))  # σ(−0.2) both
+    tensor([0.4502, 0.4502])
+
+    Reference: D'Oosterlinck et al., 2024, arXiv 2408.06266, eq. 7; for single completions in trl's KTO trainer.
+    """
+    u = logp - ref
+    return torch.sigmoid(beta * torch.where(desirable, -u, u))
 
 
 @objective(reward=log_ratio, coupled=True)

@@ -153,6 +153,12 @@ def discopop_slope(v, beta, tau):
     return opposed(g)
 
 
+def focal_slope(v, beta, gamma):
+    """d(−p^γ log p)/dp · dp/dh · β, with dp/dh = p(1 − p)."""
+    p = sig(beta * gap(v))
+    return opposed(-(gamma * p ** (gamma - 1) * torch.log(p) + p ** (gamma - 1)) * p * (1 - p) * beta)
+
+
 def f_slope(v, g, slope):
     u_w, u_l = v.logp_w - v.ref_w, v.logp_l - v.ref_l
     return pair(0.1 * (g(u_w) - g(u_l)), 0.1 * slope(u_w), 0.1 * slope(u_l))
@@ -292,6 +298,44 @@ promise(
     step_zero=LOG2,
 )
 promise(
+    "dpop(logp_w, logp_l, ref_w, ref_l, *, beta=0.3, lam=50.0)",
+    # u_w = 2, −3, 0.5: only pair 2 pays, 50 · 3
+    Case(
+        {},
+        bt([1.2, 0.3 * -154, -0.45]),
+        lambda v: pair(tensor([1.2, -46.2, -0.45], dtype=F64), 0.3 * tensor([1.0, 51.0, 1.0], dtype=F64), 0.3),
+    ),
+    # β = 0.1, λ = 2: Δ − 6 = −10
+    Case(
+        {"beta": 0.1, "lam": 2.0},
+        bt([0.4, -1.0, -0.15]),
+        lambda v: pair(tensor([0.4, -1.0, -0.15], dtype=F64), tensor([0.1, 0.3, 0.1], dtype=F64), 0.1),
+    ),
+    reward=0.3 * 2.0,
+    step_zero=LOG2,
+)
+promise(
+    "dpo_shift(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, lam=0.95)",
+    # u_w − 0.95u_l = 2 + 1.9, −3 − 0.95, 0.5 − 1.9
+    Case({}, bt([0.39, -0.395, -0.14]), lambda v: pair(tensor([0.39, -0.395, -0.14], dtype=F64), 0.1, 0.095)),
+    Case({"lam": 0.5}, bt([0.3, -0.35, -0.05]), lambda v: pair(tensor([0.3, -0.35, -0.05], dtype=F64), 0.1, 0.05)),
+    reward=0.1 * 2.0,
+    step_zero=LOG2,
+)
+promise(
+    "focal(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, gamma=0.05)",
+    *(
+        Case(
+            given,
+            [sigmoid(beta * x) ** gamma * softplus(-beta * x) for x in DELTA],
+            lambda v, beta=beta, gamma=gamma: focal_slope(v, beta, gamma),
+        )
+        for given, beta, gamma in (({}, 0.1, 0.05), ({"beta": 1.0, "gamma": 2.0}, 1.0, 2.0))
+    ),
+    reward=0.1 * 2.0,
+    step_zero=LOG2 * 0.5**0.05,
+)
+promise(
     "rso_hinge(logp_w, logp_l, ref_w, ref_l, *, beta=0.05)",
     Case({}, [0.8, 1.2, 1.075], lambda v: opposed(tensor(-0.05))),
     # β = 1: pair 1 has Δ = 4 and rests
@@ -327,6 +371,22 @@ promise(
         },
     ),
     reward=0.01 * 2.0,
+    step_zero=2 * LOG2,
+)
+promise(
+    "bco_pair(logp_w, logp_l, ref_w, ref_l, *, beta=0.1)",
+    *(
+        Case(
+            given,
+            [softplus(-beta * w) + softplus(beta * r) for w, r in zip(U_W, U_L)],
+            lambda v, beta=beta: {
+                "logp_w": beta * (sig(beta * (v.logp_w - v.ref_w)) - 1),
+                "logp_l": beta * sig(beta * (v.logp_l - v.ref_l)),
+            },
+        )
+        for given, beta in (({}, 0.1), ({"beta": 1.0}, 1.0))
+    ),
+    reward=0.1 * 2.0,
     step_zero=2 * LOG2,
 )
 promise(
@@ -776,6 +836,17 @@ promise(
     step_zero=LOG2,
 )
 promise(
+    "apo_zero_unpaired(logp, ref, desirable, *, beta=0.1)",
+    # βu = 0.2, −0.2, −0.3, 0.05; desirable, not, desirable, not
+    Case(
+        {},
+        [1 - sigmoid(0.2), sigmoid(-0.2), 1 - sigmoid(-0.3), sigmoid(0.05)],
+        lambda v: labelled(v, *2 * [0.1 * sig(0.1 * (v.logp - v.ref)) * (1 - sig(0.1 * (v.logp - v.ref)))]),
+    ),
+    reward=0.1 * 2.0,
+    step_zero=0.5,
+)
+promise(
     "uapo(logp, ref, desirable, *, beta=0.1, anchor=None, temperature=1.0)",
     # T = 2: r = 0.1, −0.1, −0.15, 0.025, mean −0.03125
     Case(
@@ -1010,7 +1081,8 @@ def test_discopop_pushes_a_zero_margin_down():
     "name, settings",
     [
         ("robust_dpo", {"label_smoothing": 0.0}), ("f_dpo", {}), ("beta_dpo", {"a": 0.0, "keep": 1.0}),
-        ("rdpo", {"alpha": 0.0}), ("tdpo2", {"alpha": 0.0}),
+        ("rdpo", {"alpha": 0.0}), ("tdpo2", {"alpha": 0.0}), ("dpop", {"lam": 0.0}), ("dpo_shift", {"lam": 1.0}),
+        ("focal", {"gamma": 0.0}),
     ],
 )  # fmt: skip
 def test_is_dpo(name, settings):
@@ -1131,6 +1203,32 @@ def test_bco_of_a_pair_and_nca():
     assert_close(b_l, -torch.log(sig(-0.1 * (x["logp_l"] - x["ref_l"]))))
     turned = call("bco", chosen | {"desirable": no}, delta=0.0)
     assert_close(call("nca", x, beta=0.1), (b_w + b_l) / 2 + (b_w + turned) / 2)
+
+
+def test_bco_pair_is_bco_of_its_two_rows_without_a_shift():
+    x = random_pairs("bco_pair")
+    yes, no = torch.ones(16, dtype=torch.bool), torch.zeros(16, dtype=torch.bool)
+    both = call("bco", {"logp": x["logp_w"], "ref": x["ref_w"], "desirable": yes}, delta=0.0)
+    both = both + call("bco", {"logp": x["logp_l"], "ref": x["ref_l"], "desirable": no}, delta=0.0)
+    assert_close(call("bco_pair", x), both)
+
+
+def test_apo_zero_unpaired_is_half_a_pair_and_kto_without_drift():
+    x, rows = random_pairs("apo_zero"), tensors("apo_zero_unpaired")
+    yes, no = torch.ones(16, dtype=torch.bool), torch.zeros(16, dtype=torch.bool)
+    both = call("apo_zero_unpaired", {"logp": x["logp_w"], "ref": x["ref_w"], "desirable": yes})
+    both = both + call("apo_zero_unpaired", {"logp": x["logp_l"], "ref": x["ref_l"], "desirable": no})
+    assert_close(both, call("apo_zero", x))
+    still = {"logp_kl": torch.zeros(4, dtype=F64), "ref_kl": torch.zeros(4, dtype=F64)}
+    assert_close(call("apo_zero_unpaired", rows), call("kto", rows | still))
+
+
+def test_focal_turns_where_its_docstring_says():
+    """γ = 1: the push changes sign at p = 1/e, βΔ = −log(e − 1) = −0.54."""
+    turn = -math.log(math.e - 1)
+    inputs = {"logp_w": [turn - 0.1, turn, turn + 0.1], **{k: [0.0] * 3 for k in ("logp_l", "ref_w", "ref_l")}}
+    push = gradients(*at("focal", inputs, beta=1.0, gamma=1.0))["logp_w"]
+    assert push[0] > 1e-3 and abs(push[1]) < 1e-12 and push[2] < -1e-3
 
 
 def test_uapo_is_bco_at_temperature_one():

@@ -50,9 +50,13 @@ GRID = {
     "robust_dpo": calls("robust_dpo(beta={})", *SUMS_BETA),
     "ipo": calls("ipo(tau={})", 0.01, 0.1, 0.5, 1.0),
     "rdpo": calls("rdpo(beta={}, alpha={})", (0.1, 0.05), (0.5, 0.05), (1.0, 0.05), (0.5, 0.1), (0.5, 0.5)),
+    "dpop": calls("dpop(beta={}, lam={})", (0.1, 5.0), (0.1, 50.0), (0.5, 5.0), (0.5, 50.0)),
+    "dpo_shift": calls("dpo_shift(beta={}, lam={})", (0.1, 0.95), (0.5, 0.95), (0.1, 0.75), (0.5, 0.75)),
+    "focal": calls("focal(beta={})", *SUMS_BETA),
     "rso_hinge": calls("rso_hinge(beta={})", *SUMS_BETA),
     "exo": calls("exo(beta={})", *SUMS_BETA),
     "nca": calls("nca(beta={})", 0.01, *SUMS_BETA),
+    "bco_pair": calls("bco_pair(beta={})", *SUMS_BETA),
     "sppo": calls("sppo(beta={})", 0.001, 0.01, 0.03, 0.1),
     "apo_zero": calls("apo_zero(beta={})", *SUMS_BETA),
     "apo_down": calls("apo_down(beta={})", *SUMS_BETA),
@@ -80,6 +84,7 @@ GRID = {
     "amapo": calls("amapo(beta={})", 2.0, 3.0, 10.0),
     "kto": calls("kto(beta={})", *SUMS_BETA),
     "bco": calls("bco(beta={})", *SUMS_BETA),
+    "apo_zero_unpaired": calls("apo_zero_unpaired(beta={})", *SUMS_BETA),
     "uapo": calls("uapo(beta={})", *SUMS_BETA),
 }  # fmt: skip
 
