@@ -20,8 +20,9 @@ A gradient g on a sum s is a gradient g on the log-prob of every token in it; av
 All Bradley–Terry losses share ∂L/∂h = −σ(−h), so only ∂h/∂s changes from one to the next.
 
 To use one elsewhere, paste the function with the primitives it names and leave the decorator behind. To add one, write
-one function here. `python losses.py` prints a table of them all. The examples below share one worked pair: s_w = −12
-over 10 tokens, s_l = −24 over 12, reference −14 and −22; so a_w = −1.2, a_l = −2, d = 0.8, u_w = 2, u_l = −2, Δ = 4.
+one function here. `python losses.py` prints a table of them all, with --names what they are called elsewhere. The
+examples below share one worked pair: s_w = −12 over 10 tokens, s_l = −24 over 12, reference −14 and −22; so a_w = −1.2,
+a_l = −2, d = 0.8, u_w = 2, u_l = −2, Δ = 4.
 """
 
 import functools
@@ -1407,6 +1408,55 @@ def call_reward(reward: Callable[..., Tensor], logp: Tensor, ref: Tensor | None,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# python losses.py --names: what the objectives are called elsewhere
+# ---------------------------------------------------------------------------------------------------------------------
+
+TRL = "1.16.0"  # the version whose source these names were read in
+CPO = "`CPOConfig` of `trl.experimental.cpo`"
+# name → in trl (a name in quotes is a loss_type of DPOConfig); elsewhere. "–": not there under any name.
+NAMES = {
+    "sft": ('"sft"; averaged over the microbatch\'s tokens', "–"),
+    "dpo": ('"sigmoid"; does not read `label_smoothing`', "–"),
+    "dpo_norm": ('"sigmoid_norm"; does not read `label_smoothing`', "–"),
+    "robust_dpo": ('"robust"', "–"),
+    "ipo": ('"ipo", `beta` = τ', "–"),
+    "dpop": ("–", "libraries: `dpop_lambda` = λ, in some outside the sigmoid"),
+    "dpo_shift": ("–", "authors: `dpo_lambda` = λ"),
+    "rso_hinge": ('"hinge"', "paper: γ = β"),
+    "exo": ('"exo_pair"; `label_smoothing` must be given', "–"),
+    "nca": ('"nca_pair"', "–"),
+    "bco_pair": ('"bco_pair"', "MPO: with a shift δ"),
+    "sppo": ('"sppo_hard"', "paper: 1/η = β"),
+    "apo_zero": ('"apo_zero"', "–"),
+    "apo_down": ('"apo_down"', "–"),
+    "discopop": ('"discopop", `discopop_tau` = τ', "–"),
+    "f_dpo": ("`f_divergence_type`, `f_alpha_divergence_coef` = `coef`", "paper: α = 1 − `coef`"),
+    "aot": ('"aot"', "–"),
+    "aot_unpaired": ('"aot_unpaired"', 'older trl: "aot_pair"'),
+    "cpo": (f"{CPO}, `cpo_alpha` = λ; likelihood averaged over the microbatch's tokens", "–"),
+    "orpo": (
+        "`ORPOConfig` of `trl.experimental.orpo`, `beta` = λ; likelihood over prompt and response",
+        "authors: `alpha` = λ",
+    ),
+    "simpo": (f'{CPO}, `loss_type="simpo"`, `cpo_alpha=0`, `simpo_gamma` = γ', "SimPO's configs: `gamma_beta_ratio` = γ/β"),
+    "repo": ("–", "SimPO's γ/β"),
+    "alphapo": (f'{CPO}, `loss_type="alphapo"`, `simpo_gamma` = γ', "–"),
+    "alpha_dpo": ("–", 'authors\' configs: γ/β and α/β; "0.4" and "0.05" at β = 10 are 4 and 0.5'),
+    "gamma_simpo": ("–", "authors' configs: `gamma_beta_ratio` = γ₀/β"),
+    "kto": ("`KTOConfig`, `desirable_weight`, `undesirable_weight` = λ_d, λ_u", "–"),
+    "bco": ('none (older trl: `BCOConfig`); "bco_pair" is for pairs', "–"),
+    "apo_zero_unpaired": ('`KTOConfig(loss_type="apo_zero_unpaired")`', "–"),
+}
+
+
+def names() -> str:
+    """A Markdown table: each objective with its settings, its name and settings in trl, and elsewhere."""
+    rows = [("here", f"trl {TRL}", "elsewhere"), ("---",) * 3]
+    rows += [(f"`{name}({', '.join(OBJECTIVES[name].settings)})`".replace("()", ""), *there) for name, there in NAMES.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # python losses.py: the table
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1439,13 +1489,13 @@ def table(width: int = 128) -> str:
         settings = textwrap.wrap(
             " ".join(f"{k}={v}" for k, v in loss.settings.items()) or "–", width - 56, break_long_words=False
         )
-        start = f"{name:<13} {' '.join(needs) or '–':<19} {values[0].item():>11.4f} {slope[0].item() + 0.0:>8.4f}  "
+        start = f"{f'{name:<13} ' + (' '.join(needs) or '–'):<33} {values[0].item():>11.4f} {slope[0].item() + 0.0:>8.4f}  "
         lines += [start + settings[0]] + [" " * len(start) + line for line in settings[1:]]
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Print the table as wide as the terminal is."""
+    """Print the table as wide as the terminal is; with --names the one of the names elsewhere."""
     width = min(128, max(80, shutil.get_terminal_size((128, 24)).columns))
     about = (
         "Worked pair: s_w = −12 over 10 tokens, s_l = −24 over 12, reference −14 and −22, KL 0.5 and 1.5, earlier policy −13.5 "
@@ -1455,7 +1505,7 @@ def main() -> None:
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="replace")  # where a terminal lacks these letters
     try:
-        print(textwrap.fill(about, width), table(width), sep="\n\n", flush=True)
+        print(*[names()] if "--names" in sys.argv[1:] else [textwrap.fill(about, width), table(width)], sep="\n\n", flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):  # a reader that has seen enough is no error

@@ -17,14 +17,18 @@ The four rows of the unpaired objectives: u = 2, −2, −3, 0.5; desirable, not
 
 import ast
 import doctest
+import importlib.metadata
+import importlib.util
 import inspect
 import math
 import os
+import re
 import runpy
 import statistics
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -1872,6 +1876,40 @@ def test_script_prints_the_table_as_wide_as_the_terminal(capsys, monkeypatch):
     runpy.run_path(losses.__file__, run_name="__main__")
     printed = capsys.readouterr().out
     assert losses.table(90) in printed and max(map(len, printed.splitlines())) == 90
+
+
+def test_a_long_name_does_not_move_the_columns():
+    lines = losses.table().splitlines()
+    assert {line.index(".") for line in lines[2:] if not line.startswith(" ")} == {lines[2].index(".")}
+
+
+def test_names_elsewhere_are_those_of_the_document(capsys, monkeypatch):
+    """`--names` prints them; each is an objective, named with all its settings, in the order of the file."""
+    monkeypatch.setattr(sys, "argv", ["losses.py", "--names"])
+    runpy.run_path(losses.__file__, run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed == losses.names() + "\n"
+    document = (Path(losses.__file__).parent / "tests/studies/README.md").read_text()
+    assert printed in document[document.index("## Parameter names elsewhere") :]
+    assert list(losses.NAMES) == [name for name in OBJECTIVES if name in losses.NAMES]
+    assert "| `dpo(beta, label_smoothing)` |" in printed and f"| trl {losses.TRL} |" in printed
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="needs trl")
+def test_names_in_trl_are_in_its_source():
+    """Where that version is installed: names in quotes are loss_types of its trainers, settings in their files."""
+    if importlib.metadata.version("trl") != losses.TRL:
+        pytest.skip(f"needs trl {losses.TRL}")
+    root = Path(importlib.util.find_spec("trl").origin).parent
+    files = [f"trainer/{x}_{y}.py" for x in ("dpo", "kto") for y in ("config", "trainer")]
+    files += [f"experimental/{x}/{x}_config.py" for x in ("cpo", "orpo")]
+    source = "".join((root / file).read_text() for file in files)
+    for there, _ in losses.NAMES.values():
+        there = there.partition("(older")[0]
+        for word in re.findall(r'"(\w+)"', there):
+            assert f'"{word}"' in source or f"'{word}'" in source, there
+        for word in re.findall(r"`(\w+)", there.replace("`trl.", "").replace("`coef`", "")):
+            assert word in source, there
 
 
 @pytest.mark.parametrize("where, code, said", [
