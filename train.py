@@ -14,6 +14,7 @@ Shape letters: n examples · k responses of each, 2 for pairs and 1 else.
 
 import ast
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import itertools
@@ -53,7 +54,7 @@ class Settings(data.Reading):
     dataset: str = setting("tiny", "file, folder or hub name of preferences, with an optional slice: pairs.jsonl[:1000]")
     eval_dataset: str | None = setting(None, "held-out preferences; without it, eval_size rows are taken out of dataset")
     eval_size: int = setting(200, "rows held out of dataset for evaluation (0: none)")
-    objective: str = setting("simpo(beta=2.0, gamma=1.0)", "a function of losses.py, written as the call it is")
+    objective: str = setting("simpo(beta=2.0, gamma=1.0)", "a call of a function of losses.py, or a weighted sum of such calls")
     out: str | None = setting(None, "output folder; without it, a fresh one under runs/")
     overwrite: bool = setting(False, "delete what is in out")
     resume: bool = setting(False, "continue the run in out from its newest complete checkpoint")
@@ -234,25 +235,71 @@ class Objective(NamedTuple):
         return self.loss(*(tensors[t] for t in self.loss.tensors), **self.given, **more)
 
     def __str__(self) -> str:
-        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.given.items())})"
+        """The call; of a sum its name, which is the sum of its calls. What is printed is understood again."""
+        settings = ", ".join(f"{k}={v!r}" for k, v in self.given.items())
+        return f"{self.name}({settings})" if self.name in OBJECTIVES else self.name
+
+
+def weighted_sum(terms: list[tuple[float, Objective]]) -> Objective:
+    """Σ weight · loss, row by row, as one objective: it needs what any term needs and is coupled where one is; its reward is
+    the first term's, without the weight."""
+    tensors = tuple(dict.fromkeys(t for _, term in terms for t in term.loss.tensors))
+
+    def loss(*values: Tensor, **generator: torch.Generator) -> Tensor:
+        named = dict(zip(tensors, values))
+        drawn = lambda term: generator if term.loss.random else {}  # noqa: E731
+        return sum(w * t.loss(*(named[x] for x in t.loss.tensors), **t.given, **drawn(t)) for w, t in terms)
+
+    first = terms[0][1]
+    loss.__name__ = " + ".join(f"{weight!r}*{term}" for weight, term in terms)
+    loss.tensors, loss.settings = tensors, {}
+    loss.random, loss.coupled = any(t.loss.random for _, t in terms), any(t.coupled for _, t in terms)
+    loss.reward = functools.partial(first.loss.reward, **first.given)
+    return Objective(loss, {})
+
+
+def parse_terms(node: ast.expr, weight: float = 1.0) -> list[tuple[float, str, dict]]:
+    """'2*a(x=1) + b' → weight, name and arguments of each term. ValueError, or SyntaxError with a reason, for anything but
+    sums, products with a number, and calls with named constants."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return parse_terms(node.left, weight) + parse_terms(node.right, weight)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        number, rest = (node.left, node.right) if isinstance(node.left, ast.Constant) else (node.right, node.left)
+        factor = ast.literal_eval(number)
+        if type(factor) not in (int, float) or not 0 < factor < 1e300 or not 0 < weight * factor < 1e300:
+            raise SyntaxError("a weight is a finite number above 0")
+        return parse_terms(rest, weight * factor)
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    if not isinstance(call.func, ast.Name) or call.args or any(k.arg is None for k in call.keywords):
+        raise ValueError
+    given = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    if len(given) < len(call.keywords):
+        raise SyntaxError("an argument is there twice")
+    return [(weight, call.func.id, given)]
 
 
 def parse_objective(text: str) -> Objective:
-    """'simpo(beta=2.5, gamma=0.5)' or 'simpo' → Objective. Only a name and constants are understood; nothing is run."""
+    """'simpo(beta=2.5, gamma=0.5)', 'simpo', or a sum such as '0.8*dpo(beta=0.1) + 0.2*bco_pair + sft' → Objective. Only names,
+    constants, + and * are understood; nothing is run."""
     try:
         node = ast.parse(text.strip(), mode="eval").body
-        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-        if not isinstance(call.func, ast.Name) or call.args or any(k.arg is None for k in call.keywords):
-            raise ValueError
-        name, given = call.func.id, {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-        if len(given) < len(call.keywords):
-            raise SyntaxError("an argument is there twice")
+        terms = parse_terms(node)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         why = f" ({error.msg.partition(';')[0]})" if isinstance(error, SyntaxError) else ""
         raise UserError(
             f"objective is {text[:80]!r}{' …' * (len(text) > 80)}{why}; "
-            'write it as a call with named constants, such as "simpo(beta=2.5, gamma=0.5)"'
+            'write it as a call with named constants, such as "simpo(beta=2.5, gamma=0.5)", or as a sum of such calls, '
+            'such as "dpo(beta=0.1) + 0.5*sft"'
         ) from None
+    terms = [(weight, named_objective(name, given)) for weight, name, given in terms]
+    if len({term.unpaired for _, term in terms}) > 1:
+        kinds = [", ".join(dict.fromkeys(t.name for _, t in terms if t.unpaired is kind)) for kind in (True, False)]
+        raise UserError(f"objective: {kinds[0]} takes single completions, {kinds[1]} pairs; a sum takes one or the other")
+    return weighted_sum(terms) if isinstance(node, ast.BinOp) else terms[0][1]
+
+
+def named_objective(name: str, given: dict) -> Objective:
+    """The function of losses.py with settings that it has, of the right kind."""
     if name not in OBJECTIVES:
         raise UserError(
             f"unknown objective {name[:80]!r}{data.did_you_mean(name, OBJECTIVES)}; known are {', '.join(OBJECTIVES)}"
@@ -1062,7 +1109,8 @@ WRITTEN = (
 def prepare_out(s: Settings) -> Path:
     """The output folder; one that already holds anything is refused, a run of ours unless overwrite or resume was asked for."""
     if s.out is None:
-        stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{s.objective.partition('(')[0].strip()}"
+        names = (word for word in re.split(r"\W+", s.objective) if word in OBJECTIVES)
+        stamp = "-".join([time.strftime("%Y%m%d-%H%M%S"), *names])
         out, n = Path("runs") / stamp, 1
         while out.exists():
             out, n = Path("runs") / f"{stamp}-{n + 1}", n + 1

@@ -6,6 +6,7 @@ Expected numbers are algebra (stated where used) or the same computation done an
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -129,7 +130,7 @@ def assert_same_step(a, b, bound=1e-6):
         assert (a[2][name] - g).abs().max().item() <= 2 * bound * max(g.abs().max().item(), 0.1 * largest), name
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [*OBJECTIVES, "0.5*alpha_dpo + 0.5*tdpo2 + sft", "kto + 0.5*apo_zero_unpaired"])
 def test_gradient_does_not_depend_on_microbatches(shifted, still, monkeypatch, name):
     """Every objective, batch-coupled or not: microbatches of 1, of about 2 and 4 pairs, and the whole batch at once."""
     run = shifted(name)
@@ -295,7 +296,7 @@ def test_step_is_the_same_alone_or_with_a_short_last_batch(arguments, tmp_path):
 
 @pytest.mark.parametrize(
     "objective, more",
-    [("simpo", {}), ("dpo", {}), ("beta_dpo", {}),
+    [("simpo", {}), ("dpo", {}), ("beta_dpo", {}), ("0.5*beta_dpo + beta_dpo(a=0.1) + 0.1*sft", {}),
      ("simpo", dict(replays=3, reset_alpha=0.5, sft_weight=0.5)), ("kto", dict(replays=3, reset_alpha=0.5, sft_weight=0.5))],
 )  # fmt: skip
 def test_resumed_run_equals_the_uninterrupted_one(arguments, tmp_path, objective, more):
@@ -571,7 +572,117 @@ def test_what_an_objective_needs_is_read_off_its_signature():
     assert str(needs("simpo(beta=2.0)")) == "simpo(beta=2.0)"
 
 
+# Three pairs: u_w = 2, −3, 0.5; u_l = −2, 1, 2; Δ = 4, −4, −1.5; a_w = −1.2, −1.5, −1.8.
+PAIRS = {
+    "logp_w": [-12.0, -30.0, -9.0], "logp_l": [-24.0, -8.0, -10.0], "ref_w": [-14.0, -27.0, -9.5],
+    "ref_l": [-22.0, -9.0, -12.0], "len_w": [10.0, 20.0, 5.0], "len_l": [12.0, 8.0, 4.0],
+}  # fmt: skip
+U_W, U_L, DELTA, A_W = (2.0, -3.0, 0.5), (-2.0, 1.0, 2.0), (4.0, -4.0, -1.5), (-1.2, -1.5, -1.8)
+MPO = "0.8*dpo(beta=0.1) + 0.2*bco_pair(beta=0.1) + 1.0*sft()"
+
+
+def softplus(x: float) -> float:
+    return math.log1p(math.exp(x))
+
+
+def on_three_pairs(text: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss per row of an objective in float64, and its gradient with respect to s_w and s_l."""
+    tensors = {k: torch.tensor(v, dtype=torch.float64) for k, v in PAIRS.items()}
+    s_w, s_l = tensors["logp_w"].requires_grad_(), tensors["logp_l"].requires_grad_()
+    loss = train.parse_objective(text)(tensors, seed=[0])
+    return loss, *torch.autograd.grad(loss.sum(), [s_w, s_l], materialize_grads=True, allow_unused=True)
+
+
+def test_a_sum_of_objectives_by_hand():
+    """MPO: 0.8 of −logσ(0.1Δ), 0.2 of −logσ(0.1u_w) − logσ(−0.1u_l), and −a_w; each slope in closed form."""
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    rows = list(zip(U_W, U_L, DELTA, A_W, PAIRS["len_w"]))
+    loss = [0.8 * softplus(-0.1 * d) + 0.2 * (softplus(-0.1 * w) + softplus(0.1 * r)) - a for w, r, d, a, _ in rows]
+    up = [-0.08 * sigmoid(-0.1 * d) - 0.02 * sigmoid(-0.1 * w) - 1 / n for w, _, d, _, n in rows]
+    down = [0.08 * sigmoid(-0.1 * d) + 0.02 * sigmoid(0.1 * r) for _, r, d, _, _ in rows]
+    for got, expected in zip(on_three_pairs(MPO), (loss, up, down)):
+        torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("text, same", [
+    ("cpo(beta=0.1, lam=0.0) + 0.3*sft", "cpo(beta=0.1, lam=0.3)"), ("0.25*dpo + dpo*0.75", "dpo"),
+    ("0.5 * (dpo(beta=0.2) + 2*sft) + 0.5*dpo(beta=0.2)", "dpo(beta=0.2) + sft"), ("1*simper", "simper"),
+    ("2*apo_zero(beta=0.3) + 3*apo_down", "3*apo_down + 2*apo_zero(beta=0.3)"),
+])  # fmt: skip
+def test_sums_that_are_equal(text, same):
+    for got, expected in zip(on_three_pairs(text), on_three_pairs(same)):
+        torch.testing.assert_close(got, expected)
+
+
+def test_cal_dpo_is_a_sum():
+    """Its authors' code: −logσ(Δ) + ½[(u_w − 1/2β)² + (u_l + 1/2β)²], here at β = 0.1."""
+    expected = [softplus(-d) + 0.5 * ((w - 5) ** 2 + (r + 5) ** 2) for w, r, d in zip(U_W, U_L, DELTA)]
+    got = on_three_pairs("dpo(beta=1.0) + 0.5*sppo(beta=0.1)")[0]
+    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_what_a_sum_needs_is_the_union():
+    total = train.parse_objective
+    assert set(total(MPO).loss.tensors) == {"logp_w", "logp_l", "ref_w", "ref_l", "len_w"}
+    assert total("sft + simpo").responses == 2 and not total("sft + simpo").needs("ref") and not total(MPO).coupled
+    assert total("dpo + tdpo1").needs("kl_") and total("dpo + alpha_dpo").coupled and total("kto + 0.5*bco").unpaired
+    assert total("simpo + online_simpo(self_normalize=True)").coupled and not total("simpo + online_simpo").coupled
+    reward = total("0.5*simpo(beta=3.0) + dpo").loss.reward(torch.tensor([-6.0]), torch.tensor([-8.0]), torch.tensor([4]))
+    assert reward.tolist() == [-4.5]  # the first term's, βa, without its weight
+
+
+def test_a_sum_is_printed_as_what_it_was_read_from():
+    for text in (MPO, "1e-05*dpo() + 0.1*alpha_dpo(margin='policy', mean=None)"):
+        assert str(train.parse_objective(text)) == text
+    assert str(train.parse_objective("dpo+2*(simper + sft())")) == "1.0*dpo() + 2.0*simper() + 2.0*sft()"
+
+
+def test_a_run_of_a_sum(arguments, tmp_path, monkeypatch):
+    """Two steps: loss and reward of each from its log-probs, by hand; the reward is 0.1(s − s̄), that of the first term."""
+    seen, measures = [], train.measures
+    monkeypatch.setattr(train, "measures", lambda o, sums, loss: seen.append(sums) or measures(o, sums, loss))
+    train.main(arguments(objective=MPO, max_steps=2, eval_size=0, samples=0))
+    lines = steps(tmp_path / "out")
+    assert len(lines) == len(seen) == 2 and json.loads((tmp_path / "out" / "summary.json").read_text())["objective"] == MPO
+    for line, sums in zip(lines, seen):
+        losses, margins = [], []
+        for w, r in sums.logp.sub(sums.ref).tolist():
+            losses.append(0.8 * softplus(-0.1 * (w - r)) + 0.2 * (softplus(-0.1 * w) + softplus(0.1 * r)))
+            margins.append(0.1 * (w - r))
+        likelihood = (sums.logp[:, 0] / sums.length[:, 0]).mean().item()
+        assert line["loss"] == pytest.approx(sum(losses) / len(losses) - likelihood, rel=1e-5)
+        assert line["reward_margin"] == pytest.approx(sum(margins) / len(margins), abs=1e-5)
+    assert abs(lines[0]["reward_margin"]) < 1e-4 < abs(lines[1]["reward_margin"])
+
+
+def test_a_run_is_another_with_another_weight(shifted):
+    one, same, other = (
+        train.identity(shifted(text))["objective"] for text in ("dpo + 0.1*sft", "dpo() + .1*sft", "dpo + 0.2*sft")
+    )
+    assert one == same == "1.0*dpo() + 0.1*sft()" and other == "1.0*dpo() + 0.2*sft()"
+
+
+def test_a_fresh_folder_has_the_names_of_a_sum(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert re.fullmatch(r"\d{8}-\d{6}-dpo-bco_pair-sft", train.prepare_out(Settings(objective=MPO)).name)
+    assert re.fullmatch(r"\d{8}-\d{6}-simpo", train.prepare_out(Settings()).name)
+
+
 BAD = {
+    "a difference": (dict(objective="dpo - sft"), ["write it as a call", "as a sum"]),
+    "a quotient": (dict(objective="dpo/2 + sft"), ["write it as a call"]),
+    "a product of objectives": (dict(objective="dpo*sft"), ["write it as a call"]),
+    "a number alone": (dict(objective="2*3 + dpo"), ["write it as a call"]),
+    "weight 0": (dict(objective="0*dpo + sft"), ["a weight is a finite number above 0"]),
+    "a negative weight": (dict(objective="-1*sft + dpo"), ["write it as a call"]),
+    "an infinite weight": (dict(objective="1e999*dpo + sft"), ["a weight is a finite number above 0"]),
+    "a weight of 400 digits": (dict(objective=f"{'9' * 400}*dpo"), ["a weight is a finite number above 0"]),
+    "a truth as weight": (dict(objective="True*dpo"), ["a weight is a finite number above 0"]),
+    "3,000 terms": (dict(objective="+".join(["dpo"] * 3000)), ["write it as a call"]),
+    "unknown term": (dict(objective="dpo + simppo"), ["unknown objective 'simppo'", "did you mean simpo?"]),
+    "a term out of range": (dict(objective="dpo + 0.5*simpo(beta=0.0)"), ["simpo: `beta` is 0.0"]),
+    "a term's unknown argument": (dict(objective="dpo + simpo(tau=1)"), ["simpo has no argument 'tau'"]),
+    "pairs and single completions": (dict(objective="dpo + 0.5*kto + sft"), ["kto takes single completions", "dpo, sft pairs"]),
     "unknown objective": (dict(objective="simp"), ["unknown objective 'simp'", "simpo", "dpo"]),
     "unknown argument": (dict(objective="simpo(tau=1)"), ["no argument 'tau'", "simpo(beta=2.0, gamma=1.0"]),
     "an expression": (dict(objective="simpo(beta=1+1)"), ["write it as a call"]),
