@@ -34,13 +34,13 @@ ANSWERS = [
 
 @pytest.mark.parametrize("prompt, answer, expected", ANSWERS)
 def test_classes_of_an_answer(prompt, answer, expected):
-    ends = {"complete": "end, all given", "early": "end too early"}
+    ends = {"complete": "end, all given", "early": "end, too early"}
     assert classes_of(prompt, answer.split()) == [ends.get(name, name) for name in expected.split(", ")]
 
 
 def test_classes_of_every_next_word():
     words = ["cat", "dog", "red", "so", "and", "<end>", "name", "<user>"]
-    expected = ["repeated", "fresh", "wrong kind", "idle", "and", "end too early", "other", "other"]
+    expected = ["repeated", "fresh", "wrong kind", "idle", "and", "end, too early", "other", "other"]
     assert classes_after("list two animals", ["so", "cat"], words) == expected
 
 
@@ -103,9 +103,21 @@ def test_variations_by_hand():
     assert torch.equal(sides(*PAIR), losses.simper(*PAIR))
 
 
+def test_variations_of_the_pair_weights_by_hand():
+    """Two pairs alike, d = 0.8 now; the start ranks the first right, d̄ = 0.5, and the second wrong, d̄ = −0.5."""
+    ranked, weighed = (trails.VARIATIONS[name] for name in ("ranked", "weighed"))
+    logps, lengths = (tensor([-12.0] * 2), tensor([-24.0] * 2)), (tensor([10] * 2), tensor([12] * 2))
+    ref = tensor([-10.0, -20.0]), tensor([-18.0, -18.0])  # averages −1 and −1.5; −2 and −1.5
+    softplus = lambda x: math.log1p(math.exp(x))  # noqa: E731, −logσ(−x)
+    assert ranked(*logps, *ref, *lengths).tolist() == pytest.approx([softplus(-0.6), 0.0])
+    assert ranked(*logps, *ref, *lengths, beta=4.5, reference=True).tolist() == pytest.approx([softplus(-4.5 * 0.3), 0.0])
+    expected = [2 / (1 + math.exp(0.0)) * softplus(-4.5 * 0.3), 2 / (1 + math.exp(-2.0)) * softplus(-4.5 * 1.3)]
+    assert weighed(*logps, *ref, *lengths).tolist() == pytest.approx(expected)
+
+
 def test_variations_are_no_objectives_elsewhere():
     assert not set(trails.VARIATIONS) & set(losses.OBJECTIVES)
-    assert set(trails.VARIATIONS) == {"held", "sides"}
+    assert set(trails.VARIATIONS) == {"held", "sides", "ranked", "weighed"}
 
 
 def test_every_arm_is_understood(monkeypatch):

@@ -36,7 +36,7 @@ from data import Example, UserError, setting  # noqa: E402
 # ---- token classes ---------------------------------------------------------------------------------------------------
 
 END = "<end>"
-CLASSES = ("fresh", "wrong kind", "repeated", "surplus", "idle", "and", "end, all given", "end too early", "other")
+CLASSES = ("fresh", "wrong kind", "repeated", "surplus", "idle", "and", "end, all given", "end, too early", "other")
 
 
 def classes_after(prompt: str, before: list[str], words: list[str]) -> list[str]:
@@ -51,7 +51,7 @@ def classes_after(prompt: str, before: list[str], words: list[str]) -> list[str]
     def of(word: str) -> str:
         kind = data.KIND_OF.get(word)
         if kind is None:
-            end = "end, all given" if max(missing.values()) <= 0 else "end too early"
+            end = "end, all given" if max(missing.values()) <= 0 else "end, too early"
             return "idle" if word in data.IDLE else {"and": "and", END: end}.get(word, "other")
         if kind not in missing:
             return "wrong kind"
@@ -85,9 +85,31 @@ def sides(logp_w, logp_l, len_w, len_l, *, up: float = 0.0, down: float = 0.0) -
     return (down * a_l if down else a_l.exp()) - (up * a_w if up else a_w.exp())
 
 
-VARIATIONS = {name: losses.OBJECTIVES.pop(name) for name in ("held", "sides")}  # known to the runs of this study alone
+@losses.objective(reward=losses.average_logp)
+def ranked(
+    logp_w, logp_l, ref_w, ref_l, len_w, len_l, *, beta: float = 2.0, gamma: float = 1.0, reference: bool = False
+) -> Tensor:
+    """SimPO, or with the reference `dpo_norm`, on the pairs alone that the start's average log-prob ranks right."""
+    own = losses.simpo(logp_w, logp_l, len_w, len_l, beta=beta, gamma=gamma)
+    against = losses.dpo_norm(logp_w, logp_l, ref_w, ref_l, len_w, len_l, beta=beta)
+    return (against if reference else own) * (ref_w / len_w > ref_l / len_l)
 
-LOW, MIDDLE, HIGH = (5e-5, 1e-4, 2e-4), (1e-4, 2e-4, 5e-4), (1e-4, 3e-4, 1e-3)
+
+@losses.objective(reward=losses.average_log_ratio)
+def weighed(logp_w, logp_l, ref_w, ref_l, len_w, len_l, *, beta: float = 4.5, own: float = 2.0, gamma: float = 1.0) -> Tensor:
+    """`dpo_norm`, each pair with the weight that SimPO gives it at the start: L = 2σ(γ − own·d̄) · dpo_norm.
+
+    d̄ is the start's average margin; own and γ are SimPO's β and γ. Without the factor all pairs begin alike.
+    """
+    weight = 2 * torch.sigmoid(gamma - own * (ref_w / len_w - ref_l / len_l))
+    return weight * losses.dpo_norm(logp_w, logp_l, ref_w, ref_l, len_w, len_l, beta=beta)
+
+
+VARIATIONS = {
+    name: losses.OBJECTIVES.pop(name) for name in ("held", "sides", "ranked", "weighed")
+}  # known to the runs of this study alone
+
+LOW, MIDDLE, HIGH = (5e-5, 1e-4, 2e-4), (5e-5, 1e-4, 2e-4, 5e-4), (5e-5, 1e-4, 3e-4, 1e-3)
 SIMPO = "simpo(beta=2.0, gamma=1.0)"
 ARMS = {  # name → the settings of its runs, learning rates, the suspect that it is about
     "simpo": (dict(objective=SIMPO), LOW, ""),
@@ -106,12 +128,15 @@ ARMS = {  # name → the settings of its runs, learning rates, the suspect that 
     "simpo beta 10": (dict(objective="simpo(beta=10.0, gamma=3.0)"), LOW, "saturation"),
     "hinge": (dict(objective="repo(gamma=0.5)"), LOW, "saturation"),
     "linear": (dict(objective="sides(up=1.0, down=1.0)"), LOW, "saturation"),
+    "dpo beta 0.1": (dict(objective="dpo(beta=0.1)"), LOW, "saturation"),
     "linear 2 to 1": (dict(objective="sides(up=0.24, down=0.11)"), LOW, "each side has its own weight"),
     "rejected fades": (dict(objective="sides(up=0.24)"), MIDDLE, "each side has its own weight"),
     "chosen rises": (dict(objective="sides(down=0.11)"), LOW, "each side has its own weight"),
     "dpo without reference": (dict(objective="simpo(beta=0.5, gamma=0.0, average=False)"), LOW, "the reference"),
     "simpo with reference": (dict(objective="dpo_norm(beta=2.0)"), LOW, "the reference"),
-    "dpo beta 0.1": (dict(objective="dpo(beta=0.1)"), LOW, "saturation"),
+    "simpo on pairs ranked right": (dict(objective="ranked()"), LOW, "pairs the start ranks wrong"),
+    "dpo on pairs ranked right": (dict(objective="ranked(beta=4.5, reference=True)"), MIDDLE, "pairs the start ranks wrong"),
+    "dpo weighed as simpo": (dict(objective="weighed()"), MIDDLE, "pairs the start ranks wrong"),
 }  # fmt: skip
 LEVELS = (0.5, 1.0, 1.5)  # KL to the start, nats per answer
 DRAWS = 4  # answers to each held-out prompt
@@ -446,7 +471,7 @@ def draw_quality(results: dict[str, list[dict]], file: Path) -> None:
     panels |= {x: ["simpo", "dpo", *(n for n in results if ARMS[n][2] == x)] for x in suspects if x}
     rows = -(-len(panels) // 2)
     figure, axes = plt.subplots(rows, 2, figsize=(11, 3.6 * rows), sharex=True, sharey=True, squeeze=False)
-    figure.subplots_adjust(left=0.07, right=0.86, top=0.97, bottom=0.05, wspace=0.5, hspace=0.2)
+    figure.subplots_adjust(left=0.07, right=0.81, top=0.97, bottom=0.05, wspace=0.72, hspace=0.2)
     grid = [0.0, *(x / 20 for x in range(1, int(20 * FURTHEST) + 1))]
     lines = {name: [mean_and_error(at_level(runs, x, "quality")) for x in grid] for name, runs in results.items()}
     for axis, (title, names) in zip(axes.flat, panels.items()):
@@ -488,9 +513,8 @@ def draw_classes(results: dict[str, list[dict]], file: Path) -> None:
     names = [n for n, runs in results.items() if all(math.isfinite(m) for m, _ in change_of_classes(runs, "count"))]
     if not names:
         return
-    figure, axes = plt.subplots(len(CHANGES), 1, figsize=(10, 1.3 + len(CHANGES) * (0.7 + 0.27 * len(names))))
-    figure.subplots_adjust(left=0.21, right=0.99, top=0.97, bottom=0.04, hspace=0.25)
-    for axis, (measure, title) in zip(axes, CHANGES.items()):
+    figure, axes = plt.subplots(2, 1, figsize=(10, 2 * (1.0 + 0.26 * len(names))), constrained_layout=True)
+    for axis, (measure, title) in zip(axes, [(m, CHANGES[m]) for m in ("count", "chosen")]):
         change = torch.tensor([[m for m, _ in change_of_classes(results[n], measure)] for n in names])
         limit = change.abs().quantile(0.9).item()
         axis.imshow(change.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
@@ -500,7 +524,7 @@ def draw_classes(results: dict[str, list[dict]], file: Path) -> None:
                     j, i, f"{x:+.2f}", ha="center", va="center", fontsize=8, color="white" if abs(x) > 0.8 * limit else "k"
                 )
         axis.set_yticks(range(len(names)), names, fontsize=9)
-        axis.set_xticks(range(len(CLASSES)), CLASSES, fontsize=9)
+        axis.set_xticks(range(len(CLASSES)), [c.replace(", ", "\n") for c in CLASSES], fontsize=9)
         axis.set_title(title, fontsize=10, loc="left")
     figure.savefig(file, dpi=110)
     plt.close(figure)
