@@ -172,6 +172,18 @@ def test_each_world_is_read_off_by_itself():
     assert trails.written(trails.at_level(runs, 2.0, "quality")) == "–"  # one world's runs did not get there
 
 
+def test_what_quality_goes_with():
+    """Three arms on a line: quality 1, 2, 3 where the chosen is +0, +1, +2 and the rejected 0, −3, −6."""
+    start = {"kl": 0.0, "quality": 1.0, "chosen": 0.0, "rejected": 0.0}
+    arms = {
+        i: [{"job": {"seed": 0}, "kl": 1.0, "quality": 1.0 + i, "chosen": i, "rejected": -3 * i, "start": start}]
+        for i in range(3)
+    }
+    arms["ended early"] = [{"job": {"seed": 0}, "error": "not finite"}]
+    text = trails.held_out_line(arms)
+    assert "Over the 3 arms" in text and "chosen +1.00, the rejected -1.00, their difference +1.00" in text
+
+
 def test_mass_by_class():
     """Two positions of two words, one answer."""
     table = tensor([[CLASSES.index("idle"), CLASSES.index("fresh")], [CLASSES.index("fresh")] * 2])
@@ -235,6 +247,7 @@ def made_up(monkeypatch) -> list[dict]:
     """Instead of runs, results that follow from the job; the jobs that were asked for."""
     asked, start = [], {"quality": 0.5, "words": 8.0, "kl": 0.0, "win_rate": 0.5, "ranked": 0.9}
     start |= {"likelihood_chosen": 0.2, "likelihood_rejected": 0.1}
+    start |= {"chosen": 0.0, "rejected": 0.0}
     start |= {f"{measure}/{c}": 0.0 for measure in trails.CHANGES for c in CLASSES}
 
     def run(job):
@@ -253,7 +266,9 @@ def test_the_study(tmp_path, made_up, capsys):
     """Arms at matched KL against simpo and dpo, of the same world; an arm whose runs all ended early is dashes."""
     line = ["--arms", "simper", "--seeds", "2", "--out", str(tmp_path / "out"), "--length-bias", "0.03"]
     trails.main(line)
-    assert [job["seed"] for job in made_up] == [0, 0, 0, 1, 1, 1] * 3 and all(job["length_bias"] == 0.03 for job in made_up)
+    rates = [lr for name in ("simpo", "dpo", "simper") for lr in ARMS[name][1] * 2]
+    assert [job["lr"] for job in made_up] == rates and all(job["length_bias"] == 0.03 for job in made_up)
+    assert [job["seed"] for job in made_up] == [0, 0, 0, 1, 1, 1] + [0, 0, 0, 0, 1, 1, 1, 1] * 2
     text = (tmp_path / "out" / "table.md").read_text()
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines() if line.startswith("| `")}
     assert text.startswith("The start: quality 0.500 ± 0.000, 8.0 ± 0.0 words; its average log-prob ranks 0.90") and text in (

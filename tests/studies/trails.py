@@ -339,7 +339,7 @@ def study(s: Study) -> dict:
         (out / "runs.jsonl").unlink(missing_ok=True)
     with mock.patch.object(miniature, "experiment", experiment):
         results = miniature.run_groups(jobs_of(s), out / "runs.jsonl")
-    text = f"{start_line(results)}\n\n{matched_table(results)}\n{class_tables(results)}"
+    text = f"{start_line(results)}\n\n{matched_table(results)}\n{held_out_line(results)}\n\n{class_tables(results)}"
     (out / "table.md").write_text(text)
     print(text)
     draw_quality(results, out / "quality.png")
@@ -403,7 +403,8 @@ def matched_table(results: dict[str, list[dict]]) -> str:
     """Markdown: what each arm had bought at each KL, against simpo and dpo in the same world; and its best rate, as it is."""
     middle = LEVELS[1]
     titles = ["arm", "suspect", *(f"quality at KL {x:g}" for x in LEVELS), f"at {middle:g}, minus simpo's", "minus dpo's"]
-    titles += [f"win rate, % at {middle:g}", f"words at {middle:g}", "best win rate, %", "its lr", "its KL"]
+    titles += [f"{what} at {middle:g}" for what in ("win rate, %", "words", "chosen, nats", "rejected, nats")]
+    titles += ["best win rate, %", "its lr", "its KL"]
     lines = [titles, ["---"] * len(titles)]
     for name, runs in results.items():
         at, (best, lr, kl) = functools.partial(at_level, runs, middle), best_of(runs)
@@ -419,6 +420,19 @@ def matched_table(results: dict[str, list[dict]]) -> str:
         ]
         lines.append([*line, written(100 * best, 1), f"{lr:g}", f"{kl:.2f}"])
     return miniature.markdown(lines)
+
+
+def held_out_line(results: dict[str, list[dict]]) -> str:
+    """Over the arms: does quality at the middle KL go with what became of the held-out log-probs?"""
+    names, middle = ("quality", "chosen", "rejected"), LEVELS[1]
+    points = torch.tensor([[at_level(runs, middle, n).mean() for n in names] for runs in results.values()], dtype=torch.float64)
+    points = points[points.isfinite().all(1)]
+    quality, chosen, rejected = points.T
+    r = [torch.corrcoef(torch.stack([quality, x]))[0, 1].item() for x in (chosen, rejected, chosen - rejected)]
+    return (
+        f"Over the {len(points)} arms that got as far as KL {middle:g}, quality there correlates with the change of the "
+        f"held-out log-probs (nats per response): of the chosen {r[0]:+.2f}, the rejected {r[1]:+.2f}, their difference {r[2]:+.2f}."
+    )
 
 
 CHANGES = {  # measure → what changed
@@ -458,7 +472,7 @@ def spread(heights: list[float], gap: float) -> list[float]:
     return [placed[i] for i in range(len(heights))]
 
 
-FURTHEST = 3.0  # nats; runs beyond are not drawn
+FURTHEST, DEEPEST = 3.0, 0.1  # nats of KL, and quality below the start's: what lies beyond is not drawn
 
 
 def draw_quality(results: dict[str, list[dict]], file: Path) -> None:
@@ -466,34 +480,30 @@ def draw_quality(results: dict[str, list[dict]], file: Path) -> None:
     plt = train.pyplot()
     if plt is None:
         return
-    suspects = [x for x in dict.fromkeys(ARMS[name][2] for name in results) if x] or [""]
     panels = {"the objectives": [n for n in results if not ARMS[n][2]]}
-    panels |= {x: ["simpo", "dpo", *(n for n in results if ARMS[n][2] == x)] for x in suspects if x}
+    for suspect in dict.fromkeys(ARMS[n][2] for n in results if ARMS[n][2]):
+        panels[suspect] = ["simpo", "dpo", *(n for n in results if ARMS[n][2] == suspect)]
     rows = -(-len(panels) // 2)
-    figure, axes = plt.subplots(rows, 2, figsize=(11, 3.6 * rows), sharex=True, sharey=True, squeeze=False)
-    figure.subplots_adjust(left=0.07, right=0.81, top=0.97, bottom=0.05, wspace=0.72, hspace=0.2)
-    grid = [0.0, *(x / 20 for x in range(1, int(20 * FURTHEST) + 1))]
-    lines = {name: [mean_and_error(at_level(runs, x, "quality")) for x in grid] for name, runs in results.items()}
+    figure, axes = plt.subplots(rows, 2, figsize=(11, 3.1 * rows), sharex=True, sharey=True, squeeze=False)
+    figure.subplots_adjust(left=0.07, right=0.81, top=0.97, bottom=0.05, wspace=0.72, hspace=0.22)
+    lines, ends = {name: quality_line(runs) for name, runs in results.items()}, {axis: [] for axis in axes.flat}
     for axis, (title, names) in zip(axes.flat, panels.items()):
-        ends = []
-        for i, name in enumerate(names):
-            drawn = [(x, m, e) for x, (m, e) in zip(grid, lines[name]) if math.isfinite(m)]
-            if not drawn:  # every run ended early
-                continue
-            x, mean, error = torch.tensor(drawn).T.numpy()
+        for i, name in enumerate(n for n in names if lines[n]):
+            x, mean, error = torch.tensor(lines[name]).T.numpy()
             color = {"simpo": "black", "dpo": "gray"}.get(name, f"C{i % 10}")
             axis.plot(x, mean, color=color, lw=1.8)
-            axis.fill_between(x, mean - error, mean + error, color=color, alpha=0.12, lw=0)
-            ends.append((name, x[-1], mean[-1], color))
-        low, high = axis.get_ylim()
-        for (name, x, y, color), height in zip(ends, spread([y for _, _, y, _ in ends], 0.075 * (high - low))):
+            axis.fill_between(x, mean - error, mean + error, color=color, alpha=0.15, lw=0)
+            ends[axis].append((name, x[-1], mean[-1], color))
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlim(0, FURTHEST)
+        axis.grid(alpha=0.25)
+    low, high = axes[0, 0].get_ylim()  # of all panels, now that all lines are there
+    for axis, names in ends.items():
+        for (name, x, y, color), height in zip(names, spread([y for _, _, y, _ in names], 0.08 * (high - low))):
             axis.annotate(
                 name, (x, y), xytext=(1.04 * FURTHEST, height), textcoords="data", fontsize=9, color=color, va="center",
                 annotation_clip=False, arrowprops=dict(arrowstyle="-", color=color, lw=0.5, alpha=0.6, relpos=(0, 0.5)),
             )  # fmt: skip
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.set_xlim(0, FURTHEST)
-        axis.grid(alpha=0.25)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis in axes[:, 0]:
@@ -503,6 +513,12 @@ def draw_quality(results: dict[str, list[dict]], file: Path) -> None:
         axis.tick_params(labelbottom=True)
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def quality_line(runs: list[dict]) -> list[tuple[float, float, float]]:
+    """(KL, mean quality, standard error) as far as every world's runs go, and the picture."""
+    line = [(x / 20, *mean_and_error(at_level(runs, x / 20, "quality"))) for x in range(int(20 * FURTHEST) + 1)]
+    return [point for point in line if point[1] > line[0][1] - DEEPEST]  # false where it is not a number
 
 
 def draw_classes(results: dict[str, list[dict]], file: Path) -> None:
