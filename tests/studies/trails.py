@@ -431,7 +431,8 @@ def held_out_line(results: dict[str, list[dict]]) -> str:
     r = [torch.corrcoef(torch.stack([quality, x]))[0, 1].item() for x in (chosen, rejected, chosen - rejected)]
     return (
         f"Over the {len(points)} arms that got as far as KL {middle:g}, quality there correlates with the change of the "
-        f"held-out log-probs (nats per response): of the chosen {r[0]:+.2f}, the rejected {r[1]:+.2f}, their difference {r[2]:+.2f}."
+        f"held-out log-probs (nats per response): of the chosen {r[0]:+.2f}, the rejected {r[1]:+.2f}, their difference "
+        f"{r[2]:+.2f}."
     )
 
 
