@@ -1173,6 +1173,7 @@ KINDS = {
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 ASKS = ("name", "list", "write", "give", "say", "show")
 IDLE = ("well", "so", "maybe", "sure", "really")
+STOCK = ("well", "sure", "so")  # always these, in this order
 HELD_OUT_PROMPTS = 512  # the first of an order: never demonstrated, never in a pair
 KIND_OF = {word: kind for kind, words in KINDS.items() for word in words.split()}
 
@@ -1211,18 +1212,38 @@ def _wanted(prompt: str) -> dict[str, int]:
     return {kind: NUMBERS[number] for number, kind in zip(words[1::3], words[2::3])}
 
 
-def world_demonstration(prompt: str, rng: np.random.Generator) -> str:
+class Demonstrator(NamedTuple):
+    """How careless the person is who answers: probabilities."""
+
+    wrong: float = 0.1  # that an item is any of all kinds
+    repeated: float = 0.1  # that an item, not the first, is the one before once more
+    confused: float = 0.0  # that an item is of the kind after its own in KINDS, at the same place of the customary order
+    stock: float = 0.0  # that an answer opens with STOCK in place of idle words
+
+
+WORLDS = {  # what --world names. In "stock" the careless answer is the likely one: average log-prob ranks most pairs wrong
+    "plain": Demonstrator(),
+    "stock": Demonstrator(wrong=0.02, repeated=0.35, confused=0.4, stock=0.5),
+}
+
+
+def world_demonstration(prompt: str, rng: np.random.Generator, who: Demonstrator = WORLDS["plain"]) -> str:
     """What a careless person would answer: idle words, then items of which some are wrong, repeated, missing or too many."""
-    parts = []
+    parts, kinds = [], list(KINDS)
     for kind, number in _wanted(prompt).items():
         own, start = KINDS[kind].split(), rng.integers(8)
+        taken_for = KINDS[kinds[(kinds.index(kind) + 1) % 8]].split()
         items = [own[(start + i) % 8] for i in range(number + rng.choice([-1, 0, 0, 0, 1, 2]))]  # the customary order
         for i in range(len(items)):
-            if rng.random() < 0.1:
+            if rng.random() < who.wrong:
                 items[i] = rng.choice(list(KIND_OF))
-            elif i and rng.random() < 0.1:
+            elif i and rng.random() < who.repeated:
                 items[i] = items[i - 1]
+            elif who.confused and rng.random() < who.confused:
+                items[i] = taken_for[(start + i) % 8]
         parts.append(" ".join(items))
+    if who.stock and rng.random() < who.stock:
+        return " ".join([*STOCK, " and ".join(parts)])
     idle = [rng.choice(IDLE) for _ in range(rng.integers(0, 3))]
     return " ".join([*idle, " and ".join(parts)])
 
@@ -1259,12 +1280,12 @@ class Annotator(NamedTuple):
         return world_quality(prompt, response) + drawn + self.length_bias * len(response.split())
 
 
-def tiny_world(seed: int = 0, demonstrations: int = 4096) -> tuple:
+def tiny_world(seed: int = 0, demonstrations: int = 4096, world: str = "plain") -> tuple:
     """(tokenizer, demonstration rows): data in the same form as real data, with a known true quality."""
     rng, prompts = np.random.default_rng(seed), world_prompts(seed)[HELD_OUT_PROMPTS:]
     shown = []
     for prompt in rng.choice(prompts, demonstrations):
-        shown.append(Row([{"role": "user", "content": str(prompt)}], [world_demonstration(prompt, rng)]))
+        shown.append(Row([{"role": "user", "content": str(prompt)}], [world_demonstration(prompt, rng, WORLDS[world])]))
     return world_tokenizer(), shown
 
 

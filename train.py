@@ -86,6 +86,7 @@ class Settings(data.Reading):
     recipe: str | None = setting(None, "a published run, such as gemma-2-9b-it-simpo: model, data, objective, lr, lengths")
     annotator_noise: float = setting(0.1, "embedded world: error (standard deviation) of the annotator about a quality")
     length_bias: float = setting(0.0, "embedded world: what the annotator adds to a response's quality per word")
+    world: str = setting("plain", f"embedded world: who taught the start, {' or '.join(data.WORLDS)} (likely answers are bad)")
     mesh: str | None = setting(None, "under torchrun: copies x parts, such as 2x4; without it one copy cut over all ranks")
     trust_remote_code: bool = setting(False, "allow a model folder to bring Python code that is then run")
     GROUPS = {  # of --help
@@ -94,7 +95,7 @@ class Settings(data.Reading):
         "schedule": "lr batch_size epochs max_steps warmup_ratio weight_decay max_grad_norm",
         "memory and speed": "tokens_per_microbatch layout dtype gradient_checkpointing compile device mesh",
         "output": "out overwrite resume eval_every samples sample_tokens save_every keep export_dtype cache log_to",
-        "embedded world": "annotator_noise length_bias",
+        "embedded world": "annotator_noise length_bias world",
     }
 
 
@@ -152,7 +153,7 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 
 CHOICES = {"layout": ("packed", "padded"), "dtype": ("auto", "fp32", "bf16"), "export_dtype": ("auto", "fp32", "bf16"),
-           "log_to": ("tensorboard", "wandb")}  # fmt: skip
+           "log_to": ("tensorboard", "wandb"), "world": tuple(data.WORLDS)}  # fmt: skip
 AT_LEAST_1 = ("batch_size", "tokens_per_microbatch", "epochs", "keep", "replays", "max_steps", "sample_tokens")
 NOT_NEGATIVE = ("eval_size", "eval_every", "save_every", "weight_decay", "max_grad_norm", "samples", "seed", "annotator_noise",
                 "sft_weight")  # fmt: skip
@@ -1397,7 +1398,7 @@ def embedded_world(s: Settings) -> tuple[Path, Path]:
 
     Of several processes one builds; what a killed one left behind is built again.
     """
-    tokenizer, demonstrations = data.tiny_world(s.seed, 8192)
+    tokenizer, demonstrations = data.tiny_world(s.seed, 8192, s.world)
     made_of = json.dumps(["3", SUPERVISED_STEPS, PROMPTS, s.seed, torch.__version__, demonstrations])
     folder = Path(s.cache).expanduser() / f"world-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}"
     pairs = folder / f"pairs-{s.annotator_noise}-{s.length_bias}.jsonl"
