@@ -1,4 +1,4 @@
-"""The tables, figures and statements of the α-DPO paper (Wu 2024, 2410.10148), and the slides' of SimPO and SimPER, in miniature.
+"""The α-DPO paper (Wu 2024, 2410.10148) in miniature: tables, figures, statements; and the slides of SimPO and SimPER.
 
     python tests/studies/miniature.py --paper alpha_dpo --out runs/alpha_dpo
 
@@ -55,7 +55,7 @@ TOKEN_KL = {  # Table 6
     "α-DPO with δ": tuple(text.replace("alpha_dpo", "alpha_dpo_kl") for text in METHODS["α-DPO"]),
 }
 SLIDES = {"SLiC": GRID["slic"], "SimPER": GRID["simper"]}  # the slides of SimPER have these besides
-VARIANTS = {  # Table 2: implicit reference model → the objective at b, g, a = β, γ, α; `a / b` is what the authors' code calls α
+VARIANTS = {  # Table 2: implicit reference model → the objective at b, g, a = β, γ, α; a / b is the authors' code's α
     "U": lambda b, g, a: f"simpo(beta={b}, gamma={g})",
     "U(π_θ/π_ref)^α": lambda b, g, a: ALPHA_DPO.format(b, g, a),
     "without normalisation": lambda b, g, a: ALPHA_DPO.format(b, g, f"{a / b:g}, normalize=False"),
@@ -193,8 +193,8 @@ def spearman(x, y) -> float:
 def theorem_3_1(logp: Tensor, length: Tensor, vocabulary: int, beta: float) -> dict[str, float]:
     """DPO whose reference is U(y) = V^−|y|, against SimPO; logp and length (n, 2).
 
-    Exactly: DPO(U) = −logσ(β(s_w − s_l) − γ_i), γ_i = −β(n_w − n_l) log V, a margin of the pair's own, 0 where lengths are equal;
-    and with averages −logσ(βd), for log U is the same per token: γ = 0.
+    Exactly: DPO(U) = −logσ(β(s_w − s_l) − γ_i), γ_i = −β(n_w − n_l) log V, the pair's own margin, 0 at equal lengths; with
+    averages −logσ(βd), for log U is the same per token: γ = 0. `constant`: how far SimPO with their mean as γ is off.
     """
     ref = -length * math.log(vocabulary)
     columns = lambda *tensors: [x[:, i] for x in tensors for i in (0, 1)]  # noqa: E731
@@ -233,7 +233,7 @@ def lemma_4_2(logp: Tensor, ref: Tensor, length: Tensor, beta: float, gamma: flo
 
 
 def lemma_4_3(logp: Tensor, ref: Tensor, kl: Tensor) -> dict[str, float]:
-    """Over n pairs, δ/β = D_l − D_w against M/β = u_w − u_l: correlations, and the two spreads. And what it rests on, D ≈ −u."""
+    """Over n pairs, δ/β = D_l − D_w against M/β = u_w − u_l: correlations and spreads; and what it rests on, D ≈ −u."""
     u = logp - ref
     m, d = u[:, 0] - u[:, 1], kl[:, 1] - kl[:, 0]
     each = {f"D_{side}": pearson(kl[:, i], -u[:, i]) for i, side in enumerate("wl")}
@@ -326,7 +326,10 @@ def report(best: dict, results: dict, traces: dict, out: Path) -> dict[str, str]
         ("Gradient norms (SimPER's slides)", "gradients", figure_gradients),
         ("Chosen likelihood against margin (SimPER's slides)", "likelihood", figure_likelihood),
     ):
-        figure, text = draw(plt, traces)
+        drawn = draw(plt, traces)
+        if drawn is None:  # every run that it shows ended early
+            continue
+        figure, text = drawn
         figure.savefig(out / f"{name}.png", dpi=100)
         plt.close(figure)
         parts[title] = f"![{title}]({name}.png)\n\n{text}\n"
@@ -358,7 +361,7 @@ def order(values: dict[str, float]) -> str:
 
 
 def table_1(best: dict, results: dict) -> str:
-    """Nine methods; SFT is the start. Rank correlations of LC with each of the paper's columns, and of these among each other."""
+    """Nine methods; SFT is the start. Rank correlations of LC with the paper's columns, and of these with each other."""
     starts = [run["start"] | {"kl": 0.0} for run in results["DPO"] if "start" in run]
     paper = lambda name: [f"{x}" for x in PAPER_1[name][:2]]  # noqa: E731
     lines = [["SFT (the start)", "–", "–", *(cell(starts, m) for m in MEASURED), *paper("SFT")]]
@@ -370,8 +373,8 @@ def table_1(best: dict, results: dict) -> str:
     here = ", ".join(f"{spearman([ours[n] for n in known], column):.2f} ({m})" for column, m in zip(columns, MODELS))
     among = [spearman(columns[i], columns[j]) for i in range(4) for j in range(i)]
     return table(["method", "tuned to", "lr", *MEASURED.values(), "paper: LC, %", "paper: WR, %"], lines) + (
-        f"Paper: Llama3-Instruct, AlpacaEval 2. Rank correlation of our LC with the paper's: {here}; of the paper's four settings "
-        f"among each other {min(among):.2f} to {max(among):.2f}. Our order: {order(ours)}.\n"
+        f"Paper: Llama3-Instruct, AlpacaEval 2. Rank correlation of our LC with the paper's: {here}; of the paper's four "
+        f"settings with each other {min(among):.2f} to {max(among):.2f}. Our order: {order(ours)}.\n"
     )
 
 
@@ -426,8 +429,8 @@ def text_3_1(best: dict, traces: dict) -> str:
         ["averaged: DPO(U) − SimPO with γ = 0, largest", f"{t['averaged']:.1e}"],
     ]
     return table([f"held-out pairs of SimPO's runs, β = {beta}, V = {runs[0]['vocabulary']}", ""], lines) + (
-        "A uniform reference makes DPO into SimPO only with a γ of the pair's own, γ_i = −β(n_w − n_l) log V, and, with averages, "
-        "into SimPO with γ = 0; the constant γ > 0 of the theorem is none of a uniform distribution over tokens.\n"
+        "A uniform reference makes DPO into SimPO on sums with a γ of the pair's own, and, with averages, into SimPO with "
+        "γ = 0; the constant γ > 0 of the theorem belongs to no uniform distribution over tokens.\n"
     )
 
 
@@ -446,8 +449,8 @@ def text_4_2(best: dict, traces: dict) -> str:
     head = ["α", "L of α-DPO", "L of online SimPO", "correction", "right side", "pairs for which it holds, %"]
     without = f"without it the left side is above the right at α = {', '.join(fails)}" if fails else "it holds without it too"
     return table(head, lines) + (
-        f"Held-out pairs of the runs trained at this α/β (α = 1: those at {ALPHAS[-1]:g}); margins not normalised, as in the lemma. "
-        f"With the correction both sides agree as α → 0; {without}.\n"
+        f"Held-out pairs of the runs trained at this α/β (α = 1: those at {ALPHAS[-1]:g}); margins not normalised, as in the "
+        f"lemma. With the correction both sides agree as α → 0; {without}.\n"
     )
 
 
@@ -460,8 +463,8 @@ def text_4_3(traces: dict) -> str:
             lines.append([name, *(f"{v:.2f}" for v in t.values())])
     head = ["trained by", "Pearson", "Spearman", "spread of δ/β", "spread of M/β", "D_w and −u_w", "D_l and −u_l"]
     return table(head, lines) + (
-        "δ and M over held-out pairs, their standard deviations in nats, and Pearson correlations of D ≈ −u, on which the lemma "
-        "rests.\n"
+        "δ and M over held-out pairs, their standard deviations in nats, and the Pearson correlations of D with −u, on which "
+        "the lemma rests.\n"
     )
 
 
@@ -513,8 +516,10 @@ def panels(plt, n: int, height: float = 4.2):
 
 
 def figure_2(plt, traces: dict):
-    figure, axis = plt.subplots(figsize=(8, 3.8), constrained_layout=True)
     runs = traces["DPO"]
+    if not runs:
+        return None
+    figure, axis = plt.subplots(figsize=(8, 3.8), constrained_layout=True)
     reference = np.array([run["reference"] for run in runs])
     middle, spread, right = reference.mean(0).T
     steps = np.arange(1, len(middle) + 1)
@@ -523,8 +528,8 @@ def figure_2(plt, traces: dict):
     axis.axhline(0, color="0.6", lw=0.8)
     axis.set(xlabel="step", ylabel="nats", title="log π_ref(chosen) − log π_ref(rejected): mean and spread of each batch")
     return figure, (
-        f"The reference prefers the chosen response in {100 * right.mean():.0f} % of the pairs; the margin is {middle.mean():.1f} ± "
-        f"{spread.mean():.1f} nats and has no trend along the steps (it cannot: the reference is frozen and the order random)."
+        f"The reference finds the chosen response likelier in {100 * right.mean():.0f} % of the pairs, by {middle.mean():.1f} "
+        f"± {spread.mean():.1f} nats; along the steps nothing can change, for it is frozen and the order random."
     )
 
 
@@ -556,8 +561,8 @@ def figure_3(plt, traces: dict):
     said = "; ".join(f"{alpha_name(x)}: {end['kl_w', x]:.2f} and {end['kl_l', x]:.2f}" for x in ALPHAS if ("kl_w", x) in end)
     falls = "; ".join(f"{alpha_name(x)} {a:.1f} → {b:.1f}" for x, (a, b, _) in best_last.items())
     return figure, (
-        f"KL along chosen and rejected at the end, nats: {said}. Paper: stable or slightly lower as α grows. Best and last LC of the "
-        f"checkpoints, %: {falls}."
+        f"KL along chosen and rejected at the end, nats: {said}. Paper: stable or slightly lower as α grows. Best and last LC "
+        f"of the checkpoints, %: {falls}."
     )
 
 
@@ -567,6 +572,8 @@ def alpha_name(x: float) -> str:
 
 def ridges(axis, values: dict[str, np.ndarray], title: str) -> None:
     """A smoothed histogram for each label, one above the other, all at the same height scale; a tick at the mean."""
+    if not values:
+        return
     low, high = np.quantile(np.concatenate(list(values.values())), (0.005, 0.995))
     grid = np.linspace(low - 0.1 * (high - low), high + 0.1 * (high - low), 300)
     curves = {}
@@ -615,8 +622,8 @@ def figure_4(plt, traces: dict, results: dict, best: dict):
     ridges(axes[1], margins, "reward margin of held-out pairs")
     ridges(axes[2], chosen, "chosen, average log-prob per token")
     return figure, (
-        f"{'; '.join(said)}. {said_of('Margins', margins)}. {said_of('Chosen', chosen)}. Paper: smaller α flattens the margins and "
-        "leaves the likelihood."
+        f"{'; '.join(said)}. {said_of('Margins', margins)}. {said_of('Chosen', chosen)}. Paper: a smaller α flattens the "
+        "margins and leaves the likelihood."
     )
 
 
@@ -650,9 +657,11 @@ def figure_6(plt, traces: dict, best: dict):
 
 def figure_gradients(plt, traces: dict):
     names = [name for name in ("DPO", "SimPO", "α-DPO", "SimPER") if traces[name]]
+    if not names:
+        return None
     figure, axes = panels(plt, len(names), 3.6)
-    said = []
-    for axis, name in zip(np.atleast_1d(axes), names):
+    axes, said = np.atleast_1d(axes), []
+    for axis, name in zip(axes, names):
         (steps, w), (_, low) = along(traces[name], "norm_w"), along(traces[name], "norm_l")
         axis.plot(steps, w, color="C0")
         axis.plot(steps, low, color="C3")
@@ -661,8 +670,8 @@ def figure_gradients(plt, traces: dict):
         said.append(f"{name} {low[0] / w[0]:.2f} → {low[-1] / w[-1]:.2f}")
     axes[0].set_ylabel("norm of the gradient's part")
     return figure, (
-        f"Rejected over chosen, first → last: {'; '.join(said)}. Slides: SimPER balances the two, where the rejected part dominates "
-        "in others."
+        f"Rejected over chosen, first → last: {'; '.join(said)}. Slides: SimPER balances the two; in others the rejected part "
+        "dominates."
     )
 
 
