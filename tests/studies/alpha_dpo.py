@@ -20,7 +20,7 @@ import miniature
 import numpy as np
 import torch
 import torch.nn.functional as F
-from miniature import GRID, cell, markdown, mean_and_error
+from miniature import GRID, markdown, mean_and_error
 from torch import Tensor
 
 import data
@@ -89,7 +89,7 @@ PAPER_2 = {  # setting → LC of the rows of VARIANTS
     "Mistral-Instruct": (30.2, 32.3, 32.1, 27.2, 31.9, 31.6, 28.6, 32.2),
 }
 PAPER_5 = {"DPO": (40.2, 38.1), "SimPO without LN": (42.4, 40.4), "α-DPO without LN": (44.4, 42.6)}  # Llama3-Instruct
-PAPER_6 = {"TDPO (eq. 17)": (52.8, 45.9), "α-DPO with δ": (56.9, 50.4), "α-DPO": (58.7, 51.1)}  # Llama3-Instruct (sic)
+PAPER_6 = {"TDPO (eq. 17)": (52.8, 45.9), "α-DPO with δ": (56.9, 50.4), "α-DPO": (58.7, 51.1)}  # headed Llama3-Instruct
 
 
 # ---- a followed run --------------------------------------------------------------------------------------------------
@@ -266,7 +266,8 @@ def study(s: miniature.Study, common: dict, out: Path) -> dict[str, str]:
     )
     traces = {name: [run for run in runs if "error" not in run] for name, runs in traces.items()}
     parts = report(best, results, traces, out)
-    how = f"Means ± standard errors over {s.seeds} world{'s' if s.seeds > 1 else ''} other than the one of the tuning.\n"
+    worlds = f"Means ± standard errors over {s.seeds} worlds" if s.seeds > 1 else "One world"
+    how = f"{worlds} other than the one of the tuning.\n"
     text = how + "".join(f"\n### {title}\n\n{body}" for title, body in parts.items())
     (out / "report.md").write_text(text)
     print(text)
@@ -308,7 +309,7 @@ def report(best: dict, results: dict, traces: dict, out: Path) -> dict[str, str]
         "Table 1": table_1(best, results),
         "Table 2": table_2(best, results),
         "Table 5": table_small(best, results, PAPER_5, "Llama3-Instruct", ("SimPO",)),
-        "Table 6": table_small(best, results, PAPER_6, "Llama3-Instruct", ("TDPO₂",)),
+        "Table 6": table_small(best, results, PAPER_6, "Llama3-Instruct (α-DPO's numbers are v0.2's of Table 1)", ("TDPO₂",)),
         "Theorem 3.1": text_3_1(best, traces),
         "Lemma 4.2": text_4_2(best, traces),
         "Lemma 4.3": text_4_3(traces),
@@ -344,6 +345,12 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 MEASURED = {"win_rate": "win rate, %", "lc_win_rate": "LC, %", "quality": "quality", "length": "words", "kl": "KL"}
+
+
+def cell(results: list[dict], name: str) -> str:
+    """As in miniature.py, but one world has no standard error."""
+    text = miniature.cell(results, name)
+    return text if len(results) > 1 else text.partition(" ±")[0]
 
 
 def row_of(name: str, best: dict, results: dict) -> list[str]:
@@ -417,7 +424,7 @@ def held_out(runs: list[dict]) -> dict[str, Tensor]:
 def text_3_1(best: dict, traces: dict) -> str:
     runs, beta = traces["SimPO"], 0.1
     if not runs:
-        return "No run.\n"
+        return "No run of SimPO was followed to its end.\n"
     x = held_out(runs)
     t = theorem_3_1(x["logp"], x["length"], runs[0]["vocabulary"], beta)
     lines = [
@@ -483,20 +490,41 @@ def text_agreement(best: dict, traces: dict) -> str:
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
-def name_ends(axis, ends: dict[str, tuple[float, float, str]], room: float = 0.3) -> None:
+def name_ends(axis, ends: dict[str, tuple[float, float, str]], room: float = 0.33) -> None:
     """Names at the right of where lines end, label → (x, y, colour), moved apart; room: share of the width kept free."""
+    if not ends:
+        return
     low, high = axis.get_xlim()
+    ticks = [tick for tick in axis.get_xticks() if low <= tick <= high]
     axis.set_xlim(low, high + (high - low) * room / (1 - room))
+    axis.set_xticks(ticks)
     bottom, top = axis.get_ylim()
-    gap, at = 0.062 * (top - bottom), []
+    gap, at = 0.06 * (top - bottom), []
     for y in sorted(y for _, y, _ in ends.values()):
         at.append(max(y, at[-1] + gap) if at else y)
-    shift = max(0.0, at[-1] - top + gap / 2) if at else 0.0
+    shift = max(0.0, at[-1] - top + gap / 2)
     for (label, (x, y, color)), height in zip(sorted(ends.items(), key=lambda item: item[1][1]), at):
         axis.annotate(
             label, (x, y), xytext=(high + 0.05 * (high - low), height - shift), color=color, fontsize=9, va="center",
             arrowprops=dict(arrowstyle="-", color=color, lw=0.5, alpha=0.6, shrinkB=2),
         )  # fmt: skip
+
+
+def name_points(axis, points: dict[str, tuple[float, float, str]]) -> None:
+    """Names beside points, label → (x, y, colour); one that would cover another goes up, the right half's stand at the left."""
+    axis.margins(0.2, 0.1)
+    (low, high), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    placed = []
+    for label, (x, y, color) in sorted(points.items(), key=lambda item: item[1][1]):
+        at = y
+        while any(
+            abs(x - other) < 0.25 * (high - low) and abs(at - height) < 0.05 * (top - bottom) for other, height in placed
+        ):
+            at += 0.01 * (top - bottom)
+        placed.append((x, at))
+        left = x > (low + high) / 2
+        shift = (-0.03 if left else 0.03) * (high - low)
+        axis.text(x + shift, at, label, color=color, fontsize=9, va="center", ha="right" if left else "left")
 
 
 def along(runs: list[dict], name: str) -> tuple[list[int], np.ndarray]:
@@ -511,8 +539,8 @@ def shades(n: int) -> list:
     return [matplotlib.colormaps["viridis"](x) for x in np.linspace(0.85, 0.0, n)]
 
 
-def panels(plt, n: int, height: float = 4.2):
-    return plt.subplots(1, n, figsize=(4.4 * n, height), constrained_layout=True)
+def panels(plt, n: int, height: float = 3.9):
+    return plt.subplots(1, n, figsize=(3.5 * n, height), constrained_layout=True)
 
 
 def figure_2(plt, traces: dict):
@@ -526,7 +554,9 @@ def figure_2(plt, traces: dict):
     axis.fill_between(steps, middle - spread, middle + spread, alpha=0.2, lw=0)
     axis.plot(steps, middle)
     axis.axhline(0, color="0.6", lw=0.8)
-    axis.set(xlabel="step", ylabel="nats", title="log π_ref(chosen) − log π_ref(rejected): mean and spread of each batch")
+    axis.set(
+        xlabel="step", ylabel="nats", title="log π_ref(chosen) − log π_ref(rejected): mean and standard deviation of each batch"
+    )
     return figure, (
         f"The reference finds the chosen response likelier in {100 * right.mean():.0f} % of the pairs, by {middle.mean():.1f} "
         f"± {spread.mean():.1f} nats; along the steps nothing can change, for it is frozen and the order random."
@@ -574,8 +604,8 @@ def ridges(axis, values: dict[str, np.ndarray], title: str) -> None:
     """A smoothed histogram for each label, one above the other, all at the same height scale; a tick at the mean."""
     if not values:
         return
-    low, high = np.quantile(np.concatenate(list(values.values())), (0.005, 0.995))
-    grid = np.linspace(low - 0.1 * (high - low), high + 0.1 * (high - low), 300)
+    low, high = np.quantile(np.concatenate(list(values.values())), (0.002, 0.998))
+    grid = np.linspace(low - 0.15 * (high - low), high + 0.15 * (high - low), 300)
     curves = {}
     for label, x in values.items():
         width = 1.06 * max(x.std(), 1e-6) * len(x) ** -0.2  # Silverman's rule
@@ -614,10 +644,10 @@ def figure_4(plt, traces: dict, results: dict, best: dict):
         axes[0].errorbar(range(len(ALPHAS)), means, errors, marker="o", ms=4, capsize=2, color=color)
         ends[name] = (len(ALPHAS) - 1, means[-1], color)
         said.append(f"{name} {means[0]:.1f} at α = 0, best {np.nanmax(means):.1f} at α/β = {ALPHAS[np.nanargmax(means)]:g}")
-    axes[0].set_xticks(range(len(ALPHAS)), [f"{x:g}" for x in ALPHAS])
-    axes[0].set(xlabel="α/β", ylabel="%", title=f"LC win rate and true quality ({label})")
+    axes[0].set(xlabel="α/β", ylabel="%", title=label)
     axes[0].grid(alpha=0.25)
     name_ends(axes[0], ends)
+    axes[0].set_xticks(range(len(ALPHAS)), [f"{x:g}" for x in ALPHAS])
     margins, chosen = spread_of(traces, "α", ALPHAS, settings["beta"])
     ridges(axes[1], margins, "reward margin of held-out pairs")
     ridges(axes[2], chosen, "chosen, average log-prob per token")
@@ -629,6 +659,7 @@ def figure_4(plt, traces: dict, results: dict, best: dict):
 
 def figure_5(plt, traces: dict, results: dict):
     figure, axes = panels(plt, len(FIGURE_5), 3.4)
+    axes[0].sharey(axes[1]), axes[2].sharey(axes[1])
     said = []
     for axis, label in zip(axes, FIGURE_5):
         means, errors = np.array([mean_and_error(results[label, x], "lc_win_rate") for x in ALPHAS]).T * 100
@@ -659,16 +690,17 @@ def figure_gradients(plt, traces: dict):
     names = [name for name in ("DPO", "SimPO", "α-DPO", "SimPER") if traces[name]]
     if not names:
         return None
-    figure, axes = panels(plt, len(names), 3.6)
-    axes, said = np.atleast_1d(axes), []
-    for axis, name in zip(axes, names):
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), constrained_layout=True)
+    said = []
+    for axis, name in zip(axes.flat, names):
         (steps, w), (_, low) = along(traces[name], "norm_w"), along(traces[name], "norm_l")
         axis.plot(steps, w, color="C0")
         axis.plot(steps, low, color="C3")
-        axis.set(xlabel="step", title=name, ylim=(0, None))
-        name_ends(axis, {"chosen": (steps[-1], w[-1], "C0"), "rejected": (steps[-1], low[-1], "C3")}, 0.35)
+        axis.set(xlabel="step", ylabel="norm of the gradient's part", title=name, ylim=(0, None))
+        name_ends(axis, {"chosen": (steps[-1], w[-1], "C0"), "rejected": (steps[-1], low[-1], "C3")})
         said.append(f"{name} {low[0] / w[0]:.2f} → {low[-1] / w[-1]:.2f}")
-    axes[0].set_ylabel("norm of the gradient's part")
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
     return figure, (
         f"Rejected over chosen, first → last: {'; '.join(said)}. Slides: SimPER balances the two; in others the rejected part "
         "dominates."
@@ -676,20 +708,26 @@ def figure_gradients(plt, traces: dict):
 
 
 def figure_likelihood(plt, traces: dict):
-    figure, axis = plt.subplots(figsize=(9, 6), constrained_layout=True)
-    ends, last = {}, {}
-    for i, name in enumerate(("DPO", "SLiC", "IPO", "KTO", "CPO", "SimPO", "SimPER")):
-        if runs := traces[name]:
-            (_, w), (_, low) = along(runs, "a_w"), along(runs, "a_l")
-            change, margin = w - w[0], w - low
-            axis.plot(change, margin, ".-", color=f"C{i}", lw=0.8, ms=4)
-            axis.plot(change[-1], margin[-1], "o", color=f"C{i}")
-            ends[name], last[name] = (change[-1], margin[-1], f"C{i}"), (change[-1], margin[-1])
-    axis.set(xlabel="chosen, change of average log-prob, nats per token", ylabel="margin: chosen − rejected, nats per token",
-             title="held-out pairs while training, the end of each run marked")  # fmt: skip
-    axis.grid(alpha=0.25)
-    name_ends(axis, ends, 0.15)
-    said = "; ".join(f"{n} {c:+.2f}, {m:.2f}" for n, (c, m) in sorted(last.items(), key=lambda item: -item[1][0]))
+    names = [name for name in ("DPO", "SLiC", "IPO", "KTO", "CPO", "SimPO", "SimPER") if traces[name]]
+    if not names:
+        return None
+    figure, axes = panels(plt, 3)
+    titles = ("chosen, change of average log-prob", "margin: chosen − rejected", "the end of training")
+    lines, points = [{}, {}], {}
+    for i, name in enumerate(names):
+        (steps, w), (_, low) = along(traces[name], "a_w"), along(traces[name], "a_l")
+        for axis, values, ends in zip(axes, (w - w[0], w - low), lines):
+            axis.plot(steps, values, color=f"C{i}")
+            ends[name] = (steps[-1], values[-1], f"C{i}")
+        points[name] = (w[-1] - w[0], w[-1] - low[-1], f"C{i}")
+        axes[2].plot(*points[name][:2], "o", color=f"C{i}")
+    for axis, title, ends in zip(axes, titles, (*lines, {})):
+        axis.set(xlabel="step", ylabel="nats per token", title=title)
+        name_ends(axis, ends)
+    axes[2].set(xlabel="chosen, change, nats per token", ylabel="margin, nats per token")
+    axes[2].grid(alpha=0.25)
+    name_points(axes[2], points)
+    said = "; ".join(f"{n} {c:+.2f}, {m:.2f}" for n, (c, m, _) in sorted(points.items(), key=lambda item: -item[1][0]))
     return (
         figure,
         f"Change of the chosen and margin at the end: {said}. Slides: SimPER declines least and has the largest margin.",

@@ -126,7 +126,7 @@ def test_lemma_4_3():
 def test_agreement_of_reward_and_likelihood():
     reward, logp = tensor([[1.0, 0.0], [1.0, 0.0]]), tensor([[-3.0, -4.0], [-3.0, -2.0]])
     assert alpha_dpo.agreement(reward, logp, tensor([[3.0, 3.0], [2.0, 2.0]])) == 0.5
-    assert alpha_dpo.agreement(reward, logp, tensor([[3.0, 4.5], [2.0, 1.0]])) == 0.5  # per token, not per response
+    assert alpha_dpo.agreement(reward, logp, tensor([[3.0, 4.5], [3.0, 3.0]])) == 0.0  # per token, not per response
 
 
 # ---- a followed run
