@@ -267,7 +267,8 @@ def study(s: miniature.Study, common: dict, out: Path) -> dict[str, str]:
     traces = {name: [run for run in runs if "error" not in run] for name, runs in traces.items()}
     parts = report(best, results, traces, out)
     worlds = f"Means ± standard errors over {s.seeds} worlds" if s.seeds > 1 else "One world"
-    how = f"{worlds} other than the one of the tuning.\n"
+    how = f"{worlds} other than the one of the tuning, which tries each call of a method's grid at the learning rates "
+    how += f"{', '.join(f'{lr:g}' for lr in miniature.LEARNING_RATES)}.\n"
     text = how + "".join(f"\n### {title}\n\n{body}" for title, body in parts.items())
     (out / "report.md").write_text(text)
     print(text)
@@ -327,12 +328,13 @@ def report(best: dict, results: dict, traces: dict, out: Path) -> dict[str, str]
         ("Gradient norms (SimPER's slides)", "gradients", figure_gradients),
         ("Chosen likelihood against margin (SimPER's slides)", "likelihood", figure_likelihood),
     ):
-        drawn = draw(plt, traces)
-        if drawn is None:  # every run that it shows ended early
-            continue
-        figure, text = drawn
-        figure.savefig(out / f"{name}.png", dpi=100)
-        plt.close(figure)
+        with plt.rc_context({"axes.titlesize": 10}):
+            drawn = draw(plt, traces)
+            if drawn is None:  # every run that it shows ended early
+                continue
+            figure, text = drawn
+            figure.savefig(out / f"{name}.png", dpi=100)
+            plt.close(figure)
         parts[title] = f"![{title}]({name}.png)\n\n{text}\n"
     return parts
 
@@ -378,10 +380,12 @@ def table_1(best: dict, results: dict) -> str:
     known = [name for name in ours if math.isfinite(ours[name])]
     columns = [[PAPER_1[name][2 * i] for name in known] for i in range(4)]
     here = ", ".join(f"{spearman([ours[n] for n in known], column):.2f} ({m})" for column, m in zip(columns, MODELS))
+    edges = [n for n in METHODS if best[n]["lr"] in (min(miniature.LEARNING_RATES), max(miniature.LEARNING_RATES))]
     among = [spearman(columns[i], columns[j]) for i in range(4) for j in range(i)]
     return table(["method", "tuned to", "lr", *MEASURED.values(), "paper: LC, %", "paper: WR, %"], lines) + (
         f"Paper: Llama3-Instruct, AlpacaEval 2. Rank correlation of our LC with the paper's: {here}; of the paper's four "
-        f"settings with each other {min(among):.2f} to {max(among):.2f}. Our order: {order(ours)}.\n"
+        f"settings with each other {min(among):.2f} to {max(among):.2f}. Our order: {order(ours)}. Best learning rate at an "
+        f"edge of the grid: {', '.join(edges) or 'none'}.\n"
     )
 
 
@@ -452,7 +456,7 @@ def text_4_2(best: dict, traces: dict) -> str:
         t = lemma_4_2(at["logp"], at["ref"], at["length"], settings["beta"], settings["gamma"], x)
         fails += [f"{x:g}"] if t["left"] > t["online"] else []
         columns = [t["left"], t["online"], t["correction"], t["online"] + t["correction"]]
-        lines.append([f"{x:g}", *(f"{v:.4f}" for v in columns), f"{100 * t['holds']:.0f}"])
+        lines.append([f"{x:g}", *(f"{v:.4f}" if abs(v) < 100 else f"{v:.0f}" for v in columns), f"{100 * t['holds']:.0f}"])
     head = ["α", "L of α-DPO", "L of online SimPO", "correction", "right side", "pairs for which it holds, %"]
     without = f"without it the left side is above the right at α = {', '.join(fails)}" if fails else "it holds without it too"
     return table(head, lines) + (
@@ -536,7 +540,7 @@ def shades(n: int) -> list:
     """n colours in order, the first ones lighter."""
     import matplotlib
 
-    return [matplotlib.colormaps["viridis"](x) for x in np.linspace(0.85, 0.0, n)]
+    return [matplotlib.colormaps["viridis"](x) for x in np.linspace(0.75, 0.0, n)]
 
 
 def panels(plt, n: int, height: float = 3.9):
@@ -597,7 +601,7 @@ def figure_3(plt, traces: dict):
 
 
 def alpha_name(x: float) -> str:
-    return f"α/β = {x:g}" if x else "SimPO (α = 0)"
+    return f"α/β = {x:g}" if x else "SimPO"
 
 
 def ridges(axis, values: dict[str, np.ndarray], title: str) -> None:
@@ -613,7 +617,7 @@ def ridges(axis, values: dict[str, np.ndarray], title: str) -> None:
     step = 0.8 * max(curve.max() for curve in curves.values())
     for i, ((label, curve), color) in enumerate(zip(curves.items(), shades(len(curves)))):
         axis.fill_between(grid, -i * step, curve - i * step, color=color, alpha=0.75, lw=0, zorder=i)
-        axis.plot([values[label].mean()] * 2, [-i * step, -i * step + 0.3 * step], color="k", lw=1.5, zorder=i + 0.5)
+        axis.plot([values[label].mean()] * 2, [-i * step, -i * step + 0.3 * step], color="k", lw=1.5, zorder=len(curves))
     axis.set_yticks([-i * step for i in range(len(curves))], list(curves))
     axis.set_title(title, fontsize=10)
     axis.grid(axis="x", alpha=0.25)

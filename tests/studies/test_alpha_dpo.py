@@ -253,6 +253,20 @@ def test_report_where_every_followed_run_ended_early(tmp_path, made_up, monkeypa
     assert "### Table 6" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_names_at_the_ends_of_lines_stand_apart():
+    """In the order of the ends, inside the axes, and none over another."""
+    plt = train.pyplot()
+    figure, axis = plt.subplots()
+    axis.set(xlim=(0, 10), ylim=(0, 1))
+    ends = {"a": (10, 0.99, "k"), "b": (10, 0.98, "k"), "c": (10, 0.5, "k"), "d": (10, 0.985, "k")}
+    alpha_dpo.name_ends(axis, ends)
+    heights = {text.get_text(): text.xyann[1] for text in axis.texts}
+    plt.close(figure)
+    placed = sorted(heights, key=heights.get)
+    assert placed == ["c", "b", "d", "a"] and heights["a"] < 1
+    assert all(heights[high] - heights[low] > 0.059 for low, high in zip(placed, placed[1:]))
+
+
 def test_paper_numbers_of_table_2_are_those_of_table_1():
     for of, column in alpha_dpo.PAPER_2.items():
         i = 2 * alpha_dpo.MODELS.index(of)
