@@ -137,6 +137,7 @@ def check(s: Study) -> None:
         )
     if s.paper:
         data.refuse_unless_known("paper", s.paper, PAPERS)
+    workers()
     if s.seeds < 1:
         raise UserError(f"seeds is {s.seeds}; it must be at least 1")
     if s.model != "tiny" or s.recipe or "RANK" in os.environ:
@@ -194,13 +195,19 @@ def job_key(job: dict) -> str:
     return json.dumps(job, sort_keys=True)
 
 
+def workers() -> int:
+    text = os.environ.get("WORKERS", str(os.cpu_count()))
+    if not text.isdigit() or text == "0":
+        raise UserError(f"the environment variable WORKERS is {text!r}; it is a number of processes, at least 1")
+    return int(text)
+
+
 def run_jobs(jobs: list[dict], file: Path, work: Callable[[dict], dict] = experiment) -> list[dict]:
     """All jobs, WORKERS processes at a time; each result is a line of `file`, and those already there stay."""
     known = {job_key(result["job"]): result for result in train.read_lines(file, lambda line: "job" in line)}
     missing = [job for key, job in {job_key(job): job for job in jobs}.items() if key not in known]
-    workers = int(os.environ.get("WORKERS", os.cpu_count()))
     worlds = {job["seed"]: train.Settings(seed=job["seed"], cache=job["cache"]) for job in missing}
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), one_of_many) as pool:
+    with ProcessPoolExecutor(workers(), multiprocessing.get_context("spawn"), one_of_many) as pool:
         for _ in data.progress(pool.map(train.embedded_world, worlds.values()), "worlds", "worlds", len(worlds)):
             pass  # one process each, so that no two build the same
         futures = [pool.submit(work, job) for job in missing]

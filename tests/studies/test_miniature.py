@@ -164,6 +164,14 @@ def test_not_under_torchrun(monkeypatch, capsys, made_up):
     assert stop.value.code == 2 and "torchrun" in capsys.readouterr().err and not made_up
 
 
+@pytest.mark.parametrize("number", ["0", "two", ""])
+def test_workers_is_a_number(monkeypatch, capsys, made_up, number):
+    monkeypatch.setenv("WORKERS", number)
+    with pytest.raises(SystemExit) as stop:
+        miniature.main(["--compare", "dpo"])
+    assert stop.value.code == 2 and f"WORKERS is '{number}'" in capsys.readouterr().err and not made_up
+
+
 def test_the_command_line_itself():
     """As typed in a shell: the message on stderr, nothing on stdout, exit code 2."""
     command = [sys.executable, miniature.__file__, "--compare", "dpo", "--seeds", "0"]
