@@ -244,11 +244,17 @@ def test_report(tmp_path, made_up):
     assert not any("nan" in line for line in lines)
 
 
-def test_report_where_every_followed_run_ended_early(tmp_path, made_up, monkeypatch):
-    """Tables are written all the same."""
+@pytest.mark.parametrize("broken", ["followed", "α-DPO", "all"])
+def test_report_where_runs_ended_early(tmp_path, made_up, monkeypatch, broken):
+    """It is written all the same."""
     run_jobs = miniature.run_jobs
-    broken = lambda jobs, file, work=None: [{"job": j, "error": "x"} if "every" in j else run_jobs([j], file)[0] for j in jobs]  # noqa: E731
-    monkeypatch.setattr(miniature, "run_jobs", broken)
+    ends = {
+        "followed": lambda job: "every" in job,
+        "α-DPO": lambda job: "alpha_dpo" in job["objective"],
+        "all": lambda job: True,
+    }
+    one = lambda job, file: {"job": job, "error": "x"} if ends[broken](job) else run_jobs([job], file)[0]  # noqa: E731
+    monkeypatch.setattr(miniature, "run_jobs", lambda jobs, file, work=None: [one(job, file) for job in jobs])
     miniature.main(["--paper", "alpha_dpo", "--seeds", "1", "--out", str(tmp_path / "out")])
     assert "### Table 6" in (tmp_path / "out" / "report.md").read_text()
 
