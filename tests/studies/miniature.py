@@ -4,12 +4,15 @@
     python tests/studies/miniature.py --compare all --sweeps all --out runs/compare   # all: about 90 minutes on two cores
     python tests/studies/miniature.py --sweeps alpha --seeds 5 --annotator-noise 0.5  # with any setting of train.py
     python tests/studies/miniature.py --compare all --out runs/compare --resume       # goes on where a killed one stopped
+    python tests/studies/miniature.py --paper alpha_dpo --out runs/alpha_dpo          # a paper's tables and figures
 
 Every objective is tuned by successive halving: all of GRID's settings times six learning rates in one world, the better quarter
 of them in a second, a quarter of these in a third. The best mean win rate goes on to `seeds` other worlds. A run is
-train.train() as it stands, in a process of its own; each result is a line of runs.jsonl.
+train.train() as it stands, in a process of its own (as many at a time as the environment variable
+WORKERS says, else one per core); each result is a line of runs.jsonl.
 """
 
+import importlib
 import json
 import math
 import multiprocessing
@@ -17,6 +20,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,6 +127,7 @@ MEASURES = {  # name → (title, number of decimals, whether percent)
     "rejected": ("rejected, change in nats per token", 2, False),
 }
 PANELS = ("win_rate", "length", "kl", "chosen")  # of a sweep
+PAPERS = ("alpha_dpo",)  # modules beside this one, each with a study(settings, common settings of all jobs, folder)
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -132,6 +137,7 @@ PANELS = ("win_rate", "length", "kl", "chosen")  # of a sweep
 class Study(train.Settings):
     compare: list[str] | None = setting(None, "tune and compare these objectives (all, names, or calls)")
     sweeps: list[str] | None = setting(None, "figures of these sweeps (all, or names of SWEEPS)")
+    paper: str | None = setting(None, f"tables and figures of a paper: {', '.join(PAPERS)}")
     seeds: int = setting(5, "runs of each setting, each in a world of its own")
 
 
@@ -141,8 +147,14 @@ def parse(argv: list[str]) -> Study:
 
 
 def check(s: Study) -> None:
-    if not (s.compare or s.sweeps):
-        raise UserError(f"nothing to do: give --compare (all, or objectives), --sweeps (all, or {', '.join(SWEEPS)}), or both")
+    if not (s.compare or s.sweeps or s.paper):
+        raise UserError(
+            f"nothing to do: give --compare (all, or objectives), --sweeps (all, or {', '.join(SWEEPS)}), "
+            f"or --paper ({', '.join(PAPERS)})"
+        )
+    if s.paper:
+        data.refuse_unless_known("paper", s.paper, PAPERS)
+    workers()
     if s.seeds < 1:
         raise UserError(f"seeds is {s.seeds}; it must be at least 1")
     if s.model != "tiny" or s.recipe or "RANK" in os.environ:
@@ -166,7 +178,7 @@ def sweeps_of(s: Study) -> list[str]:
 
 def common_settings(s: Study) -> dict:
     """What all jobs share: the settings that differ from their defaults, but those that a job sets or that are no run's."""
-    default, own = Study(), ("compare", "sweeps", "seeds", "out", "overwrite", "resume", "objective", "lr", "seed")
+    default, own = Study(), ("compare", "sweeps", "paper", "seeds", "out", "overwrite", "resume", "objective", "lr", "seed")
     changed = {k: v for k, v in asdict(s).items() if k not in own and v != getattr(default, k)}
     return changed | {"model": "tiny", "dataset": "tiny", "cache": s.cache}
 
@@ -200,15 +212,22 @@ def job_key(job: dict) -> str:
     return json.dumps(job, sort_keys=True)
 
 
-def run_jobs(jobs: list[dict], file: Path) -> list[dict]:
-    """All jobs, a process per core at a time; each result is a line of `file`, and those already there stay."""
+def workers() -> int:
+    text = os.environ.get("WORKERS", str(os.cpu_count()))
+    if not text.isdigit() or text == "0":
+        raise UserError(f"the environment variable WORKERS is {text!r}; it is a number of processes, at least 1")
+    return int(text)
+
+
+def run_jobs(jobs: list[dict], file: Path, work: Callable[[dict], dict] = experiment) -> list[dict]:
+    """All jobs, WORKERS processes at a time; each result is a line of `file`, and those already there stay."""
     known = {job_key(result["job"]): result for result in train.read_lines(file, lambda line: "job" in line)}
-    missing = [job for job in jobs if job_key(job) not in known]
+    missing = [job for key, job in {job_key(job): job for job in jobs}.items() if key not in known]
     worlds = {job["seed"]: train.Settings(seed=job["seed"], cache=job["cache"]) for job in missing}
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), one_of_many) as pool:
+    with ProcessPoolExecutor(workers(), multiprocessing.get_context("spawn"), one_of_many) as pool:
         for _ in data.progress(pool.map(train.embedded_world, worlds.values()), "worlds", "worlds", len(worlds)):
             pass  # one process each, so that no two build the same
-        futures = [pool.submit(experiment, job) for job in missing]
+        futures = [pool.submit(work, job) for job in missing]
         for future in data.progress(as_completed(futures), "runs", "runs", len(futures)):
             result = future.result()
             known[job_key(result["job"])] = result
@@ -243,6 +262,8 @@ def study(s: Study) -> dict:
         draw_comparison(results, out)
     for name in sweeps_of(s):
         sweep(name, common, s.seeds, out)
+    if s.paper:
+        importlib.import_module(s.paper).study(s, common, out)
     train.say(f"{time.time() - started:.0f} s; everything is in {out}")
     return {"out": str(out), "best": best, "results": results}
 

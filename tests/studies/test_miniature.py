@@ -88,9 +88,9 @@ def test_a_job_holds_what_differs_from_the_default(tmp_path):
     assert s.seeds == 2 and s.lr == 1.0
 
 
-def test_settings_are_those_of_the_trainer_and_three_more(tmp_path):
+def test_settings_are_those_of_the_trainer_and_four_more(tmp_path):
     more = {f.name for f in fields(miniature.Study)} - {f.name for f in fields(train.Settings)}
-    assert more == {"compare", "sweeps", "seeds"}
+    assert more == {"compare", "sweeps", "paper", "seeds"}
     (tmp_path / "s.yaml").write_text("epochs: 3\nmax-steps: 5\n")
     s = miniature.parse([str(tmp_path / "s.yaml"), "--sweeps", "alpha", "gamma", "--max-steps", "6"])
     assert (s.epochs, s.max_steps, s.sweeps, s.compare, s.seeds) == (3, 6, ["alpha", "gamma"], None, 5)
@@ -142,6 +142,7 @@ BAD = {
     "a real model": (["--compare", "dpo", "--model", "m", "--dataset", "d"], ["run in the embedded world, without --model"]),
     "a real dataset": (["--compare", "dpo", "--dataset", "d"], ["embedded world"]),
     "a recipe": (["--compare", "dpo", "--recipe", "gemma-2-9b-it-simpo"], ["without --model, --recipe"]),
+    "unknown paper": (["--paper", "x"], ["paper", "'x'", "alpha_dpo"]),
     "unknown sweep": (["--sweeps", "x"], ["unknown sweep 'x'", "alpha, gamma, length"]),
     "unknown objective": (["--compare", "dpo", "simp"], ["unknown objective 'simp'", "simpo"]),
     "a call out of range": (["--compare", "dpo(beta=0.0)"], ["beta"]),
@@ -167,6 +168,14 @@ def test_not_under_torchrun(monkeypatch, capsys, made_up):
     with pytest.raises(SystemExit) as stop:
         miniature.main(["--compare", "dpo"])
     assert stop.value.code == 2 and "torchrun" in capsys.readouterr().err and not made_up
+
+
+@pytest.mark.parametrize("number", ["0", "two", ""])
+def test_workers_is_a_number(monkeypatch, capsys, made_up, number):
+    monkeypatch.setenv("WORKERS", number)
+    with pytest.raises(SystemExit) as stop:
+        miniature.main(["--compare", "dpo"])
+    assert stop.value.code == 2 and f"WORKERS is '{number}'" in capsys.readouterr().err and not made_up
 
 
 def test_the_command_line_itself():
