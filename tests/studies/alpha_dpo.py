@@ -31,8 +31,12 @@ from losses import OBJECTIVES, bradley_terry
 
 # ---- what is run -----------------------------------------------------------------------------------------------------
 
-# β, γ, α of α-DPO as published, in the paper's units; Table 2 is of these two.
-SETTINGS = {"Llama3-Instruct v0.2": (10.0, 4.0, 2.0), "Mistral-Instruct": (2.5, 0.375, 0.125)}
+# β, γ, α of α-DPO as published, in the paper's units; Table 2 is of the first two.
+SETTINGS = {
+    "Llama3-Instruct v0.2": (10.0, 4.0, 2.0),
+    "Mistral-Instruct": (2.5, 0.375, 0.125),
+    "Llama3-Instruct": (2.5, 1.5, 0.5),
+}
 ALPHA_DPO = "alpha_dpo(beta={}, gamma={}, alpha={})"
 METHODS = {  # Table 1 → what is tuned
     "SFT on the chosen": GRID["sft"],
@@ -42,7 +46,7 @@ METHODS = {  # Table 1 → what is tuned
     "KTO": GRID["kto"],
     "ORPO": GRID["orpo"],
     "R-DPO": GRID["rdpo"],
-    "SimPO": ("simpo(beta=10.0, gamma=3.0)", "simpo(beta=2.5, gamma=0.25)"),  # as published for the two settings
+    "SimPO": ("simpo(beta=10.0, gamma=3.0)", "simpo(beta=2.5, gamma=0.25)", "simpo(beta=2.5, gamma=1.375)"),  # published
     "α-DPO": tuple(ALPHA_DPO.format(*numbers) for numbers in SETTINGS.values()),
 }
 NO_LENGTHS = {  # Table 5
@@ -67,7 +71,7 @@ VARIANTS = {  # Table 2: implicit reference model → the objective at b, g, a =
 }
 ALPHAS = (0.0, 0.01, 0.05, 0.1, 0.2)  # α/β: the search range, and SimPO
 GAMMAS = (0.0, 0.1, 0.3, 0.5, 1.0)  # γ/β
-FIGURE_5 = {"β 2.5, γ 0.375": (2.5, 0.375), "β 2.5, γ 1.5": (2.5, 1.5), "β 10, γ 4": (10.0, 4.0)}  # settings of Table 4
+FIGURE_5 = {f"β {b:g}, γ {g:g}": (b, g) for b, g, _ in SETTINGS.values()}
 EVERY, CHECKPOINTS = 4, 4  # a followed run is measured every so many steps, and its answers are judged so many times
 
 # ---- what the paper has: LC and WR on AlpacaEval 2, % ------------------------------------------------------------------
@@ -253,11 +257,9 @@ def study(s: miniature.Study, common: dict, out: Path) -> dict[str, str]:
     """Everything: tune, run, follow, write. Returns the parts of report.md, title → text."""
     file = out / "runs.jsonl"
     grid = METHODS | NO_LENGTHS | TOKEN_KL | SLIDES
-    grid |= {f"{of}: {row}": (text(*SETTINGS[of]),) for of in SETTINGS for row, text in VARIANTS.items()}
+    grid |= {f"{of}: {row}": (text(*SETTINGS[of]),) for of in PAPER_2 for row, text in VARIANTS.items()}
     best = miniature.tune(grid, common, file)
-    names = [*grid, *curves(best)]
-    jobs = {**best, **curves(best)}
-    results = everywhere({name: jobs[name] for name in names}, s.seeds, file)
+    results = everywhere(best | curves(best), s.seeds, file)
     traces = everywhere(
         {name: job | {"every": EVERY, "checkpoints": CHECKPOINTS} for name, job in followed_jobs(best).items()},
         s.seeds,
@@ -286,13 +288,14 @@ def numbers(job: dict) -> dict:
 
 
 def curves(best: dict[str, dict]) -> dict[tuple[str, float], dict]:
-    """Figure 5: α-DPO over α/β for each (β, γ), at the learning rate that is best at the same β in Table 2."""
-    rates = {SETTINGS[of][0]: best[f"{of}: U(π_θ/π_ref)^α"] for of in SETTINGS}
-    return {
-        (label, x): rates[b] | {"objective": ALPHA_DPO.format(b, g, x * b)}
-        for label, (b, g) in FIGURE_5.items()
-        for x in ALPHAS
-    }
+    """Figure 5: α-DPO over α/β for each (β, γ), at Table 1's learning rate where these are its, else at Table 2's of that β."""
+    rates = {SETTINGS[of][0]: best[f"{of}: U(π_θ/π_ref)^α"] for of in PAPER_2}
+    tuned = numbers(best["α-DPO"])
+    jobs = {}
+    for label, (b, g) in FIGURE_5.items():
+        like = best["α-DPO"] if (b, g) == (tuned["beta"], tuned["gamma"]) else rates[b]
+        jobs |= {(label, x): like | {"objective": ALPHA_DPO.format(b, g, x * b)} for x in ALPHAS}
+    return jobs
 
 
 def followed_jobs(best: dict[str, dict]) -> dict:
@@ -392,7 +395,8 @@ def table_1(best: dict, results: dict) -> str:
 def table_2(best: dict, results: dict) -> str:
     """The implicit reference models at the two published settings, the learning rate of each tuned."""
     text = ""
-    for of, (b, g, a) in SETTINGS.items():
+    for of in PAPER_2:
+        b, g, a = SETTINGS[of]
         names = [f"{of}: {row}" for row in VARIANTS]
         lines = [[row, *row_of(name, best, results), f"{paper}"] for row, name, paper in zip(VARIANTS, names, PAPER_2[of])]
         ours = [mean(results[name], "lc_win_rate") for name in names]
