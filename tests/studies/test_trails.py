@@ -270,6 +270,8 @@ def test_the_study(tmp_path, made_up, capsys):
     assert [job["lr"] for job in made_up] == rates and all(job["length_bias"] == 0.03 for job in made_up)
     assert [job["seed"] for job in made_up] == [0, 0, 0, 1, 1, 1] + [0, 0, 0, 0, 1, 1, 1, 1] * 2
     text = (tmp_path / "out" / "table.md").read_text()
+    cells = [line.count("|") for line in text.split("\n\n")[1].splitlines()]
+    assert len(cells) == 2 + 3 and len(set(cells)) == 1  # as many in each row as there are titles
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines() if line.startswith("| `")}
     assert text.startswith("The start: quality 0.500 ± 0.000, 8.0 ± 0.0 words; its average log-prob ranks 0.90") and text in (
         capsys.readouterr().out

@@ -139,6 +139,7 @@ ARMS = {  # name → the settings of its runs, learning rates, the suspect that 
     "dpo weighed as simpo": (dict(objective="weighed()"), MIDDLE, "pairs the start ranks wrong"),
 }  # fmt: skip
 LEVELS = (0.5, 1.0, 1.5)  # KL to the start, nats per answer
+SIDES = ("chosen", "rejected")
 DRAWS = 4  # answers to each held-out prompt
 
 
@@ -199,7 +200,7 @@ def measure(model: Path, s: train.Settings) -> dict:
     first = torch.tensor([0, *(len(e.responses[0]) for e in start["examples"][:-1])]).cumsum(0)
     now |= {"moved": change.mean().item(), "moved_first": change[first].mean().item()}
     now |= by_class("mass", p.exp(), start["table"], len(start["examples"]))
-    for side in ("chosen", "rejected"):
+    for side in SIDES:
         drift = of_targets(model, start[side]) - start[f"{side}_logp"]
         now |= {f"{side}/{c}": drift[start[f"{side}_classes"] == i].mean().item() for i, c in enumerate(CLASSES)}
         now[side] = drift.sum().item() / len(start[side])
@@ -219,7 +220,7 @@ def _at_the_start(world: Path, pairs: Path, seed: int, how: str) -> dict:
     start = dict(tokenizer=tokenizer, answers=answers, examples=examples, table=table, p=p)
     pair = train.load_rows(replace(s, dataset=str(pairs)), tokenizer, train.parse_objective("dpo")).held_out
     averages = []
-    for i, side in enumerate(("chosen", "rejected")):
+    for i, side in enumerate(SIDES):
         start[side] = [e._replace(responses=[e.responses[i]]) for e in pair]
         classes = [c for e in start[side] for c in classes_of(*as_words(tokenizer, e))]
         start[f"{side}_classes"] = torch.tensor([CLASSES.index(c) for c in classes])
@@ -410,21 +411,15 @@ def matched_table(results: dict[str, list[dict]]) -> str:
         at, (best, lr, kl) = functools.partial(at_level, runs, middle), best_of(runs)
         minus = (written(at("quality") - at_level(results[x], middle, "quality"), 3, "+") for x in ("simpo", "dpo"))
         qualities = (written(at_level(runs, x, "quality")) for x in LEVELS)
-        line = [
-            f"`{name}`",
-            ARMS[name][2] or "–",
-            *qualities,
-            *minus,
-            written(100 * at("win_rate"), 1),
-            written(at("words"), 1),
-        ]
-        lines.append([*line, written(100 * best, 1), f"{lr:g}", f"{kl:.2f}"])
+        at_middle = [written(100 * at("win_rate"), 1), written(at("words"), 1), *(written(at(x), 2, "+") for x in SIDES)]
+        best_rate = [written(100 * best, 1), f"{lr:g}", f"{kl:.2f}"]
+        lines.append([f"`{name}`", ARMS[name][2] or "–", *qualities, *minus, *at_middle, *best_rate])
     return miniature.markdown(lines)
 
 
 def held_out_line(results: dict[str, list[dict]]) -> str:
     """Over the arms: does quality at the middle KL go with what became of the held-out log-probs?"""
-    names, middle = ("quality", "chosen", "rejected"), LEVELS[1]
+    names, middle = ("quality", *SIDES), LEVELS[1]
     points = torch.tensor([[at_level(runs, middle, n).mean() for n in names] for runs in results.values()], dtype=torch.float64)
     points = points[points.isfinite().all(1)]
     quality, chosen, rejected = points.T
