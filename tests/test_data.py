@@ -1519,8 +1519,11 @@ def test_what_scoring_and_pairing_say(tmp_path):
         {"prompt": "C", "responses": ["c"], "scores": [1]},
     ]  # fmt: skip
     said.clear()
-    data.pairs(Pairing(write(tmp_path, "c.jsonl", scored), out), say=said.append)
-    assert said[1:] == [f"2 pairs in {out}: mean margin 1.5, chosen longer in 50%", "  1 without: fewer than two responses"]
+    data.pairs(Pairing(write(tmp_path, "c.jsonl", scored), str(tmp_path / "p.jsonl")), say=said.append)
+    assert said[1:] == [
+        f"2 pairs in {tmp_path / 'p.jsonl'}: mean margin 1.5, chosen longer in 50%",
+        "  1 without: fewer than two responses",
+    ]
     with pytest.raises(UserError, match="gives no pair: .* Lower --min_margin"):
         data.pairs(Pairing(str(tmp_path / "c.jsonl"), str(tmp_path / "no"), min_margin=9))
     assert not (tmp_path / "no").exists()

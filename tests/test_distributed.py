@@ -120,10 +120,10 @@ def world(tmp_path_factory) -> Path:
     return folder
 
 
-def settings(world: Path, **changed) -> train.Settings:
-    values = dict(model=str(world / "tied"), dataset=str(world / "pairs.jsonl"), lr=1e-4, dtype="fp32", device="cpu")
+def settings(folder: Path, **changed) -> train.Settings:
+    values = dict(model=str(folder / "tied"), dataset=str(folder / "pairs.jsonl"), lr=1e-4, dtype="fp32", device="cpu")
     values |= dict(batch_size=10, tokens_per_microbatch=120, max_steps=5, eval_size=6, samples=2, sample_tokens=4)
-    values |= dict(out=str(world), cache=str(world / "cache"))  # a run has an out of its own
+    values |= dict(out=str(folder), cache=str(folder / "cache"))  # a run has an out of its own
     return train.Settings(**values | changed)
 
 

@@ -223,7 +223,9 @@ def run_jobs(jobs: list[dict], file: Path, work: Callable[[dict], dict] = experi
     """All jobs, WORKERS processes at a time; each result is a line of `file`, and those already there stay."""
     known = {job_key(result["job"]): result for result in train.read_lines(file, lambda line: "job" in line)}
     missing = [job for key, job in {job_key(job): job for job in jobs}.items() if key not in known]
-    worlds = {job["seed"]: train.Settings(seed=job["seed"], cache=job["cache"]) for job in missing}
+    own = ("seed", "cache", "world", "annotator_noise", "length_bias")  # what a world depends on
+    settings = [{name: job[name] for name in own if name in job} for job in missing]
+    worlds = {job_key(of_world): train.Settings(**of_world) for of_world in settings}
     with ProcessPoolExecutor(workers(), multiprocessing.get_context("spawn"), one_of_many) as pool:
         for _ in data.progress(pool.map(train.embedded_world, worlds.values()), "worlds", "worlds", len(worlds)):
             pass  # one process each, so that no two build the same
@@ -236,9 +238,9 @@ def run_jobs(jobs: list[dict], file: Path, work: Callable[[dict], dict] = experi
     return [known[job_key(job)] for job in jobs]
 
 
-def run_groups(groups: dict, file: Path) -> dict:
+def run_groups(groups: dict, file: Path, work: Callable[[dict], dict] = experiment) -> dict:
     """{name: jobs} → {name: their results}, all jobs in one go."""
-    results = iter(run_jobs([job for jobs in groups.values() for job in jobs], file))
+    results = iter(run_jobs([job for jobs in groups.values() for job in jobs], file, work))
     return {name: [next(results) for _ in jobs] for name, jobs in groups.items()}
 
 

@@ -34,7 +34,7 @@ def made_up(monkeypatch) -> list[dict]:
         measures = dict.fromkeys(MEASURES, 1.0) | {"win_rate": rate + 0.01 * (job["seed"] % 100)}
         return {"job": job, **measures, "start": dict.fromkeys(MEASURES, 0.5)}
 
-    monkeypatch.setattr(miniature, "run_jobs", lambda jobs, file: [run(job) for job in jobs])
+    monkeypatch.setattr(miniature, "run_jobs", lambda jobs, file, work=None: [run(job) for job in jobs])
     return asked
 
 

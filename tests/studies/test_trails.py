@@ -258,7 +258,7 @@ def made_up(monkeypatch) -> list[dict]:
         now = {**start, "kl": kl, "quality": 0.5 + gain * math.sqrt(kl) + 0.01 * job["seed"], "win_rate": 0.6}
         return {"job": job, **now, "count/idle": -0.5 * math.sqrt(kl), "start": start}
 
-    monkeypatch.setattr(miniature, "run_jobs", lambda jobs, file: [run(job) for job in jobs])
+    monkeypatch.setattr(miniature, "run_jobs", lambda jobs, file, work=None: [run(job) for job in jobs])
     return asked
 
 

@@ -338,8 +338,7 @@ def study(s: Study) -> dict:
     train.write_whole(out / "settings.json", json.dumps(asdict(s), indent=2) + "\n")
     if s.overwrite:
         (out / "runs.jsonl").unlink(missing_ok=True)
-    with mock.patch.object(miniature, "experiment", experiment):
-        results = miniature.run_groups(jobs_of(s), out / "runs.jsonl")
+    results = miniature.run_groups(jobs_of(s), out / "runs.jsonl", experiment)
     text = f"{start_line(results)}\n\n{matched_table(results)}\n{held_out_line(results)}\n\n{class_tables(results)}"
     (out / "table.md").write_text(text)
     print(text)
