@@ -1,7 +1,8 @@
 """What training changed inside a model: a crosscoder on the activations of one layer of two models, A before and B after.
 
     python tests/studies/model_diff.py --before A --after B --texts rows.jsonl[:500] --layer 15 --out runs/diff
-    python tests/studies/model_diff.py --synthetic --out runs/diff-synthetic    # where the truth is known
+    python tests/studies/model_diff.py --synthetic --out runs/diff-synthetic            # where the truth is known
+    python tests/studies/model_diff.py --world --layer 2 --latents 192 --out runs/diff-world    # where the tokens' labels are
 
 Crosscoder (Lindsey et al. 2024), for paired activations x (2, d) of a token, scaled per model to a mean norm of √d:
 
@@ -64,6 +65,8 @@ class Study(Coding):
     max_tokens: int = setting(256, "of a text")
     top: int = setting(12, "latents in the table")
     synthetic: bool = setting(False, "the study with known truth")
+    world: bool = setting(False, "the embedded world's start against its SimPO model, in place of before, after and texts")
+    cache: str = setting("~/.cache/plainpo", "folder in which the embedded world is built")
     seeds: int = setting(3, "runs of each setting of the synthetic study")
     out: str = setting("runs/model-diff", "folder for tables and pictures; one with files is refused")
 
@@ -323,7 +326,7 @@ def draw_latents(readings: dict[str, Reading], path: Path) -> None:
 def diff(s: Study, out: Path) -> dict:
     for name in ("before", "after", "texts"):
         if getattr(s, name) is None:
-            raise UserError(f"--{name} is missing (or --synthetic for the study with known truth)")
+            raise UserError(f"--{name} is missing (or --synthetic or --world, which need none)")
     texts, tokenizer = read_texts(s)
     x, tokens = activations([s.before, s.after], texts, s.layer)
     coder = fit(x, s)
@@ -554,6 +557,157 @@ def draw_planted(found: dict[tuple, list[dict]], path: Path) -> None:
     plt.close(figure)
 
 
+# ---- the embedded world ----------------------------------------------------------------------------------------------
+
+
+def classes(words: list[str]) -> list[str]:
+    """What each token of a prompt and its answer is: prompt, start (of the answer), idle, and, end, or a kind of item.
+
+    Items: repeated; else wrong, of a kind that was not asked for; else surplus, beyond the number asked for; else right.
+    """
+    at = words.index("<assistant>")
+    wanted, said, found = data._wanted(" ".join(words[1:at])), set(), ["prompt"] * at + ["start"]
+    for word in words[at + 1 :]:
+        kind = data.KIND_OF.get(word)
+        if kind is None:
+            found.append({"<end>": "end", "and": "and"}.get(word, "idle"))
+        else:
+            of_kind = sum(data.KIND_OF[other] == kind for other in said)
+            new = "wrong" if kind not in wanted else "surplus" if of_kind >= wanted[kind] else "right"
+            found.append("repeated" if word in said else new)
+            said.add(word)
+    return found
+
+
+def world_labels(tokens: Tokens, tokenizer) -> dict[str, Tensor]:
+    """Name → (n,) bool: the class of a token, of the next one, and the kind of an item; those on 30 tokens or more."""
+    rows = []
+    for ids in tokens.texts:
+        words = tokenizer.convert_ids_to_tokens(ids)
+        own = classes(words)
+        after = ["before " + name for name in own[1:]] + [""]
+        kinds = [f"one of the {data.KIND_OF[word]}" if word in data.KIND_OF else "" for word in words]
+        rows += list(zip(own, after, kinds))[1:]
+    names = sorted({name for row in rows for name in row} - {"", "before prompt", "before start"})
+    labels = {name: torch.tensor([name in row for row in rows]) for name in names}
+    return {name: label for name, label in labels.items() if label.sum() >= 30}
+
+
+def named(f: Tensor, labels: dict[str, Tensor], latents: list[int], seed: int) -> tuple[list[tuple[str, float]], float]:
+    """The label that each of these latents tells best, with its AUC; and the best that any of them does on permuted tokens."""
+    table = torch.stack([auc(f[:, latents], label) for label in labels.values()])  # (labels, latents)
+    best, which = table.max(0)
+    draw, chance = torch.Generator().manual_seed(seed), 0.0
+    for _ in range(20):
+        shuffled = f[torch.randperm(len(f), generator=draw)][:, latents]
+        chance = max(chance, max(auc(shuffled, label).max().item() for label in labels.values()))
+    return [(list(labels)[i], value) for i, value in zip(which.tolist(), best.tolist())], chance
+
+
+def change_table(x: Tensor, labels: dict[str, Tensor], of_b: Tensor) -> str:
+    """The baseline: the length of the mean of x^B − x^A on the tokens of a class, and which principal component tells it.
+
+    of_b: (n,) bool, the tokens of B's answers and their prompts.
+    """
+    change = x[:, 1] - x[:, 0]
+    axes = torch.linalg.svd(change - change.mean(0), full_matrices=False).Vh[:5]
+    along = change @ axes.T
+    along = torch.cat([along, -along], 1) + 1e3  # above 0, as auc has it
+    lines = [
+        ["class", "in A's answers", "in B's", "mean of x^B − x^A, length in √d", "best of 5 principal components", "AUC"],
+        ["---"] * 6,
+    ]
+    for name, label in sorted(labels.items(), key=lambda item: -change[item[1]].mean(0).norm()):
+        best, which = auc(along, label).max(0)
+        length = change[label].mean(0).norm().item() / x.shape[2] ** 0.5
+        counts = [f"{(label & side).sum()}" for side in (~of_b, of_b)]
+        lines.append([name, *counts, f"{length:.2f}", f"{which.item() % 5 + 1}", f"{best:.2f}"])
+    return markdown(lines)
+
+
+@torch.no_grad()
+def idle_without(names: list[str], x: Tensor, tokens: Tokens, tokenizer, coder: Crosscoder, latents: list[int], layer: int):
+    """Per model, the mean probability of an idle word as the first of an answer: as it is, then without each of these latents.
+
+    Without a latent: f_j d_j is taken off what the layer gives, at every token of the prompt but the first. 100 prompts.
+    """
+    words, found = tokenizer.convert_tokens_to_ids(list(data.IDLE)), []
+    f, start = coder.encode(x), tokenizer.convert_tokens_to_ids("<assistant>")
+    for side, name in enumerate(names):
+        model, sums = data._load_model(name, "CausalLM", torch.device("cpu")).float(), torch.zeros(1 + len(latents))
+        for i, ids in enumerate(tokens.texts[:100]):
+            ids = torch.tensor(ids[: ids.index(start) + 1])
+            rows = torch.nonzero(tokens.text == i).flatten()[: len(ids) - 1]
+            off = f[rows][:, latents].T[..., None] * coder.decoder[side, latents][:, None]  # (latents, tokens, d)
+            off = torch.cat([torch.zeros_like(off[:1]), off])
+
+            def take_off(module, given, hidden, off=off, clean=x[rows, side]):
+                hidden = hidden.clone()
+                hidden[:, 1:] -= off * (hidden[0, 1:].norm() / clean.norm())  # x is scaled, hidden is not
+                return hidden
+
+            hook = model.model.layers[layer - 1].register_forward_hook(take_off)
+            sums += model(ids.expand(len(off), -1)).logits[:, -1].softmax(-1)[:, words].sum(1)
+            hook.remove()
+        found.append((sums / min(100, len(tokens.texts))).tolist())
+    return found
+
+
+def world(s: Study, out: Path) -> dict:
+    """The embedded world's start against its SimPO model, on both models' answers to the held-out prompts."""
+    if not 1 <= s.layer <= 2:
+        raise UserError(f"layer {s.layer}: latents are taken off layer 1 or 2 of the embedded world's three")
+    run = train.main(["--out", str(out / "run"), "--seed", str(s.seed), "--samples", "0", "--cache", s.cache])
+    folder, _ = train.embedded_world(train.Settings(seed=s.seed, cache=s.cache))
+    names, tokenizer = [str(folder / "model"), str(out / "run" / "model")], data.load_tokenizer(str(folder / "model"))
+    sides = [[json.loads(line) for line in (f / "answers.jsonl").read_text().splitlines()] for f in (folder, out / "run")]
+    rows = [[data.Row(row["prompt"], row["responses"][:1]) for row in side if row["responses"]] for side in sides]
+    answered = [data.encode(row, tokenizer, 128, 100)[0] for side in rows for row in side]
+    x, tokens = activations(names, [[*e.prompt, *e.responses[0]] for e in answered], s.layer)
+    labels = world_labels(tokens, tokenizer)
+    coder, same = fit(x, s), x[:, :1].expand(-1, 2, -1).contiguous()
+    reading, nothing, f = read_off(coder, x), read_off(fit(same, s), same), coder.encode(x)
+    changes = ", ".join(f"{name} {was:.2f} → {now:.2f}" for name, (was, now) in run["world"].items())
+    text = f"{len(x)} tokens of {len(tokens.texts)} answers; {changes}\n\nStart against SimPO: {summary(reading)}\n\n"
+    text += f"Start against itself: {summary(nothing)}\n\n"
+    for title, measure in (("distance of Δ from ½", lambda r: (r.delta - 0.5).abs()), ("1 − cos", lambda r: 1 - r.cos)):
+        far, by_chance = measure(reading), measure(nothing)[nothing.fires >= 30].max()
+        order = torch.where(reading.fires >= 30, far, -1.0).topk(s.top).indices.tolist()
+        called, chance = named(f, labels, order, s.seed)
+        (a, *without_a), (b, *without_b) = idle_without(names, x, tokens, tokenizer, coder, order, s.layer)
+        above = int((far[reading.fires >= 30] > by_chance).sum())
+        text += f"By {title}: {above} latents are above {by_chance:.2f}, the largest of start against itself; "
+        text += f"best AUC on permuted tokens {chance:.2f}; P(idle first) is {a:.3f} in A, {b:.3f} in B.\n\n"
+        head = [
+            "latent",
+            "Δ",
+            "cos",
+            "ν_ε",
+            "ν_r",
+            "tokens",
+            "tells best",
+            "AUC",
+            "P(idle first) without it, A",
+            "B",
+            "strongest",
+        ]
+        table = [head, ["---"] * len(head)]
+        for j, (name, value), *without in zip(order, called, without_a, without_b):
+            said = " · ".join(f"`{tokens.context(i, tokenizer)}`" for i in f[:, j].topk(2).indices.tolist())
+            numbers = [f"{v[j]:.2f}" for v in reading[:4]]
+            table.append([str(j), *numbers, f"{reading.fires[j]}", name, f"{value:.2f}", *(f"{p:.3f}" for p in without), said])
+        text += markdown(table) + "\n"
+    strong = (f[labels["start"]].mean(0) * coder.norms()).topk(s.top).indices.tolist()
+    (_, *without_a), (_, *without_b) = idle_without(names, x, tokens, tokenizer, coder, strong, s.layer)
+    table = [["strongest on start", "Δ", "cos", "P(idle first) without it, A", "B"], ["---"] * 5]
+    for j, *without in zip(strong, without_a, without_b):
+        table.append([str(j), f"{reading.delta[j]:.2f}", f"{reading.cos[j]:.2f}", *(f"{p:.3f}" for p in without)])
+    text += markdown(table) + "\n"
+    draw_latents({f"start against SimPO, layer {s.layer}": reading, "start against itself": nothing}, out / "latents.png")
+    text += change_table(x, labels, tokens.text >= len(rows[0]))
+    return {"text": text, "reading": reading, "null": nothing}
+
+
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
@@ -566,7 +720,7 @@ def study(s: Study) -> dict:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out {out} already holds files; use an empty folder")
     out.mkdir(parents=True, exist_ok=True)
-    found = synthetic(s, out) if s.synthetic else diff(s, out)
+    found = (synthetic if s.synthetic else world if s.world else diff)(s, out)
     (out / "settings.json").write_text(json.dumps(asdict(s), indent=2) + "\n")
     (out / "table.md").write_text(found["text"])
     print(found["text"])

@@ -244,3 +244,43 @@ def test_two_models(small, tmp_path, capsys):
     with pytest.raises(SystemExit):
         model_diff.main(["--out", str(tmp_path / "third")])
     assert "--before is missing" in capsys.readouterr().err
+
+
+def test_classes_of_tokens_by_hand():
+    text = "<user> name two fruits and three tools <assistant> well pear pear cat plum fig and saw <end>"
+    own = ["idle", "right", "repeated", "wrong", "right", "surplus", "and", "right", "end"]
+    assert model_diff.classes(text.split()) == ["prompt"] * 7 + ["start"] + own
+    tokenizer = data.world_tokenizer()
+    ids = tokenizer(text)["input_ids"]
+    tokens = model_diff.Tokens(
+        [ids] * 30, torch.arange(30).repeat_interleave(len(ids) - 1), torch.arange(1, len(ids)).repeat(30)
+    )
+    labels = model_diff.world_labels(tokens, tokenizer)
+    places = {name: (torch.nonzero(label[: len(ids) - 1]).flatten() + 1).tolist() for name, label in labels.items()}
+    assert places["idle"] == [8] and places["before idle"] == [7] and places["start"] == [7] and places["surplus"] == [13]
+    assert places["one of the fruits"] == [9, 10, 12, 13] and places["right"] == [9, 12, 15] and places["before end"] == [15]
+    assert tokens.context(7, tokenizer) == "two fruits and three tools <assistant>⟦well⟧pear pear cat"
+
+
+def test_taking_a_latent_off_a_layer(small):
+    """Against the same numbers put into the next layer; a latent without a decoder changes nothing."""
+    from transformers import LlamaForCausalLM
+
+    name, tokenizer = str(small / "model"), data.world_tokenizer()
+    model, ids = LlamaForCausalLM.from_pretrained(name), tokenizer("<user> name two fruits <assistant> pear <end>")["input_ids"]
+    x, tokens = model_diff.activations([name, name], [ids], 1)
+    coder = Crosscoder(32, 6, seed=1).requires_grad_(False)
+    j = int(coder.encode(x)[:4].sum(0).argmax())
+    coder.decoder[:, j - 1] = 0
+    found = model_diff.idle_without([name, name], x, tokens, tokenizer, coder, [j, (j - 1) % 6], 1)
+    assert found[0][0] == pytest.approx(found[0][2], rel=1e-5) and found[0][0] == pytest.approx(found[1][0])
+    hidden = model(torch.tensor([ids[:5]]), output_hidden_states=True).hidden_states[1].detach()
+    unit = hidden[0, 1:].norm(dim=1).mean() / x[:4, 0].norm(dim=1).mean()
+    for side in (0, 1):
+        other = hidden.clone()
+        other[0, 1:] -= coder.encode(x)[:4, j, None] * coder.decoder[side, j] * unit
+        hook = model.model.layers[1].register_forward_pre_hook(lambda module, given, other=other: (other, *given[1:]))
+        logits = model(torch.tensor([ids[:5]])).logits[0, -1]
+        hook.remove()
+        idle = logits.softmax(-1)[tokenizer.convert_tokens_to_ids(list(data.IDLE))].sum().item()
+        assert found[side][1] == pytest.approx(idle, rel=1e-5) and found[side][1] != pytest.approx(found[side][0], rel=1e-4)
