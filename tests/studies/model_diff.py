@@ -478,7 +478,7 @@ def planted(seed: int, alpha: float, s: Coding, on_feature: bool = False) -> dic
 
 
 def planted_table(results: dict[tuple, list[dict]]) -> str:
-    head = ["form", "kind", "α/√d", "found", "AUC of the B-only latent", "cos(d^B, v)", "best latent of any Δ"]
+    head = ["form", "kind", "α/√d", "found", "AUC of the B-only latent (0: none)", "its cos(d^B, v)", "best latent of any Δ"]
     lines = [[*head, "permuted, best", "PCA of x^B − x^A", "mean difference"], ["---"] * 10]
     for (form, kind, alpha), runs in results.items():
         cells = [middle([run[key] for run in runs]) for key in ("auc", "cos", "best_any")]
@@ -531,7 +531,8 @@ def synthetic(s: Study, out: Path) -> dict:
             nulls[form, name] = [null(n, coding(form, n), **how) for n in range(s.seeds)]
         nulls[form, "B = A, decoders that start equal"] = [null(n, coding(form, n), True, noise=0.0) for n in range(s.seeds)]
     draw_latents({f"made-up models, {form}": reading for form, reading in drawn.items()}, out / "recovery.png")
-    draw_latents({f"{form}: {name}": runs[0] for (form, name), runs in nulls.items() if name in NULLS}, out / "nulls.png")
+    for form in ("l1, λ = 1", "batchtopk, k = 3"):
+        draw_latents({f"{form}\n{name}": nulls[form, name][0] for name in NULLS}, out / f"nulls-{FORMS[form]['form']}.png")
     draw_planted(found, out / "planted.png")
     text = "\n".join((recovery_tables(recovered), planted_table(found), null_table(nulls)))
     return {"text": text, "recovered": recovered, "planted": found, "nulls": nulls}
@@ -541,17 +542,17 @@ def draw_planted(found: dict[tuple, list[dict]], path: Path) -> None:
     plt = train.pyplot()
     if plt is None:
         return
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     lines = [(f"{form}, B-only latent", form, "auc") for form in FORMS] + [("PCA of x^B − x^A", list(FORMS)[0], "pca")]
     lines.append(("mean difference (knows the labels)", list(FORMS)[0], "mean"))
     for name, form, key in lines:
         runs = torch.tensor([[run[key] for run in found[form, "its own", a]] for a in PLANTED])
-        axis.plot(PLANTED, runs.median(1).values, "o-", label=name, alpha=0.8)
-        axis.vlines(PLANTED, runs.min(1).values, runs.max(1).values, alpha=0.4)
+        (line,) = axis.plot(PLANTED, runs.median(1).values, "o-", label=name, alpha=0.8)
+        axis.fill_between(PLANTED, *runs.quantile(torch.tensor([0.25, 0.75]), dim=1), color=line.get_color(), alpha=0.1, lw=0)
     axis.set(xscale="log", xlabel="α / √d", ylabel="AUC for the kind (0: no latent is B only)", ylim=(-0.03, 1.03))
     axis.set_xticks(PLANTED, [f"{a:g}" for a in PLANTED], minor=False)
     axis.minorticks_off()
-    axis.legend(fontsize=8, frameon=False)
+    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100)
     plt.close(figure)
