@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from worlds import world_pairs
 
@@ -16,6 +17,7 @@ def small(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("small")
     tokenizer, pairs = data.world_tokenizer(), world_pairs(0, 0, 40)
     shape = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True, bos_token_id=None, eos_token_id=3, pad_token_id=3))
     for part in (model, tokenizer):
         part.save_pretrained(folder / "model")
