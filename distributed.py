@@ -118,6 +118,10 @@ def own(folder: Path) -> FileLock:
             raise UserError(
                 f"{folder} is in use by another run, perhaps a rank that outlived its torchrun; end it first"
             ) from None
+        except (OSError, NotImplementedError) as error:  # some network file systems have no locks
+            print(
+                f"warning: {folder} cannot be locked ({error}); see to it that one run at a time writes there", file=sys.stderr
+            )
 
     on_main(acquire)
     return lock

@@ -1092,19 +1092,11 @@ class Journal:
 
 FEW = 50  # held-out rows: the standard error of an accuracy is then above 0.05
 MARKER = "run.json"  # in the folder of a run, and in no other: what the run is
+# by a run into its folder
 WRITTEN = (
-    "summary.json",
-    "settings.json",
-    "data.json",
-    "metrics.jsonl",
-    "samples.jsonl",
-    "answers.jsonl",
-    "curves.png",
-    "tensorboard/events.*",
-    "model",
-    "model.part",
-    "checkpoints/step-*",
-)  # by a run into its folder; fmt: skip
+    "summary.json", "settings.json", "data.json", "metrics.jsonl", "samples.jsonl", "answers.jsonl", "curves.png",
+    "tensorboard/events.*", "model", "model.part", "checkpoints/step-*",
+)  # fmt: skip
 
 
 def prepare_out(s: Settings) -> Path:

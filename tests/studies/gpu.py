@@ -1,6 +1,6 @@
 """What only a GPU can show. Run it there, and send back what it prints:
 
-    python tests/studies/benchmark.py --gpu                  # some ten minutes; also written to runs/gpu.md
+    python tests/studies/benchmark.py --gpu                  # also written to OUT.md
     python tests/studies/benchmark.py --gpu --steps 2 --sizes "1B Llama"
     python tests/studies/benchmark.py --gpu --peer trl --model MODEL --dataset PAIRS.jsonl     # and trl beside it
 
