@@ -256,6 +256,27 @@ def test_recipes_fit_by_the_plan(capsys, shape):
     assert int(with_checkpointing.rpartition("up to ")[2]) >= data.recipe("gemma-2-9b-it-simpo")["tokens_per_microbatch"]
 
 
+def test_torchrun_gives_each_rank_its_own_gpu(monkeypatch):
+    """A GPU by number would be the same one for all ranks; without torchrun it is what was asked for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert dist.setup("cuda:1") == torch.device("cuda", 1)
+    for name in ("RANK", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(data.UserError, match="device is 'cuda:1'; torchrun gives each rank a GPU of its own"):
+        dist.setup("cuda:1")
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(37, "No locks available")])
+def test_a_folder_that_cannot_be_locked_is_a_warning(tmp_path, monkeypatch, capsys, error):
+    def acquire(lock):
+        raise error
+
+    monkeypatch.setattr(dist.FileLock, "acquire", acquire)
+    dist.own(tmp_path)
+    assert f"warning: {tmp_path} cannot be locked" in capsys.readouterr().err
+
+
 def test_rank_0_alone(world):
     """What on_main calls sees one process, also when it fails; afterwards all are there again."""
 
