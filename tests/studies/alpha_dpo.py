@@ -518,23 +518,6 @@ def name_ends(axis, ends: dict[str, tuple[float, float, str]], room: float = 0.3
         )  # fmt: skip
 
 
-def name_points(axis, points: dict[str, tuple[float, float, str]]) -> None:
-    """Names beside points, label → (x, y, colour); one that would cover another goes up, the right half's stand at the left."""
-    axis.margins(0.2, 0.1)
-    (low, high), (bottom, top) = axis.get_xlim(), axis.get_ylim()
-    placed = []
-    for label, (x, y, color) in sorted(points.items(), key=lambda item: item[1][1]):
-        at = y
-        while any(
-            abs(x - other) < 0.25 * (high - low) and abs(at - height) < 0.05 * (top - bottom) for other, height in placed
-        ):
-            at += 0.01 * (top - bottom)
-        placed.append((x, at))
-        left = x > (low + high) / 2
-        shift = (-0.03 if left else 0.03) * (high - low)
-        axis.text(x + shift, at, label, color=color, fontsize=9, va="center", ha="right" if left else "left")
-
-
 def along(runs: list[dict], name: str) -> tuple[list[int], np.ndarray]:
     """(steps, mean over the worlds) of a measure of followed runs."""
     return [line["step"] for line in runs[0]["lines"]], np.mean([[line[name] for line in run["lines"]] for run in runs], 0)
@@ -740,7 +723,8 @@ def figure_likelihood(plt, traces: dict):
         name_ends(axis, ends)
     axes[2].set(xlabel="chosen, change, nats per token", ylabel="margin, nats per token")
     axes[2].grid(alpha=0.25)
-    name_points(axes[2], points)
+    axes[2].margins(0.2, 0.1)
+    miniature.name_points(axes[2], points)
     said = "; ".join(f"{n} {c:+.2f}, {m:.2f}" for n, (c, m, _) in sorted(points.items(), key=lambda item: -item[1][0]))
     return (
         figure,

@@ -348,7 +348,7 @@ def axis_title(name: str) -> str:
 
 
 def draw_comparison(results: dict[str, list[dict]], out: Path) -> None:
-    """Each objective a point with its name at the right: win rate against length, drift of log-probs, quality against KL.
+    """Each objective a point with its name: win rate against length, drift of log-probs, quality against KL.
 
     A point that is further from the median than five times the middle half of all is left out and named instead.
     """
@@ -364,22 +364,46 @@ def draw_comparison(results: dict[str, list[dict]], out: Path) -> None:
         low, middle, high = means.quantile(torch.tensor([0.25, 0.5, 0.75]), 0)
         inside = ((means - middle).abs() <= 5 * (high - low) + 1e-9).all(1).tolist()
         away = [f"{n} ({p[0][0]:.3g}, {p[1][0]:.3g})" for (n, p), near in zip(points.items(), inside) if not near]
-        shown = sorted((n for n, near in zip(points, inside) if near), key=lambda n: -points[n][1][0])
-        figure, axis = plt.subplots(figsize=(9.5, 7.5))
-        figure.subplots_adjust(left=0.08, right=0.8, top=0.94, bottom=0.08)
-        for i, name in enumerate(shown):
+        figure, axis = plt.subplots(figsize=(9.5, 8), constrained_layout=True)
+        named = {}
+        for i, name in enumerate(n for n, near in zip(points, inside) if near):
             (at, dx), (height, dy) = points[name]
-            axis.errorbar(at, height, dy, dx, fmt="o", ms=4, color=f"C{i % 10}", alpha=0.8, lw=0.8)
-            axis.annotate(
-                name, (at, height), xytext=(1.06, 0.99 - 0.98 * i / max(1, len(shown) - 1)), textcoords="axes fraction",
-                fontsize=8, va="center",
-                arrowprops=dict(arrowstyle="-", color=f"C{i % 10}", lw=0.5, alpha=0.6, relpos=(0, 0.5)),
-            )  # fmt: skip
+            axis.errorbar(at, height, dy, dx, fmt="o", ms=4, color=f"C{i % 10}", alpha=0.6, lw=0.5)
+            named[name] = (at, height, f"C{i % 10}")
+        axis.margins(0.1, 0.08)
         axis.set(xlabel=axis_title(x), ylabel=axis_title(y))
         axis.set_title("; ".join(["mean ± standard error", *(["outside: " + ", ".join(away)] if away else [])]), fontsize=9)
         axis.grid(alpha=0.25)
+        name_points(axis, named)
         figure.savefig(out / f"{file}.png", dpi=110)
         plt.close(figure)
+
+
+def name_points(axis, points: dict[str, tuple[float, float, str]]) -> None:
+    """A name beside each point, label → (x, y, colour): the nearest free place on rings around it, tied when further off."""
+    figure = axis.figure
+    figure.draw_without_rendering()  # so that the limits and the layout are final
+    dots = axis.transData.transform([(x, y) for x, y, _ in points.values()]) * 72 / figure.dpi  # in points, as offsets are
+    edges = axis.get_window_extent().get_points() * 72 / figure.dpi
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in dots]
+    rings = [(r, 2 * math.pi * k / 24) for r in (5, 10, 16, 24, 34, 46, 60, 76, 94, 114) for k in range(2, 26)]
+    for (label, (x, y, color)), dot in zip(points.items(), dots):
+        text = axis.annotate(label, (x, y), fontsize=8, color=color)
+        wide, tall = (side * 72 / figure.dpi for side in text.get_window_extent().size)
+        text.remove()
+        for radius, angle in rings:
+            dx, dy = radius * math.cos(angle), radius * math.sin(angle)
+            left = dot[0] + dx - (wide if dx < -1 else 0 if dx > 1 else wide / 2)
+            low = dot[1] + dy - tall / 2
+            box = (left, low, left + wide, low + tall)
+            apart = all(box[0] >= t[2] or t[0] >= box[2] or box[1] >= t[3] or t[1] >= box[3] for t in taken)
+            if apart and (box[:2] > edges[0]).all() and (box[2:] < edges[1]).all():
+                break
+        taken.append(box)
+        axis.annotate(
+            label, (x, y), xytext=(left - dot[0], low - dot[1] + tall / 4), textcoords="offset points", fontsize=8, color=color,
+            arrowprops=dict(arrowstyle="-", color=color, lw=0.5, alpha=0.7, shrinkA=0, shrinkB=2) if radius > 10 else None,
+        )  # fmt: skip
 
 
 def draw_sweep(title: str, values: tuple, labels: list[str], results: dict, file: Path) -> None:

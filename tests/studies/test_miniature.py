@@ -189,3 +189,20 @@ def test_the_settings_file_of_a_study_says_all(tmp_path, made_up):
     line = ["--compare", "sft", "--seeds", "1", "--out", str(tmp_path / "out")]
     miniature.main(line)
     assert json.loads((tmp_path / "out" / "settings.json").read_text()) == asdict(miniature.parse(line))
+
+
+def test_names_cover_neither_each_other_nor_points():
+    """Forty points, half of them in a tenth of the width: the boxes that matplotlib itself gives the names are apart."""
+    plt, text = pytest.importorskip("matplotlib.pyplot"), pytest.importorskip("matplotlib.text")
+    at = torch.rand(40, 2, generator=torch.Generator().manual_seed(0))
+    at[::2] = 0.5 + 0.1 * at[::2]
+    figure, axis = plt.subplots(figsize=(9.5, 8))
+    axis.plot(*at.T.numpy(), "o", ms=4)
+    miniature.name_points(axis, {f"objective_{i}": (*at[i].tolist(), "C0") for i in range(40)})
+    figure.draw_without_rendering()
+    boxes = [text.Text.get_window_extent(name).shrunk(0.95, 0.7) for name in axis.texts]  # without the lines to the points
+    dots = axis.transData.transform(at.numpy())
+    plt.close(figure)
+    assert len(boxes) == 40
+    assert not [(i, j) for i in range(40) for j in range(i) if boxes[i].overlaps(boxes[j])]
+    assert not [(i, j) for i in range(40) for j in range(40) if boxes[i].contains(*dots[j])]
