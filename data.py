@@ -141,6 +141,7 @@ class Example(NamedTuple):
     responses: list[list[int]]
     desirable: bool | None = None
     where: str = ""  # file and row, for messages
+    margin: float | None = None  # score of chosen less score of rejected, where the data has scores
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -816,6 +817,11 @@ class Examples(Sequence):
         for change in self.changes:
             example = change(example)
         return example
+
+    def without_margin(self) -> str | None:
+        """Where the first example is that has no scores."""
+        margins = _column(self.dataset, "margin")
+        return next((self[i].where for i, row in enumerate(self.rows) if margins[row] is None), None)
 
     def mapped(self, change: Callable[[Example], Example]) -> "Examples":
         """The same examples, each changed when it is asked for."""

@@ -8,6 +8,7 @@ caller reduces (the trainer divides the sum by the rows of the whole optimizer b
     n_w, n_l   len_w, len_l     (B,)  response tokens scored, ≥ 1
     D_w, D_l   kl_w, kl_l       (B,)  Σ_t KL(π_ref ‖ π_θ) over the response's positions and the whole vocabulary, nats
     s^old      old_w, old_l     (B,)  summed log-probs under an earlier policy, no gradient
+    m          margin           (B,)  score of the chosen less score of the rejected response, as the data has them
     s, s̄       logp, ref        (N,)  unpaired objectives: one row per completion
     s', s̄'     logp_kl, ref_kl  (N,)  unpaired: mismatched completions under policy / reference, no gradient
 
@@ -348,6 +349,92 @@ def focal(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta:
     """
     log_p = F.logsigmoid(beta * ((logp_w - ref_w) - (logp_l - ref_l)))
     return -torch.exp(gamma * log_p) * log_p
+
+
+@objective(reward=log_ratio)
+def odpo(
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, margin: Tensor, *, beta: float = 0.1, alpha: float = 1.0
+) -> Tensor:
+    """DPO with an offset: the further apart the scores of two responses are, the larger the margin that is asked for.
+
+        L = −logσ(βΔ − α log m)
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      margin: (B,) score of the chosen less score of the rejected response. A tie, or scores that say the opposite, have the
+        offset −∞: such a pair costs nothing and trains nothing.
+      beta: β.
+      alpha: α, weight of the offset; 0 is dpo.
+
+    Returns: (B,); log(1 + m^α) where policy = reference.
+    Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l, h = βΔ − α log m.
+
+    log m is below 0 for m < 1: the unit of the scores matters, and with small scores less is asked than dpo does. (The paper
+    also tries other functions of m; its code has this one, and the log of the ratio of the scores.)
+
+    >>> odpo(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]), tensor([2.0]))  # −logσ(0.4 − log 2)
+    tensor([0.8504])
+
+    Reference: Amini et al., 2024, arXiv 2402.10571, its loss with f = log; released code, `odpo`.
+    """
+    delta = (logp_w - ref_w) - (logp_l - ref_l)
+    return -F.logsigmoid(beta * delta - torch.xlogy(alpha, margin.clamp(min=0.0)))
+
+
+def bernoulli_kl(a: Tensor, b: Tensor) -> Tensor:
+    """KL(σ(a) ‖ σ(b)) of two coins. ∂/∂a = σ(a)σ(−a)(a − b), ∂/∂b = σ(b) − σ(a)."""
+    heads = torch.sigmoid(a) * (F.logsigmoid(a) - F.logsigmoid(b))
+    return heads + torch.sigmoid(-a) * (F.logsigmoid(-a) - F.logsigmoid(-b))
+
+
+@objective(reward=log_ratio)
+def rpo_bwd(
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, margin: Tensor, *, beta: float = 0.1, eta: float = 1.0
+) -> Tensor:
+    """Reward-aware: the policy's margin shall be the scores' margin, not as large as possible. Backward KL.
+
+        L = KL(σ(t) ‖ σ(βΔ))          t = ηm, constant
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      margin: (B,) score of the chosen less score of the rejected response; of either sign.
+      beta: β.
+      eta: η, turns a unit of score into a unit of βΔ.
+
+    Returns: (B,), 0 where βΔ = t.
+    Gradient: ∂L/∂s_w = β(σ(βΔ) − σ(t)) = −∂L/∂s_l. This is conservative DPO, label_smoothing = σ(−t) for each pair.
+
+    Not the sum of dpo and a likelihood that goes by the same letters: that is "dpo + sft".
+
+    >>> rpo_bwd(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]), tensor([2.0]))  # KL(σ(2) ‖ σ(0.4))
+    tensor([0.1954])
+
+    Reference: Sun et al., 2025, arXiv 2502.00203, RPO-bwd; NeMo's `rpo_bwd_kl`.
+    """
+    delta = (logp_w - ref_w) - (logp_l - ref_l)
+    return bernoulli_kl(eta * margin, beta * delta)
+
+
+@objective(reward=log_ratio)
+def rpo_fwd(
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, margin: Tensor, *, beta: float = 0.1, eta: float = 1.0
+) -> Tensor:
+    """Reward-aware, forward KL: as `rpo_bwd`, but a margin that is far off is hardly corrected.
+
+        L = KL(σ(βΔ) ‖ σ(t))          t = ηm, constant
+
+    Args: as `rpo_bwd`.
+    Returns: (B,), 0 where βΔ = t.
+    Gradient: ∂L/∂s_w = βσ(βΔ)σ(−βΔ)(βΔ − t) = −∂L/∂s_l, which fades where the policy is sure, right or wrong. With t =
+    log((1 − ε)/ε) for all pairs it is `exo`.
+
+    >>> rpo_fwd(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]), tensor([2.0]))  # KL(σ(0.4) ‖ σ(2))
+    tensor([0.2560])
+
+    Reference: Sun et al., 2025, arXiv 2502.00203, RPO-fwd; NeMo's `rpo_fwd_kl`.
+    """
+    delta = (logp_w - ref_w) - (logp_l - ref_l)
+    return bernoulli_kl(beta * delta, eta * margin)
 
 
 @objective(reward=log_ratio)
@@ -1385,7 +1472,7 @@ def check(loss: Callable[..., Tensor], given: dict) -> dict:
         if name == "desirable" and x.dtype != torch.bool:
             refuse(name, f"has dtype {x.dtype}; pass torch.bool, True for a desirable completion")
         if name != "desirable" and not (x.is_floating_point() or name.startswith("len_") and x.dtype != torch.bool):
-            refuse(name, f"has dtype {x.dtype}; log-probs are floating point and lengths are numbers")
+            refuse(name, f"has dtype {x.dtype}; log-probs and margins are floating point and lengths are numbers")
         # Values are read on the CPU only: on an accelerator a look would make the host wait for the device.
         if name.startswith("len_") and x.device.type == "cpu" and not (x >= 1).all():
             refuse(name, f"holds {x.min().item():g}; lengths count tokens and are at least 1: drop the row")
@@ -1422,6 +1509,9 @@ NAMES = {
     "ipo": ('"ipo", `beta` = τ', "–"),
     "dpop": ("–", "libraries: `dpop_lambda` = λ, in some outside the sigmoid"),
     "dpo_shift": ("–", "authors: `dpo_lambda` = λ"),
+    "odpo": ("–", "authors: `alpha` = α"),
+    "rpo_bwd": ("–", "NeMo: `rpo_bwd_kl`, `gt_reward_scale` = η"),
+    "rpo_fwd": ("–", "NeMo: `rpo_fwd_kl`, `gt_reward_scale` = η"),
     "rso_hinge": ('"hinge"', "paper: γ = β"),
     "exo": ('"exo_pair"; `label_smoothing` must be given', "–"),
     "nca": ('"nca_pair"', "–"),
@@ -1464,7 +1554,7 @@ def names() -> str:
 PAIRS = {
     "logp_w": [-12.0, -20.0], "logp_l": [-24.0, -20.0], "ref_w": [-14.0, -20.0], "ref_l": [-22.0, -20.0],
     "len_w": [10, 10], "len_l": [12, 10], "kl_w": [0.5, 0.0], "kl_l": [1.5, 0.0],
-    "old_w": [-13.5, -20.0], "old_l": [-22.5, -20.0],
+    "old_w": [-13.5, -20.0], "old_l": [-22.5, -20.0], "margin": [2.0, 1.0],
 }  # fmt: skip
 # The first pair as two rows, and two mismatched completions.
 ROWS = {"logp": [-12.0, -24.0], "ref": [-14.0, -22.0], "logp_kl": [-30.0, -28.0], "ref_kl": [-31.0, -29.0]}
@@ -1484,7 +1574,7 @@ def table(width: int = 128) -> str:
         values = loss(**inputs, **draw)
         (slope,) = torch.autograd.grad(values.sum(), policy)
         kinds = {k.partition("_")[0] for k in loss.tensors}
-        needs = [kind for kind in ("ref", "kl", "old", "len") if kind in kinds] + ["rows"] * ("desirable" in kinds)
+        needs = [kind for kind in ("ref", "kl", "old", "len", "margin") if kind in kinds] + ["rows"] * ("desirable" in kinds)
         needs += {True: ["batch"], False: []}.get(loss.coupled, ["(batch)"])
         settings = textwrap.wrap(
             " ".join(f"{k}={v}" for k, v in loss.settings.items()) or "–", width - 56, break_long_words=False
@@ -1499,8 +1589,9 @@ def main() -> None:
     width = min(128, max(80, shutil.get_terminal_size((128, 24)).columns))
     about = (
         "Worked pair: s_w = −12 over 10 tokens, s_l = −24 over 12, reference −14 and −22, KL 0.5 and 1.5, earlier policy −13.5 "
-        "and −22.5. Losses that need the batch see a second pair, of no margin (−20 over 10 tokens, KL 0). Rows: this pair as "
-        "two rows, mismatched log-ratio 1. Loss of row 1; gradient ∂L/∂s_w, ∂L/∂s of the sum. (batch): under one setting only."
+        "and −22.5, scores 2 apart. Losses that need the batch see a second pair, of no margin (−20 over 10 tokens, KL 0). "
+        "Rows: this pair as two rows, mismatched log-ratio 1. Loss of row 1; gradient ∂L/∂s_w, ∂L/∂s of the sum. (batch): "
+        "under one setting only."
     )
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="replace")  # where a terminal lacks these letters

@@ -340,6 +340,7 @@ class Sums(NamedTuple):
     logp_mismatch: Tensor | None = None  # (n·k,): KTO's mismatched completions, under the policy
     ref_mismatch: Tensor | None = None  # (n·k,): and under the reference
     label: Tensor | None = None  # bool: chosen or desirable
+    margin: Tensor | None = None  # (n,): score of chosen less score of rejected
 
     def at(self, rows: Tensor) -> "Sums":
         return Sums(*(None if x is None else x[rows] for x in self))
@@ -349,7 +350,7 @@ class Sums(NamedTuple):
 
     def by_name(self) -> dict[str, Tensor]:
         """What a signature of losses.py may ask for. `old_*` is the policy as it is at the start of the step."""
-        named = {"desirable": self.label, "logp_kl": self.logp_mismatch, "ref_kl": self.ref_mismatch}
+        named = {"desirable": self.label, "logp_kl": self.logp_mismatch, "ref_kl": self.ref_mismatch, "margin": self.margin}
         sources = {"logp": self.logp, "len": self.length, "ref": self.ref, "kl": self.kl, "old": self.logp.detach()}
         for name, x in sources.items():
             if x is not None:
@@ -803,6 +804,11 @@ def load_rows(s: Settings, tokenizer, objective: Objective) -> Rows:
             raise UserError(
                 f"{objective.name} compares pairs, but {e.where} is a single labelled completion; use kto, bco or uapo"
             )
+    if objective.needs("margin") and (where := train_rows.without_margin() or held_out.without_margin()):
+        raise UserError(
+            f"{objective.name} needs the margin of the scores, and {where} has none; give score_chosen and score_rejected in "
+            "every row (or all_rm_scores; `python data.py score` and `pairs` make them), or take another objective"
+        )
 
     def fitting(e: Example) -> Example:
         """A pair keeps both responses for paired and unpaired objectives, its chosen one where only that is scored."""
@@ -815,7 +821,9 @@ def known_sums(examples: Sequence[Example], ref: Tensor | None, ref_mismatch: Te
     """What a batch's sums consist of before the policy is asked."""
     length = torch.tensor([[len(r) for r in e.responses] for e in examples], device=device)
     label = [[e.desirable] if e.desirable is not None else [True, False][: len(e.responses)] for e in examples]
-    return Sums(length, ref=ref, ref_mismatch=ref_mismatch, label=torch.tensor(label, device=device))
+    margins = [e.margin for e in examples]
+    margin = None if None in margins else torch.tensor(margins, device=device)
+    return Sums(length, ref=ref, ref_mismatch=ref_mismatch, label=torch.tensor(label, device=device), margin=margin)
 
 
 def reference_sums(run: Run, examples: Sequence[Example], what: str) -> Tensor | None:

@@ -530,7 +530,7 @@ def test_gradients_on_another_device_than_the_hosts(monkeypatch, objective):
         build = MODELS["llama, tied"]
         policy = ResponseLogProbs(build(), build() if chosen.needs("kl_w") else None)
     policy.use_layout("packed")
-    rows = [e._replace(responses=e.responses[:k], desirable=i % 2 == 0 if chosen.unpaired else None)
+    rows = [e._replace(responses=e.responses[:k], desirable=i % 2 == 0 if chosen.unpaired else None, margin=1.0)
             for i, e in enumerate(examples())]  # fmt: skip
     zeros = torch.zeros(len(rows), k, device="meta")
     known = train.known_sums(rows, zeros if chosen.needs("ref") else None, zeros.flatten(), "meta")

@@ -6,10 +6,10 @@ objective needs no other line. All of it in float64, except where the type is th
 
 The three pairs, and what follows from them (n: tokens, a = s/n, u = s − s̄):
 
-    pair   s_w  s_l   s̄_w   s̄_l  n_w n_l    u_w   u_l     Δ      a_w    a_l      d       Δ̃         D_l − D_w
-     1     −12  −24   −14   −22   10  12     2    −2      4     −1.2   −2      0.8     11/30          1
-     2     −30   −8   −27    −9   20   8    −3     1     −4     −1.5   −1     −0.5     −0.275        −1
-     3      −9  −10   −9.5  −12    5   4    0.5    2     −1.5   −1.8   −2.5    0.7     −0.4          0.5
+    pair   s_w  s_l   s̄_w   s̄_l  n_w n_l    u_w   u_l     Δ      a_w    a_l      d       Δ̃         D_l − D_w    m
+     1     −12  −24   −14   −22   10  12     2    −2      4     −1.2   −2      0.8     11/30          1        2
+     2     −30   −8   −27    −9   20   8    −3     1     −4     −1.5   −1     −0.5     −0.275        −1        0.5
+     3      −9  −10   −9.5  −12    5   4    0.5    2     −1.5   −1.8   −2.5    0.7     −0.4          0.5      −1
 
 The four rows of the unpaired objectives: u = 2, −2, −3, 0.5; desirable, not, desirable, not; mismatched log-ratios
 3, −1, 2, 0 with mean 1.
@@ -48,6 +48,7 @@ PAIRS = {
     "old_w": [-13.0, -28.0, -9.25], "old_l": [-23.0, -8.5, -11.0],
     "len_w": [10, 20, 5], "len_l": [12, 8, 4],
     "kl_w": [0.5, 2.0, 0.25], "kl_l": [1.5, 1.0, 0.75],
+    "margin": [2.0, 0.5, -1.0],
 }  # fmt: skip
 ROWS = {
     "logp": [-12.0, -24.0, -30.0, -9.0], "ref": [-14.0, -22.0, -27.0, -9.5], "desirable": [True, False, True, False],
@@ -67,6 +68,11 @@ def sigmoid(x):
 
 def bt(h):
     return [softplus(-x) for x in h]
+
+
+def coins(a, b):
+    """KL of a coin that shows heads with probability σ(a) from one with σ(b)."""
+    return sum(p * math.log(p / q) for p, q in ((sigmoid(a), sigmoid(b)), (sigmoid(-a), sigmoid(-b))))
 
 
 def z_scores(x):
@@ -338,6 +344,53 @@ promise(
     ),
     reward=0.1 * 2.0,
     step_zero=LOG2 * 0.5**0.05,
+)
+promise(
+    "odpo(logp_w, logp_l, ref_w, ref_l, margin, *, beta=0.1, alpha=1.0)",
+    # log m = log 2, −log 2; the scores of pair 3 say the opposite of its order, so nothing is asked of it
+    Case(
+        {},
+        [*bt([0.4 - LOG2, -0.4 + LOG2]), 0.0],
+        lambda v: pair(tensor([0.4 - LOG2, -0.4 + LOG2, math.inf], dtype=F64), 0.1, 0.1),
+    ),
+    Case(
+        {"beta": 0.5, "alpha": 2.0},
+        [*bt([2 - 2 * LOG2, -2 + 2 * LOG2]), 0.0],
+        lambda v: pair(tensor([2 - 2 * LOG2, -2 + 2 * LOG2, math.inf], dtype=F64), 0.5, 0.5),
+    ),
+    reward=0.1 * 2.0,
+    step_zero=math.log(3),  # log(1 + m)
+)
+promise(
+    "rpo_bwd(logp_w, logp_l, ref_w, ref_l, margin, *, beta=0.1, eta=1.0)",
+    Case(
+        {},
+        [coins(t, h) for t, h in zip([2.0, 0.5, -1.0], [0.4, -0.4, -0.15])],
+        lambda v: opposed(0.1 * (sig(0.1 * gap(v)) - sig(v.margin))),
+    ),
+    # β = 0.5, η = 3: βΔ = 2, −2, −0.75 against t = 6, 1.5, −3
+    Case(
+        {"beta": 0.5, "eta": 3.0},
+        [coins(t, h) for t, h in zip([6.0, 1.5, -3.0], [2.0, -2.0, -0.75])],
+        lambda v: opposed(0.5 * (sig(0.5 * gap(v)) - sig(3 * v.margin))),
+    ),
+    reward=0.1 * 2.0,
+    step_zero=LOG2 + sum(q * math.log(q) for q in (sigmoid(2), sigmoid(-2))),  # a fair coin's entropy less σ(2)'s
+)
+promise(
+    "rpo_fwd(logp_w, logp_l, ref_w, ref_l, margin, *, beta=0.1, eta=1.0)",
+    Case(
+        {},
+        [coins(h, t) for t, h in zip([2.0, 0.5, -1.0], [0.4, -0.4, -0.15])],
+        lambda v: opposed(0.1 * sig(0.1 * gap(v)) * sig(-0.1 * gap(v)) * (0.1 * gap(v) - v.margin)),
+    ),
+    Case(
+        {"beta": 0.5, "eta": 3.0},
+        [coins(h, t) for t, h in zip([6.0, 1.5, -3.0], [2.0, -2.0, -0.75])],
+        lambda v: opposed(0.5 * sig(0.5 * gap(v)) * sig(-0.5 * gap(v)) * (0.5 * gap(v) - 3 * v.margin)),
+    ),
+    reward=0.1 * 2.0,
+    step_zero=-0.5 * math.log(4 * sigmoid(2) * sigmoid(-2)),
 )
 promise(
     "rso_hinge(logp_w, logp_l, ref_w, ref_l, *, beta=0.05)",
@@ -941,7 +994,7 @@ def random_pairs(name, rows=16, seed=0):
     refs = {f"ref_{x}": sums[f"logp_{x}"] + normal(0, 3) for x in "wl"}
     olds = {f"old_{x}": sums[f"logp_{x}"] + normal(0, 1) for x in "wl"}
     kls = {f"kl_{x}": normal(2, 1).abs() for x in "wl"}
-    pool = lengths | sums | refs | olds | kls
+    pool = lengths | sums | refs | olds | kls | {"margin": normal(1, 1)}
     return {k: pool[k] for k in OBJECTIVES[name].tensors}
 
 
@@ -1086,7 +1139,7 @@ def test_discopop_pushes_a_zero_margin_down():
     [
         ("robust_dpo", {"label_smoothing": 0.0}), ("f_dpo", {}), ("beta_dpo", {"a": 0.0, "keep": 1.0}),
         ("rdpo", {"alpha": 0.0}), ("tdpo2", {"alpha": 0.0}), ("dpop", {"lam": 0.0}), ("dpo_shift", {"lam": 1.0}),
-        ("focal", {"gamma": 0.0}),
+        ("focal", {"gamma": 0.0}), ("odpo", {"alpha": 0.0}),
     ],
 )  # fmt: skip
 def test_is_dpo(name, settings):
@@ -1191,6 +1244,14 @@ def test_robust_dpo_is_unbiased():
 
 def test_exo_vanishes_at_its_target():
     assert abs(value("exo", math.log(9), 0.0, 0.0, 0.0, beta=1.0, label_smoothing=0.1).item()) < 1e-12
+
+
+def test_reward_aware_losses_of_one_target_are_label_smoothing_and_exo():
+    """All pairs with t = log((1 − ε)/ε): backward is conservative DPO less the label's entropy, forward is exo."""
+    eps, entropy = 0.1, -(0.1 * math.log(0.1) + 0.9 * math.log(0.9))
+    x = random_pairs("rpo_bwd") | {"margin": torch.full((16,), math.log(9.0) / 3, dtype=F64)}
+    assert_close(call("rpo_bwd", x, beta=0.3, eta=3.0) + entropy, call("dpo", x, beta=0.3, label_smoothing=eps))
+    assert_close(call("rpo_fwd", x, beta=0.3, eta=3.0), call("exo", x, beta=0.3, label_smoothing=eps))
 
 
 def test_bco_of_a_pair_and_nca():
@@ -1657,7 +1718,7 @@ def everywhere(s_w, s_l, ref_w=-50.0, ref_l=-50.0, n_w=10, n_l=10, kl=0.0, old=N
     return {
         "logp_w": s_w, "logp_l": s_l, "ref_w": ref_w, "ref_l": ref_l, "len_w": n_w, "len_l": n_l,
         "kl_w": kl, "kl_l": kl, "old_w": ref_w if old is None else old, "old_l": ref_l,
-        "logp": s_w, "ref": ref_w, "logp_kl": s_l, "ref_kl": ref_l, "desirable": True,
+        "logp": s_w, "ref": ref_w, "logp_kl": s_l, "ref_kl": ref_l, "desirable": True, "margin": 2.0,
     }  # fmt: skip
 
 
@@ -1679,6 +1740,7 @@ EXTREMES = {
     "all margins equal": [everywhere(-0.1 * 7, -0.3 * 7, -0.7, -0.9, 7, 7, 0.3)] * 3,
     "policy = reference": [everywhere(-12.3, -24.7, -12.3, -24.7), everywhere(-9.9, -3.1, -9.9, -3.1)],
     "large KL": [ORDINARY | {"kl_w": 1e4, "kl_l": 0.0}, ORDINARY | {"kl_w": 0.0, "kl_l": 1e4}],
+    "scores far apart, tied, opposite": [ORDINARY | {"margin": m} for m in (1e4, 1e-30, 0.0, -1e4)],
     "one label": [ORDINARY | {"desirable": False}] * 2,
     "both labels": [ORDINARY, ORDINARY | {"desirable": False}],
 }
@@ -1816,6 +1878,8 @@ def broken(name, **changes):
         ("simpo", "len_l", tensor([3.0, 0.5, 2.0]), "0.5"),
         ("simpo", "len_l", tensor([3.0, math.nan, 2.0]), "nan"),
         ("simpo", "len_l", tensor([True, True, True]), "bool"),
+        ("odpo", "margin", tensor([1, 2, 3]), "int64"),
+        ("rpo_bwd", "margin", torch.ones(2), "2 rows"),
         ("kto", "desirable", tensor([1, 0, 1, 0]), "bool"),
         ("bco", "desirable", tensor([1.0, 0.0, 1.0, 0.0]), "bool"),
         ("kto", "logp_kl", torch.zeros(3, dtype=F64), "3 rows"),

@@ -572,6 +572,42 @@ def test_what_an_objective_needs_is_read_off_its_signature():
     assert str(needs("simpo(beta=2.0)")) == "simpo(beta=2.0)"
 
 
+def scored(world: Path, file: Path) -> dict[str, float]:
+    """The world's pairs with scores, written to `file`: chosen response → margin, of either sign."""
+    rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    rows = [row | {"score_chosen": i / 8, "score_rejected": 1.0} for i, row in enumerate(rows)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {row["chosen"]: row["score_chosen"] - 1.0 for row in rows}
+
+
+@pytest.mark.parametrize("batching", [{}, {"tokens_per_microbatch": 60}])
+def test_scores_reach_the_objective_that_asks_for_them(world, arguments, tmp_path, batching):
+    """The loss of step 1, at which policy = reference: the mean of KL(σ(m) ‖ ½) over its pairs, by Python's own log."""
+    margins = scored(world, tmp_path / "scored.jsonl")
+    s = train.parse_settings(arguments(dataset=tmp_path / "scored.jsonl", objective="rpo_bwd", max_steps=1, **batching))
+    run = train.prepare(s)
+    words = [run.tokenizer.decode(run.rows.train[i].responses[0], skip_special_tokens=True) for i in run.rows.plan[0]]
+    assert train.next_batch(run)[1].margin.tolist() == [margins[text.strip()] for text in words]
+    coins = [1 / (1 + math.exp(-margins[text.strip()])) for text in words]
+    expected = [p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p)) for p in coins]
+    assert train.step(run)["loss"] == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert train.evaluate(run)  # held-out rows have their scores too
+
+
+@pytest.mark.parametrize("objective", ["odpo", "0.5*dpo + rpo_fwd(eta=2.0)"])
+def test_data_without_scores_is_refused_before_the_model_is_loaded(world, arguments, tmp_path, monkeypatch, capsys, objective):
+    scored(world, tmp_path / "scored.jsonl")
+    lines = (tmp_path / "scored.jsonl").read_text().splitlines()
+    lines[7] = (world / "pairs.jsonl").read_text().splitlines()[7]
+    (tmp_path / "scored.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(train, "load_model", lambda s: pytest.fail("the model was loaded"))
+    for dataset, where in ((world / "pairs.jsonl", "row 1"), (tmp_path / "scored.jsonl", "row 8")):
+        with pytest.raises(SystemExit) as stopped:
+            train.main(arguments(dataset=dataset, objective=objective, eval_size=0))
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and "score_chosen" in said and where in said and "Traceback" not in said
+
+
 # Three pairs: u_w = 2, −3, 0.5; u_l = −2, 1, 2; Δ = 4, −4, −1.5; a_w = −1.2, −1.5, −1.8.
 PAIRS = {
     "logp_w": [-12.0, -30.0, -9.0], "logp_l": [-24.0, -8.0, -10.0], "ref_w": [-14.0, -27.0, -9.5],
