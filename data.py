@@ -1109,6 +1109,7 @@ class Batch(NamedTuple):
     index: Tensor  # (N,) flat positions, in rows × T, that predict a response token
     targets: Tensor  # (N,) that token
     response: Tensor  # (N,) the response it belongs to, 0 … R−1: example by example, chosen before rejected
+    head: Tensor  # (N,) bool: the first k tokens of a response, k the length of its example's shortest
     lengths: Tensor  # (R,) scored tokens
     responses: int  # R
     tree: list[tuple[int, list[int]]] | None  # packed: (prompt length, response lengths) per example
@@ -1117,10 +1118,12 @@ class Batch(NamedTuple):
         return self._replace(**{k: to_device(v, device) for k, v in self._asdict().items() if isinstance(v, Tensor)})
 
 
-def _batch(ids, positions, index, targets, response, lengths, tree) -> Batch:
-    as_tensor = lambda x: torch.from_numpy(np.concatenate(x)) if x else torch.zeros(0, dtype=torch.long)  # noqa: E731
-    lengths = torch.tensor(lengths, dtype=torch.long)
-    return Batch(ids, positions, as_tensor(index), as_tensor(targets), as_tensor(response), lengths, len(lengths), tree)
+def _batch(examples: list[Example], ids, positions, index, tree) -> Batch:
+    flat = [(r, min(map(len, e.responses))) for e in examples for r in e.responses]
+    as_tensor = lambda x, dtype=np.int64: torch.from_numpy(np.concatenate([np.zeros(0, dtype), *x]))  # noqa: E731
+    targets, response = as_tensor(np.array(r) for r, _ in flat), as_tensor(np.full(len(r), i) for i, (r, _) in enumerate(flat))
+    head, lengths = as_tensor((np.arange(len(r)) < k for r, k in flat), bool), torch.tensor([len(r) for r, _ in flat])
+    return Batch(ids, positions, as_tensor(index), targets, response, head, lengths.long(), len(flat), tree)
 
 
 def padded_batch(examples: list[Example]) -> Batch:
@@ -1128,19 +1131,17 @@ def padded_batch(examples: list[Example]) -> Batch:
     rows = [(e.prompt, r) for e in examples for r in e.responses]
     width = max((len(p) + len(r) for p, r in rows), default=1)
     ids = np.zeros((max(1, len(rows)), width), dtype=np.int64)
-    index, targets, response = [], [], []
+    index = []
     for i, (p, r) in enumerate(rows):
         ids[i, : len(p) + len(r)] = p + r
         index.append(i * width + len(p) - 1 + np.arange(len(r)))  # the prompt's last position predicts the first token
-        targets.append(np.array(r))
-        response.append(np.full(len(r), i))
     positions = torch.arange(width).expand(len(ids), width)
-    return _batch(torch.from_numpy(ids), positions, index, targets, response, [len(r) for _, r in rows], None)
+    return _batch(examples, torch.from_numpy(ids), positions, index, None)
 
 
 def packed_batch(examples: list[Example]) -> Batch:
     """One row of tokens: prompt₁ chosen₁ rejected₁ prompt₂ …; each response's positions go on from the end of its prompt."""
-    ids, positions, index, targets, response, lengths, tree, start = [], [], [], [], [], [], [], 0
+    ids, positions, index, tree, start = [], [], [], [], 0
     for e in examples:
         ids.append(np.array(e.prompt))
         positions.append(np.arange(len(e.prompt)))
@@ -1149,16 +1150,13 @@ def packed_batch(examples: list[Example]) -> Batch:
             ids.append(np.array(r))
             positions.append(len(e.prompt) + np.arange(len(r)))
             index.append(np.concatenate([[last], np.arange(at, at + len(r) - 1)]))
-            targets.append(np.array(r))
-            response.append(np.full(len(r), len(lengths)))
-            lengths.append(len(r))
             at += len(r)
         tree.append((len(e.prompt), [len(r) for r in e.responses]))
         start = at
     if not examples:  # a rank without work still takes part in every collective: one token, nothing scored
         ids, positions, tree = [np.zeros(1, dtype=np.int64)], [np.zeros(1, dtype=np.int64)], [(0, [1])]
     row = lambda x: torch.from_numpy(np.concatenate(x))[None]  # noqa: E731
-    return _batch(row(ids), row(positions), index, targets, response, lengths, tree)
+    return _batch(examples, row(ids), row(positions), index, tree)
 
 
 LAYOUTS = {"packed": packed_batch, "padded": padded_batch}

@@ -537,9 +537,10 @@ def _read_into(tensors: dict[str, Tensor], checkpoint: Path) -> None:
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=world_size() == 1)
 
 
-def _everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All tensors of a checkpoint: `weight.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`."""
+def _everything(model: nn.Module, optimizer: torch.optim.Optimizer, reference: nn.Module | None) -> dict[str, Tensor]:
+    """All tensors of a checkpoint: `weight.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`, `reference.NAME` of one that moves."""
     tensors = {f"weight.{n}": t.detach() for n, t in _tensors(model).items()}
+    tensors |= {f"reference.{n}": t.detach() for n, t in _tensors(reference).items()} if reference is not None else {}
     for name, parameter in model.named_parameters():
         for key in ("exp_avg", "exp_avg_sq"):
             if key in optimizer.state.get(parameter, {}):
@@ -547,8 +548,12 @@ def _everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     return tensors
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer, state: dict, keep: int, tokenizer) -> bool:
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer, state: dict, keep: int, tokenizer, reference: nn.Module | None = None
+) -> bool:
     """Write step-N of `state["step"]`, then delete all but the newest `keep` complete ones.
+
+    reference: one that moves, and so belongs to the state.
 
     Returns:
         whether it is there; when it cannot be written (a full disk) the reason is printed and older ones are left alone.
@@ -562,7 +567,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer, state: dict, keep
     trouble, sums = None, {}
     try:
         on_main(_start_part, part, final)
-        sums = _write_checkpoint(part, model, optimizer, state, tokenizer)
+        sums = _write_checkpoint(part, model, optimizer, state, tokenizer, reference)
     except (Exception, dcp.CheckpointException) as error:
         trouble = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
     everyone = gather_objects((trouble, sums))
@@ -579,13 +584,13 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer, state: dict, keep
     return False
 
 
-def _write_checkpoint(part: Path, model: nn.Module, optimizer, state: dict, tokenizer) -> dict[str, list[int]]:
+def _write_checkpoint(part: Path, model: nn.Module, optimizer, state: dict, tokenizer, reference) -> dict[str, list[int]]:
     """All files but the marker, on disk when it returns; the sums of this rank's share of them."""
     import torch.distributed.checkpoint as dcp
 
     with _quiet():
         writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
-        dcp.save(_everything(model, optimizer), storage_writer=writer, no_dist=world_size() == 1)
+        dcp.save(_everything(model, optimizer, reference), storage_writer=writer, no_dist=world_size() == 1)
     adam_step = next((float(s["step"]) for s in optimizer.state.values() if "step" in s), 0.0)
     on_main((part / "step.json").write_text, json.dumps({**state, "adam_step": adam_step}))
     on_main(_describe, part, model, tokenizer)
@@ -673,8 +678,8 @@ def check_same(run: dict, saved: dict, where: str | Path) -> None:
         raise UserError(f"{where} belongs to another run: {'; '.join(differs)}")
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, run: dict) -> dict:
-    """Put weights and moments back in place, for any number of ranks; returns the saved state (step, …).
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, run: dict, reference: nn.Module | None = None) -> dict:
+    """Put weights and moments, and a `reference` that moves, back in place, for any number of ranks; returns the saved state.
 
     Args:
         run: what makes this run the one that was saved, {name: value}; compared with `state["run"]`.
@@ -687,7 +692,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, run: dict) ->
         for p in (p for g in optimizer.param_groups for p in g["params"]):
             step = torch.tensor(state["adam_step"], device=p.device)
             optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    _read_into(_everything(model, optimizer), checkpoint)
+    _read_into(_everything(model, optimizer, reference), checkpoint)
     return state
 
 
@@ -933,7 +938,7 @@ def one_microbatch(
         policy = shard(policy, checkpointing=checkpointing)
         fake = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in batch._asdict().items() if isinstance(v, Tensor)}
         missing = max(0, (chunk or 0) - sum(responses))
-        fake |= {k: nn.functional.pad(fake[k], (0, missing)) for k in ("index", "targets", "response")}
+        fake |= {k: nn.functional.pad(fake[k], (0, missing)) for k in ("index", "targets", "response", "head")}
 
         def after(p: nn.Parameter) -> None:
             p.grad = None if gpu else p.grad
@@ -944,7 +949,7 @@ def one_microbatch(
         gc.collect()
         gc.freeze()  # so that collecting looks at what is new only
         with LiveBytes() as live:
-            sum(x.sum() for x in policy(batch._replace(**fake), reference) if x is not None).backward()
+            sum(x.sum() for x in policy(batch._replace(**fake), ("kl",) * reference).values()).backward()
         gc.unfreeze()
     blocks = decoder_blocks(model)
     parameters, layered = (sum(p.numel() for p in m.parameters()) for m in (model, nn.ModuleList(blocks)))

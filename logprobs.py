@@ -6,7 +6,7 @@ batch never exist at once, and a prompt is computed once for all its responses. 
 
     policy = ResponseLogProbs(model)           # any transformers causal language model
     policy.use_layout("packed")                # or "padded"; must match the batches
-    logp, kl = policy(batch)                   # (R,) fp32 sums in nats, one per response; kl is None
+    logp = policy(batch)["logp"]               # (R,) fp32 sums in nats, one per response
 
 Shape letters: B pairs · R responses (2B for pairs) · T tokens of a batch · N scored tokens · D hidden · V vocabulary · H heads.
 """
@@ -82,7 +82,7 @@ class _ChunkedLogProb(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale, softcap, chunk):
+    def forward(ctx, hidden, weight, bias, targets, scale, softcap, chunk, power):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logp, log_z = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
         narrow = weight.to(hidden.dtype)  # once per batch, not once per chunk
@@ -90,6 +90,8 @@ class _ChunkedLogProb(torch.autograd.Function):
             logits = logits_of(hidden[i : i + chunk], Head(narrow, bias, scale, softcap))
             log_z[i : i + chunk] = logits.logsumexp(-1)
             logp[i : i + chunk] = logits.gather(-1, targets[i : i + chunk, None]).squeeze(-1) - log_z[i : i + chunk]
+            if power is not None:
+                power[i : i + chunk] = logits.mul_(2).logsumexp(-1) - 2 * log_z[i : i + chunk]
             del logits  # before those of the next chunk are made
         ctx.save_for_backward(hidden, weight, bias, targets, log_z)
         ctx.scale, ctx.softcap, ctx.chunk = scale, softcap, chunk
@@ -120,7 +122,7 @@ class _ChunkedLogProb(torch.autograd.Function):
                 _add_product(grad_weight, grad.T, h)
             del logits, slope, grad  # before those of the next chunk are made
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 def chunk_rows(vocabulary: int, device: str) -> int:
@@ -134,7 +136,9 @@ def _as_computed(hidden: Tensor) -> Tensor:
     return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
 
 
-def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, chunk: int | None = None) -> Tensor:
+def token_logprobs(
+    hidden: Tensor, head: Head, targets: Tensor, chunk: int | None = None, power: Tensor | None = None
+) -> Tensor:
     """Log-probability of each target token.
 
     Args:
@@ -142,13 +146,14 @@ def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, chunk: int | Non
         head: the output layer.
         targets: (N,) token ids.
         chunk: tokens whose logits exist at once; None picks `chunk_rows`.
+        power: (N,) fp32, to be filled with log Σ_v p(v)², the log of the probability that a token drawn there has on average.
     Returns:
         (N,) log-probs in nats, fp32 (fp64 for fp64 input). Gradients reach hidden, head.weight and head.bias.
     """
     hidden, kind = _as_computed(hidden), hidden.device.type
     chunk = chunk or chunk_rows(len(head.weight), kind)
     with torch.autocast(kind, enabled=False):
-        return _ChunkedLogProb.apply(hidden, head.weight, head.bias, targets, head.scale, head.softcap, chunk)
+        return _ChunkedLogProb.apply(hidden, head.weight, head.bias, targets, head.scale, head.softcap, chunk, power)
 
 
 def _kl_rows(hidden: Tensor, ref_hidden: Tensor, head: Head, ref_head: Head) -> Tensor:
@@ -374,12 +379,15 @@ def packed_attention() -> str:
 # ---- the policy ------------------------------------------------------------------------------------------------------
 
 
+HEADS = {"logp": "head", "ref": "ref_head"}  # a sum and what it is called over the first tokens alone
+
+
 class ResponseLogProbs(nn.Module):
     """A causal language model that answers a batch with one summed log-prob per response instead of logits.
 
     Args:
         model: a transformers causal language model.
-        reference: a second one, frozen, only for objectives that need the token KL.
+        reference: a second one, frozen, only for token KLs and for a reference that moves.
         chunk: see `token_logprobs`; the token KL, which has the logits of two models, takes half.
     """
 
@@ -419,17 +427,30 @@ class ResponseLogProbs(nn.Module):
         out = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **extra)
         return out.last_hidden_state.flatten(0, 1)[batch.index]
 
-    def forward(self, batch, with_kl: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Sums over each response: log-probs (R,) and, with `with_kl`, Σ_t KL(π_ref ‖ π_θ) (R,); nats, fp32."""
+    def forward(self, batch, also: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        """Sums over each response, (R,), nats, fp32: "logp", the log-probs of its tokens; and what `also` names of
+
+        kl      Σ_t KL(π_ref ‖ π_θ) over the whole vocabulary
+        head    the log-probs of those tokens that `batch.head` marks
+        power   Σ_t log Σ_v π_θ(v)², without gradient
+        ref     "logp" under the reference, without gradient; with "head", "ref_head" too
+        """
         hidden, head = self.states(self.model, batch), head_of(self.model)
-        logp = token_logprobs(hidden, head, batch.targets, self.chunk)
-        total = torch.zeros(batch.responses, dtype=logp.dtype, device=logp.device)
-        if not with_kl:
-            return total.index_add(0, batch.response, logp), None
-        with torch.no_grad():
-            ref_hidden = self.states(self.reference, batch)
-        kl = token_kl(hidden, ref_hidden, head, head_of(self.reference), self.chunk and max(1, self.chunk // 2))
-        return total.index_add(0, batch.response, logp), total.index_add(0, batch.response, kl)
+        power = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        each = {"logp": token_logprobs(hidden, head, batch.targets, self.chunk, power if "power" in also else None)}
+        if "power" in also:
+            each["power"] = power
+        if {"kl", "ref"} & set(also):
+            with torch.no_grad():
+                ref_hidden, ref_head = self.states(self.reference, batch), head_of(self.reference)
+                if "ref" in also:
+                    each["ref"] = token_logprobs(ref_hidden, ref_head, batch.targets, self.chunk)
+        if "kl" in also:
+            each["kl"] = token_kl(hidden, ref_hidden, head, ref_head, self.chunk and max(1, self.chunk // 2))
+        if "head" in also:
+            each |= {HEADS[name]: x * batch.head for name, x in each.items() if name in HEADS}
+        zero = each["logp"].new_zeros(batch.responses)
+        return {name: zero.index_add(0, batch.response, values) for name, values in each.items()}
 
 
 # ---- what a model says, and whether we score it right ------------------------------------------------------------------

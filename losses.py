@@ -8,6 +8,7 @@ caller reduces (the trainer divides the sum by the rows of the whole optimizer b
     n_w, n_l   len_w, len_l     (B,)  response tokens scored, ≥ 1
     D_w, D_l   kl_w, kl_l       (B,)  Σ_t KL(π_ref ‖ π_θ) over the response's positions and the whole vocabulary, nats
     s^old      old_w, old_l     (B,)  summed log-probs under an earlier policy, no gradient
+    s^k, s̄^k   head_w, ref_head_w, …  (B,)  the sums s, s̄ over a response's first k = min(n_w, n_l) tokens alone
     m          margin           (B,)  score of the chosen less score of the rejected response, as the data has them
     s, s̄       logp, ref        (N,)  unpaired objectives: one row per completion
     s', s̄'     logp_kl, ref_kl  (N,)  unpaired: mismatched completions under policy / reference, no gradient
@@ -349,6 +350,49 @@ def focal(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta:
     """
     log_p = F.logsigmoid(beta * ((logp_w - ref_w) - (logp_l - ref_l)))
     return -torch.exp(gamma * log_p) * log_p
+
+
+@objective(reward=log_ratio)
+def ld_dpo(
+    logp_w: Tensor,
+    logp_l: Tensor,
+    ref_w: Tensor,
+    ref_l: Tensor,
+    head_w: Tensor,
+    head_l: Tensor,
+    ref_head_w: Tensor,
+    ref_head_l: Tensor,
+    *,
+    beta: float = 0.1,
+    alpha: float = 0.5,
+) -> Tensor:
+    """Length-desensitised DPO: what the longer response has beyond the length of the shorter one counts for less.
+
+        L = −logσ(β(v_w − v_l))          v = u^k + α(u − u^k),  u^k = s^k − s̄^k
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      head_w, head_l, ref_head_w, ref_head_l: (B,) the same over the first k = min(n_w, n_l) tokens; of the shorter response
+        these are all, so that there v = u.
+      beta: β.
+      alpha: α, weight of the tokens from k + 1 on; 1 is dpo, 0 ends both responses at k.
+
+    Returns: (B,); log 2 where policy = reference.
+    Gradient: with g = −βσ(−β(v_w − v_l)): ∂L/∂s_w = αg and ∂L/∂s^k_w = (1 − α)g, of the rejected response −g. So a token of the
+    first k gets g, a later one αg.
+
+    α acts on policy and reference alike, as in trl; in libraries where it acts on the policy alone, the loss at the start is
+    not log 2. The reported reward is dpo's, without α.
+
+    >>> x = [tensor([v]) for v in (-12.0, -24.0, -14.0, -22.0, -12.0, -20.0, -14.0, -19.0)]  # v_w = 2, v_l = −1 − 0.5
+    >>> ld_dpo(*x)
+    tensor([0.5334])
+
+    Reference: Liu et al., 2024, arXiv 2409.06411; trl's `ld_alpha`.
+    """
+    v_w = (head_w - ref_head_w) + alpha * ((logp_w - head_w) - (ref_w - ref_head_w))
+    v_l = (head_l - ref_head_l) + alpha * ((logp_l - head_l) - (ref_l - ref_head_l))
+    return -F.logsigmoid(beta * (v_w - v_l))
 
 
 @objective(reward=log_ratio)
@@ -1415,6 +1459,25 @@ def moments(x: Tensor, mean: float | Tensor | None = None, std: float | Tensor |
     return tuple(m.detach() if isinstance(m, Tensor) else x.new_full((), m) for m in (mean, std))
 
 
+def wpo_weight(logp: Tensor, power: Tensor, length: Tensor) -> Tensor:
+    """WPO: how far the responses of a row are the policy's own, a weight for the row's loss under any objective.
+
+        w = min(1, Π e^{ā}),  ā = (1/n) Σ_t [log π(y_t) − log Σ_v π(v)²]
+
+    Args: logp, power, length: (B, k) of the k responses of each row: Σ_t log π(y_t), Σ_t log Σ_v π(v)², tokens.
+    Returns: (B,), held constant in the gradient.
+
+    Σ_v π(v)² is the probability that a sampled token has on average, so a response that was sampled has e^ā about 1 and one
+    that the policy would hardly say has e^ā near 0.
+
+    >>> wpo_weight(tensor([[-12.0, -24.0]]), tensor([[-8.0, -18.0]]), tensor([[10, 12]]))  # e^(−0.4 − 0.5)
+    tensor([0.4066])
+
+    Reference: Zhou et al., 2024, arXiv 2406.11827, with the bound 1 of the released code; trl's `use_weighting`.
+    """
+    return torch.exp(((logp - power) / length).sum(-1)).clamp(max=1.0).detach()
+
+
 def standardize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(x − mean)/std, and 0 where std is 0 (one row, or all rows equal)."""
     return torch.where(std > 0, (x - mean) / torch.where(std > 0, std, 1.0), 0.0)
@@ -1509,6 +1572,7 @@ NAMES = {
     "ipo": ('"ipo", `beta` = τ', "–"),
     "dpop": ("–", "libraries: `dpop_lambda` = λ, in some outside the sigmoid"),
     "dpo_shift": ("–", "authors: `dpo_lambda` = λ"),
+    "ld_dpo": ("`ld_alpha` = α", "–"),
     "odpo": ("–", "authors: `alpha` = α"),
     "rpo_bwd": ("–", "NeMo: `rpo_bwd_kl`, `gt_reward_scale` = η"),
     "rpo_fwd": ("–", "NeMo: `rpo_fwd_kl`, `gt_reward_scale` = η"),
@@ -1554,7 +1618,8 @@ def names() -> str:
 PAIRS = {
     "logp_w": [-12.0, -20.0], "logp_l": [-24.0, -20.0], "ref_w": [-14.0, -20.0], "ref_l": [-22.0, -20.0],
     "len_w": [10, 10], "len_l": [12, 10], "kl_w": [0.5, 0.0], "kl_l": [1.5, 0.0],
-    "old_w": [-13.5, -20.0], "old_l": [-22.5, -20.0], "margin": [2.0, 1.0],
+    "old_w": [-13.5, -20.0], "old_l": [-22.5, -20.0], "margin": [2.0, 1.0], "head_w": [-12.0, -20.0], "head_l": [-20.0, -20.0],
+    "ref_head_w": [-14.0, -20.0], "ref_head_l": [-19.0, -20.0],
 }  # fmt: skip
 # The first pair as two rows, and two mismatched completions.
 ROWS = {"logp": [-12.0, -24.0], "ref": [-14.0, -22.0], "logp_kl": [-30.0, -28.0], "ref_kl": [-31.0, -29.0]}
@@ -1574,8 +1639,8 @@ def table(width: int = 128) -> str:
         values = loss(**inputs, **draw)
         (slope,) = torch.autograd.grad(values.sum(), policy)
         kinds = {k.partition("_")[0] for k in loss.tensors}
-        needs = [kind for kind in ("ref", "kl", "old", "len", "margin") if kind in kinds] + ["rows"] * ("desirable" in kinds)
-        needs += {True: ["batch"], False: []}.get(loss.coupled, ["(batch)"])
+        needs = [kind for kind in ("ref", "kl", "head", "old", "len", "margin") if kind in kinds]
+        needs += ["rows"] * ("desirable" in kinds) + {True: ["batch"], False: []}.get(loss.coupled, ["(batch)"])
         settings = textwrap.wrap(
             " ".join(f"{k}={v}" for k, v in loss.settings.items()) or "–", width - 56, break_long_words=False
         )

@@ -43,7 +43,7 @@ import data
 import distributed as dist
 from data import Example, UserError, setting
 from logprobs import FUSED, ResponseLogProbs, check_head, completions, to_device
-from losses import OBJECTIVES
+from losses import OBJECTIVES, wpo_weight
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
@@ -70,6 +70,9 @@ class Settings(data.Reading):
     replays: int = setting(1, "LoRR: optimizer steps in a row on each batch (its paper: 3)")
     reset_alpha: float = setting(1.0, "LoRR: after a step θ ← αθ + (1−α)θ⁰ in reset_modules (its paper: 0.5; 1: no reset)")
     reset_modules: str = setting("down_proj", "parts of parameter names, commas between, that reset_alpha acts on")
+    wpo: bool = setting(False, "WPO: a row's loss counts for less where its responses are not what the policy would say")
+    sync_every: int = setting(0, "TR-DPO: the reference moves after every so many steps (0: never)")
+    sync_alpha: float = setting(0.6, "TR-DPO: how far it moves, reference ← α policy + (1−α) reference")
     sft_weight: float = setting(0.0, "LoRR: weight that the likelihood of the chosen has at the last replay (its paper: 0.5)")
     dtype: str = setting("auto", "arithmetic: fp32, bf16 (autocast; weights stay fp32) or auto (bf16 where it is in hardware)")
     export_dtype: str = setting("auto", "weights of out/model: fp32, bf16, or auto (as the model came)")
@@ -91,7 +94,7 @@ class Settings(data.Reading):
     trust_remote_code: bool = setting(False, "allow a model folder to bring Python code that is then run")
     GROUPS = {  # of --help
         "model and data": "model dataset eval_dataset eval_size recipe trust_remote_code",
-        "objective": "objective replays reset_alpha reset_modules sft_weight",
+        "objective": "objective wpo sync_every sync_alpha replays reset_alpha reset_modules sft_weight",
         "schedule": "lr batch_size epochs max_steps warmup_ratio weight_decay max_grad_norm",
         "memory and speed": "tokens_per_microbatch layout dtype gradient_checkpointing compile device mesh",
         "output": "out overwrite resume eval_every samples sample_tokens save_every keep export_dtype cache log_to",
@@ -156,8 +159,8 @@ CHOICES = {"layout": ("packed", "padded"), "dtype": ("auto", "fp32", "bf16"), "e
            "log_to": ("tensorboard", "wandb"), "world": tuple(data.WORLDS)}  # fmt: skip
 AT_LEAST_1 = ("batch_size", "tokens_per_microbatch", "epochs", "keep", "replays", "max_steps", "sample_tokens")
 NOT_NEGATIVE = ("eval_size", "eval_every", "save_every", "weight_decay", "max_grad_norm", "samples", "seed", "annotator_noise",
-                "sft_weight")  # fmt: skip
-SHARES = ("warmup_ratio", "max_drop_fraction", "reset_alpha")
+                "sft_weight", "sync_every")  # fmt: skip
+SHARES = ("warmup_ratio", "max_drop_fraction", "reset_alpha", "sync_alpha")
 
 
 def check_settings(s: Settings) -> None:
@@ -211,6 +214,11 @@ class Objective(NamedTuple):
 
     def needs(self, prefix: str) -> bool:
         return any(t.startswith(prefix) for t in self.loss.tensors)
+
+    @property
+    def also(self) -> tuple[str, ...]:
+        """What the policy's pass has to give besides log-probs: names of logprobs.ResponseLogProbs.forward."""
+        return ("kl",) * self.needs("kl_") + ("head",) * self.needs("head_")
 
     @property
     def unpaired(self) -> bool:
@@ -337,6 +345,9 @@ class Sums(NamedTuple):
     logp: Tensor | None = None
     ref: Tensor | None = None
     kl: Tensor | None = None
+    head: Tensor | None = None  # of logp: the first tokens, as many as the row's shortest response has
+    ref_head: Tensor | None = None  # of ref
+    power: Tensor | None = None  # Σ_t log Σ_v π(v)²
     logp_mismatch: Tensor | None = None  # (n·k,): KTO's mismatched completions, under the policy
     ref_mismatch: Tensor | None = None  # (n·k,): and under the reference
     label: Tensor | None = None  # bool: chosen or desirable
@@ -351,7 +362,8 @@ class Sums(NamedTuple):
     def by_name(self) -> dict[str, Tensor]:
         """What a signature of losses.py may ask for. `old_*` is the policy as it is at the start of the step."""
         named = {"desirable": self.label, "logp_kl": self.logp_mismatch, "ref_kl": self.ref_mismatch, "margin": self.margin}
-        sources = {"logp": self.logp, "len": self.length, "ref": self.ref, "kl": self.kl, "old": self.logp.detach()}
+        sources = {"logp": self.logp, "len": self.length, "old": self.logp.detach()}
+        sources |= {name: getattr(self, name) for name in ("ref", "kl", "head", "ref_head")}
         for name, x in sources.items():
             if x is not None:
                 named |= {name: x, f"{name}_w": x[:, 0], f"{name}_l": x[:, -1]}
@@ -366,7 +378,7 @@ class Rows:
     held_out: Sequence[Example]
     reports: dict[str, data.Report]  # what was kept and dropped, and why
     plan: list[list[int]] = field(default_factory=list)  # the rows of each optimizer step
-    ref: Tensor | None = None  # (n, k) of the training rows
+    ref: dict[str, Tensor] = field(default_factory=dict)  # "ref" and, where asked for, "ref_head" of the training rows, (n, k)
     ref_mismatch: Sequence[Tensor] | None = None  # of each batch of the plan
     held_out_known: Sums | None = None
     held_out_start: Tensor | None = None  # (n, k) log-probs of the held-out rows under the start
@@ -396,6 +408,11 @@ class Run:
     def bf16(self) -> bool:
         return uses_bf16(self.s, self.device)
 
+    @property
+    def also(self) -> tuple[str, ...]:
+        """What each pass of the policy has to give besides log-probs."""
+        return self.objective.also + ("power",) * self.s.wpo + ("ref",) * (self.s.sync_every > 0)
+
     def arithmetic(self):
         """bf16 autocast or nothing. One context spans one kind of pass, so weights are cast once in it."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
@@ -413,19 +430,22 @@ class Run:
 
 @torch.no_grad()
 def log_probs(
-    run: Run, examples: Sequence[Example], with_kl: bool = False, progress: str | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Summed log-probs, and token KLs, of all responses without gradient: (n, k) each, on every rank."""
-    rows, logps, kls, k = [], [], [], len(examples[0].responses)
+    run: Run, examples: Sequence[Example], also: tuple[str, ...] = (), progress: str | None = None
+) -> dict[str, Tensor]:
+    """Summed log-probs of all responses, "logp", and what `also` names, without gradient: (n, k) each, on every rank."""
+    rows, parts, k = [], [], len(examples[0].responses)
     batches = data.progress(_lazily(run, examples), progress or "", "batches", disable=progress is None or not dist.is_main())
     with run.arithmetic():
         for part, batch in batches:
-            logp, kl = run.policy(batch, with_kl)
             rows += part
-            logps.append(logp.view(len(part), k))
-            kls += [kl.view(len(part), k)] if with_kl else []
+            parts.append({name: x.view(len(part), k) for name, x in run.policy(batch, also).items()})
+    return gathered(rows, parts, len(examples))
+
+
+def gathered(rows: list[int], parts: list[dict[str, Tensor]], total: int) -> dict[str, Tensor]:
+    """The sums of all ranks' rows from those of this one's microbatches; `rows` says which these are."""
     rows = torch.tensor(rows, dtype=torch.long)
-    return tuple(dist.gather_rows(rows, torch.cat(x), len(examples)) if x else None for x in (logps, kls))
+    return {name: dist.gather_rows(rows, torch.cat([part[name] for part in parts]), total) for name in parts[0]}
 
 
 def _lazily(run: Run, examples: Sequence[Example]) -> Iterator[tuple[list[int], data.Batch]]:
@@ -435,23 +455,27 @@ def _lazily(run: Run, examples: Sequence[Example]) -> Iterator[tuple[list[int], 
             yield [start + i for i in part], batch
 
 
-def coefficients(objective: Objective, sums: Sums, seed: list[int], sft: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss per row (rows,) and the gradient of their sum with respect to every log-prob and KL, (n, k) each.
+TRAINED = ("logp", "kl", "head")  # sums through which a loss reaches the weights
 
-    sft: weight of the SFT term, which is −logp/length (nats per token) of a chosen or desirable response, 0 of another.
+
+def coefficients(objective: Objective, sums: Sums, seed: list[int], sft: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss per row (rows,) and the gradient of their sum with respect to every sum of TRAINED, (n, k) each.
+
+    A row's loss has its WPO weight where sums.power is there. sft: weight of the SFT term, which is −logp/length (nats per
+    token) of a chosen or desirable response, 0 of another.
     """
+    leaves = {name: getattr(sums, name).detach().requires_grad_() for name in TRAINED if getattr(sums, name) is not None}
     if not len(sums.logp):  # a rank without rows in this microbatch
-        empty = torch.zeros_like(sums.logp)
-        return empty.flatten(), empty, None if sums.kl is None else empty
-    logp = sums.logp.detach().requires_grad_()
-    kl = None if sums.kl is None else sums.kl.detach().requires_grad_()
-    loss = objective(sums._replace(logp=logp, kl=kl).by_name(), seed)
+        return sums.logp.flatten(), leaves
+    loss = objective(sums._replace(**leaves).by_name(), seed)
+    if sums.power is not None:
+        rows = (-1, 1) if objective.unpaired else sums.logp.shape
+        loss = loss * wpo_weight(*(x.detach().reshape(rows) for x in (sums.logp, sums.power, sums.length)))
     if sft:
-        term = -(logp / sums.length) * sums.label
+        term = -(leaves["logp"] / sums.length) * sums.label
         loss = loss + sft * (term.flatten() if objective.unpaired else term.sum(-1))
-    leaves = [logp] if kl is None else [logp, kl]
-    grads = torch.autograd.grad(loss.sum(), leaves, allow_unused=True, materialize_grads=True)
-    return loss.detach(), grads[0], None if kl is None else grads[1]
+    grads = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return loss.detach(), dict(zip(leaves, grads))
 
 
 def accumulate_gradients(
@@ -469,46 +493,38 @@ def accumulate_gradients(
     Returns:
         the sums of the whole batch, and its loss per row; on every rank.
     """
-    objective, with_kl, n = run.objective, run.objective.needs("kl_"), len(examples)
-    k = known.length.shape[1]  # responses per example
+    objective, n, k = run.objective, len(examples), known.length.shape[1]  # k responses per example
     batches, rows = batches or run.microbatches(examples), n * (k if objective.unpaired else 1)
     whole = None  # of a coupled batch: loss and factors of all its rows
     if objective.coupled and len(batches) > 1:
-        logp, kl = log_probs(run, examples, with_kl)
-        whole = coefficients(objective, known._replace(logp=logp, kl=kl), seed, sft)
-    scored, losses, logps, kls = torch.tensor([i for part, _ in batches for i in part], dtype=torch.long), [], [], []
-    gathered = lambda values: dist.gather_rows(scored, torch.cat(values), n)  # noqa: E731
+        whole = coefficients(objective, known._replace(**log_probs(run, examples, run.also)), seed, sft)
+    scored, losses, parts = [i for part, _ in batches for i in part], [], []
     with run.arithmetic():
         for i, (part, batch) in enumerate(batches):
             dist.sync_gradients(run.policy, last=i == len(batches) - 1)
-            logp, kl = run.policy(batch, with_kl)
-            logp, kl = logp.view(len(part), k), kl.view(len(part), k) if with_kl else None
-            logps.append(logp.detach())
-            kls += [kl.detach()] if with_kl else []
-            at = to_device(torch.tensor(part, dtype=torch.long), logp.device)
+            sums = {name: x.view(len(part), k) for name, x in run.policy(batch, run.also).items()}
+            parts.append({name: x.detach() for name, x in sums.items()})
+            at = to_device(torch.tensor(part, dtype=torch.long), known.length.device)
             if objective.coupled and whole is None:
-                all_kl = gathered(kls) if with_kl else None
-                whole = coefficients(objective, known._replace(logp=gathered(logps), kl=all_kl), seed, sft)
+                whole = coefficients(objective, known._replace(**gathered(scored, parts, n)), seed, sft)
             if whole is None:
-                loss, d_logp, d_kl = coefficients(objective, known.at(at)._replace(logp=logp, kl=kl), seed, sft)
-                losses.append(loss.view(len(part), k if objective.unpaired else 1))
+                loss, factors = coefficients(objective, known.at(at)._replace(**sums), seed, sft)
+                losses.append({"loss": loss.view(len(part), k if objective.unpaired else 1)})
             else:
-                d_logp, d_kl = whole[1][at], whole[2][at] if with_kl else None
-            heads, grads = ([logp, kl], [d_logp, d_kl]) if with_kl else ([logp], [d_logp])
-            torch.autograd.backward(heads, [g / rows for g in grads])
-    sums = known._replace(logp=gathered(logps), kl=gathered(kls) if with_kl else known.kl)
-    return sums, gathered(losses).flatten() if whole is None else whole[0]
+                factors = {name: x[at] for name, x in whole[1].items()}
+            torch.autograd.backward([sums[name] for name in factors], [x / rows for x in factors.values()])
+    loss = gathered(scored, losses, n)["loss"].flatten() if whole is None else whole[0]
+    return known._replace(**gathered(scored, parts, n)), loss
 
 
 def next_batch(run: Run) -> tuple[list[Example], Sums]:
     """The examples of the step that comes, and what is known of them before the policy is asked."""
     rows, at = run.rows, run.rows.plan[run.step]
     examples = [rows.train[i] for i in at]
-    ref = None if rows.ref is None else rows.ref[at]
     mismatch = None if rows.ref_mismatch is None else rows.ref_mismatch[run.step // run.s.replays]
-    known = known_sums(examples, ref, mismatch, run.device)
+    known = known_sums(examples, run.device, ref_mismatch=mismatch, **{name: x[at] for name, x in rows.ref.items()})
     if run.objective.needs("logp_kl"):
-        known = known._replace(logp_mismatch=log_probs(run, mismatched(examples))[0].flatten())
+        known = known._replace(logp_mismatch=log_probs(run, mismatched(examples))["logp"].flatten())
     return examples, known
 
 
@@ -532,6 +548,8 @@ def step(run: Run) -> dict:
     run.optimizer.zero_grad()
     reset(run.origin, s.reset_alpha)
     run.step += 1
+    if s.sync_every and run.step % s.sync_every == 0:
+        move_reference(run.policy, s.sync_alpha)
     line = {"step": run.step, **measures(run.objective, sums, loss), "grad_norm": grad_norm, "lr": lr, "pairs": len(loss)}
     line |= {"tokens": sum(map(data.tokens_of, examples)), "flops": dist.model_flops(run.policy.model, examples)}
     line |= {"seconds": time.time() - tick, **balance(run, examples)}
@@ -553,6 +571,9 @@ def prepare(s: Settings) -> Run:
     """Everything before the first step, what is quick to refuse first: a mistake should cost no loading."""
     objective = parse_objective(s.objective)
     try_objective(objective)
+    if s.sync_every and (not objective.needs("ref") or objective.needs("ref_kl")):
+        why = "estimates its drift on mismatched pairs" if objective.needs("ref_kl") else "has no reference's log-probs"
+        raise UserError(f"sync_every moves the reference, but {objective.name} {why}; leave sync_every out")
     device = dist.setup(s.device)
     dist.mesh_sizes(s.mesh)
     if s.model != "tiny":
@@ -591,7 +612,10 @@ def build_policy(s: Settings, objective: Objective, tokenizer, device: torch.dev
         refuse_packed(model)
     if s.compile and (s.layout != "packed" or device.type not in FUSED):
         raise UserError(f"compile works on packs on CUDA; with --layout {s.layout} on {device.type} leave it out")
-    reference = load_model(s).requires_grad_(False).train(False) if objective.needs("kl_w") else None
+    if s.sync_every:
+        say("sync_every: the reference is a second model, whose log-probs are computed at every step and not kept")
+    second = objective.needs("kl_w") or s.sync_every
+    reference = load_model(s).requires_grad_(False).train(False) if second else None
     dist.on_main(dist.check_space, Path(s.out), model, s.keep + 1 if s.save_every else 0, export_dtype(s, model))
     policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, uses_bf16(s, device), s.gradient_checkpointing, s.compile)
     for part in filter(None, (model, reference)):
@@ -635,19 +659,19 @@ def plan_steps(run: Run) -> None:
 def score_start(run: Run) -> None:
     """What the start says of every row and answers to the sample prompts: the reference, and where the run set out from."""
     rows, needs = run.rows, run.objective.needs
-    ref_held_out = mismatch_held_out = None
-    if needs("ref"):
-        rows.ref = reference_sums(run, rows.train, "rows")
-        ref_held_out = reference_sums(run, rows.held_out, "held-out rows")
+    ref_held_out, mismatch_held_out = {}, None
+    if needs("ref") and not run.s.sync_every:
+        rows.ref = reference_sums(run, rows.train, "rows", run.also)
+        ref_held_out = reference_sums(run, rows.held_out, "held-out rows", run.also)
     if needs("ref_kl"):
         batches = [mismatched([rows.train[i] for i in batch]) for batch in rows.plan[:: run.s.replays]]
-        flat = reference_sums(run, [e for batch in batches for e in batch], "mismatched rows").flatten()
+        flat = reference_sums(run, [e for batch in batches for e in batch], "mismatched rows")["ref"].flatten()
         rows.ref_mismatch = flat.split([len(batch) for batch in batches])
         if rows.held_out:
-            mismatch_held_out = reference_sums(run, mismatched(rows.held_out), "mismatched held-out rows").flatten()
+            mismatch_held_out = reference_sums(run, mismatched(rows.held_out), "mismatched held-out rows")["ref"].flatten()
     if rows.held_out:
-        rows.held_out_known = known_sums(rows.held_out, ref_held_out, mismatch_held_out, run.device)
-        rows.held_out_start = ref_held_out if ref_held_out is not None else log_probs(run, rows.held_out)[0]
+        rows.held_out_known = known_sums(rows.held_out, run.device, ref_mismatch=mismatch_held_out, **ref_held_out)
+        rows.held_out_start = ref_held_out["ref"] if ref_held_out else log_probs(run, rows.held_out)["logp"]
     run.before = answers(run)
 
 
@@ -666,7 +690,7 @@ def resume(run: Run) -> None:
     checkpoint = dist.newest_checkpoint(Path(run.s.out) / "checkpoints", say)
     if checkpoint is None:
         return say("no checkpoint; starting from step 0")
-    run.step = dist.load_checkpoint(checkpoint, run.policy.model, run.optimizer, run.same)["step"]
+    run.step = dist.load_checkpoint(checkpoint, run.policy.model, run.optimizer, run.same, moving(run))["step"]
     say(f"resumed after step {run.step} from {checkpoint}")
 
 
@@ -703,7 +727,7 @@ def save(run: Run) -> bool:
     """Write a checkpoint; whether it is there."""
     state = {"step": run.step, "run": run.same}
     folder = Path(run.s.out) / "checkpoints"
-    return dist.save_checkpoint(folder, run.policy.model, run.optimizer, state, run.s.keep, run.tokenizer)
+    return dist.save_checkpoint(folder, run.policy.model, run.optimizer, state, run.s.keep, run.tokenizer, moving(run))
 
 
 def stopped(run: Run, saved: bool) -> None:
@@ -817,35 +841,38 @@ def load_rows(s: Settings, tokenizer, objective: Objective) -> Rows:
     return Rows(train_rows.mapped(fitting), held_out.mapped(fitting), reports)
 
 
-def known_sums(examples: Sequence[Example], ref: Tensor | None, ref_mismatch: Tensor | None, device) -> Sums:
-    """What a batch's sums consist of before the policy is asked."""
+def known_sums(examples: Sequence[Example], device, **reference: Tensor | None) -> Sums:
+    """What a batch's sums consist of before the policy is asked: what is counted, and fields of Sums that are known of the
+    reference."""
     length = torch.tensor([[len(r) for r in e.responses] for e in examples], device=device)
     label = [[e.desirable] if e.desirable is not None else [True, False][: len(e.responses)] for e in examples]
     margins = [e.margin for e in examples]
     margin = None if None in margins else torch.tensor(margins, device=device)
-    return Sums(length, ref=ref, ref_mismatch=ref_mismatch, label=torch.tensor(label, device=device), margin=margin)
+    return Sums(length, label=torch.tensor(label, device=device), margin=margin, **reference)
 
 
-def reference_sums(run: Run, examples: Sequence[Example], what: str) -> Tensor | None:
-    """Reference log-probs (n, k) of `examples`: the policy's own, before it has learnt anything, kept as numbers.
+def reference_sums(run: Run, examples: Sequence[Example], what: str, also: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Reference log-probs of `examples`, "ref" and, if `also` says "head", "ref_head", (n, k) each: the policy's own, before it
+    has learnt anything, kept as numbers.
 
     Cached as safetensors under a hash of everything that they depend on: weights, token ids (so tokenizer, template, data
     and truncation), arithmetic and layout. A file that is not complete and finite is not used.
     """
     if not examples:
-        return None
-    s, key = run.s, hashlib.sha256()
+        return {}
+    s, key, names = run.s, hashlib.sha256(), ["ref", *(["ref_head"] if "head" in also else [])]
     key.update(json.dumps(["1", s.layout, run.bf16, run.device.type, s.tokens_per_microbatch]).encode())
     key.update(json.dumps(dist.hash_weights(run.policy.model)).encode())
     for e in examples:
         key.update(json.dumps([e.prompt, e.responses]).encode())
     file = Path(s.cache).expanduser() / f"reference-{key.hexdigest()[:32]}.safetensors"
-    ref = (dist.load_tensors(file) or {}).get("ref")
-    if ref is not None and ref.shape == (len(examples), len(examples[0].responses)) and torch.isfinite(ref).all():
+    found, shape = dist.load_tensors(file) or {}, (len(examples), len(examples[0].responses))
+    if all(name in found and found[name].shape == shape and torch.isfinite(found[name]).all() for name in names):
         say(f"reference log-probs of {len(examples)} {what} from {file}")
-        return ref.to(run.device)
-    ref, _ = log_probs(run, examples, progress=f"reference, {what}")
-    dist.save_tensors({"ref": ref}, file)
+        return {name: found[name].to(run.device) for name in names}
+    made = log_probs(run, examples, tuple(x for x in also if x == "head"), progress=f"reference, {what}")
+    ref = {{"logp": "ref", "head": "ref_head"}[name]: x for name, x in made.items()}
+    dist.save_tensors(ref, file)
     return ref
 
 
@@ -895,6 +922,22 @@ def reset(origin: list[tuple[Tensor, Tensor]], alpha: float) -> None:
         parameter.mul_(alpha).add_(start, alpha=1 - alpha)
 
 
+# TR-DPO (Gorbatovski 2024, 2404.09656), a schedule around any objective with a reference: its soft updates, and with α = 1 its
+# hard ones. What the reference says is then computed at every step, by a second model, and not once and kept.
+
+
+@torch.no_grad()
+def move_reference(policy: ResponseLogProbs, alpha: float) -> None:
+    """reference ← α policy + (1−α) reference, in place; where they are cut over ranks each rank does its rows."""
+    for there, here in zip(policy.reference.parameters(), policy.model.parameters()):
+        there.lerp_(here, alpha)
+
+
+def moving(run: Run) -> torch.nn.Module | None:
+    """The reference, where it is part of a run's state."""
+    return run.policy.reference if run.s.sync_every else None
+
+
 # ---- evaluation and checks ---------------------------------------------------------------------------------------------
 
 
@@ -906,12 +949,11 @@ def evaluate(run: Run) -> dict[str, float]:
     by how much they became less likely, below 0 where more likely.
     """
     held_out, known = run.rows.held_out, run.rows.held_out_known
-    logp, kl = log_probs(run, held_out, run.objective.needs("kl_"), progress="evaluate")
-    sums = known._replace(logp=logp, kl=kl)
+    sums = known._replace(**log_probs(run, held_out, run.also, progress="evaluate"))
     if run.objective.needs("logp_kl"):
-        sums = sums._replace(logp_mismatch=log_probs(run, mismatched(held_out))[0].flatten())
+        sums = sums._replace(logp_mismatch=log_probs(run, mismatched(held_out))["logp"].flatten())
     loss = run.objective(sums.by_name(), seed=[run.s.seed])
-    drift = ((run.rows.held_out_start - logp) / known.length).mean().item()
+    drift = ((run.rows.held_out_start - sums.logp) / known.length).mean().item()
     return {f"eval_{k}": v for k, v in {**measures(run.objective, sums, loss), "drift": drift}.items()}
 
 
@@ -979,9 +1021,9 @@ def compare_layouts(run: Run, examples: list[Example], bound: float) -> float:
     by how much they are apart."""
     if run.s.layout != "packed":
         return 0.0
-    with_packed, _ = log_probs(run, examples)
+    with_packed = log_probs(run, examples)["logp"]
     run.policy.use_layout("padded")
-    with_padded, _ = log_probs(replace(run, s=replace(run.s, layout="padded")), examples)
+    with_padded = log_probs(replace(run, s=replace(run.s, layout="padded")), examples)["logp"]
     run.policy.use_layout("packed")
     lengths = torch.tensor([[len(r) for r in e.responses] for e in examples], device=with_packed.device)
     worst = ((with_packed - with_padded).abs() / lengths).max().item()
@@ -996,10 +1038,14 @@ def compare_layouts(run: Run, examples: list[Example], bound: float) -> float:
 def identity(run: Run) -> dict:
     """What must be equal for a run to go on from a checkpoint: all that its losses depend on but the number of ranks."""
     s = run.s
-    rows = hashlib.sha256(json.dumps([[e.prompt, e.responses] for e in run.rows.train]).encode()).hexdigest()[:16]
+    scored = run.objective.needs("margin")
+    rows = [[e.prompt, e.responses, *([e.margin] if scored else [])] for e in run.rows.train]
+    rows = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
     names = ("lr", "batch_size", "epochs", "max_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "max_length")
     names += ("replays", "reset_alpha", "reset_modules", "sft_weight", "layout", "tokens_per_microbatch")
     same = {"model": Path(s.model).name, "dataset": Path(s.dataset).name, "objective": str(run.objective)}
+    same |= {"wpo": True} if s.wpo else {}
+    same |= {"sync_every": s.sync_every, "sync_alpha": s.sync_alpha} if s.sync_every else {}
     same |= {"dtype": "bf16" if run.bf16 else "fp32", "device": run.device.type}
     return {**same, **{k: getattr(s, k) for k in names}, "training rows (hash)": rows}
 
@@ -1453,7 +1499,7 @@ def supervised_start(rows: list[data.Row], tokenizer, seed: int) -> torch.nn.Mod
     bar = data.progress(plan, "supervised start", "steps")
     for step, part in enumerate(bar):
         batch = data.padded_batch([examples[i] for i in part])
-        loss = OBJECTIVES["sft"](policy(batch)[0], batch.lengths).mean()
+        loss = OBJECTIVES["sft"](policy(batch)["logp"], batch.lengths).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -1514,7 +1560,7 @@ def length_controlled(win: Tensor, difference: Tensor) -> float:
 def summed_logps(model: Path, examples: list[Example]) -> Tensor:
     policy = ResponseLogProbs(transformers.LlamaForCausalLM.from_pretrained(model, dtype=torch.float32))
     policy.use_layout("padded")
-    return torch.cat([policy(data.padded_batch(examples[i : i + 128]))[0] for i in range(0, len(examples), 128)])
+    return torch.cat([policy(data.padded_batch(examples[i : i + 128]))["logp"] for i in range(0, len(examples), 128)])
 
 
 # ---- the command line -------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def test_the_definition_by_hand(model):
 def gradients(policy, batches, weights) -> tuple[torch.Tensor, dict]:
     """Sums of all batches and the gradient of Σ weight · sum."""
     policy.zero_grad()
-    sums = [policy(batch)[0] for batch in batches]
+    sums = [policy(batch)["logp"] for batch in batches]
     (torch.cat(sums) * weights).sum().backward()
     return torch.cat(sums).detach(), {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
 
@@ -168,8 +168,8 @@ def test_both_layouts_equal_the_models_own_logits(model):
     expected = textbook(model, pairs).detach()
     for layout, make in (("padded", padded_batch), ("packed", packed_batch)):
         policy.use_layout(layout)
-        logp, kl = policy(make(pairs))
-        assert kl is None and logp.dtype == torch.float32 and logp.shape == (8,)
+        logp = policy(make(pairs))["logp"]
+        assert logp.dtype == torch.float32 and logp.shape == (8,)
         torch.testing.assert_close(logp, expected, rtol=2e-6, atol=2e-5)
 
 
@@ -208,13 +208,13 @@ def test_nothing_leaks_between_branches_or_pairs(model):
     policy = ResponseLogProbs(model)
     policy.use_layout("packed")
     with torch.no_grad():
-        before = policy(packed_batch(pairs))[0]
+        before = policy(packed_batch(pairs))["logp"]
         for pair in range(len(pairs)):
             for side in (0, 1):
                 changed = [Example(e.prompt, [list(r) for r in e.responses]) for e in pairs]
                 token = changed[pair].responses[side]
                 token[0] = 3 + (token[0] - 2) % (V - 3)
-                after = policy(packed_batch(changed))[0]
+                after = policy(packed_batch(changed))["logp"]
                 same = torch.ones(8, dtype=torch.bool)
                 same[2 * pair + side] = False
                 assert torch.equal(before[same], after[same])
@@ -239,9 +239,9 @@ def test_packed_attention_in_bf16_stays_near_fp32(model):
     pairs = examples()
     policy = ResponseLogProbs(model)
     policy.use_layout("packed")
-    exact = policy(packed_batch(pairs))[0]
+    exact = policy(packed_batch(pairs))["logp"]
     with torch.autocast("cpu", torch.bfloat16):
-        rough = policy(packed_batch(pairs))[0]
+        rough = policy(packed_batch(pairs))["logp"]
     lengths = packed_batch(pairs).lengths
     assert rough.dtype == torch.float32
     assert ((rough - exact).abs() / lengths).max() < 0.25
@@ -388,7 +388,7 @@ def scored(policy, packs) -> list:
     for pack in packs:
         batch = packed_batch(pack)
         with torch.no_grad():
-            evaluated = policy(batch)[0]
+            evaluated = policy(batch)["logp"]
         sums, grads = gradients(policy, [batch], torch.linspace(-1, 2, batch.responses))
         results.append((sums, evaluated, grads))
     return results
@@ -419,7 +419,7 @@ def test_fused_packs_score_as_the_segments(monkeypatch, name, compiling, kinds):
         assert graphs == [1, 1] * kinds and not counters["graph_break"]
         policy.use_layout("padded")
         policy.model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=3, do_sample=False)
-        policy(padded_batch(PACKS[1]))[0].sum().backward()
+        policy(padded_batch(PACKS[1]))["logp"].sum().backward()
         assert len(graphs) == 2 * kinds  # what is no pack stays eager
     for a, b in zip(ours, expected):
         torch.testing.assert_close(a[1], b[1], rtol=3e-6, atol=3e-5)
@@ -502,8 +502,8 @@ class NoWaiting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["llama, tied", "gemma2, soft-caps and alternating windows", "gpt2, learned positions"])
-@pytest.mark.parametrize("with_kl", [False, True])
-def test_scoring_a_microbatch_never_waits(monkeypatch, name, with_kl):
+@pytest.mark.parametrize("also", [(), ("kl", "head", "power", "ref")])
+def test_scoring_a_microbatch_never_waits(monkeypatch, name, also):
     torch.manual_seed(0)
     policy = ResponseLogProbs(MODELS[name](), MODELS[name]())
     policy.use_layout("packed")
@@ -512,8 +512,7 @@ def test_scoring_a_microbatch_never_waits(monkeypatch, name, with_kl):
     monkeypatch.setattr(logprobs, "FUSED", ("cpu",))
     monkeypatch.setattr(logprobs, "_compiled_flex", lambda: dense_attention)
     with NoWaiting("cpu"):
-        sums = policy(batch, with_kl)
-        sum(x.sum() for x in sums if x is not None).backward()
+        sum(x.sum() for x in policy(batch, also).values()).backward()
     assert_same(gradients(policy, [batch], weights), expected, rtol=3e-6)
 
 
@@ -533,7 +532,7 @@ def test_gradients_on_another_device_than_the_hosts(monkeypatch, objective):
     rows = [e._replace(responses=e.responses[:k], desirable=i % 2 == 0 if chosen.unpaired else None, margin=1.0)
             for i, e in enumerate(examples())]  # fmt: skip
     zeros = torch.zeros(len(rows), k, device="meta")
-    known = train.known_sums(rows, zeros if chosen.needs("ref") else None, zeros.flatten(), "meta")
+    known = train.known_sums(rows, "meta", ref=zeros, ref_head=zeros, ref_mismatch=zeros.flatten())
     known = known._replace(logp_mismatch=zeros.flatten())
     waiting = contextlib.nullcontext() if chosen.loss.random else NoWaiting("meta")  # what is drawn comes from the host
     for budget, batches in ((30, 3), (10**6, 1)):
@@ -553,7 +552,7 @@ def test_batches_for_cuda_are_pinned_first(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pin") or self)
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: calls.append((*a, k)) or self)
     packed_batch(examples()).to(torch.device("cuda"))
-    assert calls == ["pin", (torch.device("cuda"), {"non_blocking": True})] * 6
+    assert calls == ["pin", (torch.device("cuda"), {"non_blocking": True})] * 7
 
 
 def test_chunks_are_larger_on_gpus():
@@ -693,7 +692,7 @@ def test_sums_with_kl_and_reference():
     pairs = examples()
     policy = ResponseLogProbs(model, reference=other)
     policy.use_layout("packed")
-    _, kl = policy(packed_batch(pairs), with_kl=True)
+    kl = policy(packed_batch(pairs), ("kl",))["kl"]
     policy.use_layout("padded")  # the models' own attention again
     expected = []
     for e in pairs:
@@ -708,13 +707,41 @@ def test_sums_with_kl_and_reference():
     assert model.lm_head.weight.grad.abs().sum() > 0
 
 
+def test_sums_besides_the_log_probs():
+    """Heads, powers and the reference's sums of each sequence on its own, from its float64 softmax; and where gradients go."""
+    torch.manual_seed(0)
+    model, other = LlamaForCausalLM(LlamaConfig(**SIZE)), LlamaForCausalLM(LlamaConfig(**SIZE))
+    policy, expected = ResponseLogProbs(model, reference=other, chunk=5), {}
+    for e in (pairs := examples()):
+        shortest = min(map(len, e.responses))
+        for r in e.responses:
+            for name, m in (("", model), ("ref_", other)):
+                p = m(input_ids=torch.tensor([e.prompt + r])).logits[0, len(e.prompt) - 1 : -1].double().softmax(-1)
+                each = p.gather(-1, torch.tensor(r)[:, None]).log().squeeze(-1)
+                expected.setdefault(name + "head", []).append(each[:shortest].sum())
+                expected.setdefault(name or "logp", []).append(each.sum())
+                expected.setdefault(name + "power", []).append((p**2).sum(-1).log().sum())
+    expected["ref"] = expected.pop("ref_")
+    for layout, make in (("packed", packed_batch), ("padded", padded_batch)):
+        policy.use_layout(layout)
+        sums = policy(make(pairs), ("head", "power", "ref"))
+        assert set(sums) == {"logp", "head", "power", "ref", "ref_head"}
+        for name, x in sums.items():
+            torch.testing.assert_close(x.double(), torch.stack(expected[name]).detach(), rtol=1e-5, atol=1e-5)
+            assert x.requires_grad == (name in ("logp", "head"))
+    sums["head"].sum().backward()
+    textbook = torch.autograd.grad(torch.stack(expected["head"]).sum(), model.lm_head.weight)[0]
+    torch.testing.assert_close(model.lm_head.weight.grad, textbook, rtol=1e-4, atol=1e-5)
+
+
 def test_an_empty_batch_gives_exact_zero_gradients():
     torch.manual_seed(0)
     policy = ResponseLogProbs(LlamaForCausalLM(LlamaConfig(**SIZE)))
     for layout, make in (("packed", packed_batch), ("padded", padded_batch)):
         policy.use_layout(layout)
-        logp, _ = policy(make([]))
-        assert logp.shape == (0,)
+        sums = policy(make([]), ("head", "power"))
+        assert all(x.shape == (0,) for x in sums.values())
+        logp = sums["logp"]
         logp.sum().backward()
         assert all(p.grad is None or not p.grad.any() for p in policy.parameters())
 

@@ -11,6 +11,8 @@ The three pairs, and what follows from them (n: tokens, a = s/n, u = s − s̄):
      2     −30   −8   −27    −9   20   8    −3     1     −4     −1.5   −1     −0.5     −0.275        −1        0.5
      3      −9  −10   −9.5  −12    5   4    0.5    2     −1.5   −1.8   −2.5    0.7     −0.4          0.5      −1
 
+Over the first min(n_w, n_l) = 10, 8, 4 tokens: s^k −12, −11, −7.5 and −19, −8, −10, so u^k = 2, 1, 1 and −0.5, 1, 2.
+
 The four rows of the unpaired objectives: u = 2, −2, −3, 0.5; desirable, not, desirable, not; mismatched log-ratios
 3, −1, 2, 0 with mean 1.
 """
@@ -49,12 +51,14 @@ PAIRS = {
     "len_w": [10, 20, 5], "len_l": [12, 8, 4],
     "kl_w": [0.5, 2.0, 0.25], "kl_l": [1.5, 1.0, 0.75],
     "margin": [2.0, 0.5, -1.0],
+    "head_w": [-12.0, -11.0, -7.5], "head_l": [-19.0, -8.0, -10.0],
+    "ref_head_w": [-14.0, -12.0, -8.5], "ref_head_l": [-18.5, -9.0, -12.0],
 }  # fmt: skip
 ROWS = {
     "logp": [-12.0, -24.0, -30.0, -9.0], "ref": [-14.0, -22.0, -27.0, -9.5], "desirable": [True, False, True, False],
     "logp_kl": [-20.0, -21.0, -22.0, -23.0], "ref_kl": [-23.0, -20.0, -24.0, -23.0],
 }  # fmt: skip
-POLICY = ("logp_w", "logp_l", "kl_w", "kl_l", "logp", "logp_kl")  # what the policy's weights reach
+POLICY = ("logp_w", "logp_l", "kl_w", "kl_l", "head_w", "head_l", "logp", "logp_kl")  # what the policy's weights reach
 
 
 def softplus(x):
@@ -161,6 +165,13 @@ def discopop_slope(v, beta, tau):
     # d/dh of (1−m)(−logσ(h)) + m e^{−h}, with dm/dh = m(1−m)/τ
     g = beta * (m * (1 - m) / tau * (torch.exp(-h) + torch.log(sig(h))) - (1 - m) * sig(-h) - m * torch.exp(-h))
     return opposed(g)
+
+
+def headed(v, beta, alpha):
+    """ld_dpo: the force on a token of the head, of which α acts through the whole sum."""
+    v_w, v_l = ((1 - alpha) * (head - ref) for head, ref in ((v.head_w, v.ref_head_w), (v.head_l, v.ref_head_l)))
+    force = -beta * sig(-beta * (v_w - v_l + alpha * gap(v)))
+    return {"logp_w": alpha * force, "logp_l": -alpha * force, "head_w": (1 - alpha) * force, "head_l": (alpha - 1) * force}
 
 
 def focal_slope(v, beta, gamma):
@@ -344,6 +355,15 @@ promise(
     ),
     reward=0.1 * 2.0,
     step_zero=LOG2 * 0.5**0.05,
+)
+promise(
+    "ld_dpo(logp_w, logp_l, ref_w, ref_l, head_w, head_l, ref_head_w, ref_head_l, *, beta=0.1, alpha=0.5)",
+    # v = u^k + ½(u − u^k) = 2, −1, 0.75 and −1.25, 1, 2
+    Case({}, bt([0.325, -0.2, -0.125]), lambda v: headed(v, 0.1, 0.5)),
+    # β = 1, α = ¼: v = 2, 0, 0.875 and −0.875, 1, 2
+    Case({"beta": 1.0, "alpha": 0.25}, bt([2.875, -1.0, -1.125]), lambda v: headed(v, 1.0, 0.25)),
+    reward=0.1 * 2.0,
+    step_zero=LOG2,
 )
 promise(
     "odpo(logp_w, logp_l, ref_w, ref_l, margin, *, beta=0.1, alpha=1.0)",
@@ -994,7 +1014,8 @@ def random_pairs(name, rows=16, seed=0):
     refs = {f"ref_{x}": sums[f"logp_{x}"] + normal(0, 3) for x in "wl"}
     olds = {f"old_{x}": sums[f"logp_{x}"] + normal(0, 1) for x in "wl"}
     kls = {f"kl_{x}": normal(2, 1).abs() for x in "wl"}
-    pool = lengths | sums | refs | olds | kls | {"margin": normal(1, 1)}
+    heads = {f"head_{x}": sums[f"logp_{x}"] * 0.7 for x in "wl"} | {f"ref_head_{x}": refs[f"ref_{x}"] * 0.6 for x in "wl"}
+    pool = lengths | sums | refs | olds | kls | heads | {"margin": normal(1, 1)}
     return {k: pool[k] for k in OBJECTIVES[name].tensors}
 
 
@@ -1139,7 +1160,7 @@ def test_discopop_pushes_a_zero_margin_down():
     [
         ("robust_dpo", {"label_smoothing": 0.0}), ("f_dpo", {}), ("beta_dpo", {"a": 0.0, "keep": 1.0}),
         ("rdpo", {"alpha": 0.0}), ("tdpo2", {"alpha": 0.0}), ("dpop", {"lam": 0.0}), ("dpo_shift", {"lam": 1.0}),
-        ("focal", {"gamma": 0.0}), ("odpo", {"alpha": 0.0}),
+        ("focal", {"gamma": 0.0}), ("odpo", {"alpha": 0.0}), ("ld_dpo", {"alpha": 1.0}),
     ],
 )  # fmt: skip
 def test_is_dpo(name, settings):
@@ -1252,6 +1273,21 @@ def test_reward_aware_losses_of_one_target_are_label_smoothing_and_exo():
     x = random_pairs("rpo_bwd") | {"margin": torch.full((16,), math.log(9.0) / 3, dtype=F64)}
     assert_close(call("rpo_bwd", x, beta=0.3, eta=3.0) + entropy, call("dpo", x, beta=0.3, label_smoothing=eps))
     assert_close(call("rpo_fwd", x, beta=0.3, eta=3.0), call("exo", x, beta=0.3, label_smoothing=eps))
+
+
+def test_ld_dpo_without_the_rest_is_dpo_of_the_heads():
+    """α = 0 scores both responses up to the same length: POET's cut, made in the loss."""
+    x = random_pairs("ld_dpo")
+    heads = {k.replace("head", "logp").replace("ref_logp", "ref"): v for k, v in x.items() if "head" in k}
+    assert_close(call("ld_dpo", x, alpha=0.0), call("dpo", heads))
+
+
+def test_wpo_weight_by_hand():
+    """Two tokens at probability ½ of (½, ½), where Σp² = ½: weight 1. One at ⅛ where Σp² = ½: ¼. Above 1 it is 1."""
+    half, eighth = math.log(0.5), math.log(0.125)
+    logp, power = tensor([[2 * half, eighth], [2 * half, half]]), tensor([[2 * half, half], [8 * half, half]])
+    weight = losses.wpo_weight(logp.requires_grad_(), power, tensor([[2, 1]] * 2))
+    assert not weight.requires_grad and weight.tolist() == pytest.approx([0.25, 1.0])
 
 
 def test_bco_of_a_pair_and_nca():
@@ -1718,6 +1754,7 @@ def everywhere(s_w, s_l, ref_w=-50.0, ref_l=-50.0, n_w=10, n_l=10, kl=0.0, old=N
     return {
         "logp_w": s_w, "logp_l": s_l, "ref_w": ref_w, "ref_l": ref_l, "len_w": n_w, "len_l": n_l,
         "kl_w": kl, "kl_l": kl, "old_w": ref_w if old is None else old, "old_l": ref_l,
+        "head_w": s_w / 2, "head_l": s_l / 2, "ref_head_w": ref_w / 2, "ref_head_l": ref_l / 2,
         "logp": s_w, "ref": ref_w, "logp_kl": s_l, "ref_kl": ref_l, "desirable": True, "margin": 2.0,
     }  # fmt: skip
 

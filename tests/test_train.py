@@ -45,6 +45,7 @@ def world(tmp_path_factory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rows = [{"prompt": p.prompt, "chosen": p.responses[0], "rejected": p.responses[1]} for p in pairs]
+    rows = [row | {"score_chosen": i / 8, "score_rejected": 1.0} for i, row in enumerate(rows)]  # margins of either sign
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     single = [{"prompt": p.prompt, "completion": p.responses[i % 2], "label": i % 2 == 0} for i, p in enumerate(pairs)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in single))
@@ -168,6 +169,53 @@ def test_step_gradient_equals_autograd_of_the_mean_loss(shifted, still, monkeypa
     largest = max(p.grad.abs().max() for p in run.policy.model.parameters())
     for n, p in run.policy.model.named_parameters():
         assert (ours[n] - p.grad).abs().max() <= 1e-5 * largest, n
+
+
+@pytest.mark.parametrize("name, k", [("dpo", 2), ("kto", 1)])
+def test_wpo_weighs_each_row_and_only_that(shifted, still, monkeypatch, name, k):
+    """Losses and gradients with --wpo against those of each row alone, weighed by Π e^ā from the model's own softmax."""
+    run = shifted(name, wpo=True)
+    _, loss, weighed = one_step(run, still, monkeypatch)
+    _, plain, _ = one_step(run, still, monkeypatch, wpo=False)
+    examples, known = train.next_batch(run)
+    _, factors = train.coefficients(run.objective, known._replace(**train.log_probs(run, examples)), [0, 0])  # not weighed
+    run.policy.use_layout("padded")
+    averages = []
+    for prompt, r in ((e.prompt, r) for e in examples for r in e.responses):
+        p = run.policy.model(torch.tensor([prompt + r])).logits[0, len(prompt) - 1 : -1].softmax(-1)
+        averages.append((p.gather(-1, torch.tensor(r)[:, None]).squeeze(-1) / (p**2).sum(-1)).log().mean())
+    weights = torch.stack(averages).detach().view(-1, k).sum(-1).exp().clamp(max=1)
+    assert weights.min() < 0.9 * weights.max()
+    torch.testing.assert_close(loss, plain * weights, rtol=1e-4, atol=1e-6)
+    each = torch.stack([response_logprob(run.policy.model, e.prompt, r) for e in examples for r in e.responses])
+    run.policy.zero_grad()
+    ((factors["logp"].flatten() * each).view(-1, k).sum(-1) * weights).mean().backward()
+    for n, p in run.policy.model.named_parameters():
+        assert (weighed[n] - p.grad).abs().max() <= 1e-4 * p.grad.abs().max() + 1e-8, n
+
+
+def test_a_moving_reference_is_the_policy_of_some_steps_ago(arguments, tmp_path, capsys):
+    """Hard updates after every second step: at steps 3 and 5 policy = reference, so dpo starts again at log 2."""
+    summary = train.main(arguments(objective="dpo", sync_every=2, sync_alpha=1.0, max_steps=5, epochs=2, eval_every=1))
+    losses = [line["loss"] for line in steps(summary["out"])]
+    assert [abs(x - math.log(2)) < 1e-5 for x in losses] == [True, False, True, False, True]
+    held_out = [line["eval_loss"] for line in metrics(summary["out"]) if "eval_loss" in line]
+    assert [abs(x - math.log(2)) < 1e-5 for x in held_out] == [True, False, True, False, True, False]
+    assert "a second model" in capsys.readouterr().err and not list((tmp_path / "cache").glob("reference*"))
+
+
+def test_a_reference_moves_by_its_share(shifted):
+    run = shifted("dpo", sync_every=1, sync_alpha=0.25)
+    there, here = ([p.clone() for p in m.parameters()] for m in (run.policy.reference, run.policy.model))
+    assert any((a != b).any() for a, b in zip(there, here))
+    train.move_reference(run.policy, 0.25)
+    for p, a, b in zip(run.policy.reference.parameters(), there, here):
+        torch.testing.assert_close(p, 0.25 * b + 0.75 * a)
+
+
+@pytest.mark.parametrize("objective, said", [("simpo", "no reference's log-probs"), ("kto", "mismatched")])
+def test_a_reference_that_cannot_move_is_refused(arguments, capsys, objective, said):
+    assert said in refused(arguments(objective=objective, sync_every=4), capsys)
 
 
 def test_coupled_objectives_get_one_extra_pass_and_others_none(shifted, still, monkeypatch):
@@ -297,7 +345,8 @@ def test_step_is_the_same_alone_or_with_a_short_last_batch(arguments, tmp_path):
 @pytest.mark.parametrize(
     "objective, more",
     [("simpo", {}), ("dpo", {}), ("beta_dpo", {}), ("0.5*beta_dpo + beta_dpo(a=0.1) + 0.1*sft", {}),
-     ("simpo", dict(replays=3, reset_alpha=0.5, sft_weight=0.5)), ("kto", dict(replays=3, reset_alpha=0.5, sft_weight=0.5))],
+     ("simpo", dict(replays=3, reset_alpha=0.5, sft_weight=0.5)), ("kto", dict(replays=3, reset_alpha=0.5, sft_weight=0.5)),
+     ("ld_dpo", dict(sync_every=3, sync_alpha=0.5, wpo=True))],
 )  # fmt: skip
 def test_resumed_run_equals_the_uninterrupted_one(arguments, tmp_path, objective, more):
     more = dict(objective=objective, save_every=2, eval_every=1, keep=3, max_steps=6, epochs=2) | more
@@ -572,20 +621,12 @@ def test_what_an_objective_needs_is_read_off_its_signature():
     assert str(needs("simpo(beta=2.0)")) == "simpo(beta=2.0)"
 
 
-def scored(world: Path, file: Path) -> dict[str, float]:
-    """The world's pairs with scores, written to `file`: chosen response → margin, of either sign."""
-    rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
-    rows = [row | {"score_chosen": i / 8, "score_rejected": 1.0} for i, row in enumerate(rows)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {row["chosen"]: row["score_chosen"] - 1.0 for row in rows}
-
-
 @pytest.mark.parametrize("batching", [{}, {"tokens_per_microbatch": 60}])
 def test_scores_reach_the_objective_that_asks_for_them(world, arguments, tmp_path, batching):
     """The loss of step 1, at which policy = reference: the mean of KL(σ(m) ‖ ½) over its pairs, by Python's own log."""
-    margins = scored(world, tmp_path / "scored.jsonl")
-    s = train.parse_settings(arguments(dataset=tmp_path / "scored.jsonl", objective="rpo_bwd", max_steps=1, **batching))
-    run = train.prepare(s)
+    rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    margins = {row["chosen"]: row["score_chosen"] - row["score_rejected"] for row in rows}
+    run = train.prepare(train.parse_settings(arguments(objective="rpo_bwd", max_steps=1, **batching)))
     words = [run.tokenizer.decode(run.rows.train[i].responses[0], skip_special_tokens=True) for i in run.rows.plan[0]]
     assert train.next_batch(run)[1].margin.tolist() == [margins[text.strip()] for text in words]
     coins = [1 / (1 + math.exp(-margins[text.strip()])) for text in words]
@@ -596,16 +637,15 @@ def test_scores_reach_the_objective_that_asks_for_them(world, arguments, tmp_pat
 
 @pytest.mark.parametrize("objective", ["odpo", "0.5*dpo + rpo_fwd(eta=2.0)"])
 def test_data_without_scores_is_refused_before_the_model_is_loaded(world, arguments, tmp_path, monkeypatch, capsys, objective):
-    scored(world, tmp_path / "scored.jsonl")
-    lines = (tmp_path / "scored.jsonl").read_text().splitlines()
-    lines[7] = (world / "pairs.jsonl").read_text().splitlines()[7]
-    (tmp_path / "scored.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr(train, "load_model", lambda s: pytest.fail("the model was loaded"))
-    for dataset, where in ((world / "pairs.jsonl", "row 1"), (tmp_path / "scored.jsonl", "row 8")):
+    rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    for first, dataset in ((1, tmp_path / "none.jsonl"), (8, tmp_path / "some.jsonl")):
+        kept = [row if i < first - 1 else {k: row[k] for k in ("prompt", "chosen", "rejected")} for i, row in enumerate(rows)]
+        dataset.write_text("".join(json.dumps(row) + "\n" for row in kept))
         with pytest.raises(SystemExit) as stopped:
             train.main(arguments(dataset=dataset, objective=objective, eval_size=0))
         said = capsys.readouterr().err
-        assert stopped.value.code == 2 and "score_chosen" in said and where in said and "Traceback" not in said
+        assert stopped.value.code == 2 and "score_chosen" in said and f"row {first} " in said and "Traceback" not in said
 
 
 # Three pairs: u_w = 2, −3, 0.5; u_l = −2, 1, 2; Δ = 4, −4, −1.5; a_w = −1.2, −1.5, −1.8.

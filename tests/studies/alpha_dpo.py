@@ -126,7 +126,7 @@ def followed(run: train.Run, folder: Path, every: int, checkpoints: int) -> dict
     pairs = train.load_rows(run.s, run.tokenizer, paired).held_out
     start = copy.deepcopy(run.policy.model).requires_grad_(False).train(False)
     scorer = replace(run, policy=ResponseLogProbs(run.policy.model, start))
-    known = train.known_sums(pairs, train.log_probs(scorer, pairs)[0], None, run.device)
+    known = train.known_sums(pairs, run.device, ref=train.log_probs(scorer, pairs)["logp"])
     steps, lines, judged = len(run.rows.plan), [measure(run, scorer, pairs, known)[0]], []
     while run.step < steps:
         train.step(run)
@@ -136,29 +136,28 @@ def followed(run: train.Run, folder: Path, every: int, checkpoints: int) -> dict
         if run.step * checkpoints % steps == 0:
             judged.append({"step": run.step, **judge(run, folder)})
     last = {name: np.round(getattr(sums, name).tolist(), 4).tolist() for name in ("logp", "ref", "kl", "length")}
-    more = {} if run.rows.ref is None or run.objective.unpaired else {"reference": reference_margins(run.rows)}
+    more = {} if not run.rows.ref or run.objective.unpaired else {"reference": reference_margins(run.rows)}
     return {"lines": lines, "judged": judged, "pairs": last, "vocabulary": len(run.tokenizer), **more}
 
 
 def measure(run: train.Run, scorer: train.Run, pairs, known: train.Sums) -> tuple[dict, train.Sums]:
     """Means over the held-out pairs now: a_w, a_l (nats per token), KL(π_ref ‖ π_θ) summed along chosen and rejected (nats per
     response), gradient norms; and the sums themselves."""
-    logp, kl = train.log_probs(scorer, pairs, with_kl=True)
-    means = {"a": logp / known.length, "kl": kl}
+    sums = train.log_probs(scorer, pairs, ("kl",))
+    means = {"a": sums["logp"] / known.length, "kl": sums["kl"]}
     line = {f"{name}_{side}": x[:, i].mean().item() for name, x in means.items() for i, side in enumerate("wl")}
     norms = {} if run.objective.unpaired else gradient_norms(run, pairs[:64], known.at(torch.arange(len(pairs[:64]))))
-    return {"step": run.step, **line, **norms}, known._replace(logp=logp, kl=kl)
+    return {"step": run.step, **line, **norms}, known._replace(**sums)
 
 
 def gradient_norms(run: train.Run, pairs, known: train.Sums) -> dict[str, float]:
     """Norms of the two parts of the gradient of the mean loss of these pairs, through the chosen and through the rejected."""
-    with_kl, parameters = run.objective.needs("kl_"), [p for p in run.policy.model.parameters() if p.requires_grad]
-    logp, kl = run.policy(data.padded_batch(list(pairs)), with_kl)
-    logp, kl = logp.view(-1, 2), kl.view(-1, 2) if with_kl else None
-    _, d_logp, d_kl = train.coefficients(run.objective, known._replace(logp=logp, kl=kl), [run.s.seed])
+    parameters = [p for p in run.policy.model.parameters() if p.requires_grad]
+    sums = {name: x.view(-1, 2) for name, x in run.policy(data.padded_batch(list(pairs)), run.also).items()}
+    _, factors = train.coefficients(run.objective, known._replace(**sums), [run.s.seed])
     norms = {}
     for i, side in enumerate("wl"):
-        total = (logp[:, i] * d_logp[:, i]).sum() + ((kl[:, i] * d_kl[:, i]).sum() if with_kl else 0)
+        total = sum((sums[name][:, i] * x[:, i]).sum() for name, x in factors.items())
         gradients = torch.autograd.grad(total / len(pairs), parameters, retain_graph=True)
         norms[f"norm_{side}"] = torch.stack([g.norm() for g in gradients]).norm().item()
     return norms
@@ -173,7 +172,7 @@ def judge(run: train.Run, folder: Path) -> dict[str, float]:
 
 def reference_margins(rows: train.Rows) -> list[list[float]]:
     """Mean, standard deviation and share above 0 of log π_ref(y_w) − log π_ref(y_l) in each batch of the plan."""
-    margins = [rows.ref[batch, 0] - rows.ref[batch, 1] for batch in rows.plan]
+    margins = [rows.ref["ref"][batch, 0] - rows.ref["ref"][batch, 1] for batch in rows.plan]
     return [[m.mean().item(), m.std().item(), (m > 0).float().mean().item()] for m in margins]
 
 

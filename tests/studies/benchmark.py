@@ -80,7 +80,7 @@ def built(args, s: train.Settings) -> train.Run:
     rows = train.Rows(examples, [], {})
     run = train.Run(s, train.parse_objective(s.objective), device, None, policy, rows, [])
     if run.objective.needs("ref"):
-        rows.ref = train.log_probs(run, examples)[0]
+        rows.ref = {"ref": train.log_probs(run, examples)["logp"]}
     run.optimizer = train.make_optimizer(run)
     return run
 
@@ -104,7 +104,7 @@ def unshared(run: train.Run, examples: list, known: train.Sums, *_) -> tuple[tra
     logps = torch.zeros(len(alone), device=run.device)
     with run.arithmetic():
         for part, d in run.microbatches(alone):
-            logp, _ = run.policy(d)
+            logp = run.policy(d)["logp"]
             logp.sum().backward()
             logps[part] = logp.detach()
     return known._replace(logp=logps.view(-1, 2)), torch.zeros(len(examples))

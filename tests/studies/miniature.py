@@ -57,6 +57,7 @@ GRID = {
     "dpop": calls("dpop(beta={}, lam={})", (0.1, 5.0), (0.1, 50.0), (0.5, 5.0), (0.5, 50.0)),
     "dpo_shift": calls("dpo_shift(beta={}, lam={})", (0.1, 0.95), (0.5, 0.95), (0.1, 0.75), (0.5, 0.75)),
     "focal": calls("focal(beta={})", *SUMS_BETA),
+    "ld_dpo": calls("ld_dpo(beta={}, alpha={})", (0.1, 0.5), (0.5, 0.5), (1.0, 0.5), (0.5, 0.1)),
     "odpo": calls("odpo(beta={}, alpha={})", (0.1, 0.5), (0.5, 0.5), (0.5, 1.0), (1.0, 1.0)),
     "rpo_bwd": calls("rpo_bwd(beta={}, eta={})", (0.1, 1.0), (0.5, 1.0), (0.5, 5.0), (1.0, 5.0)),
     "rpo_fwd": calls("rpo_fwd(beta={}, eta={})", (0.1, 1.0), (0.5, 1.0), (0.5, 5.0), (1.0, 5.0)),

@@ -179,7 +179,7 @@ def test_gradient_norms_are_those_of_the_two_parts(job, tmp_path):
     found = alpha_dpo.gradient_norms(run, pairs, run.rows.held_out_known)
     batch = data.padded_batch(list(pairs))
     for side in "wl":
-        logp = run.policy(batch)[0].view(-1, 2)
+        logp = run.policy(batch)["logp"].view(-1, 2)
         w, low = logp[:, 0], logp[:, 1]
         w, low = (w, low.detach()) if side == "w" else (w.detach(), low)
         n_w, n_l = run.rows.held_out_known.length.T
