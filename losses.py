@@ -1473,7 +1473,8 @@ def wpo_weight(logp: Tensor, power: Tensor, length: Tensor) -> Tensor:
     >>> wpo_weight(tensor([[-12.0, -24.0]]), tensor([[-8.0, -18.0]]), tensor([[10, 12]]))  # e^(−0.4 − 0.5)
     tensor([0.4066])
 
-    Reference: Zhou et al., 2024, arXiv 2406.11827, eq. 2; the bound 1 as trl had it, whose `use_weighting` has none from 1.16 on.
+    Reference: Zhou et al., 2024, arXiv 2406.11827, eq. 2; with the bound 1, which trl's `use_weighting` once had
+    and 1.16.0 has not.
     """
     return torch.exp(((logp - power) / length).sum(-1)).clamp(max=1.0).detach()
 
