@@ -57,15 +57,15 @@ teacher, an unpaid bill, a village, a war, a yacht, a zoo, an accident, a ladder
 delay"""
 HELD_OUT_THINGS = 25
 
-RATES = (5e-6, 2e-5)
+RATES, TWO = (3e-6, 1e-5, 3e-5), (1e-5, 3e-5)
 ARMS = {  # name → its calls, each at its learning rates
-    "dpo": {"dpo(beta=0.05)": (2e-5,), "dpo(beta=0.1)": RATES, "dpo(beta=0.5)": RATES},
-    "simpo": {"simpo(beta=2.0, gamma=1.0)": RATES, "simpo(beta=10.0, gamma=3.0)": RATES},
-    "simper": {"simper": RATES},
-    "alpha_dpo": {"alpha_dpo(beta=2.5, gamma=0.5, alpha=0.1)": RATES, "alpha_dpo(beta=10.0, gamma=3.0, alpha=0.5)": RATES},
-    "ipo": {"ipo(tau=0.1)": RATES, "ipo(tau=0.5)": RATES},
-    "kto": {"kto(beta=0.1)": RATES, "kto(beta=0.5)": RATES},
-    "sft": {"sft": RATES},
+    "dpo": {"dpo(beta=0.1)": RATES, "dpo(beta=0.5)": TWO},
+    "simpo": {"simpo(beta=2.0, gamma=1.0)": RATES, "simpo(beta=10.0, gamma=3.0)": TWO},
+    "simper": {"simper": (*RATES, 6e-5)},
+    "alpha_dpo": {"alpha_dpo(beta=2.5, gamma=0.5, alpha=0.1)": RATES, "alpha_dpo(beta=10.0, gamma=3.0, alpha=0.5)": (1e-5,)},
+    "ipo": {"ipo(tau=0.1)": RATES, "ipo(tau=0.5)": (1e-5,)},
+    "kto": {"kto(beta=0.1)": RATES, "kto(beta=0.5)": (1e-5,)},
+    "sft": {"sft": TWO},
 }
 SAMPLES = 5  # answers to each prompt, of which the best and the worst are a pair
 AT_ONCE = 32  # prompts that are answered as one batch
@@ -94,11 +94,12 @@ def check(s: Study) -> None:
     """UserError for what cannot be meant, before anything is loaded."""
     for name in s.arms or ():
         data.refuse_unless_known("arms", name, ARMS)
-    for name, most in (("prompts", len(prompts(0)[0])), ("held_out", len(prompts(0)[1])), ("steps", 10**6), ("tokens", 512)):
-        if not 1 <= getattr(s, name) <= most:
-            raise UserError(f"{name} is {getattr(s, name)}; it is at least 1 and at most {most}")
-    if min(s.draws, s.batch_size) < 1:
-        raise UserError(f"draws is {s.draws} and batch_size {s.batch_size}; both are at least 1")
+    data.refuse_unless_known("dtype", s.dtype, train.CHOICES["dtype"])
+    most = {"prompts": len(prompts(0)[0]), "held_out": len(prompts(0)[1]), "seed": 2**31}
+    for name in ("prompts", "held_out", "draws", "tokens", "steps", "batch_size", "seed"):
+        least, value = int(name != "seed"), getattr(s, name)
+        if not least <= value <= most.get(name, 10**4):
+            raise UserError(f"{name} is {value}; it is from {least} to {most.get(name, 10**4)}")
     analyzer()
     miniature.workers()
 
@@ -139,7 +140,7 @@ def make_pairs(s: Study, out: Path) -> None:
     sampled, scored = str(out / "samples.jsonl"), str(out / "scored.jsonl")
     how = dict(n=SAMPLES, temperature=1.0, top_p=1.0, max_tokens=s.tokens, batch_size=AT_ONCE, seed=s.seed)
     data.sample(data.Sampling(s.model, str(out / "prompts.jsonl"), sampled, **how), say=train.say)
-    data.score(data.Scoring(sampled, scored, rule=compound), say=train.say)
+    data.score(data.Scoring(sampled, scored, rule=compound))
     data.pairs(data.Pairing(scored, str(out / "pairs.jsonl"), seed=s.seed), say=train.say)
 
 
@@ -319,7 +320,8 @@ def draw(results: dict[str, list[dict]], file: Path) -> None:
     axis.margins(0.08)
     axis.set_xlim(left=0)
     axis.set(xlabel="KL to the start, nats per answer (√ scale)", ylabel="mean reward (VADER's compound score)")
-    axis.set_title("mean ± standard error over held-out prompts", fontsize=9)
+    said = "mean ± standard error over held-out prompts; beside a point: settings, learning rate; lines: each objective's best"
+    axis.set_title(said, fontsize=9)
     axis.grid(alpha=0.25)
     miniature.name_points(axis, named)
     figure.savefig(file, dpi=110)
