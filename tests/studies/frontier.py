@@ -18,7 +18,6 @@ import functools
 import json
 import math
 import random
-import re
 import sys
 import tempfile
 import time
@@ -62,9 +61,9 @@ ARMS = {  # name → its calls, each at its learning rates
     "dpo": {"dpo(beta=0.1)": RATES, "dpo(beta=0.5)": TWO},
     "simpo": {"simpo(beta=2.0, gamma=1.0)": RATES, "simpo(beta=10.0, gamma=3.0)": TWO},
     "simper": {"simper": (*RATES, 6e-5)},
-    "alpha_dpo": {"alpha_dpo(beta=2.5, gamma=0.5, alpha=0.1)": RATES, "alpha_dpo(beta=10.0, gamma=3.0, alpha=0.5)": (1e-5,)},
-    "ipo": {"ipo(tau=0.1)": RATES, "ipo(tau=0.5)": (1e-5,)},
-    "kto": {"kto(beta=0.1)": RATES, "kto(beta=0.5)": (1e-5,)},
+    "alpha_dpo": {"alpha_dpo(beta=2.5, gamma=0.5, alpha=0.1)": RATES, "alpha_dpo(beta=10.0, gamma=3.0, alpha=0.5)": TWO},
+    "ipo": {"ipo(tau=0.1)": RATES, "ipo(tau=0.5)": TWO},
+    "kto": {"kto(beta=0.1)": RATES, "kto(beta=0.5)": TWO},
     "sft": {"sft": TWO},
 }
 SAMPLES = 5  # answers to each prompt, of which the best and the worst are a pair
@@ -190,7 +189,8 @@ def evaluate(model: str, job: dict) -> dict:
     """
     tokenizer, policy = data.load_tokenizer(model), network(model)
     asked, n = prompts(job["seed"])[1][: job["held_out"]], job["draws"]
-    ids = [data.encode(data.Row(ask(p), [data.MARK]), tokenizer, 2**31, 2**31)[0].prompt for p in asked]
+    rows = [data.Row([{"role": "user", "content": text}], [data.MARK]) for text in asked]
+    ids = [data.encode(row, tokenizer, 2**31, 2**31)[0].prompt for row in rows]
     answers, ended = [], []
     for i in range(0, len(ids), AT_ONCE):
         torch.manual_seed(job["seed"] + i)
@@ -206,10 +206,6 @@ def evaluate(model: str, job: dict) -> dict:
         "unfinished": 1 - sum(ended) / len(ended), "distinct": len(set(words[:COUNTED])) / max(1, len(words[:COUNTED])),
         "repetition": train.repetition(texts), "answers": texts[::n],
     }  # fmt: skip
-
-
-def ask(prompt: str) -> list[dict]:
-    return [{"role": "user", "content": prompt}]
 
 
 def network(model: str) -> torch.nn.Module:
@@ -296,33 +292,37 @@ def shown(results: dict[str, list[dict]], asked: list[str]) -> str:
     return miniature.markdown(lines)
 
 
-def label(job: dict) -> str:
-    """The settings of a point: "0.1, 2e-05"."""
-    return ", ".join([*re.findall(r"=([\d.]+)", job["objective"]), f"{job['lr']:.0e}".replace("e-0", "e-")])
-
-
 def draw(results: dict[str, list[dict]], file: Path) -> None:
-    """Reward against KL: a colour and a line along its own frontier for each objective, settings beside the points."""
+    """Reward against KL: a colour for each objective, a shape for each learning rate, hollow where it is not the arm's first
+    setting; a line along the arm's own frontier, its name at the end."""
     plt = train.pyplot()
     if plt is None:
         return
     figure, axis = plt.subplots(figsize=(9.5, 7), constrained_layout=True)
     axis.set_xscale("function", functions=(lambda x: x.clip(0) ** 0.5, lambda x: x**2))  # small steps move √KL
-    named, (start,) = {}, results["the start"]
+    (start,), named = results["the start"], {}
+    shapes = dict(zip(sorted({run["job"]["lr"] for run in everything(results) if run is not start}), "os^Dv*P"))
     for i, (name, runs) in enumerate(results.items()):
-        color = f"C{i - 1}" if i else "black"
+        color, first = f"C{i - 1}" if i else "black", runs[0]["job"]["objective"]
         for run in (run for run in runs if "kl" in run):
             (x, dx), (y, dy) = (mean_and_error(torch.tensor(run[m], dtype=torch.float64)) for m in ("kl", "reward"))
-            axis.errorbar(x, y, dy, dx, fmt="o", ms=4, color=color, alpha=0.7, lw=0.6)
-            named[f"{name} {label(run['job'])}" if i else name] = (x, y, color)
-        ways = [(mean(run, "kl"), mean(run, "reward")) for run in frontier([start, *runs])]
-        axis.plot(*zip(*ways), color=color, lw=1.2, alpha=0.6)
+            how = dict(color=color, mfc=color if run["job"]["objective"] == first else "white", ms=6, lw=0.7, zorder=3)
+            axis.errorbar(x, y, dy, dx, fmt=shapes.get(run["job"]["lr"], "o"), **how)
+        at = lambda runs: [(mean(run, "kl"), mean(run, "reward")) for run in runs]  # noqa: E731
+        way, points = at(frontier([start, *runs])), at(run for run in runs if "kl" in run)
+        axis.plot(*zip(*way), color=color, lw=1.2, alpha=0.6)
+        if points:
+            named[name] = (*(way[1:] or [max(points)])[-1], color)
+    for lr, shape in shapes.items():
+        axis.plot([], [], shape, color="gray", label=f"lr {lr:g}")
     axis.margins(0.08)
     axis.set_xlim(left=0)
+    ticks = [x for x in (0, 0.1, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if x <= axis.get_xlim()[1]]
+    axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axis.set(xlabel="KL to the start, nats per answer (√ scale)", ylabel="mean reward (VADER's compound score)")
-    said = "mean ± standard error over held-out prompts; beside a point: settings, learning rate; lines: each objective's best"
-    axis.set_title(said, fontsize=9)
+    axis.set_title("mean ± standard error over held-out prompts; hollow: an objective's second setting", fontsize=9)
     axis.grid(alpha=0.25)
+    axis.legend(loc="best", fontsize=8)
     miniature.name_points(axis, named)
     figure.savefig(file, dpi=110)
     plt.close(figure)

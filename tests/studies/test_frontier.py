@@ -192,7 +192,15 @@ def test_answers_of_the_start_and_three_points_side_by_side():
     assert len(lines) == 2 * 3 and lines[3].endswith("a\\|b |")  # two prompts have answers; start and two points
 
 
-def test_the_picture(tmp_path):
+def test_the_picture_names_each_arm_where_it_got_to(tmp_path, monkeypatch):
+    """At the end of its own frontier; one that never beats the start at its furthest point; one without any result nowhere."""
     pytest.importorskip("matplotlib")
-    frontier.draw(results_by_hand(), tmp_path / "frontier.png")
+    named, name_points = {}, miniature.name_points
+    monkeypatch.setattr(miniature, "name_points", lambda axis, points: (named.update(points), name_points(axis, points)))
+    results = results_by_hand()
+    results["simpo"] = [{**results["sft"][0], "kl": [kl], "reward": [-0.1 * kl]} for kl in (2.0, 1.0)]
+    results["ipo"] = results["sft"][1:]
+    frontier.draw(results, tmp_path / "frontier.png")
+    expected = {"the start": (0.0, 0.0), "dpo": (4.0, 0.5), "sft": (1.0, 0.3), "simpo": (2.0, -0.2)}
+    assert set(named) == set(expected) and all(named[name][:2] == pytest.approx(at) for name, at in expected.items())
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
