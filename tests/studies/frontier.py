@@ -56,7 +56,7 @@ teacher, an unpaid bill, a village, a war, a yacht, a zoo, an accident, a ladder
 delay"""
 HELD_OUT_THINGS = 25
 
-RATES, TWO = (3e-6, 1e-5, 3e-5), (1e-5, 3e-5)
+RATES, TWO = (3e-6, 1e-5, 3e-5), (1e-5, 6e-5)
 ARMS = {  # name → its calls, each at its learning rates
     "dpo": {"dpo(beta=0.1)": RATES, "dpo(beta=0.5)": TWO},
     "simpo": {"simpo(beta=2.0, gamma=1.0)": RATES, "simpo(beta=10.0, gamma=3.0)": TWO},
