@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from types import SimpleNamespace
 
 import frontier
 import miniature
@@ -89,17 +90,17 @@ def test_a_missing_package_is_said_before_anything_is_written(no_analyzer, small
     assert not (tmp_path / "out").exists()
 
 
+class LikesItShort:
+    def polarity_scores(self, text: str) -> dict:
+        return {"compound": 1 / (1 + len(text.split()))}
+
+
 @pytest.fixture
-def made_up(no_analyzer, tmp_path, monkeypatch):
+def made_up(no_analyzer, monkeypatch):
     """A package vaderSentiment that likes short answers; jobs run in this process; two arms, one run each."""
-    package = tmp_path / "packages" / "vaderSentiment"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    scores = "def polarity_scores(self, text): return {'compound': 1 / (1 + len(text.split()))}"
-    (package / "vaderSentiment.py").write_text(f"class SentimentIntensityAnalyzer:\n    {scores}\n")
-    for name in [name for name in sys.modules if name.startswith("vaderSentiment")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.syspath_prepend(package.parent)
+    package = SimpleNamespace(SentimentIntensityAnalyzer=LikesItShort)
+    for name in ("vaderSentiment", "vaderSentiment.vaderSentiment"):
+        monkeypatch.setitem(sys.modules, name, package)
     monkeypatch.setattr(miniature, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(train, "embedded_world", lambda s: pytest.fail("a real model needs no world"))
     monkeypatch.setattr(frontier, "ARMS", {"dpo": {"dpo(beta=0.1)": (3e-3,)}, "kto": {"kto(beta=0.5)": (1e-3,)}})
