@@ -457,10 +457,10 @@ class ResponseLogProbs(nn.Module):
 
 
 @torch.no_grad()
-def completions(
+def sampled_ids(
     model: nn.Module, tokenizer, prompts: list[list[int]], max_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
     together: bool = False,
-) -> tuple[list[str], list[bool]]:  # fmt: skip
+) -> tuple[list[list[int]], list[bool]]:  # fmt: skip
     """What the model answers to each prompt, all as one batch, with its own attention.
 
     Args:
@@ -469,7 +469,7 @@ def completions(
         together: the model is cut over processes, which all take as many steps as the one that takes the most.
         temperature: 0 is greedy; else sampled by torch's global generator, from the share `top_p` of the probability.
     Returns:
-        the answers as text without special tokens and outer whitespace, and whether each ended by itself.
+        the answers' token ids, with the token that ended them, and whether each ended by itself.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     stop = model.generation_config.eos_token_id or tokenizer.eos_token_id
@@ -486,9 +486,20 @@ def completions(
     )  # fmt: skip
     model.train(was_training)
     stops, answers = set(stop) if isinstance(stop, list) else {stop}, out[:, width:].tolist()
-    ends = [next((i for i, token in enumerate(answer) if token in stops), None) for answer in answers]
-    texts = tokenizer.batch_decode([answer[:end] for answer, end in zip(answers, ends)], skip_special_tokens=True)
-    return [text.strip() for text in texts], [end is not None for end in ends]
+    ends = [next((i + 1 for i, token in enumerate(answer) if token in stops), None) for answer in answers]
+    return [answer[:end] for answer, end in zip(answers, ends)], [end is not None for end in ends]
+
+
+def as_texts(tokenizer, answers: list[list[int]], ended: list[bool]) -> list[str]:
+    """Answers of `sampled_ids` without the token that ended them, special tokens and outer whitespace."""
+    bare = [answer[: len(answer) - end] for answer, end in zip(answers, ended)]
+    return [text.strip() for text in tokenizer.batch_decode(bare, skip_special_tokens=True)]
+
+
+def completions(model: nn.Module, tokenizer, prompts: list[list[int]], *args, **how) -> tuple[list[str], list[bool]]:
+    """`sampled_ids` as texts."""
+    answers, ended = sampled_ids(model, tokenizer, prompts, *args, **how)
+    return as_texts(tokenizer, answers, ended), ended
 
 
 @torch.no_grad()

@@ -56,6 +56,7 @@ from logprobs import (  # fmt: skip
     completions,
     head_of,
     response_logprob,
+    sampled_ids,
     seen_ranges,
     token_kl,
     token_logprobs,
@@ -780,14 +781,16 @@ def test_greedy_completions_are_the_likeliest_tokens_one_by_one():
     model = LlamaForCausalLM(LlamaConfig(**{**SIZE, "pad_token_id": None, "vocab_size": 8})).train()
     for p in model.parameters():
         p.data.mul_(12.0)
-    prompts, expected = [[3, 4, 5], [6], [7, 3], [4], [5, 5]], []
+    prompts, expected, ids = [[3, 4, 5], [6], [7, 3], [4], [5, 5]], [], []
     for prompt in prompts:
         answer = []
         while len(answer) < 6 and 2 not in answer:
             answer.append(model(input_ids=torch.tensor([prompt + answer])).logits[0, -1].argmax().item())
         expected.append(("".join(chr(ord("a") + i) for i in answer if i != 2), 2 in answer))
+        ids.append((answer, 2 in answer))
     assert {ended for _, ended in expected} == {True, False}
     assert list(zip(*completions(model, Letters(), prompts, 6))) == expected and model.training
+    assert list(zip(*sampled_ids(model, Letters(), prompts, 6))) == ids  # with the token that ended them
 
 
 def test_sampled_completions_follow_the_models_distribution():
