@@ -217,7 +217,8 @@ def kl_of(policy: torch.nn.Module, start: torch.nn.Module, examples: list[Exampl
     """Σ_t KL(π_θ(·|x, y_<t) ‖ π_start(·|x, y_<t)) of every answer, nats; both models are left in the packed layout."""
     both = ResponseLogProbs(start, reference=policy)  # its KL(reference ‖ model) is what is wanted, with the roles exchanged
     both.use_layout("packed")
-    return torch.cat([both(data.packed_batch(examples[i : i + 16]), with_kl=True)[1] for i in range(0, len(examples), 16)])
+    batches = (data.packed_batch(examples[i : i + 16]) for i in range(0, len(examples), 16))
+    return torch.cat([both(batch, ("kl",))["kl"] for batch in batches])
 
 
 # ---- the study -------------------------------------------------------------------------------------------------------
