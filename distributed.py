@@ -600,12 +600,12 @@ def _write_checkpoint(part: Path, model: nn.Module, optimizer, state: dict, toke
     return sums
 
 
-def check_space(out: Path, model: nn.Module, checkpoints: int, dtype: torch.dtype) -> None:
-    """Refuse a run whose `checkpoints` (12 bytes per parameter each) and export in `dtype` will not fit where `out` is.
+def check_space(out: Path, model: nn.Module, checkpoints: int, dtype: torch.dtype, bytes_each: int = 12) -> None:
+    """Refuse a run whose `checkpoints` (so many bytes per parameter each) and export in `dtype` will not fit where `out` is.
 
     What an earlier run left in `out` counts as room: it is deleted (--overwrite), or is what would be written (--resume).
     """
-    needed = sum(p.numel() for p in model.parameters()) * (12 * checkpoints + dtype.itemsize)
+    needed = sum(p.numel() for p in model.parameters()) * (bytes_each * checkpoints + dtype.itemsize)
     free = shutil.disk_usage(out).free + sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     if needed > free:
         raise UserError(
@@ -984,7 +984,7 @@ class Plan:
     """Memory per GPU, token budget and hours, from a configuration alone."""
 
     recipe: str | None = data.setting(None, "a published run of train.py: its model and batch size, unless given")
-    reference: bool = data.setting(False, "with the sharded reference of the token-KL objectives")
+    reference: bool = data.setting(False, "with the sharded second model of token-KL objectives and of sync_every")
     model: str | None = data.setting(None, f"config.json, folder, hub name, or a shape: {', '.join(SHAPES)}")
     gpus: int = data.setting(8, "GPUs that the model is cut over")
     gpu_memory: float = data.setting(80.0, "GB (10⁹ bytes) of one GPU; 8 in 100 are left to the allocator")

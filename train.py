@@ -616,7 +616,8 @@ def build_policy(s: Settings, objective: Objective, tokenizer, device: torch.dev
         say("sync_every: the reference is a second model, whose log-probs are computed at every step and not kept")
     second = objective.needs("kl_w") or s.sync_every
     reference = load_model(s).requires_grad_(False).train(False) if second else None
-    dist.on_main(dist.check_space, Path(s.out), model, s.keep + 1 if s.save_every else 0, export_dtype(s, model))
+    checkpoints, each = s.keep + 1 if s.save_every else 0, 16 if s.sync_every else 12  # a reference that moves is in them too
+    dist.on_main(dist.check_space, Path(s.out), model, checkpoints, export_dtype(s, model), each)
     policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, uses_bf16(s, device), s.gradient_checkpointing, s.compile)
     for part in filter(None, (model, reference)):
         dist.load_weights(part, s.model, device)
