@@ -435,11 +435,17 @@ class ResponseLogProbs(nn.Module):
 # ---- what a model says, and whether we score it right ------------------------------------------------------------------
 
 
+def completions(model: nn.Module, tokenizer, *how, **more) -> tuple[list[str], list[bool]]:
+    """`continuations` as text without special tokens and outer whitespace, and whether each ended by itself."""
+    ids, ended = continuations(model, tokenizer, *how, **more)
+    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)], ended
+
+
 @torch.no_grad()
-def completions(
+def continuations(
     model: nn.Module, tokenizer, prompts: list[list[int]], max_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
     together: bool = False,
-) -> tuple[list[str], list[bool]]:  # fmt: skip
+) -> tuple[list[list[int]], list[bool]]:  # fmt: skip
     """What the model answers to each prompt, all as one batch, with its own attention.
 
     Args:
@@ -448,7 +454,7 @@ def completions(
         together: the model is cut over processes, which all take as many steps as the one that takes the most.
         temperature: 0 is greedy; else sampled by torch's global generator, from the share `top_p` of the probability.
     Returns:
-        the answers as text without special tokens and outer whitespace, and whether each ended by itself.
+        the answers as token ids without the terminator, and whether each ended by itself.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     stop = model.generation_config.eos_token_id or tokenizer.eos_token_id
@@ -466,8 +472,7 @@ def completions(
     model.train(was_training)
     stops, answers = set(stop) if isinstance(stop, list) else {stop}, out[:, width:].tolist()
     ends = [next((i for i, token in enumerate(answer) if token in stops), None) for answer in answers]
-    texts = tokenizer.batch_decode([answer[:end] for answer, end in zip(answers, ends)], skip_special_tokens=True)
-    return [text.strip() for text in texts], [end is not None for end in ends]
+    return [answer[:end] for answer, end in zip(answers, ends)], [end is not None for end in ends]
 
 
 @torch.no_grad()
