@@ -1214,13 +1214,13 @@ HELD_OUT_PROMPTS = 512  # the first of an order: never demonstrated, never in a 
 KIND_OF = {word: kind for kind, words in KINDS.items() for word in words.split()}
 
 
-def world_tokenizer():
+def world_tokenizer(words: Iterable[str] = (*ASKS, *NUMBERS, *KINDS, *KIND_OF, *IDLE, "and")):
     """A word-level tokenizer with a chat template for the embedded world: one token a word."""
     from tokenizers import models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<unk>", "<user>", "<assistant>", "<end>"]
-    words = [*special, *ASKS, *NUMBERS, *KINDS, *KIND_OF, *IDLE, "and"]
+    words = [*special, *words]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -1648,7 +1648,7 @@ def _search(prompts: list[list[int]], rewards: list[Callable], s: Sampling, go_o
         for i, new, ended in zip(asked, *go_on([prompts[i] + leaves[i].ids for i in asked], room)):
             text, counted = text_of(leaves[i].ids + new).strip(), len(new) + ended
             ended = ended and len(leaves[i].ids + new) < s.max_tokens  # others in the batch may have had more room
-            reward = rewards[i](text) if ended else -1
+            reward = rewards[i](text) if ended and text else -1
             _back_up(_next_step(leaves[i], new, ended, text_of, s), reward)
             counts[i].update(unfinished=not ended, tokens=counted, sampled=1)
             if s.keep_unfinished or text and ended:

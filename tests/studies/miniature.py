@@ -220,12 +220,17 @@ def workers() -> int:
     return int(text)
 
 
-def run_jobs(jobs: list[dict], file: Path, work: Callable[[dict], dict] = experiment) -> list[dict]:
-    """All jobs, WORKERS processes at a time; each result is a line of `file`, and those already there stay."""
+def run_jobs(
+    jobs: list[dict], file: Path, work: Callable[[dict], dict] = experiment, embedded: bool = True
+) -> list[dict]:  # fmt: skip
+    """All jobs, WORKERS processes at a time; each result is a line of `file`, and those already there stay.
+
+    embedded: whether the jobs run in worlds of train.embedded_world, which are built first.
+    """
     known = {job_key(result["job"]): result for result in train.read_lines(file, lambda line: "job" in line)}
     missing = [job for key, job in {job_key(job): job for job in jobs}.items() if key not in known]
     own = ("seed", "cache", "world", "annotator_noise", "length_bias")  # what a world depends on
-    settings = [{name: job[name] for name in own if name in job} for job in missing]
+    settings = [{name: job[name] for name in own if name in job} for job in missing if embedded]
     worlds = {job_key(of_world): train.Settings(**of_world) for of_world in settings}
     with ProcessPoolExecutor(workers(), multiprocessing.get_context("spawn"), one_of_many) as pool:
         for _ in data.progress(pool.map(train.embedded_world, worlds.values()), "worlds", "worlds", len(worlds)):
