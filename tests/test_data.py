@@ -1567,6 +1567,17 @@ def test_tree_search_by_hand():
     assert found["kept"]["b;b;+"] == 1 and found["kept"]["b;+;"] == 1
 
 
+def test_the_choice_of_a_leaf_by_hand():
+    """N 2, W 1 and N 6, W 4 under N 9: ½ + c √(ln 9 / 2) against ⅔ + c √(ln 9 / 6); equal at c = 0.37624…"""
+    root = data.Step([], n=9)
+    a, b = (data.Step([i], str(i), root, n=n, w=w) for i, (n, w) in enumerate(((2, 1.0), (6, 4.0))))
+    root.children = {("0", False): a, ("1", False): b}
+    assert data._ucb(a, 2.0) == pytest.approx(0.5 + 2 * 1.0481470, abs=1e-6)  # √(2.1972246 / 2)
+    assert data._ucb(b, 2.0) == pytest.approx(4 / 6 + 2 * 0.6051480, abs=1e-6)
+    equal = (4 / 6 - 1 / 2) / (1.0481470 - 0.6051480)
+    assert data._leaf(root, equal + 1e-4) is a and data._leaf(root, equal - 1e-4) is b and data._leaf(root, 0.0) is b
+
+
 def test_equal_steps_are_one_and_what_is_cut_off_has_no_reward():
     """Two answers through one step; one cut off after a step (−1 there), one within its first (−1 at the root alone)."""
     found, _ = search({"": ["a;+.", "a;-.", "a;+++", "aaaaa", " ;."]}, 1, n=5)
@@ -1576,6 +1587,10 @@ def test_equal_steps_are_one_and_what_is_cut_off_has_no_reward():
     assert kept == {"a;+": 1, "aaaaa": -1}
     deep, asked = search({"": ["a;b;+.", "a;b+."], "a;": ["bbbbb;+.", "b+."]}, 2, max_tokens=7)  # 8 tokens with "a;", of 7
     assert asked[1] == ("a;", 2, 5) and deep["unfinished"] == 1 and "a;bbbbb;+" not in deep["kept"]
+    full, asked = search({"": ["aaaaaaaa;", "aaaaaaaa;"]}, 2)  # no room after the first step's end: it is not gone on from
+    assert [x["step"] for x in full["tree"]] == [""] and [x[0] for x in asked] == ["", ""]
+    empty, _ = search({"": [".", "+."]}, 1, rewards=(("", 1),))  # the rule is not asked about nothing
+    assert empty["kept"] == {"+": 1} and [x["Q"] for x in empty["tree"]] == [0, -1, 1]
     blank = search({"": [";+;+.", "  ;x."]}, 1)[0]["tree"]
     assert [x["step"] for x in blank] == ["", ";", "  ;"]
 
@@ -1632,11 +1647,13 @@ def test_tree_search_with_a_model(world_model, tmp_path, monkeypatch):
         data.sample(
             Sampling(world_model, source, str(tmp_path / "out"), strategy="plain,mcts", rule=rule, **how | {"iterations": 5})
         )
-    whole = (tmp_path / "out").read_text()
+    alone = dict(strategy="mcts", rule=rule, **how)
+    data.sample(Sampling(world_model, source, str(tmp_path / "alone"), **alone))
+    whole = (tmp_path / "alone").read_text()
     for left in (1, 2):  # killed in a batch, and between two
         lines = whole.splitlines(keepends=True)
         (tmp_path / "again").write_text("".join(lines[:left]) + lines[left][:30])
-        data.sample(Sampling(world_model, source, str(tmp_path / "again"), strategy="plain,mcts", rule=rule, **how))
+        data.sample(Sampling(world_model, source, str(tmp_path / "again"), **alone))
         assert (tmp_path / "again").read_text() == whole
 
 
