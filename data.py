@@ -1862,8 +1862,8 @@ def score(s: Scoring, say: Callable[[str], None] = _quiet) -> None:
 
 
 def _scored(row: dict) -> dict[str, float]:
-    """The responses of a row and the score of each."""
-    texts, values = row.get("responses"), row.get("scores")
+    """The responses of a row and the score of each, or the reward that a search gave it."""
+    texts, values = row.get("responses"), row.get("scores", row.get("rewards"))
     if not isinstance(texts, list) or not isinstance(values, list) or len(texts) != len(values):
         raise UserError("responses and scores are not two lists of the same length")
     texts = [_text(x, f"responses {i}") for i, x in enumerate(texts, 1)]

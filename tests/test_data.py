@@ -1978,6 +1978,12 @@ def test_step_pairs_by_hand(tmp_path, chatml):
         made(min_margin=1.6)
     with pytest.raises(UserError, match="min_visits is 0"):
         made(min_visits=0)
+    rewarded = {"responses": ["a\nd\n", "a\ne"], "rewards": [-1, 1]}
+    answers = write(tmp_path, "r.jsonl", [rows[0] | rewarded])
+    data.pairs(Pairing(answers, str(tmp_path / "a.jsonl"), how="correct"))  # whole answers, by the rewards of the search
+    assert [(r["chosen"], r["score_rejected"]) for r in lines_of(tmp_path / "a.jsonl")] == [("a\ne", -1)]
+    data.pairs(Pairing(write(tmp_path, "q.jsonl", [rows[0] | rewarded | {"scores": [3, 2]}]), str(tmp_path / "a.jsonl")))
+    assert lines_of(tmp_path / "a.jsonl")[0]["chosen"] == "a\nd\n"  # scores come first
     made()
     examples, report = load(out, chatml)
     assert "format steps" in report.formats[0]
