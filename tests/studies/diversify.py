@@ -277,10 +277,10 @@ def auc(scores: Iterable[float], label: Iterable[bool]) -> float:
 # ---- one run ---------------------------------------------------------------------------------------------------------
 
 OBJECTIVES = {  # call, learning rates to try
-    "sft": ("sft", (5e-4, 1.5e-3, 4e-3)),
-    "orpo": ("orpo(lam=1.0)", (3e-4, 1e-3, 3e-3)),
-    "dpo": ("dpo(beta=0.5)", (1e-4, 3e-4, 1e-3)),
-    "simpo": ("simpo(beta=2.0, gamma=1.0)", (1e-4, 3e-4, 1e-3)),
+    "sft": ("sft", (5e-5, 1.5e-4, 5e-4)),
+    "orpo": ("orpo(lam=1.0)", (3e-5, 1e-4, 3e-4)),
+    "dpo": ("dpo(beta=0.5)", (1e-5, 3e-5, 1e-4)),
+    "simpo": ("simpo(beta=2.0, gamma=1.0)", (1e-5, 3e-5, 1e-4)),
 }
 TUNING_SEED, DRAWS = 100, 2
 
@@ -302,7 +302,7 @@ def experiment(job: dict) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         s = train.Settings(
             model=str(folder / "model"), dataset=str(folder / f"pairs {job['set']}.jsonl"), objective=job["objective"],
-            lr=job["lr"], seed=job["seed"], cache=job["cache"], out=f"{scratch}/run", batch_size=16, epochs=2, eval_size=16,
+            lr=job["lr"], seed=job["seed"], cache=job["cache"], out=f"{scratch}/run", batch_size=16, epochs=2, eval_size=0,
             samples=0, max_length=128, layout="padded", dtype="fp32", tokens_per_microbatch=4096,
         )  # fmt: skip
         try:
@@ -361,16 +361,16 @@ MEASURES = {  # of a set → title, decimals, factor
 
 
 def cell(results: list[dict], name: str, digits: int, factor: float = 1) -> str:
-    """ "61.2 ± 0.8"; a dash where a run ended early or the measure has no meaning."""
+    """ "61.2 ± 0.8"; a dash where a run ended early or the measure has no meaning; of one world no error."""
     mean, error = (factor * x for x in mean_and_error(results, name))
-    return "–" if mean != mean else f"{mean:.{digits}f} ± {error:.{digits}f}"
+    return "–" if mean != mean else f"{mean:.{digits}f}" + f" ± {error:.{digits}f}" * (len(results) > 1)
 
 
 def gap(runs: list[dict], plain: list[dict]) -> str:
     """Points of accuracy ahead of plain sampling, world by world, and whether that is more than two standard errors."""
     ahead = [{"ahead": a.get("accuracy", np.nan) - b.get("accuracy", np.nan)} for a, b in zip(runs, plain)]
     mean, error = (100 * x for x in mean_and_error(ahead, "ahead"))
-    return f"{mean:+.1f} ± {error:.1f}" + (f", {verdict(mean, error)}" if len(runs) > 1 else "")
+    return f"{mean:+.1f}" + f" ± {error:.1f}, {verdict(mean, error)}" * (len(runs) > 1)
 
 
 def report(worlds: list[dict], runs: dict, best: dict) -> str:
@@ -386,7 +386,10 @@ def report(worlds: list[dict], runs: dict, best: dict) -> str:
     cost = [cell([{"x": w[f"{name}/cost"] / w["plain/cost"]} for w in worlds], "x", 2) for name in SETS]
     said = "; ".join(f"{name} {x}" for name, x in zip(SETS, cost))
     spent = cell(worlds, "budget", 0)
-    return f"{markdown(sets)}\nTokens generated for each set: {spent}. Tokens per pair, plain = 1: {said}.\n\n{markdown(lines)}"
+    edges = [f"{n}: {o}" for (n, o), job in best.items() if job["lr"] in (min(OBJECTIVES[o][1]), max(OBJECTIVES[o][1]))]
+    at_edge = f"The learning rate is at an edge of the grid for {len(edges)} of {len(best)}: {'; '.join(edges) or 'none'}."
+    cost_said = f"Tokens generated for each set: {spent}. Tokens per pair, plain = 1: {said}."
+    return f"{markdown(sets)}\n{cost_said}\n\n{markdown(lines)}\n{at_edge}\n"
 
 
 def draw(worlds: list[dict], runs: dict, file: Path) -> None:
