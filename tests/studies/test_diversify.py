@@ -145,7 +145,11 @@ def test_a_small_world_and_a_run(tmp_path, monkeypatch):
     assert 0 < made[0]["accuracy"] < 1 and "no" in made[1]["error"]
     runs = {(name, o): made[:1] * 2 for name in diversify.SETS for o in diversify.OBJECTIVES}
     text = diversify.report([world] * 2, runs, {key: {"lr": 1e-4} for key in runs})
-    assert text.count("\n| plain | ") == 5 and "an edge of the grid for 8 of 16: plain: dpo; plain: simpo; dts: dpo" in text and "+0.0 ± 0.0, open" in text
+    assert (
+        text.count("\n| plain | ") == 5
+        and "an edge of the grid for 8 of 16: plain: dpo; plain: simpo; dts: dpo" in text
+        and "+0.0 ± 0.0, open" in text
+    )
     diversify.draw([world] * 2, runs, tmp_path / "x.png")
     assert (tmp_path / "x.png").exists() == (train.pyplot() is not None)
     json.dumps(world)
