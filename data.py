@@ -1402,7 +1402,7 @@ class Pairing:
         "next steps of the same answer, highest against lowest mean reward; needs no scores)",
     )
     min_margin: float = setting(0.0, "least difference of scores, or of mean rewards, of a pair")
-    min_visits: int = setting(2, "step: answers that went through each of the two steps, at least")
+    min_visits: int = setting(2, "step: visits (N) of each of the two steps, at least")
     seed: int = setting(0, "for everything random")
 
 
@@ -1571,7 +1571,7 @@ class Step:
     text: str = ""  # of these
     parent: "Step | None" = None
     ended: bool = False  # whether the answer ends here
-    n: int = 0  # answers through it
+    n: int = 0  # visits: answers through it, and repeats of one that ended with it
     w: float = 0.0  # sum of their rewards
     children: dict[tuple[str, bool], "Step"] = field(default_factory=dict)  # by text and ended
 
@@ -1747,12 +1747,13 @@ def _sampled(rows: list[dict], s: Sampling, asked: int) -> str:
 
 def _responses(prompts: list, strategies: list[str], s: Sampling, answer: Callable, search: Callable, seed: int) -> list[dict]:
     """For each prompt its different responses, the strategy that gave each first, how many did not end, and all tokens; of
-    mcts the rewards (null for what another strategy gave), how many it sampled and its tree."""
+    mcts, whose draws are not plain's once more, the rewards (null for what another strategy gave), how many it sampled and its
+    tree."""
     kept = [{} for _ in prompts]  # response → (strategy, reward)
     rows = [{"responses": [], "strategies": [], "unfinished": 0, "tokens": 0} for _ in prompts]
     for strategy in strategies:
         if strategy == "mcts":
-            for row, by, found in zip(rows, kept, search(seed + 1)):
+            for row, by, found in zip(rows, kept, search(seed + 2**31)):
                 for text, reward in found["kept"].items():
                     by.setdefault(text, (strategy, reward))
                 row["unfinished"] += found["unfinished"]
