@@ -1613,18 +1613,15 @@ def test_a_step_ends_where_the_setting_says(world_model, tmp_path, monkeypatch):
 def test_tree_search_with_a_model(world_model, tmp_path, monkeypatch):
     """All prompts of a batch in one call; the row's tree, rewards and tokens against each other; the rule sees the row."""
     source = write(tmp_path, "p.jsonl", [{"prompt": f"name {n} fruits", "want": n} for n in ("two", "three", "four")])
-    calls, drawn, given, how = (
-        [],
-        [],
-        [],
-        dict(n=3, temperature=1.0, max_tokens=40, batch_size=2, iterations=4, step_end="cat", seed=5),
-    )
-    real = data._continued
-    monkeypatch.setattr(
-        data,
-        "_continued",
-        lambda m, t, ids, *rest: (calls.append(len(ids)), drawn.append(real(m, t, ids, *rest)))[1] or drawn[-1],
-    )
+    how = dict(n=3, temperature=1.0, max_tokens=40, batch_size=2, iterations=4, step_end="cat", seed=5)
+    calls, drawn, given, real = [], [], [], data._continued
+
+    def continued(model, tokenizer, ids, *rest):
+        calls.append(len(ids))
+        drawn.append(real(model, tokenizer, ids, *rest))
+        return drawn[-1]
+
+    monkeypatch.setattr(data, "_continued", continued)
 
     def rule(row, text):
         given.append((row["want"], row["prompt"][0]["content"]))
