@@ -277,9 +277,9 @@ def auc(scores: Iterable[float], label: Iterable[bool]) -> float:
 # ---- one run ---------------------------------------------------------------------------------------------------------
 
 OBJECTIVES = {  # call, learning rates to try
-    "sft": ("sft", (5e-5, 1.5e-4, 5e-4)),
-    "orpo": ("orpo(lam=1.0)", (3e-5, 1e-4, 3e-4)),
-    "dpo": ("dpo(beta=0.5)", (1e-5, 3e-5, 1e-4)),
+    "sft": ("sft", (1.5e-4, 5e-4, 1.5e-3)),
+    "orpo": ("orpo(lam=1.0)", (1e-4, 3e-4, 1e-3)),
+    "dpo": ("dpo(beta=0.5)", (3e-5, 1e-4, 3e-4)),
     "simpo": ("simpo(beta=2.0, gamma=1.0)", (1e-5, 3e-5, 1e-4)),
 }
 TUNING_SEED, DRAWS = 100, 2

@@ -147,7 +147,7 @@ def test_a_small_world_and_a_run(tmp_path, monkeypatch):
     text = diversify.report([world] * 2, runs, {key: {"lr": 1e-4} for key in runs})
     assert (
         text.count("\n| plain | ") == 5
-        and "an edge of the grid for 8 of 16: plain: dpo; plain: simpo; dts: dpo" in text
+        and "an edge of the grid for 8 of 16: plain: orpo; plain: simpo; dts: orpo" in text
         and "+0.0 ± 0.0, open" in text
     )
     diversify.draw([world] * 2, runs, tmp_path / "x.png")
