@@ -16,6 +16,7 @@ Shape letters: B examples · R responses · T tokens of a batch · N scored toke
 """
 
 import argparse
+import bisect
 import contextlib
 import difflib
 import errno
@@ -132,6 +133,7 @@ class Row(NamedTuple):
     responses: list[str]
     desirable: bool | None = None  # None for pairs
     margin: float | None = None  # score of chosen less score of rejected, where the data has scores
+    ends: list[bool] | None = None  # of steps: whether each ends the assistant's turn; None: every response does
 
 
 class Example(NamedTuple):
@@ -347,7 +349,10 @@ def _response(value, what: str) -> str:
 
 def _row(prompt: list[dict], responses: list[str], **more) -> Row:
     if prompt[-1]["role"] == "assistant":
-        raise UserError("the prompt ends with an assistant turn, so there is nothing to answer")
+        raise UserError(
+            "the prompt ends with an assistant turn, so there is nothing to answer (pairs of steps that continue it have "
+            "columns chosen_ends and rejected_ends)"
+        )
     return Row(prompt, responses, **more)
 
 
@@ -414,6 +419,17 @@ def from_pair(row: dict) -> Row:
     return _row(prompt, [_response(s, w) for s, w in zip(sides, ("chosen", "rejected"))], margin=margin)
 
 
+def from_steps(row: dict) -> Row:
+    """{prompt, chosen, rejected, chosen_ends, rejected_ends}: two next steps of an answer, as `pairs --how step` writes them.
+
+    A prompt that ends in an assistant turn is the answer so far: it and a step are one text, with nothing in between. The
+    terminator follows, and is scored, where `…_ends` says true: a step that is not the answer's last has none.
+    """
+    sides = ("chosen", "rejected")
+    steps, ends = [_text(row.get(x), x) for x in sides], [_label(row.get(f"{x}_ends"), f"{x}_ends") for x in sides]
+    return Row(_messages(row.get("prompt"), "prompt"), steps, margin=_margin(row), ends=ends)
+
+
 def from_hh(row: dict) -> Row:
     """{chosen, rejected}: Anthropic-HH transcripts of "Human:" and "Assistant:" turns that share all but the last."""
     return _last_turns(*(_hh_messages(row.get(side), side) for side in ("chosen", "rejected")))
@@ -460,9 +476,9 @@ def from_scored(row: dict) -> Row:
     return _row(prompt, [responses[best], responses[worst]], margin=values[best] - values[worst])
 
 
-def _label(value) -> bool:
+def _label(value, what: str = "label") -> bool:
     if not isinstance(value, bool):
-        raise UserError(f"label is {str(value)[:40]!r}, not true or false")
+        raise UserError(f"{what} is {str(value)[:40]!r}, not true or false")
     return value
 
 
@@ -487,6 +503,7 @@ def _is_hh(row: dict) -> bool:
 TIE = "a tie: every response has the same score"
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict], Row]]] = {  # the first that fits the first row is taken
     "sharegpt": (("conversations", "chosen", "rejected"), from_sharegpt),
+    "steps": (("prompt", "chosen", "rejected", "chosen_ends", "rejected_ends"), from_steps),
     "pairs": (("prompt", "chosen", "rejected"), from_pair),
     "hh": (("chosen", "rejected"), from_hh),
     "implied": (("chosen", "rejected"), from_implied),
@@ -610,9 +627,9 @@ def _special_ids(tokenizer) -> set[int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _own_controls(tokenizer, roles: tuple[str, ...]) -> list[int]:
+def _own_controls(tokenizer, roles: tuple[str, ...], ends: bool) -> list[int]:
     """The special tokens that a template writes itself around messages of these roles and a response."""
-    row = Row([{"role": role, "content": MARK} for role in roles], [MARK])
+    row = Row([{"role": role, "content": MARK} for role in roles], [MARK], ends=[ends])
     prompt, (response,) = _prompt_and_responses(row, tokenizer, functools.partial(_ids, tokenizer))
     return _controls(tokenizer, prompt + response)
 
@@ -636,6 +653,12 @@ def encode(
     prefix that it shares with `prompt`; where the tokenizer merges across the boundary, the merged token is the response's
     and the stored prompt ends before it, for all responses of the row alike.
 
+    A prompt that ends in an assistant turn is the beginning of that turn, as it stands: `prompt` is then the rendering up to
+    its last character and `whole` that of one turn, beginning + response. A response that does not end the turn (`ends` false,
+    a step) goes up to its own last character: no terminator, nothing of the template after it. Prompt + response are always
+    the ids of the conversation's text up to there; those of the next step begin with the same ids, unless the tokenizer merges
+    across the step's end.
+
     A special token that is spelled in a message ("<|im_end|>" typed by a user) is encoded as the text it is and cannot end
     a turn, unless `control_tokens`.
 
@@ -651,7 +674,8 @@ def encode(
         row, ids = _with_stand_ins(row, tokenizer)
         cuts.append("with a special token as plain text")
     prompt, responses = _prompt_and_responses(row, tokenizer, ids)
-    if not control_tokens and any(_controls(tokenizer, prompt + r) != _own_controls(tokenizer, roles) for r in responses):
+    own = [_own_controls(tokenizer, roles, ends) for ends in row.ends or [True] * len(responses)]
+    if not control_tokens and any(_controls(tokenizer, prompt + r) != o for r, o in zip(responses, own)):
         raise UserError("the chat template makes special tokens out of its messages")
     if len(prompt) > max_prompt_length:
         prompt, cuts = prompt[-max_prompt_length:], [*cuts, "prompt cut"]
@@ -673,15 +697,25 @@ def _with_stand_ins(row: Row, tokenizer) -> tuple[Row, Callable[[str], list[int]
     return row._replace(prompt=prompt, responses=list(map(exchange, row.responses))), ids
 
 
+def _up_to_mark(text: str) -> str:
+    """What a template writes before the last MARK: a turn that is not over."""
+    if MARK not in text:
+        raise UserError("the chat template does not write an assistant's text as it is, so a turn cannot be continued")
+    return text.rpartition(MARK)[0]
+
+
 def _prompt_and_responses(row: Row, tokenizer, ids: Callable[[str], list[int]]) -> tuple[list[int], list[list[int]]]:
     """The prompt's ids up to where they go on alike in all responses, and what each response has after them."""
-    prompt_text, wholes = _render(tokenizer, row.prompt, generation_prompt=True), []
-    after = _render(tokenizer, [*row.prompt, {"role": "assistant", "content": MARK}]).rpartition(MARK)[2]
-    for response in row.responses:
-        text = _render(tokenizer, [*row.prompt, {"role": "assistant", "content": response}])
+    begun, wholes = row.prompt[-1]["content"] if row.prompt[-1]["role"] == "assistant" else "", []
+    before = row.prompt[:-1] if begun else row.prompt
+    answered = lambda text: _render(tokenizer, [*before, {"role": "assistant", "content": text}])  # noqa: E731
+    prompt_text = _up_to_mark(answered(begun + MARK)) if begun else _render(tokenizer, before, generation_prompt=True)
+    after = answered(MARK).rpartition(MARK)[2]
+    for response, ends in zip(row.responses, row.ends or itertools.repeat(True)):
+        text = answered(begun + response) if ends else _up_to_mark(answered(begun + response + MARK))
         if not text.startswith(prompt_text.rstrip()):
             raise UserError("the chat template renders the prompt differently once a response follows")
-        if after.strip() and text.endswith(after):
+        if ends and after.strip() and text.endswith(after):
             text = text[: len(text) - len(after) + len(after.rstrip())]
         wholes.append(ids(text))
     prompt = ids(prompt_text)
@@ -702,6 +736,8 @@ def encode_simpo(row: Row, tokenizer, max_length: int, max_prompt_length: int) -
     give the tokenizer that template.)
     """
     prompt, bos, eos = row.prompt, tokenizer.bos_token, tokenizer.eos_token_id
+    if row.ends is not None:
+        raise UserError("compat simpo knows no steps of an answer (chosen_ends, rejected_ends)")
     if prompt[0]["role"] != "system" and re.search(r"system|<\|im_start\|>", tokenizer.chat_template):
         prompt = [{"role": "system", "content": ""}, *prompt]
     prompt_text, wholes = _render(tokenizer, prompt), []
@@ -1182,13 +1218,13 @@ HELD_OUT_PROMPTS = 512  # the first of an order: never demonstrated, never in a 
 KIND_OF = {word: kind for kind, words in KINDS.items() for word in words.split()}
 
 
-def world_tokenizer():
+def world_tokenizer(words: Iterable[str] = (*ASKS, *NUMBERS, *KINDS, *KIND_OF, *IDLE, "and")):
     """A word-level tokenizer with a chat template for the embedded world: one token a word."""
     from tokenizers import models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<unk>", "<user>", "<assistant>", "<end>"]
-    words = [*special, *ASKS, *NUMBERS, *KINDS, *KIND_OF, *IDLE, "and"]
+    words = [*special, *words]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -1296,9 +1332,11 @@ def tiny_world(seed: int = 0, demonstrations: int = 4096, world: str = "plain") 
 # ---- making pairs on policy: sample → score → pairs ------------------------------------------------------------------
 #
 # Every step reads and writes JSON lines, so another engine can take its place:
-#   sample  {prompt} or any row with a prompt  → {id, prompt: [messages], responses: [text], strategies, unfinished, …settings}
+#   sample  {prompt} or any row with a prompt  → {id, prompt: [messages], responses: [text], strategies, unfinished, tokens,
+#                                                 …settings}, and of mcts: rewards, sampled, tree
 #   score   {prompt, responses}                → the same with scores: [number]
 #   pairs   {prompt, responses, scores}        → {id, prompt, chosen, rejected, score_chosen, score_rejected}
+#   pairs --how step      {prompt, tree}       → the same with chosen_ends, rejected_ends
 
 
 @dataclass
@@ -1306,8 +1344,15 @@ class Sampling:
     """Sample n responses to every prompt and add them to out, which is continued if it is there.
 
     The prompt that is written is the one that was given. Equal responses are kept once; one that did not end within max_tokens
-    is counted and left out, since no terminator followed it. Prompts go in fixed batches with a seed of their own, so a
-    continued run writes what an unbroken one would have written.
+    is counted and left out, since no terminator followed it. `tokens` counts all that were generated for a prompt, whatever
+    became of them. Prompts go in fixed batches with a seed of their own, so a continued run writes what an unbroken one would
+    have written.
+
+    mcts searches a tree of steps (text up to step_end): each iteration goes down it by W/N + c√(ln N_parent/N), samples n
+    answers from there on and adds the first step of each, equal ones once; an answer's reward is 1 where the rule gives above
+    ½ (or true), else −1, also where it did not end. Published uses differ: the diversification paper's mcts is OptiLLM's, over
+    whole turns of a dialogue, 22 generations for one answer; MCTS-DPO searches steps as here, but by PUCT, with the model's
+    own evaluation.
     """
 
     model: str = setting(MISSING, "folder or hub name of a causal language model")
@@ -1315,8 +1360,14 @@ class Sampling:
     out: str = setting(MISSING, "JSON lines to write")
     n: int = setting(5, "responses per prompt and strategy", aliases="-n")
     strategy: str = setting(
-        "plain", "plain, cot (think step by step), dts (n approaches, then an answer by each), or several with commas"
+        "plain",
+        "plain, cot (think step by step), dts (n approaches, then an answer by each), mcts (a tree of steps, needs rule), or "
+        "several with commas",
     )
+    rule: str = setting("", "mcts: file.py:function of (row, response); a number, or true and false")  # or the function itself
+    iterations: int = setting(8, "mcts: steps of the tree from which n answers each are sampled")
+    exploration: float = setting(1.4, "mcts: c, how much rarely visited steps are preferred")
+    step_end: str = setting(r"\n", r"mcts: what ends a step, such as \n or ;")
     temperature: float = setting(0.8, "of sampling; 0 is greedy")
     top_p: float = setting(0.95, "share of the probability that is sampled from")
     max_tokens: int = setting(512, "longer responses are left out")
@@ -1350,9 +1401,12 @@ class Pairing:
     scored: str = setting(MISSING, "sources of rows with a prompt, responses and scores")
     out: str = setting(MISSING, "JSON lines to write")
     how: str = setting(
-        "best_worst", "best_worst, random (two of different score) or correct (a random one above ½ against one at most ½)"
+        "best_worst",
+        "best_worst, random (two of different score), correct (a random one above ½ against one at most ½) or step (of mcts: "
+        "next steps of the same answer, highest against lowest mean reward; needs no scores)",
     )
-    min_margin: float = setting(0.0, "least difference of scores of a pair")
+    min_margin: float = setting(0.0, "least difference of scores, or of mean rewards, of a pair")
+    min_visits: int = setting(2, "step: visits (N) of each of the two steps, at least")
     seed: int = setting(0, "for everything random")
 
 
@@ -1459,23 +1513,35 @@ def _load_model(name: str, kind: str, device: torch.device):
     return model.to(device).train(False)
 
 
-def _answers(model, tokenizer, prompts: list[list[dict]], s: Sampling, seed: int) -> tuple[list[str], list[bool]]:
-    """One answer to each prompt, and whether it ended within max_tokens."""
-    from logprobs import completions
+def _continued(model, tokenizer, ids: list[list[int]], s: Sampling, max_tokens: int) -> tuple[list[list[int]], list[bool]]:
+    """Token ids that follow each, without the terminator, and whether one came."""
+    from logprobs import continuations
 
     if not (model.generation_config.eos_token_id or tokenizer.eos_token_id):
         raise UserError("the model has no token that ends a response (eos_token_id of its generation config)")
-    ids = [encode(Row(p, [MARK]), tokenizer, 2**31, 2**31)[0].prompt for p in prompts]
-    torch.manual_seed(seed)
     try:
-        return completions(model, tokenizer, ids, s.max_tokens, s.temperature, s.top_p)
+        answers, ended = continuations(model, tokenizer, ids, max_tokens, s.temperature, s.top_p)
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
         raise UserError(f"{s.model}: its probabilities are not finite numbers; are its weights?") from error
+    return [answer[: len(answer) - end] for answer, end in zip(answers, ended)], ended
 
 
-STRATEGIES = ("plain", "cot", "dts")
+def _asked(tokenizer, prompt: list[dict]) -> list[int]:
+    return encode(Row(prompt, [MARK]), tokenizer, 2**31, 2**31)[0].prompt
+
+
+def _answers(model, tokenizer, prompts: list[list[dict]], s: Sampling, seed: int) -> tuple[list[str], list[bool], list[int]]:
+    """One answer to each prompt, whether it ended within max_tokens, and its tokens with the terminator."""
+    ids = [_asked(tokenizer, p) for p in prompts]
+    torch.manual_seed(seed)
+    answers, ended = _continued(model, tokenizer, ids, s, s.max_tokens)
+    texts = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    return texts, ended, [len(a) + e for a, e in zip(answers, ended)]
+
+
+STRATEGIES = ("plain", "cot", "dts", "mcts")
 STEP_BY_STEP = "\n\nThink step by step, then give the final answer."
 APPROACHES = "\n\nName {n} clearly different approaches to this, one per line, numbered. Do not carry them out yet."
 BY_APPROACH = "\n\nAnswer by this approach: {approach}"
@@ -1485,19 +1551,129 @@ def _with(prompt: list[dict], addition: str) -> list[dict]:
     return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + addition}]
 
 
-def _questions(strategy: str, prompts: list[list[dict]], n: int, answer: Callable) -> list[list[dict]]:
-    """The n questions that a strategy puts for each prompt, prompt by prompt; `answer` is asked for approaches first by dts."""
+def _questions(
+    strategy: str, prompts: list[list[dict]], n: int, answer: Callable
+) -> tuple[list[list[dict]], list[int]]:  # fmt: skip
+    """The n questions that a strategy puts for each prompt, prompt by prompt, and the tokens that finding them took, for each
+    prompt: dts asks `answer` for approaches first."""
     if strategy == "plain":
-        return [p for p in prompts for _ in range(n)]
+        return [p for p in prompts for _ in range(n)], [0] * len(prompts)
     if strategy == "cot":
-        return [_with(p, STEP_BY_STEP) for p in prompts for _ in range(n)]
-    plans, _ = answer([_with(p, APPROACHES.format(n=n)) for p in prompts])
+        return [_with(p, STEP_BY_STEP) for p in prompts for _ in range(n)], [0] * len(prompts)
+    plans, _, tokens = answer([_with(p, APPROACHES.format(n=n)) for p in prompts])
     questions = []
     for prompt, plan in zip(prompts, plans):
         approaches = re.findall(r"^\s*\d+[.):]\s*(.+)$", plan, re.MULTILINE)[:n]
         questions += [_with(prompt, BY_APPROACH.format(approach=a)) for a in approaches]
         questions += [prompt] * (n - len(approaches))  # too few approaches: the rest is sampled plainly
-    return questions
+    return questions, tokens
+
+
+@dataclass
+class Step:
+    """A node of a search tree: an answer up to the end of a step, and what became of the answers that went through it."""
+
+    ids: list[int]  # of the answer from its beginning
+    text: str = ""  # of these
+    parent: "Step | None" = None
+    ended: bool = False  # whether the answer ends here
+    n: int = 0  # visits: answers through it, and repeats of one that ended with it
+    w: float = 0.0  # sum of their rewards
+    children: dict[tuple[str, bool], "Step"] = field(default_factory=dict)  # by text and ended
+
+
+def _ucb(step: Step, c: float) -> float:
+    return step.w / step.n + c * math.sqrt(math.log(step.parent.n) / step.n)
+
+
+def _leaf(step: Step, c: float) -> Step:
+    """Down from a step, always to the child of the highest `_ucb`; none is unvisited, as each is made by an answer."""
+    while step.children:
+        step = max(step.children.values(), key=functools.partial(_ucb, c=c))
+    return step
+
+
+def _back_up(step: Step | None, reward: float) -> None:
+    while step is not None:
+        step.n += 1
+        step.w += reward
+        step = step.parent
+
+
+def _next_step(leaf: Step, new: list[int], ended: bool, text_of: Callable[[list[int]], str], s: Sampling) -> Step:
+    """The child of a leaf that an answer, leaf.ids + new, goes through, made if it is not there; the leaf itself for an answer
+    that was cut off within its next step.
+
+    A step is whole tokens: up to the first after which its text, less leading whitespace, has step_end in it.
+    """
+    whole, start, end = leaf.ids + new, len(leaf.ids), s.step_end.replace(r"\n", "\n")
+    has_end = lambda i: end in text_of(whole[:i])[len(leaf.text) :].lstrip()  # noqa: E731
+    cut = start + 1 + bisect.bisect_left(range(start + 1, len(whole) + 1), True, key=has_end)
+    if cut > len(whole) and not ended or min(cut, len(whole)) >= s.max_tokens:
+        return leaf
+    ids, ended = whole[:cut], ended and cut >= len(whole)
+    text = text_of(ids).rstrip() if ended else text_of(ids)
+    return leaf.children.setdefault((text, ended), Step(ids, text, leaf, ended))
+
+
+def _nodes(root: Step) -> list[dict]:
+    """A tree as rows, breadth first: the parent's place, the step's text, N, Q = W/N, whether the answer ends with it."""
+    steps = [root]
+    for step in steps:  # which grows meanwhile
+        steps += step.children.values()
+    place = {id(step): i for i, step in enumerate(steps)}
+    before = [x.parent or root for x in steps]
+    return [
+        {"parent": place.get(id(x.parent)), "step": x.text[len(p.text) :], "N": x.n, "Q": x.w / x.n, "ended": x.ended}
+        for x, p in zip(steps, before)
+    ]
+
+
+def _search(prompts: list[list[int]], rewards: list[Callable], s: Sampling, go_on: Callable, text_of: Callable) -> list[dict]:
+    """Monte-Carlo tree search over steps, all prompts together: one batch of n answers for each in every iteration.
+
+    Args:
+        rewards: for each prompt, a function of an answer's text that gives 1 or −1.
+        go_on: (token ids, max_tokens) → token ids of what follows each, and whether it ended.
+        text_of: token ids of an answer → its text.
+    Returns:
+        for each prompt: kept {text: reward}, unfinished, tokens, sampled, tree.
+    An answer that has ended and is chosen again backs up its reward once more; nothing is sampled for it.
+    """
+    roots, kept = [Step([]) for _ in prompts], [{} for _ in prompts]
+    counts = [Counter(unfinished=0, tokens=0, sampled=0) for _ in prompts]
+    for _ in range(s.iterations):
+        leaves = [_leaf(root, s.exploration) for root in roots]
+        for leaf in leaves:
+            if leaf.ended:
+                _back_up(leaf, leaf.w / leaf.n)
+        asked = [i for i, leaf in enumerate(leaves) if not leaf.ended for _ in range(s.n)]
+        if not asked:
+            continue
+        room = s.max_tokens - min(len(leaves[i].ids) for i in asked)
+        for i, new, ended in zip(asked, *go_on([prompts[i] + leaves[i].ids for i in asked], room)):
+            text, counted = text_of(leaves[i].ids + new).strip(), len(new) + ended
+            ended = ended and len(leaves[i].ids + new) < s.max_tokens  # others in the batch may have had more room
+            reward = rewards[i](text) if ended and text else -1
+            _back_up(_next_step(leaves[i], new, ended, text_of, s), reward)
+            counts[i].update(unfinished=not ended, tokens=counted, sampled=1)
+            if s.keep_unfinished or text and ended:
+                kept[i].setdefault(text, reward)
+    return [{"kept": k, **count, "tree": _nodes(root)} for k, count, root in zip(kept, counts, roots)]
+
+
+def _mcts(model, tokenizer, rule: Callable, rows: list[dict], s: Sampling, seed: int) -> list[dict]:
+    """`_search` with a model, for rows with their prompts."""
+    torch.manual_seed(seed)
+
+    def reward(row: dict, text: str) -> int:
+        (value,) = _judged(lambda: [float(rule(row, text))], s.rule, f"{s.prompts}, prompt {row['id']}")
+        return 1 if value > 0.5 else -1
+
+    rewards = [functools.partial(reward, row) for row in rows]
+    go_on = lambda ids, max_tokens: _continued(model, tokenizer, ids, s, max_tokens)  # noqa: E731
+    text_of = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).lstrip()  # noqa: E731
+    return _search([_asked(tokenizer, row["prompt"]) for row in rows], rewards, s, go_on, text_of)
 
 
 def _check_decoding(temperature: float, top_p: float, **counts: int) -> None:
@@ -1511,16 +1687,22 @@ def sample(s: Sampling, prompts: Iterable | None = None, say: Callable[[str], No
     strategies = [name.strip() for name in s.strategy.split(",")]
     for name in strategies:
         refuse_unless_known("strategy", name, STRATEGIES)
-    _check_decoding(s.temperature, s.top_p, n=s.n, batch_size=s.batch_size, max_tokens=s.max_tokens)
+    counts = dict(n=s.n, batch_size=s.batch_size, max_tokens=s.max_tokens, iterations=s.iterations)
+    _check_decoding(s.temperature, s.top_p, **counts)
+    names = ["model", "strategy", "n", "batch_size", "temperature", "top_p", "max_tokens", "seed"]
+    rule = _rule_of_search(s, strategies)
     device = device_named(s.device)
-    names = ("model", "strategy", "n", "batch_size", "temperature", "top_p", "max_tokens", "seed")
     made = {name: getattr(s, name) for name in names}
+    if rule:
+        made |= {"rule": s.rule if isinstance(s.rule, str) else getattr(rule, "__qualname__", type(rule).__name__)}
+        made |= {name: getattr(s, name) for name in ("iterations", "exploration", "step_end")}
     done = {row["id"]: row for row in _resumed(s.prompts, s.out)}
     for row in done.values():
         if other := [f"{k} {row[k]}, now {v}" for k, v in made.items() if row.get(k, v) != v]:
             raise UserError(f"{s.out}: was begun with {'; '.join(other)}; give the same settings or another --out")
     given = prompts_of(s.prompts, s.columns) if prompts is None else prompts
-    prompts = list({row["id"]: prompt for _, row, prompt in given}.items())
+    rows = {row["id"]: {**row, "prompt": prompt} for _, row, prompt in given}
+    prompts = [(key, row["prompt"]) for key, row in rows.items()]
     how = f"temperature {s.temperature:g}, top_p {s.top_p:g}, at most {s.max_tokens} tokens"
     there = f"; {sum(key in done for key, _ in prompts)} are in {s.out} already" if done else ""
     say(f"sample: {s.model} on {device}, {len(prompts):,} prompts, {s.n} responses each ({s.strategy}), {how}{there}")
@@ -1530,11 +1712,26 @@ def sample(s: Sampling, prompts: Iterable | None = None, say: Callable[[str], No
         if all(key in done for key, _ in part):
             continue
         answer = functools.partial(_answers, model, tokenizer, s=s)
-        responses = _responses([prompt for _, prompt in part], strategies, s, answer, s.seed + start)
+        search = functools.partial(_mcts, model, tokenizer, rule, [rows[key] for key, _ in part], s)
+        responses = _responses([prompt for _, prompt in part], strategies, s, answer, search, s.seed + start)
         lines = [{"id": key, "prompt": prompt, **of_it, **made} for (key, prompt), of_it in zip(part, responses)]
         _write(s.out, [line for line in lines if line["id"] not in done])
         done |= {line["id"]: line for line in lines if line["id"] not in done}
-    say(_sampled([done[key] for key, _ in prompts], s, len(strategies) * s.n * len(prompts)))
+    others = s.n * (len(strategies) - ("mcts" in strategies))
+    rows = [done[key] for key, _ in prompts]
+    say(_sampled(rows, s, sum(others + row.get("sampled", 0) for row in rows)))
+
+
+def _rule_of_search(s: Sampling, strategies: list[str]) -> Callable[[dict, str], float] | None:
+    """The rule of mcts, with its settings checked; None for other strategies."""
+    if ("mcts" in strategies) != bool(s.rule):
+        what = "needs a rule: give --rule file.py:function" if not s.rule else "has none for --rule, which only mcts uses"
+        raise UserError(f"strategy {s.strategy} {what}")
+    if not s.rule:
+        return None
+    if not 0 <= s.exploration < math.inf or not s.step_end:
+        raise UserError(f"exploration is {s.exploration:g} and step_end {s.step_end!r}; at least 0, and some text")
+    return _rule(s.rule) if isinstance(s.rule, str) else s.rule
 
 
 def _sampled(rows: list[dict], s: Sampling, asked: int) -> str:
@@ -1549,22 +1746,40 @@ def _sampled(rows: list[dict], s: Sampling, asked: int) -> str:
     if not kept:
         os.remove(s.out)  # so that the same --out can be tried again with other settings
         raise UserError(f"{s.out}: not written, nothing to keep: {text}")
+    if all("tokens" in row for row in rows):  # and none of an older version
+        text += f"; {sum(row['tokens'] for row in rows):,} tokens generated"
     return f"{text}; all in {s.out}"
 
 
-def _responses(prompts: list, strategies: list[str], s: Sampling, answer: Callable, seed: int) -> list[dict]:
-    """For each prompt its different responses, the strategy that gave each first, and how many did not end."""
-    kept, unfinished = [{} for _ in prompts], [0 for _ in prompts]  # kept: response → strategy
+def _responses(prompts: list, strategies: list[str], s: Sampling, answer: Callable, search: Callable, seed: int) -> list[dict]:
+    """For each prompt its different responses, the strategy that gave each first, how many did not end, and all tokens; of
+    mcts, whose draws are not plain's once more, the rewards (null for what another strategy gave), how many it sampled and its
+    tree."""
+    kept = [{} for _ in prompts]  # response → (strategy, reward)
+    rows = [{"responses": [], "strategies": [], "unfinished": 0, "tokens": 0} for _ in prompts]
     for strategy in strategies:
-        questions = _questions(strategy, prompts, s.n, functools.partial(answer, seed=seed))
-        texts, ended = answer(questions, seed=seed + 1)
-        for i, (text, complete) in enumerate(zip(texts, ended)):
-            unfinished[i // s.n] += not complete
+        if strategy == "mcts":
+            for row, by, found in zip(rows, kept, search(seed + 2**31)):
+                for text, reward in found["kept"].items():
+                    by.setdefault(text, (strategy, reward))
+                row["unfinished"] += found["unfinished"]
+                row["tokens"] += found["tokens"]
+                row |= {"rewards": [], "sampled": found["sampled"], "tree": found["tree"]}
+            continue
+        questions, tokens = _questions(strategy, prompts, s.n, functools.partial(answer, seed=seed))
+        for row, count in zip(rows, tokens):
+            row["tokens"] += count
+        for i, (text, complete, count) in enumerate(zip(*answer(questions, seed=seed + 1))):
+            row = rows[i // s.n]
+            row["unfinished"] += not complete
+            row["tokens"] += count
             if s.keep_unfinished or text and complete:
-                kept[i // s.n].setdefault(text, strategy)
-    return [
-        {"responses": list(by), "strategies": list(by.values()), "unfinished": count} for by, count in zip(kept, unfinished)
-    ]
+                kept[i // s.n].setdefault(text, (strategy, None))
+    for row, by in zip(rows, kept):
+        row |= {"responses": list(by), "strategies": [strategy for strategy, _ in by.values()]}
+        if "tree" in row:
+            row["rewards"] = [reward for _, reward in by.values()]
+    return rows
 
 
 def _rule(name: str) -> Callable[[dict, str], float]:
@@ -1584,6 +1799,14 @@ def _rule(name: str) -> Callable[[dict, str], float]:
     if not callable(rule):
         raise UserError(f"rule is {name!r}, which is a {type(rule).__name__} and no function of (row, response)")
     return rule
+
+
+def _judged(values: Callable[[], list[float]], name, where: str) -> list[float]:
+    """The scores that a rule or a model gives, checked; UserError for whatever else becomes of it."""
+    try:
+        return [_score(x, "a score") for x in values()]
+    except (Exception, SystemExit) as error:  # a rule is anybody's code
+        raise UserError(f"{where}: {name} cannot score it ({type(error).__name__}: {_brief(error)})") from error
 
 
 def _by_reward_model(name: str, device: torch.device, batch_size: int) -> Callable[[dict, list[dict], list[str]], list[float]]:
@@ -1635,11 +1858,7 @@ def score(s: Scoring, say: Callable[[str], None] = _quiet) -> None:
     for where, row, prompt in progress(rows, "score", "rows"):
         if key(row) in done:
             continue
-        try:
-            scores = [_score(x, "a score") for x in scores_of(row, prompt, row["responses"])]
-        except (Exception, SystemExit) as error:  # a rule is anybody's code
-            why = f"{type(error).__name__}: {_brief(error)}"
-            raise UserError(f"{where}: {s.rule or s.reward_model} cannot score it ({why})") from error
+        scores = _judged(functools.partial(scores_of, row, prompt, row["responses"]), s.rule or s.reward_model, where)
         _write(s.out, [{**row, "scores": scores}])
         done[key(row)] = scores
     scores = [done[key(row)] for _, row, _ in rows]
@@ -1650,8 +1869,8 @@ def score(s: Scoring, say: Callable[[str], None] = _quiet) -> None:
 
 
 def _scored(row: dict) -> dict[str, float]:
-    """The responses of a row and the score of each."""
-    texts, values = row.get("responses"), row.get("scores")
+    """The responses of a row and the score of each, or the reward that a search gave it."""
+    texts, values = row.get("responses"), row.get("scores", row.get("rewards"))
     if not isinstance(texts, list) or not isinstance(values, list) or len(texts) != len(values):
         raise UserError("responses and scores are not two lists of the same length")
     texts = [_text(x, f"responses {i}") for i, x in enumerate(texts, 1)]
@@ -1670,6 +1889,26 @@ def _comparable(scores: dict[str, float], s: Pairing) -> list[tuple[str, str]]:
     return couples
 
 
+def _step_pairs(row: dict, prompt: list[dict], s: Pairing) -> list[dict]:
+    """Of each step's next steps that were visited often enough, the one of highest Q against that of lowest: rows of a pair."""
+    begun, following, lines = [], {}, []
+    try:
+        for node in row.get("tree"):
+            at = node["parent"]
+            begun.append("" if at is None else begun[at] + node["step"])
+            if at is not None and node["N"] >= s.min_visits and node["step"].strip():
+                following.setdefault(at, []).append((_score(node["Q"], "Q"), node["step"], _label(node["ended"], "ended")))
+    except (TypeError, KeyError, IndexError, AttributeError):
+        raise UserError("no tree of steps: sample with --strategy mcts") from None
+    for at, steps in following.items():
+        (high, a, a_ends), (low, b, b_ends) = max(steps), min(steps)
+        if high > low and high - low >= s.min_margin:
+            turn = [{"role": "assistant", "content": begun[at]}] if begun[at] else []
+            sides = {"chosen": a, "rejected": b, "chosen_ends": a_ends, "rejected_ends": b_ends}
+            lines.append({"id": row["id"], "prompt": prompt + turn, **sides, "score_chosen": high, "score_rejected": low})
+    return lines
+
+
 def _are_pairs(file: Path) -> bool:
     """Whether a file is empty or what `pairs` has written, by its first line; such a one may be made again."""
     try:
@@ -1682,7 +1921,9 @@ def _are_pairs(file: Path) -> bool:
 
 def pairs(s: Pairing, say: Callable[[str], None] = _quiet) -> Counter:
     """Make preference pairs, see Pairing; returns how many prompts gave a pair, or why not."""
-    refuse_unless_known("how", s.how, ["best_worst", "random", "correct"])
+    refuse_unless_known("how", s.how, ["best_worst", "random", "correct", "step"])
+    if s.min_visits < 1:
+        raise UserError(f"min_visits is {s.min_visits}; it is at least 1")
     _keep_apart(s.scored, s.out)
     _writable(s.out)
     if Path(s.out).exists() and not _are_pairs(Path(s.out)):
@@ -1691,6 +1932,11 @@ def pairs(s: Pairing, say: Callable[[str], None] = _quiet) -> Counter:
     say(f"pairs: {s.how}, scores at least {s.min_margin:g} apart, seed {s.seed}, of {s.scored}")
     for _, row, prompt in prompts_of(s.scored):
         try:
+            if s.how == "step":
+                found = _step_pairs(row, prompt, s)
+                counts["pairs" if found else f"no two next steps that differ as asked (min_margin {s.min_margin:g})"] += 1
+                lines += found
+                continue
             scores = _scored(row)
         except UserError as error:
             counts[str(error)] += 1

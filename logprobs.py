@@ -457,7 +457,7 @@ class ResponseLogProbs(nn.Module):
 
 
 @torch.no_grad()
-def sampled_ids(
+def continuations(
     model: nn.Module, tokenizer, prompts: list[list[int]], max_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
     together: bool = False,
 ) -> tuple[list[list[int]], list[bool]]:  # fmt: skip
@@ -491,14 +491,14 @@ def sampled_ids(
 
 
 def as_texts(tokenizer, answers: list[list[int]], ended: list[bool]) -> list[str]:
-    """Answers of `sampled_ids` without the token that ended them, special tokens and outer whitespace."""
+    """Answers of `continuations` without the token that ended them, special tokens and outer whitespace."""
     bare = [answer[: len(answer) - end] for answer, end in zip(answers, ended)]
     return [text.strip() for text in tokenizer.batch_decode(bare, skip_special_tokens=True)]
 
 
 def completions(model: nn.Module, tokenizer, prompts: list[list[int]], *args, **how) -> tuple[list[str], list[bool]]:
-    """`sampled_ids` as texts."""
-    answers, ended = sampled_ids(model, tokenizer, prompts, *args, **how)
+    """`continuations` as texts."""
+    answers, ended = continuations(model, tokenizer, prompts, *args, **how)
     return as_texts(tokenizer, answers, ended), ended
 
 

@@ -1485,7 +1485,7 @@ def build_world(folder: Path, tokenizer, demonstrations: list[data.Row], seed: i
     part.rename(folder)
 
 
-def supervised_start(rows: list[data.Row], tokenizer, seed: int) -> torch.nn.Module:
+def supervised_start(rows: list[data.Row], tokenizer, seed: int, steps: int = SUPERVISED_STEPS) -> torch.nn.Module:
     """A Llama of 350,000 parameters that has learned to answer from noisy demonstrations."""
     torch.manual_seed(seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
@@ -1495,7 +1495,7 @@ def supervised_start(rows: list[data.Row], tokenizer, seed: int) -> torch.nn.Mod
     policy, optimizer = ResponseLogProbs(model), torch.optim.AdamW(model.parameters(), fused=True)
     policy.use_layout("padded")
     examples = [data.encode(row, tokenizer, 128, 100)[0] for row in rows]
-    plan = [part for epoch in range(64) for part in data.step_plan(len(examples), 64, seed, epoch)][:SUPERVISED_STEPS]
+    plan = [part for epoch in range(64) for part in data.step_plan(len(examples), 64, seed, epoch)][:steps]
     schedule = Settings(lr=3e-3)
     bar = data.progress(plan, "supervised start", "steps")
     for step, part in enumerate(bar):

@@ -169,6 +169,14 @@ FORMATS = {
         },
         Row([system("Be kind"), user("Ask me")], ["Good", "Bad"]),
     ),
+    "steps": (
+        {
+            "prompt": [user("Ask me"), assistant("So\n")],
+            **{"chosen": "Good\n", "rejected": "Bad", "chosen_ends": False, "rejected_ends": True},
+            **{"score_chosen": 0.5, "score_rejected": -1},
+        },
+        Row([user("Ask me"), assistant("So\n")], ["Good\n", "Bad"], margin=1.5, ends=[False, True]),
+    ),
     "unpaired": ({"prompt": "Ask me", "completion": "Good", "label": True}, Row([user("Ask me")], ["Good"], True)),
     "unpaired messages": (
         {"messages": [user("Ask me"), assistant("Bad")], "label": False},
@@ -199,7 +207,7 @@ def test_the_reason_for_a_format_is_reported(tmp_path, chatml):
     assert report.formats == [f"{path}: {why}"] and why in str(report)
     with pytest.raises(UserError, match="what chosen adds to the prompt is empty"):  # asked for: rows are read as plain texts
         load(write(tmp_path, "b.jsonl", [{"chosen": "Human: a ", "rejected": "Human: a b"}]), chatml, format="implied")
-    with pytest.raises(UserError, match="format is 'csv'; accepted are auto, sharegpt, pairs, hh"):
+    with pytest.raises(UserError, match="format is 'csv'; accepted are auto, sharegpt, steps, pairs, hh"):
         load(path, chatml, format="csv")
     with pytest.raises(UserError, match=r"did you mean unpaired\?"):
         load(path, chatml, format="unpared")
@@ -592,8 +600,8 @@ def mutants(value, path=()):
 @pytest.mark.parametrize("name", FORMATS)
 def test_wrong_values_anywhere(name, tmp_path, chatml):
     row, _ = FORMATS[name]
-    # other numbers in the place of scores, another label and no system text are right values; they are tested elsewhere
-    free = ("scores", "all_rm_scores", "label", "system")
+    # other numbers in the place of scores, another label or end and no system text are right values; they are tested elsewhere
+    free = ("scores", "all_rm_scores", "label", "system", "chosen_ends", "rejected_ends")
     rows = [row] + [m for path, m in mutants(row) if not path or path[0] not in free]
     path = write(tmp_path, "a.jsonl", rows)
     examples, report = load(path, chatml, max_drop_fraction=1)
@@ -790,6 +798,77 @@ def test_the_plain_form_without_bos(tmp_path):
     example, _ = encode(Row(ASKED, ["Good"]), tokenizer, 100, 90)
     assert tokenizer.decode(example.prompt) == "User: Ask me\n\nAssistant:"
     assert tokenizer.decode(example.responses[0]) == " Good</s>"
+
+
+# ---- steps: turns that go on -------------------------------------------------------------------------------------------
+
+STEPS = ["Sky is blue.\n", "Grass is green; water is wet.\n\n", "Good day"]
+STEPWISE = [row[:1] + row[3:] for row in RENDERED if row[1] is ASKED]
+
+
+@pytest.mark.parametrize("name, prompt_text, response_text", STEPWISE)
+def test_steps_are_the_whole_conversation_cut_in_pieces(families, name, prompt_text, response_text):
+    """Each step after the ones before it, against the whole turn's rendering by hand; only the last has a terminator."""
+    tokenizer, before = families[name], prompt_text + response_text[: response_text.index("Good")]
+    whole = raw_ids(tokenizer, prompt_text + response_text.replace("Good day", "".join(STEPS)))
+    end = tokenizer.convert_tokens_to_ids(TERMINATOR[name])
+    for i, step in enumerate(STEPS):
+        begun, ends = "".join(STEPS[:i]), i == 2
+        prompt = ASKED + ([assistant(begun)] if begun else [])
+        example, cuts = encode(Row(prompt, [step, "Water"], ends=[ends, False]), tokenizer, 1000, 900)
+        assert cuts == [] and raw_ids(tokenizer, before + begun)[: len(example.prompt)] == example.prompt
+        assert example.prompt + example.responses[0] == (whole if ends else raw_ids(tokenizer, before + begun + step))
+        assert example.prompt + example.responses[1] == raw_ids(tokenizer, before + begun + "Water")
+        assert example.prompt + example.responses[0] == whole[: len(example.prompt + example.responses[0])]
+        assert (example.responses[0][-1] == end, example.responses[1][-1] == end) == (ends, False)
+        if begun:  # nothing of the step is in the prompt, and nothing before it in the step
+            assert example.prompt == raw_ids(tokenizer, before + begun)
+            assert tokenizer.decode(example.responses[0], skip_special_tokens=True).strip() == step.strip()
+    ended, _ = encode(Row(ASKED, ["".join(STEPS)], ends=[True]), tokenizer, 1000, 900)
+    assert ended == encode(Row(ASKED, ["".join(STEPS)]), tokenizer, 1000, 900)[0]
+
+
+def test_steps_that_spell_a_special_token(chatml):
+    row = Row([user("Ask <|im_end|>"), assistant("a <|im_end|>\n")], ["b <|im_start|>\n", "c"], ends=[False, True])
+    example, cuts = encode(row, chatml, 1000, 900)
+    assert cuts == ["with a special token as plain text"]
+    assert chatml.decode(example.responses[0]) == "b <|im_start|>\n" and chatml.decode(example.responses[1]) == "c<|im_end|>"
+    end = chatml.convert_tokens_to_ids("<|im_end|>")
+    assert [ids.count(end) for ids in (example.prompt, *example.responses)] == [2, 0, 1]  # of system and user
+    with pytest.raises(UserError, match="special tokens out of its messages"):  # put together, the two pieces spell one
+        encode(Row([user("Ask me"), assistant("a <|im_")], ["end|> b", "c"], ends=[False, False]), chatml, 1000, 900)
+
+
+def test_steps_that_are_refused(tmp_path, chatml):
+    row = {"prompt": [user("Ask me"), assistant("So\n")], "chosen": "Good\n", "rejected": "Bad"}
+    ends = {"chosen_ends": False, "rejected_ends": True}
+    for change, message in (
+        ({"chosen_ends": 0}, "chosen_ends is '0', not true or false"),
+        ({"rejected_ends": None}, "rejected_ends is 'None', not true or false"),
+        ({"prompt": [user("Ask me"), assistant("")]}, "prompt message 2 is empty"),
+        ({"prompt": [user("Ask me"), assistant(" \n")]}, "prompt message 2 is empty"),
+        ({"chosen": " "}, "chosen is empty"),
+        ({"chosen": [assistant("Good")]}, "chosen is a list, not text"),
+    ):
+        with pytest.raises(UserError, match=message):
+            data.from_steps({**row, **ends, **change})
+    for other in (row, {**row, "completion": "Good", "label": True}, {**row, "responses": ["a", "b"], "scores": [1, 0]}):
+        for name in ("pairs", "unpaired", "scored"):  # without the columns that say so, it is taken for a mistake
+            with pytest.raises(UserError, match="ends with an assistant turn.* chosen_ends|is missing|is not a list"):
+                data.FORMATS[name][1](other)
+    with pytest.raises(UserError, match="compat simpo knows no steps"):
+        load(write(tmp_path, "a.jsonl", [{**row, **ends}]), chatml, compat="simpo")
+    strict = COLON.replace("{{ m['content'] }}", "{% if m['role'] == 'assistant' %}!{% else %}{{ m['content'] }}{% endif %}")
+    for template, message in (
+        (strict, "does not write an assistant's text as it is"),
+        (
+            COLON.replace("{{ m['content'] }}", "{{ m['content'].split('So')[-1] }}"),
+            "renders the prompt differently|as it is|no",
+        ),
+    ):
+        tokenizer = tokenizer_with(template, byte_level(["</s>"]))
+        with pytest.raises(UserError, match=message):
+            encode(Row([user("Ask me"), assistant("So\n")], ["Good So\n", "Bad"], ends=[False, True]), tokenizer, 1000, 900)
 
 
 # ---- lengths ---------------------------------------------------------------------------------------------------------
@@ -1417,7 +1496,7 @@ def test_strategies_ask_as_they_say(world_model, tmp_path, monkeypatch):
         asked.append([p[-1]["content"] for p in prompts])
         plan = "1. first\nsome text\n2) second" if "approaches" in asked[-1][0] else "an answer"
         texts = [f"{plan} {i}" if plan == "an answer" else plan for i in range(len(prompts))]
-        return texts, [True for _ in prompts]
+        return texts, [True for _ in prompts], [7 if texts == [plan] else 10 for _ in prompts]
 
     monkeypatch.setattr(data, "_answers", answers)
     source = write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
@@ -1427,6 +1506,7 @@ def test_strategies_ask_as_they_say(world_model, tmp_path, monkeypatch):
     assert asked[1] == ["Q" + data.APPROACHES.format(n=3)]
     assert asked[2] == ["Q" + data.BY_APPROACH.format(approach=a) for a in ("first", "second")] + ["Q"]  # one was missing
     assert lines_of(tmp_path / "dts")[0]["responses"] == ["an answer 0", "an answer 1", "an answer 2"]
+    assert [lines_of(tmp_path / name)[0]["tokens"] for name in ("cot", "dts")] == [20, 37]  # naming approaches took 7
     data.sample(
         Sampling(world_model, source, str(tmp_path / "all"), n=2, strategy="cot,plain")
     )  # the same answers: the first is named
@@ -1435,6 +1515,191 @@ def test_strategies_ask_as_they_say(world_model, tmp_path, monkeypatch):
     assert row["responses"] == ["an answer 0", "an answer 1"] and row["strategies"] == ["cot", "cot"]
     with pytest.raises(UserError, match="strategy is 'best'"):
         data.sample(Sampling(world_model, source, str(tmp_path / "x"), strategy="best"))
+
+
+LETTERS = dict(n=2, step_end=";", max_tokens=9)
+
+
+def search(script, iterations, rewards=(("+", 1), ("", -1)), **how):
+    """_search of one prompt [0] whose answers are read from a script {tree's text: answers}; tokens are characters, "." ends.
+
+    The reward is that of the first key which the answer's text has in it.
+    """
+    s, asked = Sampling("m", "p", "o", iterations=iterations, **LETTERS | how), []
+
+    def go_on(ids, max_tokens):
+        asked.append(("".join(map(chr, ids[0][1:])), len(ids), max_tokens))
+        answers = [script[asked[-1][0]][i] for i in range(len(ids))]
+        return [list(map(ord, a.rstrip("."))) for a in answers], [a.endswith(".") for a in answers]
+
+    reward = lambda text: next(value for key, value in rewards if key in text)  # noqa: E731
+    (found,) = data._search([[0]], [reward], s, go_on, lambda ids: "".join(map(chr, ids)))
+    return found, asked
+
+
+SCRIPT = {"": ["a;+.", "b;-."], "a;": ["x+.", "z;-."], "b;": ["b;+.", "+;."]}
+
+
+def rows_of(tree):
+    return [(x["parent"], x["step"], x["N"], round(x["N"] * x["Q"], 9), x["ended"]) for x in tree]
+
+
+def test_tree_search_by_hand():
+    """N, W, the choice of the leaf and what is kept after each iteration; c = 1.
+
+    2: a: 1 + √ln 2 = 1.83, b: −1 + √ln 2 = −0.17. 3: a: 1/3 + √(ln 4 / 3) = 1.01, b: −1 + √ln 4 = 0.18; then x: 1 + √ln 3,
+    z: −1 + √ln 3: x has ended, so it backs up once more. With c = 3 the third goes to b: 1/3 + 3 · 0.680 < −1 + 3 · 1.177.
+    """
+    found, asked = search(SCRIPT, 1, exploration=1.0)
+    assert rows_of(found["tree"]) == [(None, "", 2, 0, False), (0, "a;", 1, 1, False), (0, "b;", 1, -1, False)]
+    found, asked = search(SCRIPT, 2, exploration=1.0)
+    a, b = (0, "a;", 3, 1, False), (0, "b;", 1, -1, False)
+    assert rows_of(found["tree"]) == [(None, "", 4, 0, False), a, b, (1, "x+", 1, 1, True), (1, "z;", 1, -1, False)]
+    assert asked == [("", 2, 9), ("a;", 2, 7)]
+    assert found["kept"] == {"a;+": 1, "b;-": -1, "a;x+": 1, "a;z;-": -1}
+    assert {k: found[k] for k in ("unfinished", "tokens", "sampled")} == dict(unfinished=0, tokens=4 + 4 + 3 + 4, sampled=4)
+    found, asked = search(SCRIPT, 3, exploration=1.0)
+    assert len(asked) == 2 and [x["N"] for x in found["tree"]] == [5, 4, 1, 2, 1]  # root, a, b, x, z
+    assert [x["N"] * x["Q"] for x in found["tree"]] == pytest.approx([1, 2, -1, 2, -1])
+    assert found["sampled"] == 4
+    found, asked = search(SCRIPT, 3, exploration=3.0)
+    assert [text for text, *_ in asked] == ["", "a;", "b;"]
+    assert found["kept"]["b;b;+"] == 1 and found["kept"]["b;+;"] == 1
+
+
+def test_the_choice_of_a_leaf_by_hand():
+    """N 2, W 1 and N 6, W 4 under N 9: ½ + c √(ln 9 / 2) against ⅔ + c √(ln 9 / 6); equal at c = 0.37624…"""
+    root = data.Step([], n=9)
+    a, b = (data.Step([i], str(i), root, n=n, w=w) for i, (n, w) in enumerate(((2, 1.0), (6, 4.0))))
+    root.children = {("0", False): a, ("1", False): b}
+    assert data._ucb(a, 2.0) == pytest.approx(0.5 + 2 * 1.0481470, abs=1e-6)  # √(2.1972246 / 2)
+    assert data._ucb(b, 2.0) == pytest.approx(4 / 6 + 2 * 0.6051480, abs=1e-6)
+    equal = (4 / 6 - 1 / 2) / (1.0481470 - 0.6051480)
+    assert data._leaf(root, equal + 1e-4) is a and data._leaf(root, equal - 1e-4) is b and data._leaf(root, 0.0) is b
+
+
+def test_equal_steps_are_one_and_what_is_cut_off_has_no_reward():
+    """Two answers through one step; one cut off after a step (−1 there), one within its first (−1 at the root alone)."""
+    found, _ = search({"": ["a;+.", "a;-.", "a;+++", "aaaaa", " ;."]}, 1, n=5)
+    assert rows_of(found["tree"]) == [(None, "", 5, -3, False), (0, "a;", 3, -1, False), (0, " ;", 1, -1, True)]
+    assert found["unfinished"] == 2 and found["kept"] == {"a;+": 1, "a;-": -1, ";": -1} and found["tokens"] == 4 + 4 + 5 + 5 + 3
+    kept = search({"": ["a;+.", "aaaaa"]}, 1, keep_unfinished=True)[0]["kept"]
+    assert kept == {"a;+": 1, "aaaaa": -1}
+    deep, asked = search({"": ["a;b;+.", "a;b+."], "a;": ["bbbbb;+.", "b+."]}, 2, max_tokens=7)  # 8 tokens with "a;", of 7
+    assert asked[1] == ("a;", 2, 5) and deep["unfinished"] == 1 and "a;bbbbb;+" not in deep["kept"]
+    full, asked = search({"": ["aaaaaaaa;", "aaaaaaaa;"]}, 2)  # no room after the first step's end: it is not gone on from
+    assert [x["step"] for x in full["tree"]] == [""] and [x[0] for x in asked] == ["", ""]
+    empty, _ = search({"": [".", "+."]}, 1, rewards=(("", 1),))  # the rule is not asked about nothing
+    assert empty["kept"] == {"+": 1} and [x["Q"] for x in empty["tree"]] == [0, -1, 1]
+    blank = search({"": [";+;+.", "  ;x."]}, 1)[0]["tree"]
+    assert [x["step"] for x in blank] == ["", ";", "  ;"]
+
+
+def test_a_step_ends_where_the_setting_says(world_model, tmp_path, monkeypatch):
+    """Through `sample`, with ids of the embedded world: "\\n" is a newline; a step is whole tokens."""
+    s = Sampling("m", "p", "o", step_end=r"\n")
+    leaf = data.Step([])
+    text_of = lambda ids: "".join(["x", "\n", "\n\n", "y\nz"][i] for i in ids)  # noqa: E731
+    steps = [
+        data._next_step(leaf, ids, True, text_of, s) for ids in ([0, 1, 0], [0, 2, 0], [1, 0, 1, 0], [3, 0], [0, 0], [0, 1])
+    ]
+    assert [x.ids for x in steps] == [[0, 1], [0, 2], [1, 0, 1], [3], [0, 0], [0, 1]]
+    assert [x.ended for x in steps] == [False, False, False, False, True, True]
+    assert (
+        steps[5].text == "x" and len(leaf.children) == 6
+    )  # the end of an answer is another step than the same text that goes on
+
+
+def test_tree_search_with_a_model(world_model, tmp_path, monkeypatch):
+    """All prompts of a batch in one call; the row's tree, rewards and tokens against each other; the rule sees the row."""
+    source = write(tmp_path, "p.jsonl", [{"prompt": f"name {n} fruits", "want": n} for n in ("two", "three", "four")])
+    how = dict(n=3, temperature=1.0, max_tokens=40, batch_size=2, iterations=4, step_end="cat", seed=5)
+    calls, drawn, given, real = [], [], [], data._continued
+
+    def continued(model, tokenizer, ids, *rest):
+        calls.append(len(ids))
+        drawn.append(real(model, tokenizer, ids, *rest))
+        return drawn[-1]
+
+    monkeypatch.setattr(data, "_continued", continued)
+
+    def rule(row, text):
+        given.append((row["want"], row["prompt"][0]["content"]))
+        return len(text.split()) % 2 == 0
+
+    data.sample(
+        Sampling(world_model, source, str(tmp_path / "out"), strategy="plain,mcts", rule=rule, **how), say=(said := []).append
+    )
+    rows = lines_of(tmp_path / "out")
+    assert calls[:2] == [6, 6] and max(calls) == 6  # plain, then both prompts at once
+    assert drawn[0] != drawn[1]  # the first iteration asks what plain has asked, and must not get the same
+    assert given and all(content == f"name {want} fruits" for want, content in given)
+    for row in rows:
+        tree = row["tree"]
+        assert tree[0]["parent"] is None and tree[0]["N"] >= row["sampled"] >= 3 and row["sampled"] % 3 == 0
+        for i, node in enumerate(tree):
+            after = [x for x in tree if x["parent"] == i]
+            assert abs(node["Q"]) <= 1 and node["N"] >= sum(x["N"] for x in after) and not (node["ended"] and after)
+        rewards = zip(row["responses"], row["strategies"], row["rewards"], strict=True)
+        assert all(r == (None if by == "plain" else 1 if len(t.split()) % 2 == 0 else -1) for t, by, r in rewards)
+        paths = [""]
+        for node in tree[1:]:
+            paths.append(paths[node["parent"]] + node["step"])
+            assert not node["ended"] or paths[-1] == "" or paths[-1] in row["responses"]
+    assert {"plain", "mcts"} == {x for row in rows for x in row["strategies"]}
+    asked = 9 + sum(row["sampled"] for row in rows)
+    assert f" of {asked} responses did not end" in said[1]
+    assert f"; {sum(row['tokens'] for row in rows):,} tokens generated; all in" in said[1]
+    with pytest.raises(UserError, match="was begun with iterations 4, now 5; give the same"):
+        data.sample(
+            Sampling(world_model, source, str(tmp_path / "out"), strategy="plain,mcts", rule=rule, **how | {"iterations": 5})
+        )
+    alone = dict(strategy="mcts", rule=rule, **how)
+    data.sample(Sampling(world_model, source, str(tmp_path / "alone"), **alone))
+    whole = (tmp_path / "alone").read_text()
+    for left in (1, 2):  # killed in a batch, and between two
+        lines = whole.splitlines(keepends=True)
+        (tmp_path / "again").write_text("".join(lines[:left]) + lines[left][:30])
+        data.sample(Sampling(world_model, source, str(tmp_path / "again"), **alone))
+        assert (tmp_path / "again").read_text() == whole
+
+
+def test_what_tree_search_refuses(world_model, tmp_path):
+    source = write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
+    (tmp_path / "rules.py").write_text("def bad(row, text):\n    return 'x'\n")
+    rule = f"{tmp_path}/rules.py:bad"
+    for how, message in (
+        (dict(strategy="mcts"), "strategy mcts needs a rule: give --rule"),
+        (dict(strategy="plain,cot", rule=rule), "strategy plain,cot has none for --rule, which only mcts uses"),
+        (dict(strategy="mcts", rule=rule, step_end=""), "step_end ''"),
+        (dict(strategy="mcts", rule=rule, exploration=-1.0), "exploration is -1 "),
+        (dict(strategy="mcts", rule=rule, iterations=0), "iterations are at least 1"),
+        (dict(strategy="mcts", rule="gone.py:f"), "no file.py:function"),
+    ):
+        with pytest.raises(UserError, match=message):  # before a model is looked for
+            data.sample(Sampling("org/none", source, str(tmp_path / "out"), **how))
+    with pytest.raises(
+        UserError, match=r"p.jsonl, prompt [0-9a-f]{16}: .*rules.py:bad cannot score it \(ValueError: could not"
+    ):
+        data.sample(
+            Sampling(world_model, source, str(tmp_path / "out"), strategy="mcts", rule=rule, temperature=1.0, max_tokens=400)
+        )
+
+
+def test_files_without_tokens_go_on(sampled, world_model, tmp_path):
+    """Rows of a version that counted none: the rest is added, and no sum is said."""
+    source, out, options = sampled
+    old = [{k: v for k, v in row.items() if k != "tokens"} for row in lines_of(out)[:2]]
+    again = write(tmp_path, "again.jsonl", old)
+    data.sample(Sampling(world_model, source, again, **options), say=(said := []).append)
+    assert lines_of(again) == old + lines_of(out)[2:] and "tokens generated" not in said[1]
+
+
+def test_tokens_are_counted_with_the_terminator(world_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_continued", lambda *how: ([[5, 6], [5, 6, 7], []], [True, False, True]))
+    source = write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
+    data.sample(Sampling(world_model, source, str(tmp_path / "out"), n=3))
+    assert lines_of(tmp_path / "out")[0]["tokens"] == 2 + 1 + 3 + 0 + 1
 
 
 def test_score_by_a_rule_and_by_a_model(sampled, world_model, tmp_path):
@@ -1488,14 +1753,14 @@ def test_what_sampling_says(sampled, world_model, tmp_path):
 
 def test_equal_responses_are_counted(world_model, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        data, "_answers", lambda model, tokenizer, prompts, s, seed: (["A", "A", "", "B", "C"], [True] * 4 + [False])
+        data, "_answers", lambda model, tokenizer, prompts, s, seed: (["A", "A", "", "B", "C"], [True] * 4 + [False], [2] * 5)
     )
     said, source = [], write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
     data.sample(Sampling(world_model, source, str(tmp_path / "out"), n=5), say=said.append)
     assert said[1].startswith(
         "1 prompts, 2 responses kept; 1 of 5 responses did not end within 512 tokens: raise --max_tokens; "
     )
-    assert "; 2 were equal to another one or empty; " in said[1]
+    assert "; 2 were equal to another one or empty; 10 tokens generated; " in said[1]
 
 
 def test_what_scoring_and_pairing_say(tmp_path):
@@ -1695,6 +1960,43 @@ def test_pairs_by_hand(tmp_path, chatml):
     assert len(examples) == 1 and chatml.decode(examples[0].responses[0]) == "a2<|im_end|>"
     with pytest.raises(UserError, match="how is 'worst'"):
         data.pairs(Pairing(scored, out, how="worst"))
+
+
+def test_step_pairs_by_hand(tmp_path, chatml):
+    node = lambda parent, step, n, q, ended=False: dict(parent=parent, step=step, N=n, Q=q, ended=ended)  # noqa: E731
+    tree = [
+        node(None, "", 9, 0.1), node(0, "a\n", 4, 0.5), node(0, "b\n", 3, -1.0), node(0, "c\n", 1, 1.0),
+        node(1, "d\n", 2, 0.0), node(1, "e", 2, 1.0, True), node(1, "", 2, -1.0, True), node(2, "f", 2, 0.5),
+        node(2, "g", 2, 0.5), node(5, "h", 2, -1.0, True),
+    ]  # fmt: skip
+    rows = [{"prompt": "A", "tree": tree}, {"prompt": "B", "responses": ["b"], "scores": [1]}, {"prompt": "C", "tree": [{}]},
+            {"prompt": "D", "tree": [node(None, "", 2, "x"), node(0, "a", 2, "x")]}]  # fmt: skip
+    sampled, out = write(tmp_path, "s.jsonl", rows), str(tmp_path / "pairs.jsonl")
+    made = lambda **how: (data.pairs(Pairing(sampled, out, how="step", **how)), lines_of(out))  # noqa: E731
+    counts, found = made()
+    keep = ("prompt", "chosen", "rejected", "chosen_ends", "rejected_ends", "score_chosen", "score_rejected")
+    first = ([user("A")], "a\n", "b\n", False, False, 0.5, -1.0)  # c was visited once
+    second = ([user("A"), assistant("a\n")], "e", "d\n", True, False, 1.0, 0.0)  # the empty end is no step; f and g are equal
+    assert [tuple(row[k] for k in keep) for row in found] == [first, second] and len({row["id"] for row in found}) == 1
+    assert counts == {"pairs": 1, "no tree of steps: sample with --strategy mcts": 2, "Q is 'x', not a finite number": 1}
+    assert [row["chosen"] for row in made(min_visits=1)[1]] == ["c\n", "e"]
+    assert [row["chosen"] for row in made(min_margin=1.5)[1]] == ["a\n"]
+    with pytest.raises(UserError, match="gives no pair: 1 no two next steps that differ as asked"):
+        made(min_margin=1.6)
+    with pytest.raises(UserError, match="min_visits is 0"):
+        made(min_visits=0)
+    rewarded = {"responses": ["a\nd\n", "a\ne"], "rewards": [-1, 1]}
+    answers = write(tmp_path, "r.jsonl", [rows[0] | rewarded])
+    data.pairs(Pairing(answers, str(tmp_path / "a.jsonl"), how="correct"))  # whole answers, by the rewards of the search
+    assert [(r["chosen"], r["score_rejected"]) for r in lines_of(tmp_path / "a.jsonl")] == [("a\ne", -1)]
+    data.pairs(Pairing(write(tmp_path, "q.jsonl", [rows[0] | rewarded | {"scores": [3, 2]}]), str(tmp_path / "a.jsonl")))
+    assert lines_of(tmp_path / "a.jsonl")[0]["chosen"] == "a\nd\n"  # scores come first
+    made()
+    examples, report = load(out, chatml)
+    assert "format steps" in report.formats[0]
+    texts = [[chatml.decode(ids) for ids in e.responses] for e in examples]
+    assert texts == [["a\n", "b\n"], ["e<|im_end|>", "d\n"]]
+    assert [chatml.decode(e.prompt).endswith(end) for e, end in zip(examples, (THEN, THEN + "a\n"))] == [True, True]
 
 
 def test_prompts_of_benchmarks(tmp_path, capsys):

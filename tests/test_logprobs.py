@@ -54,9 +54,9 @@ from logprobs import (  # fmt: skip
     check_head,
     chunk_rows,
     completions,
+    continuations,
     head_of,
     response_logprob,
-    sampled_ids,
     seen_ranges,
     token_kl,
     token_logprobs,
@@ -790,7 +790,7 @@ def test_greedy_completions_are_the_likeliest_tokens_one_by_one():
         ids.append((answer, 2 in answer))
     assert {ended for _, ended in expected} == {True, False}
     assert list(zip(*completions(model, Letters(), prompts, 6))) == expected and model.training
-    assert list(zip(*sampled_ids(model, Letters(), prompts, 6))) == ids  # with the token that ended them
+    assert list(zip(*continuations(model, Letters(), prompts, 6))) == ids  # with the token that ended them
 
 
 def test_sampled_completions_follow_the_models_distribution():

@@ -33,7 +33,7 @@ from trails import mean_and_error, written  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
 from data import Example, UserError, setting  # noqa: E402
-from logprobs import ResponseLogProbs, as_texts, sampled_ids  # noqa: E402
+from logprobs import ResponseLogProbs, as_texts, continuations  # noqa: E402
 
 # ---- what is run -----------------------------------------------------------------------------------------------------
 
@@ -194,7 +194,7 @@ def evaluate(model: str, job: dict) -> dict:
     answers, ended = [], []
     for i in range(0, len(ids), AT_ONCE):
         torch.manual_seed(job["seed"] + i)
-        some = sampled_ids(policy, tokenizer, [p for p in ids[i : i + AT_ONCE] for _ in range(n)], job["tokens"], 1.0)
+        some = continuations(policy, tokenizer, [p for p in ids[i : i + AT_ONCE] for _ in range(n)], job["tokens"], 1.0)
         answers, ended = answers + some[0], ended + some[1]
     texts = as_texts(tokenizer, answers, ended)
     examples = [Example(p, answers[n * i : n * i + n]) for i, p in enumerate(ids)]

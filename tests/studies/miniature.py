@@ -225,11 +225,14 @@ def workers() -> int:
 
 
 def run_jobs(jobs: list[dict], file: Path, work: Callable[[dict], dict] = experiment) -> list[dict]:
-    """All jobs, WORKERS processes at a time; each result is a line of `file`, and those already there stay."""
+    """All jobs, WORKERS processes at a time; each result is a line of `file`, and those already there stay.
+
+    The embedded worlds of jobs whose model is "tiny" are built first.
+    """
     known = {job_key(result["job"]): result for result in train.read_lines(file, lambda line: "job" in line)}
     missing = [job for key, job in {job_key(job): job for job in jobs}.items() if key not in known]
     own = ("seed", "cache", "world", "annotator_noise", "length_bias")  # what a world depends on
-    settings = [{name: job[name] for name in own if name in job} for job in missing if job.get("model", "tiny") == "tiny"]
+    settings = [{name: job[name] for name in own if name in job} for job in missing if job.get("model") == "tiny"]
     worlds = {job_key(of_world): train.Settings(**of_world) for of_world in settings}
     with ProcessPoolExecutor(workers(), multiprocessing.get_context("spawn"), one_of_many) as pool:
         for _ in data.progress(pool.map(train.embedded_world, worlds.values()), "worlds", "worlds", len(worlds)):
