@@ -93,6 +93,9 @@ def differences(claim: Claim, runs: dict[str, list[dict]]) -> tuple[float, float
     return gaps.mean().item(), (gaps.std() / len(gaps) ** 0.5).item() if len(gaps) > 1 else math.nan
 
 
+VERDICTS = ("holds", "open", "fails")
+
+
 def verdict(mean: float, error: float) -> str:
     if not math.isfinite(mean + error):
         return "–"
@@ -110,6 +113,15 @@ def table(results: dict[str, dict[str, list[dict]]]) -> str:
     """A claim a line, a world a column: verdict, difference (points of win rate, words, nats per token) and standard error."""
     lines = [["claim", *results], ["---"] * (1 + len(results))]
     return markdown(lines + [[claim.text, *(cell(claim, runs) for runs in results.values())] for claim in CLAIMS])
+
+
+def summary(results: dict[str, dict[str, list[dict]]]) -> str:
+    """A claim a line: in how many worlds it holds, is open, fails."""
+    lines = [["claim", *VERDICTS], ["---"] * (1 + len(VERDICTS))]
+    for claim in CLAIMS:
+        found = [verdict(*differences(claim, runs)) for runs in results.values()]
+        lines.append([claim.text, *(str(found.count(v)) for v in VERDICTS)])
+    return markdown(lines)
 
 
 def study(s: Study) -> dict:
@@ -130,7 +142,7 @@ def study(s: Study) -> dict:
     results: dict[str, dict[str, list[dict]]] = {world: {} for world in WORLDS}
     for world, name in best:
         results[world][name] = [next(found) for _ in range(s.seeds)]
-    text = table(results)
+    text = f"{table(results)}\n{summary(results)}"
     (out / "claims.md").write_text(text)
     print(text)
     return {"out": str(out), "results": results}

@@ -50,3 +50,4 @@ def test_the_whole_study(tmp_path, monkeypatch, capsys):
     text = (tmp_path / "out" / "claims.md").read_text()
     assert text in capsys.readouterr().out and text.count("| SimPER is ahead of SimPO | holds: +10.0 ± 0.0 |") == 1
     assert "| SimPO is ahead of DPO | open: +0.0 ± 0.0 |" in text
+    assert "| SimPER is ahead of SimPO | 8 | 0 | 0 |" in text and "| SimPO is ahead of DPO | 0 | 8 | 0 |" in text
