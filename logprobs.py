@@ -436,10 +436,9 @@ class ResponseLogProbs(nn.Module):
         ref     "logp" under the reference, without gradient; with "head", "ref_head" too
         """
         hidden, head = self.states(self.model, batch), head_of(self.model)
-        power = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        each = {"logp": token_logprobs(hidden, head, batch.targets, self.chunk, power if "power" in also else None)}
-        if "power" in also:
-            each["power"] = power
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        each = {"power": torch.empty(len(hidden), dtype=wide, device=hidden.device)} if "power" in also else {}
+        each["logp"] = token_logprobs(hidden, head, batch.targets, self.chunk, each.get("power"))
         if {"kl", "ref"} & set(also):
             with torch.no_grad():
                 ref_hidden, ref_head = self.states(self.reference, batch), head_of(self.reference)

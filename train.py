@@ -466,7 +466,7 @@ def coefficients(objective: Objective, sums: Sums, seed: list[int], sft: float =
     """
     leaves = {name: getattr(sums, name).detach().requires_grad_() for name in TRAINED if getattr(sums, name) is not None}
     if not len(sums.logp):  # a rank without rows in this microbatch
-        return sums.logp.flatten(), leaves
+        return sums.logp.detach().flatten(), {name: x.detach() for name, x in leaves.items()}
     loss = objective(sums._replace(**leaves).by_name(), seed)
     if sums.power is not None:
         rows = (-1, 1) if objective.unpaired else sums.logp.shape
@@ -861,18 +861,17 @@ def reference_sums(run: Run, examples: Sequence[Example], what: str, also: tuple
     """
     if not examples:
         return {}
-    s, key, names = run.s, hashlib.sha256(), ["ref", *(["ref_head"] if "head" in also else [])]
+    s, key, names = run.s, hashlib.sha256(), {"logp": "ref"} | ({"head": "ref_head"} if "head" in also else {})
     key.update(json.dumps(["1", s.layout, run.bf16, run.device.type, s.tokens_per_microbatch]).encode())
     key.update(json.dumps(dist.hash_weights(run.policy.model)).encode())
     for e in examples:
         key.update(json.dumps([e.prompt, e.responses]).encode())
     file = Path(s.cache).expanduser() / f"reference-{key.hexdigest()[:32]}.safetensors"
     found, shape = dist.load_tensors(file) or {}, (len(examples), len(examples[0].responses))
-    if all(name in found and found[name].shape == shape and torch.isfinite(found[name]).all() for name in names):
+    if all(name in found and found[name].shape == shape and torch.isfinite(found[name]).all() for name in names.values()):
         say(f"reference log-probs of {len(examples)} {what} from {file}")
-        return {name: found[name].to(run.device) for name in names}
-    made = log_probs(run, examples, tuple(x for x in also if x == "head"), progress=f"reference, {what}")
-    ref = {{"logp": "ref", "head": "ref_head"}[name]: x for name, x in made.items()}
+        return {name: found[name].to(run.device) for name in names.values()}
+    ref = {names[name]: x for name, x in log_probs(run, examples, tuple(names), progress=f"reference, {what}").items()}
     dist.save_tensors(ref, file)
     return ref
 

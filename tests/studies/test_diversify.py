@@ -53,7 +53,8 @@ def test_demonstrations_are_as_careless_as_they_say():
         assert diversify.right(row, text) == (text.split()[-1] == str(values(prompt)[-1]))
         for step in text.split(" ; ")[:-1]:  # each by its own operands
             a, sign, b, _, c = step.split()
-            steps, wrong = steps + 1, wrong + (eval(f"{a}{sign}{b}".replace("×", "*").replace("−", "-")) != int(c))
+            is_now = {"+": int(a) + int(b), "−": int(a) - int(b), "×": int(a) * int(b)}[sign]
+            steps, wrong = steps + 1, wrong + (is_now != int(c))
     assert abs(wrong / steps - diversify.CARELESS) < 3 * (0.15 * 0.85 / steps) ** 0.5
 
 
