@@ -146,7 +146,7 @@ def build_world(job: dict) -> dict:
     """A world of sums, kept in its folder: the start, what each strategy sampled, pairs; and what was measured of them."""
     folder = place(job)
     if not (folder / "measured.json").exists():
-        part = folder.with_suffix(".part")
+        part = folder.with_name(f"{folder.name}.part")  # with_suffix would cut the name at the dot of a version
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         measured = make_world(part, job)

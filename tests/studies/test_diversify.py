@@ -11,6 +11,15 @@ import data
 import train
 
 
+def test_two_worlds_that_are_built_at_once_keep_apart(tmp_path, monkeypatch):
+    places = []
+    monkeypatch.setattr(diversify, "make_world", lambda folder, job: places.append(folder) or {"seed": job["seed"]})
+    for seed in (0, 1):
+        job = {"seed": seed, "prompts": 8, "demonstrations": 8, "steps": 1, "cache": str(tmp_path)}
+        assert diversify.build_world(job) == {"job": job, "seed": seed}
+    assert len(set(places)) == 2
+
+
 def test_problems_by_hand():
     assert problem("3 plus 4 times 2 by sums") == (3, [("plus", 4), ("times", 2)])
     assert values("3 plus 4 times 2") == [3, 7, 14] and values("9 minus 4 times 3 minus 8") == [9, 5, 15, 7]
