@@ -1500,7 +1500,16 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def bf16_in_hardware(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 itself; where it is emulated, fp32 is many times faster."""
+    if device.type == "cpu":
+        flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def _load_model(name: str, kind: str, device: torch.device):
+    """In the dtype that it was saved in; on a CPU that only emulates bf16, in fp32."""
     import transformers
 
     try:
@@ -1510,7 +1519,8 @@ def _load_model(name: str, kind: str, device: torch.device):
         raise UserError(f"{name}: no loadable {kind} model there ({_brief(error)})") from error
     if info["missing_keys"]:  # transformers would fill them with noise
         raise UserError(f"{name}: is another kind of model, it lacks {', '.join(sorted(info['missing_keys'])[:3])}")
-    return model.to(device).train(False)
+    slow = device.type == "cpu" and not bf16_in_hardware(device)
+    return (model.float() if slow else model.to(device)).train(False)
 
 
 def _continued(model, tokenizer, ids: list[list[int]], s: Sampling, max_tokens: int) -> tuple[list[list[int]], list[bool]]:

@@ -801,12 +801,7 @@ def refuse_packed(model: torch.nn.Module) -> None:
 
 
 def uses_bf16(s: Settings, device: torch.device) -> bool:
-    if s.dtype != "auto":
-        return s.dtype == "bf16"
-    if device.type == "cpu":
-        flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return data.bf16_in_hardware(device) if s.dtype == "auto" else s.dtype == "bf16"
 
 
 def export_dtype(s: Settings, model: torch.nn.Module) -> torch.dtype:

@@ -1480,6 +1480,14 @@ def test_a_killed_sample_goes_on_to_the_same_result(sampled, world_model, tmp_pa
     assert sorted((tmp_path / "again.jsonl").read_text().splitlines()) == sorted(whole.splitlines())
 
 
+@pytest.mark.parametrize("in_hardware, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_bf16_model_answers_in_fp32_where_bf16_is_emulated(world_model, tmp_path, monkeypatch, in_hardware, dtype):
+    LlamaForCausalLM.from_pretrained(world_model, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    monkeypatch.setattr(data, "bf16_in_hardware", lambda device: in_hardware)
+    model = data._load_model(str(tmp_path), "CausalLM", torch.device("cpu"))
+    assert {p.dtype for p in model.parameters()} == {dtype} and not model.training
+
+
 def test_greedy_samples_are_equal_and_kept_once(world_model, tmp_path):
     source = write(tmp_path, "p.jsonl", [{"prompt": "name two fruits"}])
     for strategy in ("plain", "cot", "dts"):
