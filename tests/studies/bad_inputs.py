@@ -318,6 +318,13 @@ def objectives() -> Iterator[Case]:
     long = json.dumps({"model": "model", "dataset": "pairs.jsonl", "objective": f"simpo({'x' * 200_000})"})
     yield Case("objective: 200,000 characters", FILE.format("mine.json"), "objective", write("mine.json", long))
     yield Case("objective: dpo, but rows are unpaired", f"{TRAIN} --dataset rows.jsonl --objective dpo", "rows.jsonl|single")
+    yield Case("objective: odpo, but rows have no scores", f"{TRAIN} --objective odpo", "score.chosen")
+    for what, options, word in (
+        ("without a reference", "--objective simpo --sync-every 2", "reference"), ("-1", "--objective dpo --sync-every -1", "every"),
+        ("alpha 1.5", "--objective dpo --sync-every 2 --sync-alpha 1.5", "sync.alpha"),
+        ("alpha nan", "--objective dpo --sync-every 2 --sync-alpha nan", "sync.alpha"),
+    ):  # fmt: skip
+        yield Case(f"objective: sync_every {what}", f"{TRAIN} {options}", word)
     yield Case("objective: kto with one prompt", f"{TRAIN} --dataset new.jsonl --objective kto", "prompt", rows(
         "new.jsonl", *({"prompt": "a", "completion": f"b {'c ' * i}", "label": i % 2 == 0} for i in range(20))))  # fmt: skip
 
@@ -412,6 +419,21 @@ def commands() -> Iterator[Case]:
         ("out", "o" * 300, "ooo"),
     ):  # fmt: skip
         yield Case(name(f"sample --{option} {value[:20]}"), f"{SAMPLE} --{option} {value}", word)
+    tree = f"{SAMPLE} --strategy mcts --rule rules.py:words"
+    yield Case(name("sample by mcts without a rule"), f"{SAMPLE} --strategy mcts", "rule")
+    yield Case(name("sample by plain with a rule"), f"{SAMPLE} --rule rules.py:words", "rule|mcts")
+    for rule in ("nowhere.py:f", "rules.py:NUMBER", "rules.py:raises", "rules.py:text", "rules.py:one"):
+        yield Case(
+            name(f"sample by mcts --rule {rule}"), f"{SAMPLE} --max-tokens 64 --strategy mcts --rule {rule}", re.escape(rule)
+        )
+    for option, value in (
+        ("iterations", "0"),
+        ("iterations", LONG),
+        ("exploration", "-1"),
+        ("exploration", "nan"),
+        ("step-end", "''"),
+    ):
+        yield Case(name(f"sample by mcts --{option} {value[:20]}"), f"{tree} --{option} {value}", option.replace("-", "."))
     yield Case(name("sample, out is prompts"), f"{SAMPLE} --out prompts.jsonl", "prompts.jsonl")
     yield Case(name("sample, out of other settings"), f"{SAMPLE} --out sampled.jsonl --temperature 0.5", "temperature")
     yield Case(name("sample, out is no JSON"), f"{SAMPLE} --out rules.py", "rules.py")
@@ -439,6 +461,8 @@ def commands() -> Iterator[Case]:
     yield Case(name("pairs, out is scored"), f"{PAIRS} --out scored.jsonl", "scored.jsonl")
     yield Case(name("pairs, how is nonsense"), f"{PAIRS} --how nonsense", "nonsense")
     yield Case(name("pairs, no scores"), f"{PAIRS} --scored sampled.jsonl", "scores")
+    yield Case(name("pairs, steps without a tree"), f"{PAIRS} --how step", "mcts")
+    yield Case(name("pairs, min_visits 0"), f"{PAIRS} --how step --min-visits 0", "min.visits")
     yield Case(name("pairs, min_margin nan"), f"{PAIRS} --min-margin nan", "min.margin")
     yield Case(name("pairs, out is a folder"), f"{PAIRS} --out model", "model")
     yield Case(name("pairs, out under a file"), f"{PAIRS} --out rules.py/new.jsonl", "rules.py")
