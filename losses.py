@@ -75,8 +75,8 @@ def objective(*, reward: Callable[..., Tensor], coupled: bool | str = False) -> 
 # Rewards: what the papers call the reward of a response, β included. Each takes the settings it names.
 
 
-def log_ratio(logp: Tensor, ref: Tensor, length: Tensor, *, beta: float = 1.0) -> Tensor:
-    return beta * (logp - ref)
+def log_ratio(logp: Tensor, ref: Tensor, length: Tensor, *, beta: float = 1.0, temperature: float = 1.0) -> Tensor:
+    return beta * (logp - ref) / temperature
 
 
 def average_log_ratio(logp: Tensor, ref: Tensor, length: Tensor, *, beta: float = 1.0) -> Tensor:

@@ -1716,6 +1716,14 @@ def test_loss_compares_the_rewards(name, settings, gamma):
     assert_close(call(name, x, **settings), torch.logaddexp(torch.zeros(()), -(r_w - r_l - gamma)))
 
 
+def test_uapo_compares_its_reward_with_the_anchor():
+    """L = −logσ(±(r − b)), with the temperature in r."""
+    rows, how = tensors("uapo"), {"beta": 0.3, "anchor": 0.1, "temperature": 4.0}
+    r = OBJECTIVES["uapo"].reward(rows["logp"], rows["ref"], torch.ones_like(rows["ref"]), **how)
+    margin = torch.where(rows["desirable"], r - 0.1, 0.1 - r)
+    assert_close(call("uapo", rows, **how), torch.logaddexp(torch.zeros(()), -margin))
+
+
 # The generators of Wang et al., Table 1: f(x), convex, f(1) = 0. Theirs and ours: α = 1 − c.
 DIVERGENCES = {
     "reverse_kl": lambda x, c: x * torch.log(x),

@@ -320,7 +320,8 @@ def objectives() -> Iterator[Case]:
     yield Case("objective: dpo, but rows are unpaired", f"{TRAIN} --dataset rows.jsonl --objective dpo", "rows.jsonl|single")
     yield Case("objective: odpo, but rows have no scores", f"{TRAIN} --objective odpo", "score.chosen")
     for what, options, word in (
-        ("without a reference", "--objective simpo --sync-every 2", "reference"), ("-1", "--objective dpo --sync-every -1", "every"),
+        ("without a reference", "--objective simpo --sync-every 2", "reference"),
+        ("-1", "--objective dpo --sync-every -1", "sync.every"),
         ("alpha 1.5", "--objective dpo --sync-every 2 --sync-alpha 1.5", "sync.alpha"),
         ("alpha nan", "--objective dpo --sync-every 2 --sync-alpha nan", "sync.alpha"),
     ):  # fmt: skip
