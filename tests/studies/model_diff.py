@@ -254,7 +254,7 @@ def activations(names: list[str], texts: list[list[int]], layer: int) -> tuple[T
     """Paired activations (n, 2, d) of one layer, scaled, and where they are from; the first token of a text is left out."""
     sides = []
     for name in names:
-        model = data._load_model(name, "CausalLM", torch.device("cpu")).float()
+        model = data._load_model(name, "CausalLM", torch.device("cpu")).float().base_model  # no head, no logits
         if not 0 <= layer <= model.config.num_hidden_layers:
             raise UserError(f"layer {layer}: {name} has {model.config.num_hidden_layers} layers; 0 is the embeddings")
         found = [
