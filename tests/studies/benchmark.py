@@ -7,8 +7,11 @@
 
 Every variant runs in a process of its own, so that its peak memory is its own, and the variants take turns for several
 rounds, so that a machine that drifts drifts for all. A round is one optimizer step to warm up and then the measured steps,
-each of `--batch-size` pairs, the first ones of the file that fit. Peak memory is that of the process, less 16 bytes per
-weight (fp32 weights, gradients and two moments). The matmul rate is measured in each process (train.matmul_rate).
+each of `--batch-size` pairs, the first ones of the file that fit. A figure is the mean over rounds, then the lowest and the
+highest; a ratio is taken within a round. Peak memory is that of the process, less 16 bytes per weight (fp32 weights, gradients
+and two moments). The matmul rate is measured in each process (train.matmul_rate).
+
+There are two yardsticks: the textbook (a padded batch, all its logits, a log-softmax; the loop around it is ours) and trl.
 """
 
 import argparse
@@ -37,9 +40,11 @@ VARIANTS = {  # name → (layout, objective)
     "padded, chunked head": ("padded", "simpo"),
     "packed, prompt repeated": ("unshared", "simpo"),
     "packed tree": ("packed", "simpo"),
+    "padded, full logits, dpo + reference": ("full", "dpo"),
     "packed tree, dpo + reference": ("packed", "dpo"),
 }
 PEERS = {"trl simpo": "simpo", "trl dpo": "dpo"}
+TEXTBOOK = {"simpo": "padded, full logits", "dpo": "padded, full logits, dpo + reference"}
 
 
 def peak_bytes() -> float:
@@ -227,20 +232,43 @@ def summary_of(results: list[dict]) -> dict:
     }  # fmt: skip
 
 
-def table(rows: dict, against: dict[str, str]) -> str:
-    """Markdown. `against` names the row that each row's ratio is taken to."""
-    head = "| variant | dtype | pairs/s | useful tokens/s | of matmul rate | peak above state, GiB | × pairs/s | × peak |"
-    lines = [head, "|---|---|---|---|---|---|---|---|"]
-    for (variant, dtype), r in rows.items():
-        base = rows.get((against.get(variant), dtype))
-        speed = f"{r['pairs_per_second'] / base['pairs_per_second']:.2f}" if base else "–"
-        memory = f"{r['peak_above_state_gib'] / base['peak_above_state_gib']:.2f}" if base else "–"
-        lines.append(
-            f"| {variant} | {dtype} | {r['pairs_per_second']:.2f} | {r['tokens_per_second']:.0f} "
-            f"| {r['fraction_of_matmul_rate']:.0%} "
-            f"| {r['peak_above_state_gib']:.2f} | {speed} | {memory} |"
+def header(args) -> str:
+    """What the figures were measured with and against."""
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    said = f"{where}, torch {torch.__version__}; {args.rounds} rounds of {args.steps} steps of {args.batch_size} pairs: "
+    said += "mean (lowest–highest); ratios within a round"
+    if args.peer and not torch.cuda.is_available():
+        said += (
+            "\n× trl is against what trl falls back to on a CPU: without Triton its DPO head scores every position; its SimPO "
+            "is the experimental CPO trainer, with all logits"
         )
-    return "\n".join(lines)
+    return said
+
+
+def spread(values: list[float], form: str) -> str:
+    """ "1.03 (1.01–1.05)": the mean, and what it is the mean of where that differs."""
+    low, mean, high = (format(x, form) for x in (min(values), sum(values) / len(values), max(values)))
+    return mean if low == high else f"{mean} ({low}–{high})"
+
+
+def table(rounds: dict[tuple[str, str], list[dict]]) -> str:
+    """Markdown, a line for each variant and dtype. A ratio is to the textbook's or trl's run of the same objective."""
+    head = ["variant", "dtype", "pairs/s", "useful tokens/s", "of matmul rate", "peak above state, GiB", "× textbook", "× trl"]
+    lines = [[*head, "of trl's peak"], ["---"] * 9]
+    speed, peak = lambda r: r["pairs"] / r["seconds"], lambda r: r["peak_above_state"]
+    for (variant, dtype), own in rounds.items():
+        objective = PEERS.get(variant) or VARIANTS[variant][1]
+
+        def ratio(measure, yardstick, own=own, dtype=dtype):
+            to = rounds.get((yardstick, dtype))
+            return spread([measure(a) / measure(b) for a, b in zip(own, to)], ".2f") if to and to is not own else "–"
+
+        lines.append([
+            variant, dtype, spread([speed(r) for r in own], ".2f"), spread([r["tokens"] / r["seconds"] for r in own], ".0f"),
+            spread([r["flops"] / r["seconds"] / r["rate"] for r in own], ".0%"), spread([peak(r) / 2**30 for r in own], ".2f"),
+            ratio(speed, TEXTBOOK[objective]), ratio(speed, f"trl {objective}"), ratio(peak, f"trl {objective}"),
+        ])  # fmt: skip
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def growth(args) -> list[dict]:
@@ -281,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tflops", type=float, default=989.0, help="dense bf16 peak of the GPU, with --gpu (an H100's)")
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="measured steps of a round")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=2048)
@@ -319,12 +347,8 @@ def main(argv: list[str] | None = None) -> None:
                     rounds.setdefault((variant, dtype), []).append(result)
                     speed = result["pairs"] / result["seconds"]
                     print(f"round {r + 1}: {variant}, {dtype}: {speed:.2f} pairs/s", file=sys.stderr, flush=True)
-        rows = {key: summary_of(results) for key, results in rounds.items()}
-        against = {
-            v: ("trl dpo" if VARIANTS[v][1] == "dpo" else "trl simpo") if args.peer else "padded, full logits" for v in VARIANTS
-        }
-        print(table(rows, against))
-        results = [{"variant": v, "dtype": d, **r, "rounds": rounds[v, d]} for (v, d), r in rows.items()]
+        print(f"{header(args)}\n\n{table(rounds)}")
+        results = [{"variant": v, "dtype": d, **summary_of(own), "rounds": own} for (v, d), own in rounds.items()]
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(results, indent=2) + "\n")
 

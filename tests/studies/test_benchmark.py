@@ -5,6 +5,7 @@ import json
 
 import benchmark
 import pytest
+import torch
 
 import data
 
@@ -25,14 +26,19 @@ def test_summary_of_two_rounds_by_hand():
 
 
 def test_table_by_hand():
-    """A ratio is taken within a dtype to the row that `against` names; without such a row it is a dash."""
-    plain = dict(pairs_per_second=2.0, tokens_per_second=500.4, fraction_of_matmul_rate=0.25, peak_above_state_gib=4.0)
-    fast = dict(pairs_per_second=5.0, tokens_per_second=1250.6, fraction_of_matmul_rate=0.5, peak_above_state_gib=1.0)
-    rows = {("plain", "fp32"): plain, ("fast", "fp32"): fast, ("fast", "bf16"): fast}
-    assert benchmark.table(rows, {"fast": "plain"}).splitlines()[2:] == [
-        "| plain | fp32 | 2.00 | 500 | 25% | 4.00 | – | – |",
-        "| fast | fp32 | 5.00 | 1251 | 50% | 1.00 | 2.50 | 0.25 |",
-        "| fast | bf16 | 5.00 | 1251 | 50% | 1.00 | – | – |",
+    """A figure is the mean of its rounds with the ends where they differ; a ratio is taken round by round, within a dtype."""
+
+    def result(seconds, peak):
+        return dict(pairs=4, seconds=seconds, tokens=400, flops=4e9, rate=4e9, peak_above_state=peak * 2**30)
+
+    slow, fast, trl = [result(2.0, 4), result(4.0, 4)], [result(1.0, 1), result(1.0, 1)], [result(4.0, 8), result(4.0, 4)]
+    rounds = {("padded, full logits", "fp32"): slow, ("packed tree", "fp32"): fast, ("trl simpo", "fp32"): trl}
+    assert benchmark.table(rounds | {("packed tree", "bf16"): fast}).splitlines()[2:] == [
+        "| padded, full logits | fp32 | 1.50 (1.00–2.00) | 150 (100–200) | 38% (25%–50%) | 4.00 | – | 1.50 (1.00–2.00) "
+        "| 0.75 (0.50–1.00) |",
+        "| packed tree | fp32 | 4.00 | 400 | 100% | 1.00 | 3.00 (2.00–4.00) | 4.00 | 0.19 (0.12–0.25) |",
+        "| trl simpo | fp32 | 1.00 | 100 | 25% | 6.00 (4.00–8.00) | 0.75 (0.50–1.00) | – | – |",
+        "| packed tree | bf16 | 4.00 | 400 | 100% | 1.00 | – | – | – |",
     ]
 
 
@@ -55,7 +61,9 @@ def test_rounds_on_a_model_folder(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "child", in_this_process)
     folders = ["--model", str(small / "model"), "--dataset", str(small / "pairs.jsonl"), "--out", str(tmp_path / "out.json")]
     variants = ["packed tree", "padded, full logits"]
-    benchmark.main([*folders, "--variants", *variants, "--dtypes", "fp32", "--steps", "2", "--batch-size", "3"])
+    benchmark.main(
+        [*folders, "--variants", *variants, "--dtypes", "fp32", "--steps", "2", "--batch-size", "3", "--rounds", "2"]
+    )
     said, results = capsys.readouterr(), json.loads((tmp_path / "out.json").read_text())
     assert [line.partition(",")[0] for line in said.err.splitlines() if line.startswith("round")] == [
         "round 1: packed tree", "round 1: padded", "round 2: packed tree", "round 2: padded",
@@ -63,9 +71,17 @@ def test_rounds_on_a_model_folder(small, tmp_path, monkeypatch, capsys):
     assert [r["variant"] for r in results] == variants and all(len(r["rounds"]) == 2 for r in results)
     examples, _ = data.load(str(small / "pairs.jsonl"), data.load_tokenizer(str(small / "model")))
     assert all(r["pairs"] == 12 and r["tokens"] == 2 * sum(map(data.tokens_of, examples[3:9])) for r in results)
-    packed, padded = said.out.splitlines()[2:]
-    # a variant of ours is compared with the padded batch with all logits, which is here too: 1.00 of itself
-    assert packed.startswith("| packed tree | fp32 |") and "–" not in packed and padded.endswith("| 1.00 | 1.00 |")
+    head, _, _, _, packed, padded = said.out.rstrip("\n").splitlines()
+    assert "2 rounds of 2 steps of 3 pairs" in head and "trl" not in head
+    assert packed.startswith("| packed tree | fp32 |") and packed.count("–") >= 2 and padded.endswith("| – | – | – |")
+    ratio = float(packed.split(" | ")[6].split()[0])  # of the two rounds' ratios
+    speeds = [[a["pairs"] / a["seconds"] for a in r["rounds"]] for r in results]
+    assert ratio == pytest.approx(sum(a / b for a, b in zip(*speeds)) / 2, abs=0.006)
+
+
+def test_the_header_says_what_trl_is_on_a_cpu():
+    args = argparse.Namespace(rounds=2, steps=1, batch_size=4, peer="trl")
+    assert ("falls back to on a CPU" in benchmark.header(args)) == (not torch.cuda.is_available())
 
 
 def test_a_round_in_a_process_of_its_own():
