@@ -79,6 +79,9 @@ class Study:
     overwrite: bool = setting(False, "delete the study that is in out")
     resume: bool = setting(False, "go on with the study that is in out")
     arms: list[str] | None = setting(None, f"only these of {', '.join(ARMS)}")
+    rates: list[float] | None = setting(
+        None, "learning rates of every setting, in place of those of ARMS, which are for 24 steps"
+    )
     prompts: int = setting(400, "training prompts")
     held_out: int = setting(100, "held-out prompts")
     draws: int = setting(2, "answers to each held-out prompt")
@@ -94,6 +97,8 @@ def check(s: Study) -> None:
     for name in s.arms or ():
         data.refuse_unless_known("arms", name, ARMS)
     data.refuse_unless_known("dtype", s.dtype, train.CHOICES["dtype"])
+    if not all(0 < lr < 1 for lr in s.rates or ()):
+        raise UserError(f"rates are {s.rates}; each is above 0 and below 1")
     most = {"prompts": len(prompts(0)[0]), "held_out": len(prompts(0)[1]), "seed": 2**31}
     for name in ("prompts", "held_out", "draws", "tokens", "steps", "batch_size", "seed"):
         least, value = int(name != "seed"), getattr(s, name)
@@ -151,7 +156,7 @@ def jobs_of(s: Study) -> dict[str, list[dict]]:
     own = ("model", "prompts", "held_out", "draws", "tokens", "steps", "batch_size", "dtype", "seed")
     common = {name: getattr(s, name) for name in own}
     arms = {
-        name: [common | {"objective": text, "lr": lr} for text, rates in calls.items() for lr in rates]
+        name: [common | {"objective": text, "lr": lr} for text, rates in calls.items() for lr in s.rates or rates]
         for name, calls in ARMS.items()
         if name in (s.arms or ARMS)
     }

@@ -54,6 +54,10 @@ def test_held_out_prompts_are_about_other_things():
 
 
 def test_every_arm_is_understood():
+    asked = frontier.jobs_of(frontier.Study("x", arms=["simper", "dpo"], rates=[1e-5, 2e-5]))
+    assert [(j["objective"], j["lr"]) for j in asked["dpo"]] == [
+        (text, lr) for text in ("dpo(beta=0.1)", "dpo(beta=0.5)") for lr in (1e-5, 2e-5)
+    ]
     assert len(frontier.everything(frontier.jobs_of(frontier.Study("x")))) == 1 + sum(map(len, [*rates(ARMS)]))
     for text in itertools.chain.from_iterable(ARMS.values()):
         train.try_objective(train.parse_objective(text))
@@ -141,6 +145,7 @@ def test_refuses_what_cannot_be_meant(made_up, small, tmp_path, capsys):
     for changes, said in (
         (["--arms", "dop"], "arms is 'dop'; accepted are dpo"), (["--prompts", "401"], "prompts is 401; it is from 1 to 400"),
         (["--held-out", "0"], "held_out is 0"), (["--draws", "0"], "draws is 0"), (["--steps", "0"], "steps is 0"),
+        (["--rates", "1e-5", "0"], "rates are [1e-05, 0.0]"),
         (["--model", str(tmp_path / "none")], "none: no such file or folder"), (["--lr", "1"], "unknown setting --lr"),
         (["--out", str(tmp_path / "file")], "not a folder"), (["--out", str(small)], "already holds"),
         (["--resume"], "holds no run to resume"), (["--dtype", "fp16"], "dtype is 'fp16'"), (["--seed", "-1"], "seed is -1"),
