@@ -1343,10 +1343,10 @@ def tiny_world(seed: int = 0, demonstrations: int = 4096, world: str = "plain") 
 class Sampling:
     """Sample n responses to every prompt and add them to out, which is continued if it is there.
 
-    The prompt that is written is the one that was given. Equal responses are kept once; one that did not end within max_tokens
-    is counted and left out, since no terminator followed it. `tokens` counts all that were generated for a prompt, whatever
-    became of them. Prompts go in fixed batches with a seed of their own, so a continued run writes what an unbroken one would
-    have written.
+    The prompt that is written is the one that was given; beside it stand the row's own texts and numbers that no format reads,
+    such as a right answer. Equal responses are kept once; one that did not end within max_tokens is counted and left out, since
+    no terminator followed it. `tokens` counts all that were generated for a prompt, whatever became of them. Prompts go in
+    fixed batches with a seed of their own, so a continued run writes what an unbroken one would have written.
 
     mcts searches a tree of steps (text up to step_end): each iteration goes down it by W/N + c√(ln N_parent/N), samples n
     answers from there on and adds the first step of each, equal ones once; an answer's reward is 1 where the rule gives above
@@ -1724,12 +1724,20 @@ def sample(s: Sampling, prompts: Iterable | None = None, say: Callable[[str], No
         answer = functools.partial(_answers, model, tokenizer, s=s)
         search = functools.partial(_mcts, model, tokenizer, rule, [rows[key] for key, _ in part], s)
         responses = _responses([prompt for _, prompt in part], strategies, s, answer, search, s.seed + start)
-        lines = [{"id": key, "prompt": prompt, **of_it, **made} for (key, prompt), of_it in zip(part, responses)]
+        lines = [
+            {**_aside(rows[key]), "id": key, "prompt": prompt, **of_it, **made} for (key, prompt), of_it in zip(part, responses)
+        ]
         _write(s.out, [line for line in lines if line["id"] not in done])
         done |= {line["id"]: line for line in lines if line["id"] not in done}
     others = s.n * (len(strategies) - ("mcts" in strategies))
     rows = [done[key] for key, _ in prompts]
     say(_sampled(rows, s, sum(others + row.get("sampled", 0) for row in rows)))
+
+
+def _aside(row: dict) -> dict:
+    """The texts and numbers of a row that no format reads, such as the right answer that a rule wants to see."""
+    read = {name for needed, _ in FORMATS.values() for name in needed}
+    return {name: value for name, value in row.items() if isinstance(value, (str, int, float)) and name not in read}
 
 
 def _rule_of_search(s: Sampling, strategies: list[str]) -> Callable[[dict, str], float] | None:
