@@ -1,6 +1,6 @@
 """Where preference pairs come from, at equal cost: plain sampling, approaches (dts) and tree search, in a world of sums.
 
-    python tests/studies/diversify.py --out runs/diversify                        # five worlds; about half an hour on two cores
+    python tests/studies/diversify.py --out runs/diversify                        # five worlds; an hour or so on two cores
     python tests/studies/diversify.py --out runs/quick --seeds 1 --prompts 256    # a quick look
     python tests/studies/diversify.py --out runs/diversify --resume               # goes on where a killed one stopped
 
@@ -393,21 +393,39 @@ def report(worlds: list[dict], runs: dict, best: dict) -> str:
 
 
 def draw(worlds: list[dict], runs: dict, file: Path) -> None:
-    """Held-out accuracy against what a pair costs: a colour for each set, a mark for each objective."""
+    """Held-out accuracy against what a pair costs: a colour and a name for each set, a mark for each objective."""
     plt = train.pyplot()
     if plt is None:
         return
     figure, axis = plt.subplots(figsize=(8, 5), constrained_layout=True)
-    axis.axhline(100 * mean_and_error(worlds, "start accuracy")[0], color="0.6", lw=1, label="start")
-    for i, (name, marker) in enumerate(itertools.product(SETS, "osD^")):
-        objective = list(OBJECTIVES)[i % 4]
-        cost, _ = mean_and_error(worlds, f"{name}/cost")
-        height, error = (100 * x for x in mean_and_error(runs[name, objective], "accuracy"))
-        axis.errorbar(
-            cost * 1.02 ** (i % 4), height, error, fmt=marker, color=f"C{i // 4}", capsize=2, label=f"{name}: {objective}"
-        )
+    start = 100 * mean_and_error(worlds, "start accuracy")[0]
+    axis.axhline(start, color="0.6", lw=1)
     axis.set(xscale="log", xlabel="generated tokens per pair", ylabel="right held-out answers at temperature 1, %")
-    axis.legend(fontsize=7, ncols=2)
+    for i, name in enumerate(SETS):
+        cost, _ = mean_and_error(worlds, f"{name}/cost")
+        top = start
+        for j, (objective, marker) in enumerate(zip(OBJECTIVES, "osD^")):
+            height, error = (100 * x for x in mean_and_error(runs[name, objective], "accuracy"))
+            axis.errorbar(cost * 1.02 ** (j - 1.5), height, error, fmt=marker, color=f"C{i}", capsize=2)
+            top = max(top, height + error)
+        axis.annotate(name, (cost, top), xytext=(0, 6), textcoords="offset points", ha="center", color=f"C{i}")
+    for objective, marker in zip(OBJECTIVES, "osD^"):
+        axis.plot([], [], marker, color="gray", label=objective)
+    axis.margins(0.12)
+    axis.annotate(
+        "start",
+        (1, start),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, 3),
+        textcoords="offset points",
+        ha="right",
+        color="0.4",
+    )
+    low, high = axis.get_xlim()
+    ticks = [x for x in (20, 50, 100, 150, 200, 300, 400, 500, 1000, 2000) if low <= x <= high]
+    axis.set_xticks(ticks, [str(x) for x in ticks], minor=False)
+    axis.set_xticks([], minor=True)
+    axis.legend()
     axis.grid(alpha=0.25)
     figure.savefig(file, dpi=110)
     plt.close(figure)
