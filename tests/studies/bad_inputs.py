@@ -1,4 +1,4 @@
-"""What a user gets who gives something bad: some 200 command lines, each a process of its own in a fresh folder.
+"""What a user gets who gives something bad: some 400 command lines, each a process of its own in a fresh folder.
 
     python tests/studies/bad_inputs.py                                  # all; a table of what is not good
     python tests/studies/bad_inputs.py --only checkpoint --jobs 2       # those with a word in their name; --list names them all
