@@ -165,17 +165,18 @@ def jobs_of(s: Study) -> dict[str, list[dict]]:
 
 def experiment(out: Path, job: dict) -> dict:
     """Train with these settings on out/pairs.jsonl and measure; or why it ended early. Weights stay fp32, so that small steps
-    are not rounded away. An unpaired objective takes both completions of as many pairs."""
+    are not rounded away. An unpaired objective takes both completions of a pair."""
     with tempfile.TemporaryDirectory() as folder:
         model, started = job["model"], time.process_time()
         if job["objective"]:
             own = {name: job[name] for name in ("model", "objective", "lr", "dtype", "seed")}
-            rows = job["batch_size"] * (1 + train.parse_objective(job["objective"]).unpaired)
-            s = train.Settings(
-                **own, dataset=str(out / "pairs.jsonl"), out=f"{folder}/run", eval_size=0, samples=0, batch_size=rows,
-                epochs=job["steps"], max_steps=job["steps"], export_dtype="fp32", cache=str(out / "cache"),
-            )  # fmt: skip
             try:
+                rows = sum(1 for _ in data.read(str(out / "pairs.jsonl")))
+                s = train.Settings(
+                    **own, dataset=str(out / "pairs.jsonl"), out=f"{folder}/run", eval_size=0, samples=0,
+                    batch_size=job["batch_size"], epochs=math.ceil(job["steps"] * job["batch_size"] / rows),
+                    max_steps=job["steps"], export_dtype="fp32", cache=str(out / "cache"),
+                )  # fmt: skip
                 train.train(s)
             except UserError as error:
                 return {"job": job, "error": str(error)}
