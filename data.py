@@ -1509,7 +1509,7 @@ def bf16_in_hardware(device: torch.device) -> bool:
 
 
 def _load_model(name: str, kind: str, device: torch.device):
-    """In the dtype that it was saved in; on a CPU that only emulates bf16, in fp32."""
+    """In the dtype that it was saved in; one in bf16, on a CPU that only emulates it, in fp32."""
     import transformers
 
     try:
@@ -1519,8 +1519,9 @@ def _load_model(name: str, kind: str, device: torch.device):
         raise UserError(f"{name}: no loadable {kind} model there ({_brief(error)})") from error
     if info["missing_keys"]:  # transformers would fill them with noise
         raise UserError(f"{name}: is another kind of model, it lacks {', '.join(sorted(info['missing_keys'])[:3])}")
-    slow = device.type == "cpu" and not bf16_in_hardware(device)
-    return (model.float() if slow else model.to(device)).train(False)
+    if device.type == "cpu" and model.dtype == torch.bfloat16 and not bf16_in_hardware(device):
+        model = model.float()
+    return model.to(device).train(False)
 
 
 def _continued(model, tokenizer, ids: list[list[int]], s: Sampling, max_tokens: int) -> tuple[list[list[int]], list[bool]]:
@@ -1735,8 +1736,8 @@ def sample(s: Sampling, prompts: Iterable | None = None, say: Callable[[str], No
 
 
 def _aside(row: dict) -> dict:
-    """The texts and numbers of a row that no format reads, such as the right answer that a rule wants to see."""
-    read = {name for needed, _ in FORMATS.values() for name in needed}
+    """The texts and numbers of a row that no format and no later step reads, such as the right answer for a rule."""
+    read = {name for needed, _ in FORMATS.values() for name in needed} | {"rewards", "sampled", "tree"}
     return {name: value for name, value in row.items() if isinstance(value, (str, int, float)) and name not in read}
 
 

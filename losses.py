@@ -75,8 +75,8 @@ def objective(*, reward: Callable[..., Tensor], coupled: bool | str = False) -> 
 # Rewards: what the papers call the reward of a response, β included. Each takes the settings it names.
 
 
-def log_ratio(logp: Tensor, ref: Tensor, length: Tensor, *, beta: float = 1.0, temperature: float = 1.0) -> Tensor:
-    return beta * (logp - ref) / temperature
+def log_ratio(logp: Tensor, ref: Tensor, length: Tensor, *, beta: float = 1.0) -> Tensor:
+    return beta * (logp - ref)
 
 
 def average_log_ratio(logp: Tensor, ref: Tensor, length: Tensor, *, beta: float = 1.0) -> Tensor:
@@ -1395,7 +1395,11 @@ def apo_zero_unpaired(logp: Tensor, ref: Tensor, desirable: Tensor, *, beta: flo
     return torch.sigmoid(beta * torch.where(desirable, -u, u))
 
 
-@objective(reward=log_ratio, coupled=True)
+def tempered_log_ratio(logp: Tensor, ref: Tensor, length: Tensor, *, beta: float = 1.0, temperature: float = 1.0) -> Tensor:
+    return beta * (logp - ref) / temperature
+
+
+@objective(reward=tempered_log_ratio, coupled=True)
 def uapo(
     logp: Tensor, ref: Tensor, desirable: Tensor,
     *, beta: float = 0.1, anchor: float | Tensor | None = None, temperature: float = 1.0,

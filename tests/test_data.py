@@ -1481,15 +1481,19 @@ def test_a_killed_sample_goes_on_to_the_same_result(sampled, world_model, tmp_pa
 
 
 def test_sample_copies_what_a_rule_wants_to_see(world_model, tmp_path):
-    given = {"prompt": "name two fruits", "answer": 7, "source": "mine", "chosen": "pear", "n": "theirs", "scores": [1.0]}
-    source, out, scored = (
-        write(tmp_path, "prompts.jsonl", [given]),
-        str(tmp_path / "sampled.jsonl"),
-        str(tmp_path / "scored.jsonl"),
-    )
+    given = {
+        "prompt": "name two fruits",
+        "answer": 7,
+        "source": "mine",
+        "chosen": "pear",
+        "n": "theirs",
+        "scores": [1.0],
+        "sampled": "x",
+    }
+    source, (out, scored) = write(tmp_path, "prompts.jsonl", [given]), (str(tmp_path / f"{x}.jsonl") for x in "ab")
     data.sample(Sampling(world_model, source, out, n=4, temperature=1.0, max_tokens=60))
     (row,) = lines_of(out)
-    assert (row["answer"], row["source"], row["n"]) == (7, "mine", 4) and not {"chosen", "scores"} & {*row}
+    assert (row["answer"], row["source"], row["n"]) == (7, "mine", 4) and not {"chosen", "scores", "sampled"} & {*row}
     data.score(Scoring(out, scored, rule=lambda row, response: row["answer"]))
     assert lines_of(scored)[0]["scores"] == [7.0] * len(row["responses"])
 
@@ -1498,6 +1502,8 @@ def test_sample_copies_what_a_rule_wants_to_see(world_model, tmp_path):
 def test_a_bf16_model_answers_in_fp32_where_bf16_is_emulated(world_model, tmp_path, monkeypatch, in_hardware, dtype):
     LlamaForCausalLM.from_pretrained(world_model, dtype=torch.bfloat16).save_pretrained(tmp_path)
     monkeypatch.setattr(data, "bf16_in_hardware", lambda device: in_hardware)
+    exact = data._load_model(world_model, "CausalLM", torch.device("cpu"))
+    assert exact.dtype == torch.float32
     model = data._load_model(str(tmp_path), "CausalLM", torch.device("cpu"))
     assert {p.dtype for p in model.parameters()} == {dtype} and not model.training
 

@@ -427,13 +427,8 @@ def commands() -> Iterator[Case]:
         yield Case(
             name(f"sample by mcts --rule {rule}"), f"{SAMPLE} --max-tokens 64 --strategy mcts --rule {rule}", re.escape(rule)
         )
-    for option, value in (
-        ("iterations", "0"),
-        ("iterations", LONG),
-        ("exploration", "-1"),
-        ("exploration", "nan"),
-        ("step-end", "''"),
-    ):
+    for option, value in (("iterations", "0"), ("iterations", LONG), ("exploration", "-1"), ("exploration", "nan"),
+                          ("step-end", "''")):  # fmt: skip
         yield Case(name(f"sample by mcts --{option} {value[:20]}"), f"{tree} --{option} {value}", option.replace("-", "."))
     yield Case(name("sample, out is prompts"), f"{SAMPLE} --out prompts.jsonl", "prompts.jsonl")
     yield Case(name("sample, out of other settings"), f"{SAMPLE} --out sampled.jsonl --temperature 0.5", "temperature")

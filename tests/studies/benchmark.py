@@ -11,7 +11,8 @@ each of `--batch-size` pairs, the first ones of the file that fit. A figure is t
 highest; a ratio is taken within a round. Peak memory is that of the process, less 16 bytes per weight (fp32 weights, gradients
 and two moments). The matmul rate is measured in each process (train.matmul_rate).
 
-There are two yardsticks: the textbook (a padded batch, all its logits, a log-softmax; the loop around it is ours) and trl.
+There are two yardsticks: the textbook (a padded batch, all its logits, a log-softmax; the loop around it and the
+reference's pass are ours) and trl.
 """
 
 import argparse

@@ -412,15 +412,8 @@ def draw(worlds: list[dict], runs: dict, file: Path) -> None:
     for objective, marker in zip(OBJECTIVES, "osD^"):
         axis.plot([], [], marker, color="gray", label=objective)
     axis.margins(0.12)
-    axis.annotate(
-        "start",
-        (1, start),
-        xycoords=("axes fraction", "data"),
-        xytext=(-4, 3),
-        textcoords="offset points",
-        ha="right",
-        color="0.4",
-    )
+    above = dict(xycoords=("axes fraction", "data"), xytext=(-4, 3), textcoords="offset points", ha="right", color="0.4")
+    axis.annotate("start", (1, start), **above)
     low, high = axis.get_xlim()
     ticks = [x for x in (20, 50, 100, 150, 200, 300, 400, 500, 1000, 2000) if low <= x <= high]
     axis.set_xticks(ticks, [str(x) for x in ticks], minor=False)

@@ -14,7 +14,7 @@ from test_alpha_dpo import InThisProcess
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import train
-from data import Example
+from data import Example, UserError
 from logprobs import response_logprob
 
 RUN = {"kl": [1.0, 3.0], "words": 9.5, "unfinished": 0.25, "distinct": 0.5, "repetition": 0.125, "answers": ["so\nso", "a|b"]}
@@ -155,6 +155,22 @@ def test_refuses_what_cannot_be_meant(made_up, small, tmp_path, capsys):
         error = capsys.readouterr().err
         assert stop.value.code == 2 and said in error and "Traceback" not in error, (changes, error)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("objective", ["dpo(beta=0.1)", "kto(beta=0.1)"])
+def test_a_step_is_of_as_many_pairs_for_every_objective(tmp_path, monkeypatch, objective):
+    """A row is a pair for KTO too, with two completions. 4 steps of 3 of 5 pairs are 12 rows: 3 epochs."""
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a"}\n' * 5)
+    asked = []
+
+    def stopped(s):
+        asked.append(s)
+        raise UserError("enough")
+
+    monkeypatch.setattr(train, "train", stopped)
+    job = {"model": "x", "objective": objective, "lr": 1e-3, "dtype": "fp32", "seed": 0, "steps": 4, "batch_size": 3}
+    assert frontier.experiment(tmp_path, job)["error"] == "enough"
+    assert (asked[0].batch_size, asked[0].max_steps, asked[0].epochs) == (3, 4, 3)
 
 
 def test_a_run_that_ends_early_says_why(small, tmp_path):
