@@ -76,51 +76,51 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class _ChunkedLogProb(torch.autograd.Function):
-    """log softmax(logits)[target] per token; logits are made chunk by chunk and made again in backward.
+    """log softmax(logits)[target] per token; logits are made chunk by chunk and made again in backward, but for the last ones.
 
     With p = softmax(logits):  ∂logp/∂logits = onehot(target) − p. Through the soft-cap z = c·tanh(x/c) comes 1 − (z/c)².
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, scale, softcap, chunk, power):
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        logp, log_z = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
-        narrow = weight.to(hidden.dtype)  # once per batch, not once per chunk
-        for i in range(0, len(hidden), chunk):
-            logits = logits_of(hidden[i : i + chunk], Head(narrow, bias, scale, softcap))
-            log_z[i : i + chunk] = logits.logsumexp(-1)
-            logp[i : i + chunk] = logits.gather(-1, targets[i : i + chunk, None]).squeeze(-1) - log_z[i : i + chunk]
-            if power is not None:
-                power[i : i + chunk] = logits.mul_(2).logsumexp(-1) - 2 * log_z[i : i + chunk]
+        logp = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        head, logits = Head(weight.to(hidden.dtype), bias, scale, softcap), None  # cast once per batch, not once per chunk
+        for i in reversed(range(0, len(hidden), chunk)):
+            rows = slice(i, i + chunk)
             del logits  # before those of the next chunk are made
-        ctx.save_for_backward(hidden, weight, bias, targets, log_z)
-        ctx.scale, ctx.softcap, ctx.chunk = scale, softcap, chunk
+            logits = logits_of(hidden[rows], head)
+            each = logits.log_softmax(-1)
+            logp[rows] = each.gather(-1, targets[rows, None]).squeeze(-1)
+            if power is not None:
+                power[rows] = each.mul_(2).logsumexp(-1)
+            del each
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.how, ctx.logits = (scale, softcap, chunk), logits  # backward comes next, and begins with these
         return logp
 
     @staticmethod
     def backward(ctx, grad_logp):
-        hidden, weight, bias, targets, log_z = ctx.saved_tensors
-        narrow = weight.to(hidden.dtype)
-        grad_hidden = torch.empty_like(hidden)
+        hidden, weight, bias, targets = ctx.saved_tensors
+        (scale, softcap, chunk), logits, ctx.logits = ctx.how, ctx.logits, None
+        head, factors = Head(weight.to(hidden.dtype), bias, scale, softcap), (grad_logp * scale)[:, None]
         wide = torch.promote_types(weight.dtype, torch.float32)
+        grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        for i in range(0, len(hidden), ctx.chunk):
-            h, rows = hidden[i : i + ctx.chunk], slice(i, i + ctx.chunk)
-            logits = logits_of(h, Head(narrow, bias, ctx.scale, ctx.softcap))
-            slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
-            grad = logits.sub_(log_z[rows, None]).exp_().neg_()
-            grad.scatter_add_(-1, targets[rows, None], torch.ones_like(grad[:, :1]))
-            grad *= (grad_logp[rows] * ctx.scale)[:, None]
-            if slope is not None:
-                grad *= slope
+        for i in range(0, len(hidden), chunk):
+            rows = slice(i, i + chunk)
+            logits = logits_of(hidden[rows], head) if logits is None else logits
+            grad = logits.softmax(-1).mul_(-factors[rows]).scatter_add_(-1, targets[rows, None], factors[rows])
+            if softcap is not None:
+                grad.addcmul_(grad, logits.square_(), value=-1 / softcap**2)
+            logits = None
             if grad_bias is not None:
                 grad_bias += grad.sum(0).to(bias.dtype)
-            grad = grad.to(h.dtype)
-            grad_hidden[rows] = grad @ narrow
+            grad = grad.to(hidden.dtype)
+            grad_hidden[rows] = grad @ head.weight
             if grad_weight is not None:
-                _add_product(grad_weight, grad.T, h)
-            del logits, slope, grad  # before those of the next chunk are made
+                _add_product(grad_weight, grad.T, hidden[rows])
+            del grad  # before the logits of the next chunk are made
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
