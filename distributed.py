@@ -200,9 +200,9 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _compiled_when_packed(forward: Callable) -> Callable:
-    """A decoder block's forward, compiled where it is handed a pack for the fused kernel; generation's own path stays eager."""
+    """A decoder block's forward, compiled where it is handed a pack; generation's own path stays eager."""
     fast = compiled(forward, dim=1)
-    return lambda *args, blocks=None, **kw: forward(*args, **kw) if blocks is None else fast(*args, blocks=blocks, **kw)
+    return lambda *args, **kw: (fast if {"blocks", "segments"} & kw.keys() else forward)(*args, **kw)
 
 
 def shard(

@@ -219,6 +219,29 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: i
     return (weights.view(groups, -1, k) @ value[0]).view(1, heads, q, -1)
 
 
+class Segments:
+    """A pack as (prompt, [response, …]) lengths. A class of its own, as torch.compile would make constants of a list's numbers."""
+
+    def __init__(self, tree: list[tuple[int, list[int]]]):
+        self.tree = tree
+
+    @torch.compiler.disable
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None):
+        """Each pair on its own, so that no (T × T) mask exists: prompt + first response is an ordinary causal sequence, each
+        further response attends to the prompt's keys followed by its own. (1, H, T, d)."""
+        sizes = [n for prompt, (first, *others) in self.tree for n in (prompt + first, *others)]
+        pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)))  # split, as its backward is one concatenation
+        out = []
+        for prompt, (_, *others) in self.tree:
+            q, trunk_k, trunk_v = next(pieces)
+            out.append(_attend(q, trunk_k, trunk_v, scaling, window, softcap))
+            for _ in others:
+                q, k, v = next(pieces)
+                k, v = torch.cat([trunk_k[:, :, :prompt], k], dim=2), torch.cat([trunk_v[:, :, :prompt], v], dim=2)
+                out.append(_attend(q, k, v, scaling, window, softcap))
+        return torch.cat(out, dim=2)
+
+
 BLOCK = 128  # queries, and keys, that FlexAttention takes at once
 FUSED = ("cuda",)  # devices on which it takes a whole pack, forward and backward
 
@@ -298,7 +321,7 @@ def to_device(tensor: Tensor, device) -> Tensor:
 
 
 def compiled(function, dim: int, **how):
-    """torch.compile(function, …) for packs, given `blocks` by name; dimension `dim` of its other tensors counts tokens.
+    """torch.compile(function, …) for packs, given any `blocks` by name; dimension `dim` of its other tensors counts tokens.
 
     Only what differs between packs is no constant of the graph, so there is one for all, and sizes that are equal by chance
     are not taken for the same. A soft-cap is a constant: as an input it would break the graph under grad.
@@ -307,7 +330,7 @@ def compiled(function, dim: int, **how):
     torch._dynamo.config.recompile_limit = 64  # a graph each for train and eval, of every model in this process
     fast = torch.compile(function, **how)
 
-    def call(*args, blocks, **kwargs):
+    def call(*args, blocks=None, **kwargs):
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, Tensor) and x.ndim > dim:
                 torch._dynamo.maybe_mark_dynamic(x, dim)
@@ -331,15 +354,14 @@ def _compiled_flex():
 
 
 def tree_attention(
-    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, tree=None, blocks=None, **kwargs
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, segments=None, blocks=None, **kwargs
 ):
     """Attention over a packed tree, in the form transformers' AttentionInterface calls: (1, H, T, d) → (1, T, H, d).
 
-    A query sees the keys of its own pair that come earlier, in the prompt or in its own response. Given `tree`, each pair is
-    attended to on its own, so no (T × T) mask exists: prompt + first response is an ordinary causal sequence, each further
-    response attends to the prompt's keys followed by its own. Given `blocks` {window: Blocks}, one kernel takes the whole pack.
+    A query sees the keys of its own pair that come earlier, in the prompt or in its own response. Given `segments`, each pair
+    is attended to on its own; given `blocks` {window: Blocks}, one kernel takes the whole pack.
     """
-    if tree is None and blocks is None:
+    if segments is None and blocks is None:
         raise ValueError('attention is set to packed trees, but this batch has none; call use_layout("padded") first')
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise ValueError("packed layout: attention sinks and position biases are not supported; use --layout padded")
@@ -353,18 +375,9 @@ def tree_attention(
     if blocks is not None:
         flex = _flex if torch.compiler.is_compiling() else _compiled_flex()
         out = flex(query, key, value, scaling, softcap, blocks=blocks[sliding_window])
-        return out.transpose(1, 2).contiguous(), None
-    sizes = [n for prompt, (first, *others) in tree for n in (prompt + first, *others)]
-    pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)))  # split, as its backward is one concatenation
-    out = []
-    for prompt, (_, *others) in tree:
-        q, trunk_k, trunk_v = next(pieces)
-        out.append(_attend(q, trunk_k, trunk_v, scaling, sliding_window, softcap))
-        for _ in others:
-            q, k, v = next(pieces)
-            k, v = torch.cat([trunk_k[:, :, :prompt], k], dim=2), torch.cat([trunk_v[:, :, :prompt], v], dim=2)
-            out.append(_attend(q, k, v, scaling, sliding_window, softcap))
-    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+    else:
+        out = segments.attend(query, key, value, scaling, sliding_window, softcap)
+    return out.transpose(1, 2).contiguous(), None
 
 
 @functools.cache
@@ -422,7 +435,7 @@ class ResponseLogProbs(nn.Module):
             extra = {"blocks": {window: Blocks.of(tree, window, ids.device) for window in windows}}
             ids, positions = (F.pad(x, (0, len(extra["blocks"][None].ranges[0]) - x.shape[1])) for x in (ids, positions))
         elif tree is not None:
-            extra = {"tree": tree}
+            extra = {"segments": Segments(tree)}
         # no padding mask: padding is on the right, where a causal position never looks
         out = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **extra)
         return out.last_hidden_state.flatten(0, 1)[batch.index]

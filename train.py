@@ -42,7 +42,7 @@ from tqdm import tqdm
 import data
 import distributed as dist
 from data import Example, UserError, setting
-from logprobs import FUSED, ResponseLogProbs, check_head, completions, to_device
+from logprobs import ResponseLogProbs, check_head, completions, to_device
 from losses import OBJECTIVES, wpo_weight
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ class Settings(data.Reading):
     samples: int = setting(4, "held-out prompts whose greedy completions are recorded before, at evaluations and after")
     sample_tokens: int = setting(64, "length limit of those completions")
     cache: str = setting("~/.cache/plainpo", "folder for reference log-probs, found again by a hash of all they depend on")
-    compile: bool = setting(False, "torch.compile the decoder's blocks (packed layout on CUDA)")
+    compile: bool = setting(False, "torch.compile the decoder's blocks (packed layout; on CPUs with a C++ compiler)")
     log_to: str | None = setting(None, "also send the metrics to tensorboard or wandb, if installed")
     device: str = setting("auto", "cpu, cuda, or auto")
     recipe: str | None = setting(None, "a published run, such as gemma-2-9b-it-simpo: model, data, objective, lr, lengths")
@@ -610,8 +610,8 @@ def build_policy(s: Settings, objective: Objective, tokenizer, device: torch.dev
         raise UserError(f"the tokenizer has {len(tokenizer)} ids, but the model only {embeddings} embeddings: no match")
     if s.layout == "packed":
         refuse_packed(model)
-    if s.compile and (s.layout != "packed" or device.type not in FUSED):
-        raise UserError(f"compile works on packs on CUDA; with --layout {s.layout} on {device.type} leave it out")
+    if s.compile:
+        refuse_compile(s, device)
     if s.sync_every:
         say("sync_every: the reference is a second model, whose log-probs are computed at every step and not kept")
     second = objective.needs("kl_w") or s.sync_every
@@ -798,6 +798,16 @@ def refuse_packed(model: torch.nn.Module) -> None:
         kind = type(module).__name__
         if any(word in kind.lower() for word in NOT_ATTENTION):
             raise UserError(f"{type(model).__name__} has {kind} layers, which carry state across tokens; use --layout padded")
+
+
+def refuse_compile(s: Settings, device: torch.device) -> None:
+    """torch.compile takes packs only, and a CPU a C++ compiler, which is tried here on a line of code."""
+    if s.layout != "packed":
+        raise UserError(f"compile works on packs; with --layout {s.layout} leave it out")
+    try:
+        torch.compile(lambda x: x.exp() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # of many kinds, with pages of what the compiler said
+        raise UserError(f"compile: torch.compile does not work here ({str(error).strip().splitlines()[0]})") from error
 
 
 def uses_bf16(s: Settings, device: torch.device) -> bool:

@@ -51,6 +51,7 @@ from logprobs import (  # fmt: skip
     Blocks,
     Head,
     ResponseLogProbs,
+    Segments,
     check_head,
     chunk_rows,
     completions,
@@ -427,6 +428,36 @@ def test_fused_packs_score_as_the_segments(monkeypatch, name, compiling, kinds):
         assert_same((a[0], a[2]), (b[0], b[2]), rtol=3e-6)
 
 
+@pytest.mark.parametrize("name", [
+    "llama, tied", pytest.param("gemma2, soft-caps and alternating windows", marks=pytest.mark.slow)
+])  # fmt: skip
+def test_compiled_segments_score_as_they_do_uncompiled(monkeypatch, name):
+    """Decoder blocks compiled around attention pair by pair: values and gradients, and no graph of its own for a pack."""
+    graphs = []
+
+    def spy(graph, inputs):
+        graphs.append(graph)
+        return graph  # as it was traced
+
+    torch.manual_seed(0)
+    policy = ResponseLogProbs(MODELS[name]().train())
+    policy.use_layout("packed")
+    packs = [[Example(list(range(3, 3 + p)), [[5] * n for n in rs]) for p, rs in tree] for tree in random_trees(9, 12)[1:]]
+    expected = scored(policy, packs)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=spy))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(specialize_float=False, recompile_limit=8):
+        dist.shard(policy, checkpointing=True, compiling=True)
+        few = scored(policy, packs[:3])
+        made = len(graphs)
+        ours = few + scored(policy, packs[3:])
+    torch._dynamo.reset()
+    assert len(graphs) == made > 0
+    for a, b in zip(ours, expected):
+        torch.testing.assert_close(a[1], b[1], rtol=3e-6, atol=3e-5)
+        assert_same((a[0], a[2]), (b[0], b[2]), rtol=3e-6)
+
+
 @pytest.mark.parametrize("compiling", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_fused_packs_through_fsdp(monkeypatch, compiling):
     """Batch and blocks pass FSDP's hooks, which cast and move what a forward is given; two ranks, checkpointed."""
@@ -763,7 +794,7 @@ def test_head_of_reads_bias_scale_and_soft_cap():
 
 def test_attention_sinks_are_refused():
     with pytest.raises(ValueError, match="--layout padded"):
-        logprobs.tree_attention(None, *(torch.zeros(1, 1, 2, 4) for _ in range(3)), None, tree=[(1, [1])], s_aux=torch.zeros(1))
+        logprobs.tree_attention(None, *(torch.zeros(1, 1, 2, 4) for _ in range(3)), None, segments=Segments([(1, [1])]), s_aux=torch.zeros(1))
 
 
 class Letters:

@@ -776,7 +776,7 @@ BAD = {
     "endless epochs": (dict(epochs=10**9, max_steps=None), ["epochs 1000000000 over 32 rows", "set max_steps"]),
     "an out of 300 characters": (dict(out="x" * 300), ["out xxx", "cannot be written"]),
     "an out that is a file": (dict(out=__file__), ["is a file, not a folder"]),
-    "compile without a GPU": (dict(compile=True), ["compile works on packs on CUDA"]),
+    "compiled padding": (dict(compile=True, layout="padded"), ["compile works on packs", "--layout padded"]),
     "a mesh without torchrun": (dict(mesh="2x2"), ["mesh", "torchrun"]),
     "missing file": (dict(dataset="nowhere.jsonl"), ["nowhere.jsonl", "no such file"]),
     "missing model": (dict(model="/nowhere/model"), ["/nowhere/model"]),

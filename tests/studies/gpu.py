@@ -132,7 +132,7 @@ def kernel(width: int, window: int | None, cap: float | None) -> dict:
         grads = torch.autograd.grad(out[:, :total], leaves, pull.to(dtype))
         return [x.float() for x in (out[:, :total], *grads)], wait() - tick
 
-    right, _ = attend(torch.float32, total, tree=tree)
+    right, _ = attend(torch.float32, total, segments=logprobs.Segments(tree))
     for _ in range(2):  # the first one compiles
         fused, seconds = attend(torch.bfloat16 if ON_GPU else torch.float32, filled, blocks={window: blocks})
     gaps = [f"{((a - b).abs().max() / b.abs().max()).item():.1e}" for a, b in zip(fused, right)]
