@@ -210,8 +210,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: i
     if window is not None:
         mask = mask.triu(k - q - window + 1)
     if not by_hand:
-        key, value = (x.repeat_interleave(heads // groups, dim=1) for x in (key, value))
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
+        how = dict(is_causal=mask is None, scale=scaling, enable_gqa=heads > groups)
+        return F.scaled_dot_product_attention(query, key, value, mask, **how)
     logits = (query.reshape(groups, -1, query.shape[3]) @ key[0].transpose(1, 2)).view(heads, q, k).float() * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
