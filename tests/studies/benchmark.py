@@ -41,9 +41,11 @@ VARIANTS = {  # name → (layout, objective)
     "padded, chunked head": ("padded", "simpo"),
     "packed, prompt repeated": ("unshared", "simpo"),
     "packed tree": ("packed", "simpo"),
+    "packed tree, compiled": ("compiled", "simpo"),
     "padded, full logits, dpo + reference": ("full", "dpo"),
     "packed tree, dpo + reference": ("packed", "dpo"),
 }
+WARM = 2  # steps before the measured ones: --compile makes its graphs in the first, and in the second those for any size
 PEERS = {"trl simpo": "simpo", "trl dpo": "dpo"}
 TEXTBOOK = {"simpo": "padded, full logits", "dpo": "padded, full logits, dpo + reference"}
 
@@ -55,14 +57,15 @@ def peak_bytes() -> float:
 
 
 def settings_of(args, folder: str) -> train.Settings:
-    """A run of one warm-up step and the measured ones, on the first pairs of the file that fit."""
+    """A run of the warm-up steps and the measured ones, on the first pairs of the file that fit."""
     layout, objective = VARIANTS[args.variant]
-    need = args.batch_size * (args.steps + 1)
+    need = args.batch_size * (args.steps + WARM)
     return train.Settings(
         model=args.model or "built", dataset=f"{args.dataset}[:{need + need // 4 + 8}]", eval_size=0, max_drop_fraction=1.0,
         max_length=args.max_length, objective=objective, dtype=args.dtype, lr=1e-6, batch_size=args.batch_size, samples=0,
         tokens_per_microbatch=args.tokens_per_microbatch, gradient_checkpointing=args.gradient_checkpointing,
-        layout={"unshared": "packed", "full": "padded"}.get(layout, layout), out=f"{folder}/out", cache=f"{folder}/cache",
+        layout={"unshared": "packed", "compiled": "packed", "full": "padded"}.get(layout, layout),
+        compile=layout == "compiled", out=f"{folder}/out", cache=f"{folder}/cache",
     )  # fmt: skip
 
 
@@ -70,7 +73,7 @@ def built(args, s: train.Settings) -> train.Run:
     """A run on a Llama built from --hidden, --layers and --vocabulary and on random tokens in the proportions of a chat: for
     what does not depend on the text."""
     rng, sizes = np.random.default_rng(0), (args.prompt_tokens, args.response_tokens, args.response_tokens)
-    ids = [[rng.integers(3, 1000, n).tolist() for n in sizes] for _ in range(args.batch_size * (args.steps + 1))]
+    ids = [[rng.integers(3, 1000, n).tolist() for n in sizes] for _ in range(args.batch_size * (args.steps + WARM))]
     examples = [data.Example(prompt, responses) for prompt, *responses in ids]
     torch.manual_seed(0)
     heads, device = args.hidden // 64, torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,7 +84,7 @@ def built(args, s: train.Settings) -> train.Run:
     )  # fmt: skip
     with device:
         model = LlamaForCausalLM(config).train()
-    policy = train.dist.shard(train.ResponseLogProbs(model), checkpointing=s.gradient_checkpointing)
+    policy = train.dist.shard(train.ResponseLogProbs(model), checkpointing=s.gradient_checkpointing, compiling=s.compile)
     policy.use_layout(s.layout)
     rows = train.Rows(examples, [], {})
     run = train.Run(s, train.parse_objective(s.objective), device, None, policy, rows, [])
@@ -122,15 +125,16 @@ def ours(args) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         s = settings_of(args, folder)
         run = train.prepare(s) if args.dataset else built(args, s)
-    need, size = args.batch_size * (args.steps + 1), args.batch_size
+    need, size = args.batch_size * (args.steps + WARM), args.batch_size
     if len(run.rows.train) < need:
         sys.exit(f"{args.dataset}: {need} pairs are needed, {len(run.rows.train)} fit")
     run.rows.plan = [list(range(i, i + size)) for i in range(0, need, size)]
-    measured = [run.rows.train[i] for i in range(size, need)]
+    measured = [run.rows.train[i] for i in range(WARM * size, need)]
     original = train.accumulate_gradients
     train.accumulate_gradients = {"full": full_logits, "unshared": unshared}.get(layout, original)
     try:
-        train.step(run)
+        for _ in range(WARM):
+            train.step(run)
         tick = synchronized()
         if run.objective.needs("ref"):
             train.log_probs(run, measured)  # what the reference costs: a pass that is made once
@@ -165,7 +169,7 @@ def peer(args) -> dict:
 
     objective = PEERS[args.variant]
     tokenizer = data.load_tokenizer(args.model)
-    need = args.batch_size * (args.steps + 1)
+    need = args.batch_size * (args.steps + WARM)
     rows, examples = [], []
     for _, raw in data.read(f"{args.dataset}[:{need + need // 4 + 8}]"):
         try:
@@ -182,11 +186,11 @@ def peer(args) -> dict:
         tick = 0.0
 
         def on_step_end(self, a, state, control, **kwargs):
-            if state.global_step == 1:
+            if state.global_step == WARM:
                 Clock.tick = synchronized()
 
     common = dict(
-        output_dir="runs/benchmark-peer", per_device_train_batch_size=args.batch_size, max_steps=args.steps + 1,
+        output_dir="runs/benchmark-peer", per_device_train_batch_size=args.batch_size, max_steps=args.steps + WARM,
         learning_rate=1e-6,
         bf16=args.dtype == "bf16", fp16=False, report_to=[], save_strategy="no", logging_strategy="no",
         max_length=args.max_length,
@@ -208,8 +212,8 @@ def peer(args) -> dict:
         )
     trainer.train()
     seconds = synchronized() - Clock.tick
-    # trl shuffles; over equal steps the pairs differ in order only by the one warm-up batch
-    return finish(args, model, examples[args.batch_size :], seconds) | {"trl": trl.__version__}
+    # trl shuffles: over equal steps its pairs differ from ours only by those of the warm-up batches
+    return finish(args, model, examples[WARM * args.batch_size :], seconds) | {"trl": trl.__version__}
 
 
 def child(args, variant: str, dtype: str, **more) -> dict:
