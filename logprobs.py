@@ -220,7 +220,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: i
 
 
 class Segments:
-    """A pack as (prompt, [response, …]) lengths. A class of its own, as torch.compile would make constants of a list's numbers."""
+    """(prompt, [response, …]) lengths of a pack's pairs. A class, as torch.compile would make constants of a list's numbers."""
 
     def __init__(self, tree: list[tuple[int, list[int]]]):
         self.tree = tree
@@ -354,8 +354,9 @@ def _compiled_flex():
 
 
 def tree_attention(
-    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, segments=None, blocks=None, **kwargs
-):
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, segments=None, blocks=None,
+    **kwargs
+):  # fmt: skip
     """Attention over a packed tree, in the form transformers' AttentionInterface calls: (1, H, T, d) → (1, T, H, d).
 
     A query sees the keys of its own pair that come earlier, in the prompt or in its own response. Given `segments`, each pair

@@ -794,7 +794,9 @@ def test_head_of_reads_bias_scale_and_soft_cap():
 
 def test_attention_sinks_are_refused():
     with pytest.raises(ValueError, match="--layout padded"):
-        logprobs.tree_attention(None, *(torch.zeros(1, 1, 2, 4) for _ in range(3)), None, segments=Segments([(1, [1])]), s_aux=torch.zeros(1))
+        logprobs.tree_attention(
+            None, *(torch.zeros(1, 1, 2, 4) for _ in range(3)), None, segments=Segments([(1, [1])]), s_aux=torch.zeros(1)
+        )
 
 
 class Letters:

@@ -58,7 +58,7 @@ def in_this_process(args, variant: str, dtype: str, **more) -> dict:
 
 
 def test_rounds_on_a_model_folder(small, tmp_path, monkeypatch, capsys):
-    """Variants take turns; the file keeps every round; the measured pairs are the file's own, the first two batches left out."""
+    """Variants take turns; the file keeps every round; the measured pairs are those after the first two batches."""
     monkeypatch.setattr(benchmark, "child", in_this_process)
     folders = ["--model", str(small / "model"), "--dataset", str(small / "pairs.jsonl"), "--out", str(tmp_path / "out.json")]
     variants = ["packed tree", "padded, full logits"]
