@@ -340,20 +340,22 @@ def main(argv: list[str] | None = None) -> None:
         if not args.peer:
             return
     if args.growth:
-        results = growth(args)
-    else:
-        if not (args.model and args.dataset):
-            parser.error("--model and --dataset are needed")
-        variants, rounds = [*args.variants, *(PEERS if args.peer else ())], {}
-        for r in range(args.rounds):
-            for dtype in args.dtypes:
-                for variant in variants:
-                    result = child(args, variant, dtype)
-                    rounds.setdefault((variant, dtype), []).append(result)
-                    speed = result["pairs"] / result["seconds"]
-                    print(f"round {r + 1}: {variant}, {dtype}: {speed:.2f} pairs/s", file=sys.stderr, flush=True)
-        print(f"{header(args)}\n\n{table(rounds)}")
-        results = [{"variant": v, "dtype": d, **summary_of(own), "rounds": own} for (v, d), own in rounds.items()]
+        return write(args, growth(args))
+    if not (args.model and args.dataset):
+        parser.error("--model and --dataset are needed")
+    variants, rounds = [*args.variants, *(PEERS if args.peer else ())], {}
+    for r in range(args.rounds):
+        for dtype in args.dtypes:
+            for variant in variants:
+                result = child(args, variant, dtype)
+                rounds.setdefault((variant, dtype), []).append(result)
+                speed = result["pairs"] / result["seconds"]
+                print(f"round {r + 1}: {variant}, {dtype}: {speed:.2f} pairs/s", file=sys.stderr, flush=True)
+        write(args, [{"variant": v, "dtype": d, **summary_of(own), "rounds": own} for (v, d), own in rounds.items()])
+    print(f"{header(args)}\n\n{table(rounds)}")
+
+
+def write(args, results: list[dict]) -> None:
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(results, indent=2) + "\n")
 
