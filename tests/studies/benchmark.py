@@ -152,11 +152,21 @@ def synchronized() -> float:
     return time.perf_counter()
 
 
+def textbook_flops(model, examples: list, batch_size: int) -> float:
+    """What the same pairs take as padded batches with all their logits: each row as long as the longest one of its batch."""
+    rows = []
+    for i in range(0, len(examples), batch_size):
+        lengths = [len(e.prompt) + len(r) for e in examples[i : i + batch_size] for r in e.responses]
+        rows += [data.Example([0], [[0] * (max(lengths) - 1)])] * len(lengths)
+    return train.dist.model_flops(model, rows)
+
+
 def finish(args, model, examples: list, seconds: float) -> dict:
     peak, dtype = peak_bytes(), torch.bfloat16 if args.dtype == "bf16" else torch.float32
     return {
         "variant": args.variant, "dtype": args.dtype, "pairs": len(examples), "seconds": seconds,
         "tokens": sum(map(data.tokens_of, examples)), "flops": train.dist.model_flops(model, examples),
+        "textbook_flops": textbook_flops(model, examples, args.batch_size),
         "rate": train.matmul_rate(model, dtype), "peak_above_state": peak - 16 * sum(p.numel() for p in model.parameters()),
     }  # fmt: skip
 
@@ -237,11 +247,12 @@ def summary_of(results: list[dict]) -> dict:
     }  # fmt: skip
 
 
-def header(args) -> str:
-    """What the figures were measured with and against."""
+def header(args, more: float) -> str:
+    """What the figures were measured with and against; `more`: by how much the textbook computes more than it must."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     said = f"{where}, torch {torch.__version__}; {args.rounds} rounds of {args.steps} steps of {args.batch_size} pairs: "
     said += "mean (lowest–highest); ratios within a round"
+    said += f"\npadding and unused logits alone make a step {more:.2f} times the arithmetic of the packed tree"
     if args.peer and not torch.cuda.is_available():
         said += (
             "\n× trl is against what trl falls back to on a CPU: without Triton its DPO head scores every position; its SimPO "
@@ -352,7 +363,7 @@ def main(argv: list[str] | None = None) -> None:
                 speed = result["pairs"] / result["seconds"]
                 print(f"round {r + 1}: {variant}, {dtype}: {speed:.2f} pairs/s", file=sys.stderr, flush=True)
         write(args, [{"variant": v, "dtype": d, **summary_of(own), "rounds": own} for (v, d), own in rounds.items()])
-    print(f"{header(args)}\n\n{table(rounds)}")
+    print(f"{header(args, result['textbook_flops'] / result['flops'])}\n\n{table(rounds)}")
 
 
 def write(args, results: list[dict]) -> None:

@@ -57,6 +57,18 @@ def in_this_process(args, variant: str, dtype: str, **more) -> dict:
     return benchmark.ours(argparse.Namespace(**{**vars(args), **more, "variant": variant, "dtype": dtype}))
 
 
+def test_arithmetic_of_the_textbook_by_hand():
+    """Without attention a row of 7 tokens, padded to the longest of its batch, takes 6 FLOP a weight and token: 4 rows of 7."""
+    args = argparse.Namespace(**BUILT, variant="packed tree", dtype="fp32")
+    model = benchmark.built(args, benchmark.settings_of(args, "unused")).policy.model
+    pairs = [data.Example([1] * 3, [[2] * 4, [2] * 1]), data.Example([1] * 2, [[2] * 2, [2] * 3])]
+    body = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n)
+    head, attention = model.lm_head.weight.numel(), 12 * 64 * sum(range(1, 8))
+    # a row's first position predicts the second token, so 6 of its 7 positions reach the head
+    assert benchmark.textbook_flops(model, pairs, 2) == pytest.approx(4 * (6 * 7 * body + 6 * 6 * head + attention))
+    assert benchmark.textbook_flops(model, pairs, 1) < benchmark.textbook_flops(model, pairs, 2)
+
+
 def test_rounds_on_a_model_folder(small, tmp_path, monkeypatch, capsys):
     """Variants take turns; the file keeps every round; the measured pairs are those after the first two batches."""
     monkeypatch.setattr(benchmark, "child", in_this_process)
@@ -72,8 +84,8 @@ def test_rounds_on_a_model_folder(small, tmp_path, monkeypatch, capsys):
     assert [r["variant"] for r in results] == variants and all(len(r["rounds"]) == 2 for r in results)
     examples, _ = data.load(str(small / "pairs.jsonl"), data.load_tokenizer(str(small / "model")))
     assert all(r["pairs"] == 12 and r["tokens"] == 2 * sum(map(data.tokens_of, examples[6:12])) for r in results)
-    head, _, _, _, packed, padded = said.out.rstrip("\n").splitlines()
-    assert "2 rounds of 2 steps of 3 pairs" in head and "trl" not in head
+    head, more, _, _, _, packed, padded = said.out.rstrip("\n").splitlines()
+    assert "alone make a step" in more and "2 rounds of 2 steps of 3 pairs" in head and "trl" not in head
     assert packed.startswith("| packed tree | fp32 |") and packed.count("–") >= 2 and padded.endswith("| – | – | – |")
     ratio = float(packed.split(" | ")[6].split()[0])  # of the two rounds' ratios
     speeds = [[a["pairs"] / a["seconds"] for a in r["rounds"]] for r in results]
@@ -82,7 +94,7 @@ def test_rounds_on_a_model_folder(small, tmp_path, monkeypatch, capsys):
 
 def test_the_header_says_what_trl_is_on_a_cpu():
     args = argparse.Namespace(rounds=2, steps=1, batch_size=4, peer="trl")
-    assert ("falls back to on a CPU" in benchmark.header(args)) == (not torch.cuda.is_available())
+    assert ("falls back to on a CPU" in benchmark.header(args, 1.0)) == (not torch.cuda.is_available())
 
 
 def test_a_round_in_a_process_of_its_own():
