@@ -401,8 +401,9 @@ PACKS = [[], *([e] for e in examples()), examples(), examples(1, [(20, 9, 9)] * 
 
 @pytest.mark.parametrize("name, compiling, kinds", [
     ("llama, tied", False, 1), ("mistral, window of 5", False, 1), ("gemma2, soft-caps and alternating windows", False, 1),
-    ("gpt2, learned positions", True, 1), ("qwen2, window in one layer", True, 2),
     ("gemma2, soft-caps and alternating windows", True, 2),
+    pytest.param("gpt2, learned positions", True, 1, marks=pytest.mark.slow),
+    pytest.param("qwen2, window in one layer", True, 2, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_fused_packs_score_as_the_segments(monkeypatch, name, compiling, kinds):
     """FlexAttention over the filled-up pack against pair by pair, values and gradients, the decoder blocks compiled or not.
