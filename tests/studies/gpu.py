@@ -124,7 +124,7 @@ def kernel(width: int, window: int | None, cap: float | None) -> dict:
     def attend(dtype: torch.dtype, size: int, **pack) -> tuple[list[torch.Tensor], float]:
         leaves, tick = [x.to(dtype).requires_grad_() for x in given], wait()
         query, key, value = (torch.nn.functional.pad(x, (0, 0, 0, size - total)) for x in leaves)
-        if ON_GPU or "tree" in pack:
+        if ON_GPU or "segments" in pack:
             out, _ = logprobs.tree_attention(None, query, key, value, None, sliding_window=window, softcap=cap, **pack)
         else:
             out = logprobs._flex(query.detach(), key.detach(), value.detach(), width**-0.5, cap, blocks).transpose(1, 2)
