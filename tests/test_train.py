@@ -487,6 +487,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, capsys):
     assert stop.value.code == 2 and "file/cache cannot be written" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_a_killed_build_of_the_world_left_is_built_again(tmp_path, monkeypatch):
     """Killed after its start was written: the next build begins anew, also in a process of the same number, and is whole."""
     for place, name, value in ((train, "SUPERVISED_STEPS", 3), (train, "PROMPTS", 16), (data, "HELD_OUT_PROMPTS", 16)):
