@@ -807,7 +807,8 @@ def refuse_compile(s: Settings, device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.exp() + 1)(torch.ones(8, device=device))
     except Exception as error:  # of many kinds, with pages of what the compiler said
-        raise UserError(f"compile: torch.compile does not work here ({str(error).strip().splitlines()[0]})") from error
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"compile: torch.compile does not work here ({why}); install g++ or leave it out") from error
 
 
 def uses_bf16(s: Settings, device: torch.device) -> bool:
@@ -1476,7 +1477,7 @@ def build_world(folder: Path, tokenizer, demonstrations: list[data.Row], seed: i
     part = folder.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    supervised_start(demonstrations, tokenizer, seed).save_pretrained(part / "model")
+    supervised_start(demonstrations, tokenizer, seed, SUPERVISED_STEPS).save_pretrained(part / "model")
     tokenizer.save_pretrained(part / "model")
     prompts = [json.dumps({"prompt": p}) + "\n" for p in data.world_prompts(seed)]
     held_out, prompts = prompts[: data.HELD_OUT_PROMPTS], prompts[data.HELD_OUT_PROMPTS :][:PROMPTS]
@@ -1489,7 +1490,7 @@ def build_world(folder: Path, tokenizer, demonstrations: list[data.Row], seed: i
     part.rename(folder)
 
 
-def supervised_start(rows: list[data.Row], tokenizer, seed: int, steps: int = SUPERVISED_STEPS) -> torch.nn.Module:
+def supervised_start(rows: list[data.Row], tokenizer, seed: int, steps: int) -> torch.nn.Module:
     """A Llama of 350,000 parameters that has learned to answer from noisy demonstrations."""
     torch.manual_seed(seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(

@@ -693,6 +693,16 @@ def test_token_kl_of_a_model_to_itself_is_zero():
     assert token_kl(hidden, hidden, head, head).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_second_backward_is_the_first(softcap):
+    """The logits that forward kept are used up by the first one, and made again for the next."""
+    hidden, head, targets = a_head(torch.float64)
+    leaves = [hidden.requires_grad_(), head.weight]
+    logp = token_logprobs(hidden, Head(head.weight, softcap=softcap), targets, 4).sum()
+    first, second = (torch.autograd.grad(logp, leaves, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
 def test_no_tensor_of_tokens_times_vocabulary_outlives_its_chunk():
     """Count the live bytes of every tensor that torch makes: with 64 rows a chunk the peak is a few chunks, not the batch."""
     n, d, v, chunk = 512, 8, 4000, 64

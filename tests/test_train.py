@@ -487,7 +487,6 @@ def test_a_cache_that_cannot_be_written(tmp_path, capsys):
     assert stop.value.code == 2 and "file/cache cannot be written" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_what_a_killed_build_of_the_world_left_is_built_again(tmp_path, monkeypatch):
     """Killed after its start was written: the next build begins anew, also in a process of the same number, and is whole."""
     for place, name, value in ((train, "SUPERVISED_STEPS", 3), (train, "PROMPTS", 16), (data, "HELD_OUT_PROMPTS", 16)):
@@ -505,6 +504,17 @@ def test_what_a_killed_build_of_the_world_left_is_built_again(tmp_path, monkeypa
     folder, pairs = train.embedded_world(s)
     assert len((folder / "answers.jsonl").read_text().splitlines()) == 16 and pairs.exists()
     assert [p.name for p in (tmp_path / "cache").glob("world-*")] == [folder.name]
+
+
+@pytest.mark.parametrize("error, why", [(RuntimeError("no g++\na page"), "no g++"), (RuntimeError(), "RuntimeError")])
+def test_a_compiler_that_does_not_work_is_said_in_a_line(monkeypatch, error, why):
+    def broken(function):
+        raise error
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(UserError) as told:
+        train.refuse_compile(Settings(), torch.device("cpu"))
+    assert f"({why}); install g++" in str(told.value) and "\n" not in str(told.value)
 
 
 def test_judging_the_start_against_itself(default_run, tmp_path):
