@@ -23,9 +23,11 @@ FAMILIES = {
     "log-ratio, logistic": [
         ("dpo", BETA), ("dpo", BETA | {"label_smoothing": 0.1}), ("robust_dpo", BETA | {"label_smoothing": 0.1}),
         ("exo", BETA | {"label_smoothing": 0.1}), ("nca", BETA), ("discopop", BETA | {"tau": 0.5}),
+        ("focal", BETA | {"gamma": 1.0}),
     ],
     "log-ratio, other": [
         ("ipo", {"tau": 0.5}), ("sppo", {"beta": 0.5}), ("rso_hinge", BETA), ("apo_zero", BETA), ("apo_down", BETA),
+        ("rpo_bwd", BETA), ("rpo_fwd", BETA),
     ],
     "divergence (f_dpo)": [
         ("f_dpo", BETA | {"divergence": kind}) for kind in ("reverse_kl", "forward_kl", "js", "alpha")
@@ -33,10 +35,11 @@ FAMILIES = {
     "no reference": [
         ("simpo", BETA), ("repo", {"gamma": 1.0}), ("alphapo", BETA | {"gamma": 1.0}),
         ("cpo", BETA), ("orpo", {"lam": 1.0}), ("simper", {}),
+        ("slic", {}), ("rrhf", {}),
     ],
     "own margins": [
         ("simpo", BETA), ("alpha_dpo", BETA | {"gamma": 1.0}), ("gamma_simpo", BETA | {"gamma": 1.0, "tau": 0.5}),
-        ("amapo", BETA), ("online_simpo", BETA),
+        ("amapo", BETA), ("online_simpo", BETA), ("odpo", BETA),
     ],
     "unpaired": [(name, BETA | {"desirable": label}) for name in ("kto", "bco") for label in (True, False)],
 }  # fmt: skip
@@ -46,15 +49,16 @@ LETTERS = {"label_smoothing": "ε", "tau": "τ", "gamma": "γ", "lam": "λ"}
 def curve(loss: Callable[..., Tensor], margin: Tensor, **settings) -> tuple[Tensor, Tensor]:
     """Loss and −∂L/∂s_w along the margin, one token per response: a_w, a_l = −2 ± margin/2, the reference at −2.
 
-    The drawn margins are the batch of a batch-coupled objective. Unpaired: `margin` is the log-ratio of one completion,
-    `desirable=` its label.
+    The drawn margins are the batch of a batch-coupled objective; the chosen response was scored 2 higher. Unpaired: `margin`
+    is the log-ratio of one completion, `desirable=` its label.
     """
     level, ones = torch.full_like(margin, -2.0), torch.ones_like(margin)
     chosen, rejected = (level + margin / 2).requires_grad_(), level - margin / 2
     if "logp" in loss.tensors:
         chosen = (level + margin).requires_grad_()
     inputs = {"logp": chosen, "logp_w": chosen, "logp_l": rejected, "old_w": chosen, "old_l": rejected}
-    inputs |= {"len_w": ones, "len_l": ones, "desirable": torch.full_like(margin, settings.pop("desirable", True)).bool()}
+    inputs |= {"len_w": ones, "len_l": ones, "margin": 2 * ones}
+    inputs["desirable"] = torch.full_like(margin, settings.pop("desirable", True)).bool()
     values = loss(*(inputs.get(name, level) for name in loss.tensors), **settings)
     (slope,) = torch.autograd.grad(values.sum(), chosen)
     return values.detach(), -slope

@@ -48,6 +48,14 @@ def test_curve_of_a_weighted_loss_has_the_chosen_response_in_its_weight_but_no_g
     assert_close(push, torch.exp(MARGIN) / (1 + torch.exp(MARGIN)))
 
 
+def test_curve_of_a_margin_that_the_data_have():
+    """rpo_bwd at a score margin of 2 and β = η = 1: KL(σ(2) ‖ σ(m)), whose slope in m is σ(m) − σ(2), 0 at m = 2."""
+    loss, push = curve("rpo_bwd", beta=1.0)
+    p, q = 1 / (1 + torch.exp(tensor(-2.0, dtype=torch.float64))), 1 / (1 + torch.exp(-MARGIN))
+    assert_close(loss, p * torch.log(p / q) + (1 - p) * torch.log((1 - p) / (1 - q)))
+    assert_close(push, p - q)
+
+
 def test_every_curve_of_the_picture_is_finite():
     margin = torch.linspace(-3.5, 3.5, 281)
     for name, settings in [member for family in pictures.FAMILIES.values() for member in family]:
