@@ -449,17 +449,19 @@ class ResponseLogProbs(nn.Module):
         power   Σ_t log Σ_v π_θ(v)², without gradient
         ref     "logp" under the reference, without gradient; with "head", "ref_head" too
         """
-        hidden, head = self.states(self.model, batch), head_of(self.model)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        each = {"power": torch.empty(len(hidden), dtype=wide, device=hidden.device)} if "power" in also else {}
-        each["logp"] = token_logprobs(hidden, head, batch.targets, self.chunk, each.get("power"))
-        if {"kl", "ref"} & set(also):
+        each = {}
+        if {"kl", "ref"} & set(also):  # before the policy's pass, which keeps activations for backward
             with torch.no_grad():
                 ref_hidden, ref_head = self.states(self.reference, batch), head_of(self.reference)
                 if "ref" in also:
                     each["ref"] = token_logprobs(ref_hidden, ref_head, batch.targets, self.chunk)
+        hidden, head = self.states(self.model, batch), head_of(self.model)
         if "kl" in also:
             each["kl"] = token_kl(hidden, ref_hidden, head, ref_head, self.chunk and max(1, self.chunk // 2))
+        if "power" in also:
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            each["power"] = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        each["logp"] = token_logprobs(hidden, head, batch.targets, self.chunk, each.get("power"))  # last, as it keeps logits
         if "head" in also:
             each |= {HEADS[name]: x * batch.head for name, x in each.items() if name in HEADS}
         zero = each["logp"].new_zeros(batch.responses)

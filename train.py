@@ -611,7 +611,7 @@ def build_policy(s: Settings, objective: Objective, tokenizer, device: torch.dev
     if s.layout == "packed":
         refuse_packed(model)
     if s.compile:
-        refuse_compile(s, device)
+        refuse_compile(s, model, device)
     if s.sync_every:
         say("sync_every: the reference is a second model, whose log-probs are computed at every step and not kept")
     second = objective.needs("kl_w") or s.sync_every
@@ -800,10 +800,13 @@ def refuse_packed(model: torch.nn.Module) -> None:
             raise UserError(f"{type(model).__name__} has {kind} layers, which carry state across tokens; use --layout padded")
 
 
-def refuse_compile(s: Settings, device: torch.device) -> None:
-    """torch.compile takes packs only, and a CPU a C++ compiler, which is tried here on a line of code."""
+def refuse_compile(s: Settings, model: torch.nn.Module, device: torch.device) -> None:
+    """torch.compile takes packs only, of models whose attention can be exchanged, and needs a C++ compiler on a CPU, which is
+    tried here on a line of code."""
     if s.layout != "packed":
         raise UserError(f"compile works on packs; with --layout {s.layout} leave it out")
+    if not model._can_set_attn_implementation():
+        raise UserError(f"compile: {type(model).__name__}'s attention is its own, so nothing would be compiled; leave it out")
     try:
         torch.compile(lambda x: x.exp() + 1)(torch.ones(8, device=device))
     except Exception as error:  # of many kinds, with pages of what the compiler said

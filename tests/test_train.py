@@ -19,7 +19,16 @@ import pytest
 import torch
 import transformers
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 from worlds import world_pairs
 
 import data
@@ -50,6 +59,13 @@ def world(tmp_path_factory) -> Path:
     single = [{"prompt": p.prompt, "completion": p.responses[i % 2], "label": i % 2 == 0} for i, p in enumerate(pairs)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in single))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def unadorned(monkeypatch):
+    """Runs without what takes three of their four seconds: how fast the machine multiplies, and the curves."""
+    monkeypatch.setattr(train, "matmul_rate", lambda *_: 1e9)
+    monkeypatch.setattr(train, "draw_curves", lambda *_: None)
 
 
 @pytest.fixture
@@ -294,7 +310,8 @@ def test_flops_by_hand(world):
 # ---- runs --------------------------------------------------------------------------------------------------------------
 
 
-def test_loss_falls_and_everything_is_recorded(arguments, tmp_path):
+def test_loss_falls_and_everything_is_recorded(arguments, tmp_path, monkeypatch):
+    monkeypatch.undo()  # the rate of products and the curves, too
     summary = train.main(arguments(max_steps=None, epochs=6, lr=3e-3, eval_every=4))
     out = tmp_path / "out"
     lines = steps(out)
@@ -512,9 +529,16 @@ def test_a_compiler_that_does_not_work_is_said_in_a_line(monkeypatch, error, why
         raise error
 
     monkeypatch.setattr(torch, "compile", broken)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=10, hidden_size=8, num_attention_heads=2, num_hidden_layers=1))
     with pytest.raises(UserError) as told:
-        train.refuse_compile(Settings(), torch.device("cpu"))
+        train.refuse_compile(Settings(), model, torch.device("cpu"))
     assert f"({why}); install g++" in str(told.value) and "\n" not in str(told.value)
+
+
+def test_compile_is_refused_where_it_would_compile_nothing():
+    model = FalconForCausalLM(FalconConfig(vocab_size=10, hidden_size=8, num_attention_heads=2, num_hidden_layers=1))
+    with pytest.raises(UserError, match="FalconForCausalLM's attention is its own"):
+        train.refuse_compile(Settings(), model, torch.device("cpu"))
 
 
 def test_judging_the_start_against_itself(default_run, tmp_path):
@@ -547,7 +571,6 @@ def test_speeds_are_those_of_the_steps_alone(arguments, monkeypatch, tmp_path):
     """Evaluations that take a second each are not counted: Σ pairs / Σ seconds of the steps' own lines."""
     evaluate = train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda run: time.sleep(1) or evaluate(run))
-    monkeypatch.setattr(train, "matmul_rate", lambda *_: 1e9)
     summary = train.main(arguments(eval_every=2))
     total = {key: sum(line[key] for line in steps(tmp_path / "out")) for key in ("pairs", "tokens", "flops", "seconds")}
     assert summary["train_seconds"] == pytest.approx(total["seconds"]) and summary["seconds"] > 3 + total["seconds"]

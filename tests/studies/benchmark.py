@@ -2,6 +2,7 @@
 
     python tests/studies/benchmark.py --model MODEL --dataset PAIRS.jsonl --out runs/benchmark.json
     python tests/studies/benchmark.py --model MODEL --dataset PAIRS.jsonl --peer trl      # and trl's trainers on the same pairs
+    python tests/studies/benchmark.py --model MODEL --dataset PAIRS.jsonl --profile       # and where the time of a step goes
     python tests/studies/benchmark.py --growth                                            # how cost grows, on models built here
     python tests/studies/benchmark.py --gpu                                               # what only a GPU can show: see gpu.py
 
@@ -16,8 +17,10 @@ reference's pass are ours) and trl.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -47,6 +50,13 @@ VARIANTS = {  # name → (layout, objective)
 }
 WARM = 2  # steps before the measured ones: --compile makes its graphs in the first, and in the second those for any size
 PEERS = {"trl simpo": "simpo", "trl dpo": "dpo"}
+KINDS = {  # what --profile sorts a step's operators into, by name; the rest is elementwise operators and sums
+    "products": r"aten::(|add|b|badd)mm|mkldnn",
+    "attention": r"scaled_dot_product|flash|efficient_attention",
+    "copies and casts": r"aten::(copy_|cat|fill_)|Memcpy",
+    "compiled": r"Compiled|triton|graph_\d",
+    "update": r"fused_adam|_foreach",
+}
 TEXTBOOK = {"simpo": "padded, full logits", "dpo": "padded, full logits, dpo + reference"}
 
 
@@ -135,15 +145,26 @@ def ours(args) -> dict:
     try:
         for _ in range(WARM):
             train.step(run)
-        tick = synchronized()
-        if run.objective.needs("ref"):
-            train.log_probs(run, measured)  # what the reference costs: a pass that is made once
-        for _ in range(args.steps):
-            train.step(run)
-        seconds = synchronized() - tick
+        with torch.profiler.profile() if args.profile else contextlib.nullcontext() as profiler:
+            tick = synchronized()
+            if run.objective.needs("ref"):
+                train.log_probs(run, measured)  # what the reference costs: a pass that is made once
+            for _ in range(args.steps):
+                train.step(run)
+            seconds = synchronized() - tick
     finally:
         train.accumulate_gradients = original
-    return finish(args, run.policy.model, measured, seconds)
+    shares = {"shares": shares_of(profiler.key_averages())} if args.profile else {}
+    return finish(args, run.policy.model, measured, seconds) | shares
+
+
+def shares_of(operators) -> dict[str, float]:
+    """The share of all operators' own time that each of KINDS takes, and "elsewhere" the rest."""
+    on_gpu, times = torch.cuda.is_available(), dict.fromkeys([*KINDS, "elsewhere"], 0.0)
+    for operator in operators:
+        kind = next((kind for kind, names in KINDS.items() if re.search(names, operator.key)), "elsewhere")
+        times[kind] += operator.self_device_time_total if on_gpu else operator.self_cpu_time_total
+    return {kind: time / sum(times.values()) for kind, time in times.items()}
 
 
 def synchronized() -> float:
@@ -287,6 +308,16 @@ def table(rounds: dict[tuple[str, str], list[dict]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def profile_table(rounds: dict[tuple[str, str], list[dict]]) -> str:
+    """Markdown: where the time of a step goes, the mean of a variant's rounds."""
+    kinds = [*KINDS, "elsewhere"]
+    lines = [["share of a step's time", "dtype", *kinds], ["---"] * (len(kinds) + 2)]
+    for (variant, dtype), own in rounds.items():
+        if "shares" in own[0]:
+            lines.append([variant, dtype, *(format(sum(r["shares"][k] for r in own) / len(own), ".0%") for k in kinds)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def growth(args) -> list[dict]:
     """Cost of the packed tree on built models: response length ×2 and ×4, vocabulary 49k → 256k, pairs per step."""
     base = dict(model=None, dataset=None, steps=2, batch_size=4, prompt_tokens=128, response_tokens=64, vocabulary=49152)
@@ -331,6 +362,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--tokens-per-microbatch", type=int, default=2048)
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="where the time of a step goes; takes some of it itself")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--response-tokens", type=int, default=64)
     parser.add_argument("--hidden", type=int, default=576)
@@ -364,6 +396,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"round {r + 1}: {variant}, {dtype}: {speed:.2f} pairs/s", file=sys.stderr, flush=True)
         write(args, [{"variant": v, "dtype": d, **summary_of(own), "rounds": own} for (v, d), own in rounds.items()])
     print(f"{header(args, result['textbook_flops'] / result['flops'])}\n\n{table(rounds)}")
+    if args.profile:
+        print(profile_table(rounds))
 
 
 def write(args, results: list[dict]) -> None:

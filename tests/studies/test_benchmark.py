@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import benchmark
 import pytest
@@ -11,7 +12,7 @@ import data
 
 BUILT = dict(
     model=None, dataset=None, batch_size=2, steps=1, prompt_tokens=12, response_tokens=4, hidden=64, layers=1, vocabulary=1000,
-    tokens_per_microbatch=2048, max_length=2048, gradient_checkpointing=False,
+    tokens_per_microbatch=2048, max_length=2048, gradient_checkpointing=False, profile=False,
 )  # fmt: skip
 
 
@@ -98,8 +99,23 @@ def test_the_header_says_what_trl_is_on_a_cpu():
 
 
 def test_a_round_in_a_process_of_its_own():
-    result = benchmark.child(argparse.Namespace(**BUILT), "packed tree", "fp32", layers=2)
+    result = benchmark.child(argparse.Namespace(**BUILT), "packed tree", "fp32", layers=2, profile=True)
     assert result["pairs"] == 2 and result["tokens"] == 40
+    shares = result["shares"]
+    assert sum(shares.values()) == pytest.approx(1) and all(shares[kind] > 0 for kind in shares if kind != "compiled")
+
+
+def test_shares_of_a_step_by_hand():
+    spent = {"aten::mm": 50, "aten::addmm": 10, "aten::_scaled_dot_product_flash_attention_for_cpu": 15, "aten::copy_": 5,
+             "aten::mul": 16, "aten::_fused_adamw_": 4}  # fmt: skip
+    operators = [SimpleNamespace(key=key, self_cpu_time_total=t, self_device_time_total=t) for key, t in spent.items()]
+    shares = benchmark.shares_of(operators)
+    assert shares == {
+        "products": 0.6, "attention": 0.15, "copies and casts": 0.05, "compiled": 0.0, "update": 0.04, "elsewhere": 0.16
+    }  # fmt: skip
+    rounds = {("packed tree", "fp32"): [{"shares": shares}, {"shares": shares | {"products": 0.5, "elsewhere": 0.26}}]}
+    last = benchmark.profile_table(rounds).splitlines()[-1]
+    assert last == "| packed tree | fp32 | 55% | 15% | 5% | 0% | 4% | 21% |"
 
 
 def test_too_few_pairs_and_missing_arguments(small, capsys):

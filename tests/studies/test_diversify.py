@@ -149,8 +149,6 @@ def test_a_small_world_and_a_run(tmp_path, monkeypatch):
                 row = {"prompt": p["prompt"]}
                 assert diversify.right(row, p["chosen"]) and not diversify.right(row, p["rejected"]) and not so_far
     assert world["plain/cost"] < world["mcts/cost"]
-    monkeypatch.setattr(train, "matmul_rate", lambda *_: 1.0)
-    monkeypatch.setattr(train, "draw_curves", lambda *_: None)
     made = [diversify.experiment(job | {"set": "mcts, steps", "objective": o, "lr": 1e-3}) for o in ("dpo(beta=0.5)", "no")]
     assert 0 < made[0]["accuracy"] < 1 and "no" in made[1]["error"]
     runs = {(name, o): made[:1] * 2 for name in diversify.SETS for o in diversify.OBJECTIVES}
