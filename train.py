@@ -458,19 +458,24 @@ def _lazily(run: Run, examples: Sequence[Example]) -> Iterator[tuple[list[int], 
 TRAINED = ("logp", "kl", "head")  # sums through which a loss reaches the weights
 
 
+def row_losses(objective: Objective, sums: Sums, seed: list[int]) -> Tensor:
+    """Loss per row (rows,), times its WPO weight where sums.power is there."""
+    loss = objective(sums.by_name(), seed)
+    if sums.power is None:
+        return loss
+    rows = (-1, 1) if objective.unpaired else sums.logp.shape
+    return loss * wpo_weight(*(x.detach().reshape(rows) for x in (sums.logp, sums.power, sums.length)))
+
+
 def coefficients(objective: Objective, sums: Sums, seed: list[int], sft: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss per row (rows,) and the gradient of their sum with respect to every sum of TRAINED, (n, k) each.
 
-    A row's loss has its WPO weight where sums.power is there. sft: weight of the SFT term, which is −logp/length (nats per
-    token) of a chosen or desirable response, 0 of another.
+    sft: weight of the SFT term, which is −logp/length (nats per token) of a chosen or desirable response, 0 of another.
     """
     leaves = {name: getattr(sums, name).detach().requires_grad_() for name in TRAINED if getattr(sums, name) is not None}
     if not len(sums.logp):  # a rank without rows in this microbatch
         return sums.logp.detach().flatten(), {name: x.detach() for name, x in leaves.items()}
-    loss = objective(sums._replace(**leaves).by_name(), seed)
-    if sums.power is not None:
-        rows = (-1, 1) if objective.unpaired else sums.logp.shape
-        loss = loss * wpo_weight(*(x.detach().reshape(rows) for x in (sums.logp, sums.power, sums.length)))
+    loss = row_losses(objective, sums._replace(**leaves), seed)
     if sft:
         term = -(leaves["logp"] / sums.length) * sums.label
         loss = loss + sft * (term.flatten() if objective.unpaired else term.sum(-1))
@@ -961,7 +966,7 @@ def evaluate(run: Run) -> dict[str, float]:
     sums = known._replace(**log_probs(run, held_out, run.also, progress="evaluate"))
     if run.objective.needs("logp_kl"):
         sums = sums._replace(logp_mismatch=log_probs(run, mismatched(held_out))["logp"].flatten())
-    loss = run.objective(sums.by_name(), seed=[run.s.seed])
+    loss = row_losses(run.objective, sums, [run.s.seed])
     drift = ((run.rows.held_out_start - sums.logp) / known.length).mean().item()
     return {f"eval_{k}": v for k, v in {**measures(run.objective, sums, loss), "drift": drift}.items()}
 
