@@ -9,14 +9,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from worlds import world_pairs
 
 import data
-import train
-
-
-@pytest.fixture(autouse=True)
-def unadorned(monkeypatch):
-    """Runs without what takes three of their four seconds: how fast the machine multiplies, and the curves."""
-    monkeypatch.setattr(train, "matmul_rate", lambda *_: 1e9)
-    monkeypatch.setattr(train, "draw_curves", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ def test_every_variant_counts_the_same_work(monkeypatch):
     ]
     assert [r["variant"] for r in results] == list(benchmark.VARIANTS) and {r["pairs"] for r in results} == {2}
     assert {r["tokens"] for r in results} == {2 * (12 + 4 + 4)} and len({r["flops"] for r in results}) == 1
-    assert all(r["seconds"] > 0 and r["rate"] > 0 and r["peak_above_state"] > 0 for r in results)
+    assert all(r["seconds"] > 0 and r["peak_above_state"] > 0 for r in results)
 
 
 def in_this_process(args, variant: str, dtype: str, **more) -> dict:
@@ -100,7 +100,7 @@ def test_the_header_says_what_trl_is_on_a_cpu():
 
 def test_a_round_in_a_process_of_its_own():
     result = benchmark.child(argparse.Namespace(**BUILT), "packed tree", "fp32", layers=2, profile=True)
-    assert result["pairs"] == 2 and result["tokens"] == 40
+    assert result["pairs"] == 2 and result["tokens"] == 40 and result["rate"] > 0
     shares = result["shares"]
     assert sum(shares.values()) == pytest.approx(1) and all(shares[kind] > 0 for kind in shares if kind != "compiled")
 
@@ -108,7 +108,7 @@ def test_a_round_in_a_process_of_its_own():
 def test_shares_of_a_step_by_hand():
     spent = {"aten::mm": 50, "aten::addmm": 10, "aten::_scaled_dot_product_flash_attention_for_cpu": 15, "aten::copy_": 5,
              "aten::mul": 16, "aten::_fused_adamw_": 4}  # fmt: skip
-    operators = [SimpleNamespace(key=key, self_cpu_time_total=t, self_device_time_total=t) for key, t in spent.items()]
+    operators = [SimpleNamespace(key=key, self_cpu_time_total=t) for key, t in spent.items()]
     shares = benchmark.shares_of(operators)
     assert shares == {
         "products": 0.6, "attention": 0.15, "copies and casts": 0.05, "compiled": 0.0, "update": 0.04, "elsewhere": 0.16
@@ -125,6 +125,13 @@ def test_too_few_pairs_and_missing_arguments(small, capsys):
     with pytest.raises(SystemExit) as stop:
         benchmark.main(["--model", folders["model"]])
     assert stop.value.code == 2 and "--model and --dataset are needed" in capsys.readouterr().err
+
+
+def test_a_gpu_has_no_profile_of_the_cpus_time(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["--profile"])
+    assert stop.value.code == 2 and "nothing of a GPU" in capsys.readouterr().err
 
 
 def test_growth_changes_one_thing_at_a_time(tmp_path, monkeypatch, capsys):

@@ -96,13 +96,10 @@ def test_settings_are_those_of_the_trainer_and_four_more(tmp_path):
     assert (s.epochs, s.max_steps, s.sweeps, s.compare, s.seeds) == (3, 6, ["alpha", "gamma"], None, 5)
 
 
-one_of_many = miniature.one_of_many
-
-
 def in_a_small_world() -> None:
     """How a process of run_jobs begins in test_jobs_are_run_once: a start that hardly learns, few prompts."""
     train.SUPERVISED_STEPS, train.PROMPTS, data.HELD_OUT_PROMPTS = 20, 64, 64
-    one_of_many()
+    miniature.one_of_many()  # its own, in a process where nothing is patched
 
 
 def test_jobs_are_run_once(tmp_path, monkeypatch):
