@@ -135,10 +135,10 @@ KEPT = (
 STOPPED = KEPT.replace("--out run", "--out stopped") + " --resume"
 FILE = TRAIN.replace("train.py", "train.py {}").replace("--model model --dataset pairs.jsonl ", "")
 SETTINGS = "model: model\ndataset: pairs.jsonl\n"
-SAMPLE = "data.py sample --model model --prompts prompts.jsonl --out new.jsonl --max-tokens 4 -n 2"
-SCORE = "data.py score --responses sampled.jsonl --out new.jsonl"
-PAIRS = "data.py pairs --scored scored.jsonl --out new.jsonl"
-ANSWERS = "data.py answers --model model --prompts prompts.jsonl --out new.json --max-new-tokens 4"
+SAMPLE = "tests/tools/on_policy.py sample --model model --prompts prompts.jsonl --out new.jsonl --max-tokens 4 -n 2"
+SCORE = "tests/tools/on_policy.py score --responses sampled.jsonl --out new.jsonl"
+PAIRS = "tests/tools/on_policy.py pairs --scored scored.jsonl --out new.jsonl"
+ANSWERS = "tests/tools/answers.py --model model --prompts prompts.jsonl --out new.json --max-new-tokens 4"
 SHOW = "data.py show --model model --dataset"
 STATS = "data.py stats --model model --dataset"
 EXPORT = "distributed.py export stopped/checkpoints/step-000004"
@@ -410,7 +410,7 @@ def commands() -> Iterator[Case]:
     yield Case(name("no command"), "data.py", "command")
     yield Case(name("an unknown command"), "data.py shwo", "shwo")
     yield Case(name("show without model"), "data.py show --dataset pairs.jsonl", "model")
-    yield Case(name("sample of nothing"), "data.py sample", "model|prompts")
+    yield Case(name("sample of nothing"), "tests/tools/on_policy.py sample", "model|prompts")
     for option, value, word in (
         ("temperature", "nan", "temperature"), ("temperature", "inf", "temperature"), ("temperature", "-1", "temperature"),
         ("n", "0", "n,|n "), ("strategy", "mad", "mad"), ("top-p", "nan", "top.p"), ("top-p", "0", "top.p"),

@@ -30,8 +30,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import numpy as np  # noqa: E402
+import on_policy  # noqa: E402
 import torch  # noqa: E402
 from claims import verdict  # noqa: E402
 from miniature import job_key, markdown, mean_and_error, run_jobs  # noqa: E402
@@ -184,7 +186,9 @@ def sample(folder: Path, name: str, seed: int) -> list[dict]:
 
     def drawn(strategy: str, n: int, prompts: Path, **more) -> list[dict]:
         out = folder / f"sampled {prompts.stem} {strategy}.jsonl"
-        data.sample(data.Sampling(str(folder / "model"), str(prompts), str(out), n, strategy, **HOW, seed=seed, **more))
+        on_policy.sample(
+            on_policy.Sampling(str(folder / "model"), str(prompts), str(out), n, strategy, **HOW, seed=seed, **more)
+        )
         return read(out)
 
     if name == "mcts":
@@ -222,10 +226,10 @@ def pairs_of(rows: list[dict], file: Path, steps: bool) -> list[dict]:
         taken, scored = Path(scratch) / "taken.jsonl", Path(scratch) / "scored.jsonl"
         taken.write_text("".join(json.dumps(row) + "\n" for row in rows))
         if steps:
-            data.pairs(data.Pairing(str(taken), str(file), how="step", min_margin=0.5, min_visits=2))
+            on_policy.pairs(on_policy.Pairing(str(taken), str(file), how="step", min_margin=0.5, min_visits=2))
         else:
-            data.score(data.Scoring(str(taken), str(scored), rule=right))
-            data.pairs(data.Pairing(str(scored), str(file), how="correct"))
+            on_policy.score(on_policy.Scoring(str(taken), str(scored), rule=right))
+            on_policy.pairs(on_policy.Pairing(str(scored), str(file), how="correct"))
     return read(file)
 
 
@@ -291,7 +295,9 @@ def accuracy(model: Path, folder: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         for i in range(DRAWS + 1):
             out, how = f"{scratch}/{i}.jsonl", HOW | dict(batch_size=HELD_OUT, temperature=float(i < DRAWS))
-            data.sample(data.Sampling(str(model), str(folder / "held_out.jsonl"), out, 1, **how, seed=i, keep_unfinished=True))
+            on_policy.sample(
+                on_policy.Sampling(str(model), str(folder / "held_out.jsonl"), out, 1, **how, seed=i, keep_unfinished=True)
+            )
             found["accuracy" if i < DRAWS else "greedy"] += [right(r, (r["responses"] or [""])[0]) for r in read(Path(out))]
     return {name: sum(hits) / len(hits) for name, hits in found.items()}
 

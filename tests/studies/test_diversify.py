@@ -4,10 +4,10 @@ import json
 
 import diversify
 import numpy as np
+import on_policy
 import pytest
 from diversify import first_error, problem, problems, values
 
-import data
 import train
 
 
@@ -133,7 +133,7 @@ def test_a_small_world_and_a_run(tmp_path, monkeypatch):
             texts.append(" ; ".join(rest))
         return [tokenizer(text)["input_ids"] for text in texts], [True for _ in texts]
 
-    monkeypatch.setattr(data, "_continued", continued)
+    monkeypatch.setattr(on_policy, "_continued", continued)
     monkeypatch.setattr(diversify, "HELD_OUT", 8)
     job = dict(seed=0, prompts=96, demonstrations=64, steps=1, cache=str(tmp_path))
     world = diversify.build_world(job)
