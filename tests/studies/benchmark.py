@@ -36,10 +36,10 @@ import gpu  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+from will_it_fit import model_flops  # noqa: E402
 
 import data  # noqa: E402
 import train  # noqa: E402
-from will_it_fit import model_flops  # noqa: E402
 
 VARIANTS = {  # name → (layout, objective)
     "padded, full logits": ("full", "simpo"),
