@@ -1,8 +1,7 @@
-"""Ranks, sharding, checkpoints, export and "will it fit?": the only file that knows how many processes there are.
+"""Ranks, sharding, loading, checkpoints and export: the only file that knows how many processes there are.
 
     torchrun --nproc-per-node 8 train.py --recipe gemma-2-9b-it-simpo --save-every 100     # one machine
     python distributed.py export runs/…/checkpoints/step-000400 OUT --dtype bf16           # checkpoint → transformers folder
-    python distributed.py plan --model MODEL --gpus 8 --gpu-memory 80                      # bytes, token budget and hours
 
 Started without torchrun there is one process and no process group; every helper is then the identity or a plain file
 operation, so train.py takes the same path everywhere.
@@ -15,7 +14,6 @@ with a file `complete` that holds the size and checksum of every other file. Onl
 import atexit
 import contextlib
 import functools
-import gc
 import hashlib
 import json
 import os
@@ -26,11 +24,9 @@ import sys
 import threading
 import time
 import warnings
-import weakref
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -41,15 +37,12 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as recompute
 
 import data
 from data import UserError
-from logprobs import Blocks, ResponseLogProbs, chunk_rows, compiled, to_device
+from logprobs import compiled, to_device
 
 alone = False  # while on_main's function runs, in which nothing may wait for another rank
 FILE_LIMIT = 5 * 10**9  # bytes of one file of an exported model
@@ -823,237 +816,12 @@ def model_card(title: str, settings: dict, metrics: dict) -> str:
     return "\n".join([*front, what, "", *table("measured", numbers), *table("setting", settings)])
 
 
-# ---- will it fit? ----------------------------------------------------------------------------------------------------
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors made inside that are alive, now and at most; on fake tensors nothing is really allocated."""
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.known = 0, 0, weakref.WeakSet()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        out = function(*args, **(kwargs or {}))
-        for tensor in (t for t in tree_leaves(out) if isinstance(t, Tensor)):
-            storage = tensor.untyped_storage()
-            if id(storage) not in given and storage not in self.known:  # a view or an in-place result is no new memory
-                self.known.add(storage)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._free, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _free(self, size: int) -> None:
-        self.now -= size
-
-
-def windows_of(config) -> list[int | None]:
-    """The attention window of each layer, None where a layer sees everything."""
-    layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
-    if not getattr(config, "use_sliding_window", True):
-        window = None
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
-    return [window if "sliding" in kind else None for kind in kinds]
-
-
-def seen_keys(first: int, count: int, window: int | None) -> int:
-    """Keys that `count` causal queries at positions first, first + 1, … see in all: Σ min(position + 1, window)."""
-    full = max(0, min(count, window - 1 - first)) if window else count
-    return full * first + full * (full + 1) // 2 + (count - full) * (window or 0)
-
-
-def model_flops(model: nn.Module, examples: Sequence[data.Example]) -> float:
-    """Floating-point operations that one forward and backward over `examples` has to do, each prompt counted once.
-
-    Body: 6 per weight and token. Head: 6·V·D per scored token. Attention: 12·heads·head_dim per layer and (query, key) pair
-    that the mask lets through. What is done twice (checkpointing, the head's second pass, padding) is not counted.
-    """
-    config = model.config.get_text_config()
-    head = model.get_output_embeddings().weight.numel()
-    embeddings = {id(p) for p in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
-    body = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    scored = sum(len(r) for e in examples for r in e.responses)
-    attention = 0
-    for window, layers in Counter(windows_of(config)).items():
-        for e in examples:
-            p = len(e.prompt)
-            keys = seen_keys(0, p, window) + sum(seen_keys(p, len(r), window) for r in e.responses)
-            attention += 12.0 * width * layers * keys
-    return 6.0 * body * sum(map(data.tokens_of, examples)) + 6.0 * head * scored + attention
-
-
-class _FusedKernel(torch.autograd.Function):
-    """The tensors that FlexAttention's kernel makes and keeps, without its work."""
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        out, log_z = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, log_z)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        query, key, value, _, log_z = ctx.saved_tensors
-        torch.empty_like(log_z)  # Σ out · grad of each query
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def _fused_trace(module, query, key, value, attention_mask, **kwargs):
-    return _FusedKernel.apply(query, key, value).transpose(1, 2).contiguous(), None
-
-
-def one_microbatch(
-    config, pairs: int, lengths: tuple, dtype: torch.dtype, checkpointing: bool, reference: bool = False, gpu: bool = True
-) -> dict:
-    """What forward and backward of `pairs` pairs of (prompt, chosen, rejected) tokens take, computed on tensors without memory.
-
-    Args:
-        reference: also the token KL to a second model.
-        gpu: as on one: attention in the fused kernel, its block masks, the head in larger chunks, of which the first pair fills
-            one; each gradient is freed at once. Else as on this CPU, gradients kept.
-    Returns:
-        peak: bytes at most alive besides the weights.
-        flops: those of `model_flops`: nothing that is done twice.
-        parameters, root, block: numbers of all, of those outside the decoder blocks, and of one block.
-    """
-    prompt, *responses = lengths
-    examples = [data.Example([0] * prompt, [[0] * n for n in responses])] * pairs
-    batch, chunk, masks = data.packed_batch(examples), None, 0
-    if gpu:
-        transformers.AttentionInterface.register("fused_trace", _fused_trace)
-        chunk = chunk_rows(config.get_text_config().vocab_size, "cuda")
-        windows = {*windows_of(config.get_text_config()), None}
-        masks = sum(x.nbytes for x in tree_leaves([Blocks.of(batch.tree, window, "cpu") for window in windows]))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
-        frozen = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False) if reference else None
-        policy = ResponseLogProbs(model, frozen, chunk)
-        policy.use_layout("packed")
-        for part in (model, frozen) if gpu else ():
-            if part is not None:
-                part.set_attn_implementation("fused_trace")
-        policy = shard(policy, checkpointing=checkpointing)
-        fake = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in batch._asdict().items() if isinstance(v, Tensor)}
-        missing = max(0, (chunk or 0) - sum(responses))
-        fake |= {k: nn.functional.pad(fake[k], (0, missing)) for k in ("index", "targets", "response", "head")}
-
-        def after(p: nn.Parameter) -> None:
-            p.grad = None if gpu else p.grad
-            gc.collect()  # dispatch modes tie recomputed tensors into cycles, which a run without them does not
-
-        for p in model.parameters():
-            p.register_post_accumulate_grad_hook(after)
-        gc.collect()
-        gc.freeze()  # so that collecting looks at what is new only
-        with LiveBytes() as live:
-            sum(x.sum() for x in policy(batch._replace(**fake), ("kl",) * reference).values()).backward()
-        gc.unfreeze()
-    blocks = decoder_blocks(model)
-    parameters, layered = (sum(p.numel() for p in m.parameters()) for m in (model, nn.ModuleList(blocks)))
-    counts = dict(parameters=parameters, root=parameters - layered, block=layered // max(1, len(blocks)))
-    return dict(peak=live.peak + masks, flops=model_flops(model, examples), **counts)
-
-
-BODY = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)
-SHAPES = {  # published sizes, so that a plan needs no download
-    "gemma-2-9b": ("gemma2", dict(hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16,
-                   num_key_value_heads=8, head_dim=256, vocab_size=256000)),
-    "llama-3-8b": ("llama", BODY | {"vocab_size": 128256}),
-    "mistral-7b": ("mistral", BODY | {"vocab_size": 32000}),
-}  # fmt: skip
-
-
-def config_of(model: str):
-    """The configuration of a name in SHAPES, a config.json, a folder that holds one, or a hub name."""
-    if model in SHAPES:
-        kind, sizes = SHAPES[model]
-        return transformers.AutoConfig.for_model(kind, **sizes)
-    data.reachable(model)
-    try:
-        return transformers.AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{model}: no configuration there ({reason}); known shapes are {', '.join(SHAPES)}") from error
-
-
-@dataclass
-class Plan:
-    """Memory per GPU, token budget and hours, from a configuration alone."""
-
-    recipe: str | None = data.setting(None, "a published run of train.py: its model and batch size, unless given")
-    reference: bool = data.setting(False, "with the sharded second model of token-KL objectives and of sync_every")
-    model: str | None = data.setting(None, f"config.json, folder, hub name, or a shape: {', '.join(SHAPES)}")
-    gpus: int = data.setting(8, "GPUs that the model is cut over")
-    gpu_memory: float = data.setting(80.0, "GB (10⁹ bytes) of one GPU; 8 in 100 are left to the allocator")
-    lengths: list[int] = field(default_factory=lambda: [300, 350, 350], metadata={"help": "tokens of prompt, chosen, rejected"})
-    rows: int = data.setting(60_000, "pairs of one epoch")
-    batch_size: int | None = data.setting(None, "pairs of one optimizer step, all GPUs together (128)")
-    mfu: float = data.setting(0.25, "share of the peak that is reached: an estimate, no GPU was measured")
-    tflops: float = data.setting(989.0, "dense bf16 peak of one GPU; 989 is an H100's or H200's")
-
-
-def plan(p: Plan) -> str:
-    """Memory per GPU, the largest token budget and the time of one epoch, as text."""
-    recipe = data.recipe(p.recipe) if p.recipe else {"batch_size": 128}
-    model = p.model or next((shape for shape in SHAPES if p.recipe and p.recipe.startswith(shape)), None)
-    if model is None:
-        raise UserError("plan needs --model or --recipe")
-    if len(p.lengths) != 3 or min(p.lengths) < 1:
-        raise UserError(f"lengths are {p.lengths}; write those of prompt, chosen and rejected, such as --lengths 300 350 350")
-    for name in ("gpus", "gpu_memory", "rows", "batch_size", "mfu", "tflops"):
-        value = getattr(p, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"{name} is {value}; it must be above 0")
-    p, config, lines = replace(p, batch_size=p.batch_size or recipe["batch_size"]), config_of(model), []
-    for checkpointing in (True, False):
-        one, three = (one_microbatch(config, n, p.lengths, torch.bfloat16, checkpointing, p.reference) for n in (1, 3))
-        lines.append(f"{'with' if checkpointing else 'without'} --gradient-checkpointing, per GPU:")
-        lines += _fit(one, (three["peak"] - one["peak"]) / 2, p)
-    flops = (three["flops"] - one["flops"]) / 2 * p.rows * (4 / 3 if p.reference else 1)  # forward is a third of the whole
-    hours = flops / (p.gpus * p.tflops * 1e12 * p.mfu) / 3600
-    rows = f"{p.rows} pairs of {' + '.join(map(str, p.lengths))} tokens"
-    head = f"{one['parameters'] / 1e9:.2f} B parameters; {rows}; {p.gpus} GPUs of {p.gpu_memory:g} GB"
-    tail = f"one epoch: {flops:.3g} flops (nothing counted twice), {hours:.2f} h, {hours * p.gpus:.1f} GPU-hours at "
-    tail += f"{p.mfu:.0%} of {p.tflops:g} Tflop/s\nBytes are counted on tensors without memory, the share of the peak is an "
-    tail += "estimate; measure both with python tests/studies/benchmark.py --gpu"
-    return "\n".join([head, *lines, tail])
-
-
-def _fit(one: dict, per_pair: float, p: Plan) -> list[str]:
-    """What a GPU holds with one pair in a microbatch, a line each, and how many pairs fit."""
-    size, root, block, several = one["parameters"], one["root"], one["block"], p.gpus > 1
-    cut, gathered = -(-size // p.gpus), 2 * (root + 2 * block) if several else 2 * size
-    parts = {
-        "fp32 weights": 4 * cut, "Adam moments": 8 * cut, "gradients, reduced": 4 * cut,
-        "gathered 16-bit weights (root, two blocks)": gathered,
-        "gathered gradients (root in fp32, one block)": 4 * root + 6 * block if several else 0,
-        "first pair: activations and head chunk": one["peak"],
-    }  # fmt: skip
-    parts |= {"reference, fp32": 4 * cut, "reference, gathered 16-bit weights": gathered} if p.reference else {}
-    parts["sum"] = sum(parts.values())
-    parts["each further pair"] = per_pair
-    lines = [f"  {name:<48}{value / 2**30:9.2f} GiB" for name, value in parts.items()]
-    free = 0.92 * p.gpu_memory * 1e9 - parts["sum"]  # the rest is the allocator's
-    whole_gradients = 4 * size if several else 0
-    pairs_once, pairs = 1 + int(free // per_pair), 1 + int((free - whole_gradients) // per_pair)
-    if pairs_once >= -(-p.batch_size // p.gpus):
-        budget = pairs_once * sum(p.lengths)
-        return [*lines, f"  fits: a step of {p.batch_size} pairs is one microbatch; --tokens-per-microbatch up to {budget}"]
-    if pairs < 1:
-        return [*lines, "  does not fit"]
-    more = f"  fits, with {whole_gradients / 2**30:.2f} GiB more for gradients that stay whole between microbatches:"
-    return [*lines, more, f"  --tokens-per-microbatch up to {pairs * sum(p.lengths)}"]
-
-
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line as a function. What the user can mend ends with a message and exit code 2."""
-    commands = {"export": (Export, export_checkpoint), "plan": (Plan, lambda p: print(plan(p)))}
+    commands = {"export": (Export, export_checkpoint)}
     data.command_line(lambda argv: data.commands(argv, "distributed.py", __doc__, commands), argv, fail)
 
 

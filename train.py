@@ -535,6 +535,8 @@ def next_batch(run: Run) -> tuple[list[Example], Sums]:
 
 def step(run: Run) -> dict:
     """One optimizer step on the next batch of the plan; returns its line of metrics.jsonl, speeds left out."""
+    from tests.tools.will_it_fit import model_flops
+
     s, plan, tick = run.s, run.rows.plan, time.time()
     examples, known = next_batch(run)
     replay, sft = replay_of(run.step, s)
@@ -556,7 +558,7 @@ def step(run: Run) -> dict:
     if s.sync_every and run.step % s.sync_every == 0:
         move_reference(run.policy, s.sync_alpha)
     line = {"step": run.step, **measures(run.objective, sums, loss), "grad_norm": grad_norm, "lr": lr, "pairs": len(loss)}
-    line |= {"tokens": sum(map(data.tokens_of, examples)), "flops": dist.model_flops(run.policy.model, examples)}
+    line |= {"tokens": sum(map(data.tokens_of, examples)), "flops": model_flops(run.policy.model, examples)}
     line |= {"seconds": time.time() - tick, **balance(run, examples)}
     return line | ({"replay": replay + 1} if s.replays > 1 else {}) | ({"sft_weight": sft} if sft else {})
 

@@ -5,7 +5,6 @@ own `from_pretrained`. Ranks are forked processes that talk over gloo on this ma
 own behaviour matters.
 """
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -13,12 +12,10 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from forked import allocated, port, ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
 from worlds import world_pairs
@@ -37,56 +35,6 @@ from logprobs import ResponseLogProbs, completions
 
 ROOT = Path(__file__).parent.parent
 ALL = ("simpo", "dpo", "alpha_dpo(beta=2.5, gamma=0.375, alpha=0.125)", "tdpo2")  # β multiplies rounding: 2.5, not 10
-
-
-def port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
-def _child(number: int, count: int, at: int, queue, function, args) -> None:
-    torch.set_num_threads(1)
-    if count:
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        os.environ.update(zip(names, map(str, (number, number, count, "localhost", at))))
-        dist.setup("cpu")
-    try:
-        queue.put((number, function(*args), None))
-    except BaseException:
-        queue.put((number, None, traceback.format_exc()))
-        os._exit(1)
-    if count:
-        torch.distributed.barrier()
-    os._exit(0)
-
-
-def ranks(count: int, function, *args) -> list:
-    """function(*args) on `count` forked ranks, or in one process without a process group for 0; results in order of ranks."""
-    context = multiprocessing.get_context("fork")
-    queue, at = context.SimpleQueue(), port()
-    children = [context.Process(target=_child, args=(i, count, at, queue, function, args)) for i in range(max(1, count))]
-    for child in children:
-        child.start()
-    results = []
-    while len(results) < len(children):
-        assert queue._reader.poll(90), "no answer from a rank for 90 s"
-        results.append(queue.get())
-        assert results[-1][2] is None, results[-1][2]
-    for child in children:
-        child.join(20)
-        child.kill()
-    return [result for _, result, _ in sorted(results, key=lambda r: r[0])]
-
-
-@contextlib.contextmanager
-def allocated():
-    """A list that holds, after the block, the bytes that torch's CPU allocator had given out at most inside it."""
-    most = []
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
-        yield most
-    changes = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    most.append(int(np.cumsum([e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())]).max()))
 
 
 CONFIGS = {
@@ -246,14 +194,6 @@ def test_recipes_are_within_the_plan(monkeypatch):
         for method in methods:
             recipe = data.recipe(f"{start}-{method}")
             assert recipe["gradient_checkpointing"] and recipe["tokens_per_microbatch"] >= 2 * recipe["batch_size"] * 1000 / 8
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", dist.SHAPES)
-def test_recipes_fit_by_the_plan(capsys, shape):
-    dist.main(["plan", "--model", shape])
-    with_checkpointing = capsys.readouterr().out.partition("without")[0]
-    assert int(with_checkpointing.rpartition("up to ")[2]) >= data.recipe("gemma-2-9b-it-simpo")["tokens_per_microbatch"]
 
 
 def test_torchrun_gives_each_rank_its_own_gpu(monkeypatch):
@@ -615,17 +555,6 @@ def test_an_export_that_fails_leaves_nothing_behind_and_deletes_nothing(world, t
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b.part", "o"] and (tmp_path / "b.part/mine.txt").exists()
 
 
-@pytest.mark.parametrize("name, value", [
-    ("gpus", 0), ("gpus", -1), ("gpu_memory", "nan"), ("gpu_memory", -1), ("rows", 0), ("batch_size", 0), ("mfu", 0),
-    ("mfu", "nan"), ("tflops", "inf"), ("lengths", 0),
-])  # fmt: skip
-def test_plans_that_cannot_be_meant(capsys, name, value):
-    with pytest.raises(SystemExit) as stop:
-        dist.main(["plan", "--model", "mistral-7b", f"--{name}", *(str(value),) * (3 if name == "lengths" else 1)])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith((f"error: {name} ", f"error: argument --{name}: {value} is not finite"))
-
-
 # ---- signals and accidents, with torchrun ----------------------------------------------------------------------------
 
 
@@ -767,59 +696,17 @@ def test_kill_inside_a_save(world, uninterrupted, tmp_path, count):
         assert same(ranks(0, trained, s)[0], uninterrupted["packed", 0]), f"killed at event {event} of {events}"
 
 
-# ---- will it fit? ----------------------------------------------------------------------------------------------------
-
-
-def peak_of_two_steps(config, pairs: int, checkpointing: bool, reference: bool) -> int:
-    """Bytes that torch's CPU allocator had given out at most while two real optimizer steps ran."""
-    with allocated() as most:
-        model = AutoModelForCausalLM.from_config(config)
-        frozen = AutoModelForCausalLM.from_config(config).requires_grad_(False) if reference else None
-        policy = dist.shard(ResponseLogProbs(model, frozen), checkpointing=checkpointing)
-        policy.use_layout("packed")
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        batch = data.packed_batch([data.Example([1] * 200, [[2] * 150, [3] * 150])] * pairs)
-        for _ in range(2):
-            sum(x.sum() for x in policy(batch, ("kl",) * reference).values()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    return most[0]
-
-
-@pytest.mark.parametrize("family, pairs, checkpointing, reference", [
-    ("llama", 1, False, False), ("llama", 3, True, False), ("gemma", 1, False, False), ("llama", 1, False, True),
+@pytest.mark.parametrize("arguments, said", [
+    (["export", "CHECKPOINT", "OUT", "--dtype", "fp8"], "dtype is 'fp8'; accepted are fp32, bf16"),
+    (["pack"], "pack is no command; there are export"),
 ])  # fmt: skip
-def test_plan_against_measured_memory(family, pairs, checkpointing, reference):
-    """Weights, moments and the plan's microbatch, gradients included, within 2 % of what the allocator counts in a real run.
-
-    What the kernel counts as resident is no measure here: it takes pages away from a process when others want them.
-    """
-    sizes = dict(hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_key_value_heads=4, vocab_size=8000)
-    config = LlamaConfig(num_hidden_layers=6, **sizes)
-    if family == "gemma":
-        config = Gemma2Config(num_hidden_layers=4, head_dim=64, **sizes)
-    counted = dist.one_microbatch(config, pairs, (200, 150, 150), torch.float32, checkpointing, reference, gpu=False)
-    planned = (16 if reference else 12) * counted["parameters"] + counted["peak"]
-    assert planned == pytest.approx(ranks(0, peak_of_two_steps, config, pairs, checkpointing, reference)[0], rel=0.02)
+def test_commands_that_cannot_be_meant(capsys, arguments, said):
+    with pytest.raises(SystemExit, match="2"):
+        dist.main(arguments)
+    assert said in capsys.readouterr().err
 
 
-def test_plan_of_a_recipe(monkeypatch, capsys):
-    """A recipe names model and batch size; a reference adds 4 bytes per parameter and GPU share, and its gathered layers."""
-    small = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=1000)
-    monkeypatch.setitem(dist.SHAPES, "gemma-2-9b", ("llama", small))
-    dist.main(["plan", "--recipe", "gemma-2-9b-it-simpo", "--lengths", "8", "8", "8", "--reference"])
-    said = capsys.readouterr().out
-    assert "8 GPUs of 80 GB" in said and "a step of 128 pairs" in said and said.count("reference, fp32") == 2
-    for arguments, message in (
-        (["plan"], "plan needs --model or --recipe"),
-        (["plan", "--recipe", "x"], "unknown recipe 'x'"),
-        (["plan", "--model", "gemma-2-9b", "--lengths", "8", "8"], "lengths are [8, 8]"),
-        (["export", "CHECKPOINT", "OUT", "--dtype", "fp8"], "dtype is 'fp8'; accepted are fp32, bf16"),
-        (["pack"], "pack is no command; there are export, plan"),
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            dist.main(arguments)
-        assert message in capsys.readouterr().err
+def test_help_names_the_command(capsys):
     with pytest.raises(SystemExit, match="0"):
         dist.main(["--help"])
     assert "distributed.py export" in capsys.readouterr().out

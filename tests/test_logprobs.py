@@ -11,6 +11,7 @@ import tracemalloc
 import pytest
 import torch
 import torch.nn.attention.flex_attention as flex
+import will_it_fit
 from test_distributed import ranks
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
@@ -349,7 +350,7 @@ def test_blocks_of_a_long_pack_are_small(window):
     """16,000 tokens: 6 MB while they are made and half a MB to keep, where (T, T) cells alone are 256 MB."""
     tree = [(300, [350, 350])] * 16
     tracemalloc.start()
-    with dist.LiveBytes() as live:
+    with will_it_fit.LiveBytes() as live:
         blocks = Blocks.of(tree, window, "cpu")
     host = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -594,8 +595,8 @@ def test_a_plan_counts_one_full_chunk_of_a_gpu(monkeypatch):
     """The first pair pays for a whole chunk of logits, fp32 at least; after it every further pair costs the same."""
     config, peaks = LlamaConfig(**{**SIZE, "vocab_size": 8000}), {}
     for rows in (256, 512):
-        monkeypatch.setattr(dist, "chunk_rows", lambda vocabulary, device, rows=rows: rows)
-        peaks[rows] = [dist.one_microbatch(config, n, (20, 9, 9), torch.bfloat16, True)["peak"] for n in (1, 2, 3)]
+        monkeypatch.setattr(will_it_fit, "chunk_rows", lambda vocabulary, device, rows=rows: rows)
+        peaks[rows] = [will_it_fit.one_microbatch(config, n, (20, 9, 9), torch.bfloat16, True)["peak"] for n in (1, 2, 3)]
     for one, two, three in peaks.values():
         assert abs(three - two - (two - one)) < 2**13 and two - one < 4 * 18 * 8000  # block masks differ by some KB
     assert peaks[512][0] - peaks[256][0] >= 4 * 256 * 8000
@@ -606,7 +607,8 @@ def test_a_plan_counts_no_scores_of_a_gpu():
     and a window too. On a CPU the soft-cap's scores are written out."""
     sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     config = Gemma2Config(**sizes, head_dim=16, vocab_size=128, sliding_window=64)
-    peaks = {gpu: [dist.one_microbatch(config, 1, (n, n, n), torch.bfloat16, False, gpu=gpu)["peak"] for n in (512, 2048)]
+    peaks = {gpu: [will_it_fit.one_microbatch(config, 1, (n, n, n), torch.bfloat16, False, gpu=gpu)["peak"]
+                   for n in (512, 2048)]
              for gpu in (True, False)}  # fmt: skip
     assert peaks[True][1] < 4.2 * peaks[True][0] and peaks[False][1] > 8 * peaks[False][0]
 

@@ -291,19 +291,6 @@ def test_measures_by_hand():
     assert means["reward_margin"] == pytest.approx(1.0) and means["reward_accuracy"] == 1.0
 
 
-def test_flops_by_hand(world):
-    s = Settings(model=str(world / "model"), dataset="x")
-    model = train.load_model(s)
-    # body: per layer q 32·32, k and v 32·16, o 32·32, three MLP matrices 32·64, two norms; and the last norm
-    body = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
-    vocabulary = model.config.vocab_size
-    # prompt of 3: 1+2+3 keys; responses of 2 and 1: 4+5 and 4; 4 heads of 8
-    expected = 6 * body * 6 + 6 * vocabulary * 32 * 3 + 12 * 32 * 2 * (6 + 9 + 4)
-    assert dist.model_flops(model, [data.Example([1] * 3, [[1] * 2, [1]])]) == expected
-    # window of 4: positions 3 and 4 see 4 and 4 keys, of 10 queries 1+2+3+4 and then 4 each
-    assert dist.seen_keys(3, 2, 4) == 8 and dist.seen_keys(0, 10, 4) == 10 + 6 * 4 and dist.seen_keys(0, 10, None) == 55
-
-
 # ---- runs --------------------------------------------------------------------------------------------------------------
 
 

@@ -142,7 +142,7 @@ ANSWERS = "tests/tools/answers.py --model model --prompts prompts.jsonl --out ne
 SHOW = "data.py show --model model --dataset"
 STATS = "data.py stats --model model --dataset"
 EXPORT = "distributed.py export stopped/checkpoints/step-000004"
-PLAN = "distributed.py plan --gpus 1 --lengths 8 8 8 --model model"
+PLAN = "tests/tools/will_it_fit.py --gpus 1 --lengths 8 8 8 --model model"
 LONG = "9" * 400
 OPTIONS = "--max-steps 1 --lr 1e-3 --eval-size 8 --batch-size 8 --samples 1 --sample-tokens 4 --cache cache --dtype fp32"
 
@@ -484,12 +484,11 @@ def plans_and_exports() -> Iterator[Case]:
     yield Case(name("export into /proc"), f"{EXPORT} /proc/new", "/proc/new")
     yield Case(name("export, a foreign OUT.part"), f"{EXPORT} new", "", write("new.part/mine.txt", "mine"), (0, 2))
     yield Case(name("export in int4"), f"{EXPORT} new --dtype int4", "int4")
-    yield Case(name("plan of nothing"), "distributed.py plan", "model")
+    yield Case("will_it_fit.py: nothing", "tests/tools/will_it_fit.py", "model")
     for option, value in (("gpus", "0"), ("gpus", "-1"), ("gpu-memory", "nan"), ("gpu-memory", "-1"), ("lengths", "1 2"),
-                          ("lengths", "0 8 8"), ("lengths", "-8 8 8"), ("model", "nonsense"), ("recipe", "nonsense"),
-                          ("rows", "-1"),
+                          ("lengths", "0 8 8"), ("lengths", "-8 8 8"), ("model", "nonsense"), ("rows", "-1"),
                           ("batch-size", "-1"), ("mfu", "0"), ("mfu", "nan"), ("tflops", "0")):  # fmt: skip
-        yield Case(name(f"plan --{option} {value}"), f"{PLAN} --{option} {value}", f"{option.replace('-', '.')}|nonsense")
+        yield Case(f"will_it_fit.py --{option} {value}", f"{PLAN} --{option} {value}", f"{option.replace('-', '.')}|nonsense")
 
 
 def outputs() -> Iterator[Case]:

@@ -30,11 +30,13 @@ from pathlib import Path
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py does
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import gpu  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+from will_it_fit import model_flops  # noqa: E402
 
 import data  # noqa: E402
 import train  # noqa: E402
@@ -179,14 +181,14 @@ def textbook_flops(model, examples: list, batch_size: int) -> float:
     for i in range(0, len(examples), batch_size):
         lengths = [len(e.prompt) + len(r) for e in examples[i : i + batch_size] for r in e.responses]
         rows += [data.Example([0], [[0] * (max(lengths) - 1)])] * len(lengths)
-    return train.dist.model_flops(model, rows)
+    return model_flops(model, rows)
 
 
 def finish(args, model, examples: list, seconds: float) -> dict:
     peak, dtype = peak_bytes(), torch.bfloat16 if args.dtype == "bf16" else torch.float32
     return {
         "variant": args.variant, "dtype": args.dtype, "pairs": len(examples), "seconds": seconds,
-        "tokens": sum(map(data.tokens_of, examples)), "flops": train.dist.model_flops(model, examples),
+        "tokens": sum(map(data.tokens_of, examples)), "flops": model_flops(model, examples),
         "textbook_flops": textbook_flops(model, examples, args.batch_size),
         "rate": train.matmul_rate(model, dtype), "peak_above_state": peak - 16 * sum(p.numel() for p in model.parameters()),
     }  # fmt: skip

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+import will_it_fit
 
 import data
 import distributed as dist
@@ -36,8 +37,8 @@ LLAMA_1B = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, 
                 head_dim=64, vocab_size=128256, tie_word_embeddings=True)  # fmt: skip
 SIZES = {  # what is built → (kind, sizes)
     "1B Llama": ("llama", LLAMA_1B),
-    "8B Llama, 8 of 32 layers": ("llama", dist.SHAPES["llama-3-8b"][1] | {"num_hidden_layers": 8}),
-    "9B Gemma-2, 8 of 42 layers": ("gemma2", dist.SHAPES["gemma-2-9b"][1] | {"num_hidden_layers": 8}),
+    "8B Llama, 8 of 32 layers": ("llama", will_it_fit.SHAPES["llama-3-8b"][1] | {"num_hidden_layers": 8}),
+    "9B Gemma-2, 8 of 42 layers": ("gemma2", will_it_fit.SHAPES["gemma-2-9b"][1] | {"num_hidden_layers": 8}),
 }
 TINY = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
@@ -92,7 +93,7 @@ def step(name: str, tokens: int, checkpointing: bool, compiling: bool, steps: in
     seconds, peak = wait() - tick, train.peak_memory(run.device)
     rate = train.matmul_rate(run.policy.model, torch.bfloat16 if ON_GPU else torch.float32)
     config, size = run.policy.model.config, sum(p.numel() for p in run.policy.model.parameters())
-    traced = dist.one_microbatch(config, len(run.rows.train), LENGTHS, torch.bfloat16, checkpointing)
+    traced = will_it_fit.one_microbatch(config, len(run.rows.train), LENGTHS, torch.bfloat16, checkpointing)
     flops, done = sum(line["flops"] for line in lines), sum(line["tokens"] for line in lines)
     return {
         "model": name, "tokens": lines[0]["tokens"], "checkpointing": checkpointing, "compiled": compiling,
