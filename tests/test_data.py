@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
+import toy
 from pyarrow import parquet
 from templates import FAMILIES, byte_level, family, metaspace
 from tokenizers import Tokenizer, models, normalizers
@@ -1426,9 +1427,9 @@ def lines_of(path):
 
 @pytest.fixture(scope="module")
 def world_model(tmp_path_factory):
-    """A folder with an untrained model of the embedded world, which ends a response about once in 70 tokens."""
+    """A folder with an untrained model of the toy task's words, which ends a response about once in 70 tokens."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = data.world_tokenizer()
+    tokenizer = toy.word_tokenizer()
     torch.manual_seed(0)
     small = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     LlamaForCausalLM(LlamaConfig(**small, eos_token_id=3, pad_token_id=3, bos_token_id=None)).save_pretrained(folder)
@@ -1739,7 +1740,7 @@ def test_score_by_a_rule_and_by_a_model(sampled, world_model, tmp_path):
     rows = lines_of(by_rule)
     assert [row["scores"] for row in rows] == [[len(x.split()) for x in row["responses"]] for row in lines_of(out)]
     data.score(Scoring(out, by_model, reward_model=f"{world_model}/judge"))
-    judge, tokenizer = LlamaForSequenceClassification.from_pretrained(f"{world_model}/judge"), data.world_tokenizer()
+    judge, tokenizer = LlamaForSequenceClassification.from_pretrained(f"{world_model}/judge"), toy.word_tokenizer()
     for row in lines_of(by_model):  # the rendering by hand
         for text, value in zip(row["responses"], row["scores"]):
             ids = tokenizer(f"<user> {row['prompt'][0]['content']} <assistant> {text} <end>", return_tensors="pt")["input_ids"]
@@ -1873,7 +1874,7 @@ def test_models_without_finite_weights_are_named(world_model, tmp_path):
     model = LlamaForCausalLM.from_pretrained(world_model)
     model.lm_head.weight.data.fill_(math.nan)
     model.save_pretrained(tmp_path / "m")
-    data.world_tokenizer().save_pretrained(tmp_path / "m")
+    toy.word_tokenizer().save_pretrained(tmp_path / "m")
     source = write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
     with pytest.raises(UserError, match="its probabilities are not finite numbers"):
         data.sample(Sampling(str(tmp_path / "m"), source, str(tmp_path / "out")))
@@ -1897,7 +1898,7 @@ def test_padding_of_a_reward_model_without_a_padding_token(world_model, tmp_path
     judge = LlamaForSequenceClassification.from_pretrained(f"{world_model}/judge")
     judge.config.pad_token_id = None
     judge.save_pretrained(tmp_path / "judge")
-    data.world_tokenizer().save_pretrained(tmp_path / "judge")
+    toy.word_tokenizer().save_pretrained(tmp_path / "judge")
     source = write(
         tmp_path, "s.jsonl", [{"prompt": "name two fruits", "responses": ["fig", "fig , plum and pear", "fig , plum"]}]
     )
@@ -2069,7 +2070,7 @@ QUESTIONS += QUESTIONS[:1]  # six different prompts of the world, and the first 
 def speaker(tmp_path_factory) -> Path:
     """A model with weights so large that its greedy answers differ from prompt to prompt, and that ends some of them."""
     folder = tmp_path_factory.mktemp("speaker") / "run-7" / "model"
-    tokenizer = data.world_tokenizer()
+    tokenizer = toy.word_tokenizer()
     small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, tie_word_embeddings=True)
     config = LlamaConfig(vocab_size=len(tokenizer), **small, eos_token_id=3, pad_token_id=3, bos_token_id=None)
     torch.manual_seed(3)
@@ -2207,7 +2208,7 @@ def test_answers_help(capsys):
 
 
 def test_show_by_hand():
-    tokenizer = data.world_tokenizer()
+    tokenizer = toy.word_tokenizer()
     ids = {w: tokenizer.convert_tokens_to_ids(w) for w in ("<user>", "cat", "pig", "<end>")}
     assert ids["<user>"] == 1 and ids["<end>"] == 3
     pair = Example([1], [[ids["cat"], 3], [ids["pig"], 3]], where="f row 1")

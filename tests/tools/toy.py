@@ -1,8 +1,8 @@
 """The toy task: a language so small that the true quality of an answer is known, for the papers' experiment in a minute.
 
-    python tests/tools/toy.py build --length-bias 0.03 --out runs/biased      # another task: model, pairs, held-out prompts, settings
-    python train.py runs/biased/simpo.yaml --out runs/biased/run              # (tests/toy is built with the defaults)
-    python tests/tools/toy.py judge runs/biased/run/model --toy runs/biased   # what a trained model's answers became
+    python tests/tools/toy.py build --length-bias 0.03 --out runs/biased       # a task like tests/toy
+    python train.py runs/biased/simpo.yaml --out runs/biased/run
+    python tests/tools/toy.py judge runs/biased/run/model --toy runs/biased    # what a trained model's answers became
 
 Prompts ask for things ("name two metals and four tools"). A small Llama learns to answer from a careless person's
 demonstrations: it is the initial model. It answers each training prompt five times, an annotator scores the answers with a
@@ -106,7 +106,8 @@ class Demonstrator(NamedTuple):
     stock: float = 0.0  # that an answer opens with STOCK in place of idle words
 
 
-WORLDS = {  # who taught the initial model. In "stock" the likely answer is a careless one: average log-prob ranks most pairs wrong
+# Who taught the initial model. In "stock" the careless answer is the likely one: average log-prob ranks most pairs wrong.
+WORLDS = {
     "plain": Demonstrator(),
     "stock": Demonstrator(wrong=0.02, repeated=0.35, confused=0.4, stock=0.5),
 }
@@ -201,7 +202,7 @@ lr: 2e-4
 
 @dataclass
 class Building:
-    """Make a toy task: a folder with model/, pairs.jsonl, prompts.jsonl (held out) and simpo.yaml. Half a minute on two cores."""
+    """Make a toy task: a folder with model/, pairs.jsonl, prompts.jsonl (held out) and simpo.yaml, in half a minute."""
 
     out: str = setting(MISSING, "a new or empty folder")
     seed: int = setting(0, "for everything random")
@@ -214,7 +215,7 @@ def check(noise: float, length_bias: float, world: str) -> None:
     """UserError for what no task can be built with."""
     data.refuse_unless_known("world", world, WORLDS)
     if noise < 0:
-        raise UserError(f"annotator_noise is {noise}; it must not be negative")
+        raise UserError(f"the annotator's noise is {noise}; it must not be negative")
 
 
 def build(b: Building) -> Path:
@@ -380,7 +381,7 @@ def print_judgement(j: Judging) -> dict[str, list[float]]:
     print(f"answers to {len(prompts)} held-out prompts (temperature 1), before → after:")
     for name, (title, digits) in MEASURES.items():
         was, now = measures[name]
-        print(f"  {title:<35}{was:.{digits}f} → {now:.{digits}f}")
+        print(f"  {title:<36}{was:.{digits}f} → {now:.{digits}f}")
     for prompt, was, now in list(zip(prompts, old, new))[:3]:
         print(f"  prompt  {prompt!r}\n  before  {was!r}\n  after   {now!r}")
     return measures
