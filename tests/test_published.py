@@ -9,7 +9,7 @@ import train
 
 FOLDER = Path(__file__).parent / "published"
 
-# Published settings: initial model → model, data, (prompt, total) lengths, {method: (objective, lr)}. γ and α in the papers' units.
+# Initial model → model, data, (prompt, total) lengths, {method: (objective, lr)}. γ and α in the papers' units.
 ULTRA = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"
 MISTRAL, LLAMA = "mistralai/Mistral-7B-Instruct-v0.2", "meta-llama/Meta-Llama-3-8B-Instruct"
 PUBLISHED = {
@@ -37,7 +37,7 @@ RUNS = [(start, method) for start, (*_, methods) in PUBLISHED.items() for method
 @pytest.mark.parametrize("start, method", RUNS)
 def test_a_file_says_what_is_published(start, method):
     """Nothing else differs from the defaults but what makes it fit: activations are recomputed, and the tokens of a microbatch
-    are those of a step of 8 GPUs at 1,000 tokens a pair, with room to spare: one microbatch, so that no whole gradients wait."""
+    are those of a step of 8 GPUs at 1,000 tokens a pair, with room to spare: one microbatch, so no whole gradients wait."""
     model, dataset, (prompt, total), methods = PUBLISHED[start]
     objective, lr = methods[method]
     s = train.parse_settings([str(FOLDER / f"{start}-{method}.yaml")])

@@ -283,5 +283,5 @@ def test_taking_a_latent_off_a_layer(small):
         hook = model.model.layers[1].register_forward_pre_hook(lambda module, given, other=other: (other, *given[1:]))
         logits = model(torch.tensor([ids[:5]])).logits[0, -1]
         hook.remove()
-        idle = logits.softmax(-1)[tokenizer.convert_tokens_to_ids(list(data.IDLE))].sum().item()
+        idle = logits.softmax(-1)[tokenizer.convert_tokens_to_ids(list(toy.IDLE))].sum().item()
         assert found[side][1] == pytest.approx(idle, rel=1e-5) and found[side][1] != pytest.approx(found[side][0], rel=1e-4)

@@ -19,7 +19,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -230,12 +230,16 @@ def build(b: Building) -> Path:
         make_initial_model(out, b.seed, b.world)
         sample_responses(out / "model", sampled, b.seed)
         make_pairs(sampled, out / "pairs.jsonl", Annotator(b.noise, b.length_bias, b.seed))
-    changed = {"seed": b.seed, "noise": b.noise, "length-bias": b.length_bias, "world": b.world}
-    defaults = {"seed": 0, "noise": 0.1, "length-bias": 0.0, "world": "plain"}
-    options = "".join(f" --{name} {value}" for name, value in changed.items() if value != defaults[name])
-    (out / "simpo.yaml").write_text(SETTINGS.format(options=options))
+    write_settings(out / "simpo.yaml", b)
     train.say(f"the toy task is in {out}; python train.py {out}/simpo.yaml")
     return out
+
+
+def write_settings(file: Path, b: Building) -> None:
+    """The settings of a run on the task, under a line that says how the task was made."""
+    changed = [f for f in fields(b) if f.name != "out" and getattr(b, f.name) != f.default]
+    options = "".join(f" --{f.name.replace('_', '-')} {getattr(b, f.name)}" for f in changed)
+    file.write_text(SETTINGS.format(options=options))
 
 
 def make_initial_model(folder: Path, seed: int, world: str) -> None:
@@ -329,6 +333,7 @@ def cached(
                 for name in ("prompts.jsonl", "answers.jsonl"):
                     shutil.copy(shared / name, part / name)
                 make_pairs(shared / "sampled.jsonl", part / "pairs.jsonl", Annotator(noise, length_bias, seed))
+                write_settings(part / "simpo.yaml", Building("", seed, noise, length_bias, world))
     return folder
 
 
