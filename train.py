@@ -1,11 +1,13 @@
 """Train a language model on preferences.
 
-    python train.py                                                        # the embedded world: no download, no GPU
+    python train.py                                                        # the same as: python train.py tests/toy/simpo.yaml
     python train.py --model MODEL --dataset PAIRS.jsonl --objective "simpo(beta=2.5, gamma=0.5)" --lr 1e-6
     python train.py settings.yaml --lr 5e-7                                # a file of settings; the command line wins
 
+In a file of settings, a model or dataset that begins with "./" lies beside that file; other paths begin where you are.
+
 Reads top to bottom: settings → objective → one step → prepare → the loop → finish. `train()` is the whole run; what stands
-after it are the parts it calls by name: model and rows, evaluation, the journal, accounting, the embedded world. Rows are
+after it are the parts it calls by name: model and rows, evaluation, the journal, accounting. Rows are
 preference pairs, or single completions for unpaired objectives. All losses are means over the rows of the whole optimizer
 batch, so the gradient of a step does not depend on how the batch is cut into microbatches.
 
@@ -35,7 +37,6 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
@@ -50,15 +51,15 @@ from losses import OBJECTIVES, wpo_weight
 
 @dataclass
 class Settings(data.Reading):
-    model: str = setting("tiny", 'folder or hub name of a causal language model; "tiny" builds one for the embedded world')
-    dataset: str = setting("tiny", "file, folder or hub name of preferences, with an optional slice: pairs.jsonl[:1000]")
+    model: str | None = setting(None, "folder or hub name of a causal language model")
+    dataset: str | None = setting(None, "file, folder or hub name of preferences, with an optional slice: pairs.jsonl[:1000]")
     eval_dataset: str | None = setting(None, "held-out preferences; without it, eval_size rows are taken out of dataset")
     eval_size: int = setting(200, "rows held out of dataset for evaluation (0: none)")
     objective: str = setting("simpo(beta=2.0, gamma=1.0)", "a call of a function of losses.py, or a weighted sum of such calls")
     out: str | None = setting(None, "output folder; without it, a fresh one under runs/")
     overwrite: bool = setting(False, "delete what is in out")
     resume: bool = setting(False, "continue the run in out from its newest complete checkpoint")
-    lr: float | None = setting(None, "peak learning rate; without it 1e-6, or 2e-4 for the embedded world")
+    lr: float = setting(1e-6, "peak learning rate")
     batch_size: int = setting(32, "rows of one optimizer step (pairs, or completions when unpaired), all ranks together")
     tokens_per_microbatch: int = setting(2048, "token budget of one forward and backward pass")
     layout: str = setting("packed", "packed (the prompt computed once, no padding) or padded (the textbook batch)")
@@ -86,30 +87,31 @@ class Settings(data.Reading):
     compile: bool = setting(False, "torch.compile the decoder's blocks (packed layout; on CPUs with a C++ compiler)")
     log_to: str | None = setting(None, "also send the metrics to tensorboard or wandb, if installed")
     device: str = setting("auto", "cpu, cuda, or auto")
-    recipe: str | None = setting(None, "a published run, such as gemma-2-9b-it-simpo: model, data, objective, lr, lengths")
-    annotator_noise: float = setting(0.1, "embedded world: error (standard deviation) of the annotator about a quality")
-    length_bias: float = setting(0.0, "embedded world: what the annotator adds to a response's quality per word")
-    world: str = setting("plain", f"embedded world: who taught the start, {' or '.join(data.WORLDS)} (likely answers are bad)")
     mesh: str | None = setting(None, "under torchrun: copies x parts, such as 2x4; without it one copy cut over all ranks")
     trust_remote_code: bool = setting(False, "allow a model folder to bring Python code that is then run")
     GROUPS = {  # of --help
-        "model and data": "model dataset eval_dataset eval_size recipe trust_remote_code",
+        "model and data": "model dataset eval_dataset eval_size trust_remote_code",
         "objective": "objective wpo sync_every sync_alpha replays reset_alpha reset_modules sft_weight",
         "schedule": "lr batch_size epochs max_steps warmup_ratio weight_decay max_grad_norm",
         "memory and speed": "tokens_per_microbatch layout dtype gradient_checkpointing compile device mesh",
         "output": "out overwrite resume eval_every samples sample_tokens save_every keep export_dtype cache log_to",
-        "embedded world": "annotator_noise length_bias world",
     }
 
 
+DEFAULT = Path(__file__).parent / "tests/toy/simpo.yaml"  # settings of a run that names neither model nor dataset
+
+
 def parse_settings(argv: list[str], kind: type[Settings] = Settings, prog: str = "train.py", text: str = __doc__) -> Settings:
-    """A recipe, over it a YAML/JSON file (first argument), over both the command line: all as options, the last one wins."""
+    """A YAML/JSON file (first argument) and over it the command line: all as options, the last one wins.
+
+    Without a file, a model and a dataset, the file is DEFAULT.
+    """
     file = Path(argv[0]) if argv and argv[0].endswith((".yaml", ".yml", ".json")) else None
     if file is not None:
         argv = [*_options_of(file, kind), *argv[1:]]
-    name = data.parse(kind, argv, prog, text).recipe
-    recipe = [f"--{key}={value}" for key, value in data.recipe(name).items()] if name else []
-    s = data.parse(kind, [*recipe, *argv], prog, text)
+    s = data.parse(kind, argv, prog, text)
+    if file is None and s.model is None and s.dataset is None:
+        s = data.parse(kind, [*_options_of(DEFAULT, kind), *argv], prog, text)
     check_settings(s)
     if file is not None and s.overwrite and _is_inside(file, Path(s.out)):
         raise UserError(f"{file} lies in out {s.out}, where overwrite deletes; copy it to another place")
@@ -143,6 +145,7 @@ def _options_of(path: Path, kind: type) -> list[str]:
         options[key] = ",".join(x.value for x in items)
         if any(x.tag.endswith(":null") for x in items):
             options[key] = None if key in empty else refuse(f"{key} has no value; give it one, or leave the line out")
+    options |= {key: _beside(path, options[key]) for key in ("model", "dataset", "eval_dataset") if options.get(key)}
     options = [f"--{key}={value}" for key, value in options.items() if value is not None]
     try:
         data.parse(kind, options, "train.py", "")
@@ -151,15 +154,24 @@ def _options_of(path: Path, kind: type) -> list[str]:
     return options
 
 
+def _beside(file: Path, names: str) -> str:
+    """Names in a settings file, with commas between; those that begin with "./" lie in the folder of the file."""
+
+    def in_its_folder(found: re.Match) -> str:
+        return f"{found[1]}{file.parent}/"
+
+    return re.sub(r"(^|,\s*)\./", in_its_folder, names)
+
+
 def _is_inside(path: Path, folder: Path) -> bool:
     return folder.resolve() in (path.resolve(), *path.resolve().parents)
 
 
 CHOICES = {"layout": ("packed", "padded"), "dtype": ("auto", "fp32", "bf16"), "export_dtype": ("auto", "fp32", "bf16"),
-           "log_to": ("tensorboard", "wandb"), "world": tuple(data.WORLDS)}  # fmt: skip
+           "log_to": ("tensorboard", "wandb")}  # fmt: skip
 AT_LEAST_1 = ("batch_size", "tokens_per_microbatch", "epochs", "keep", "replays", "max_steps", "sample_tokens")
-NOT_NEGATIVE = ("eval_size", "eval_every", "save_every", "weight_decay", "max_grad_norm", "samples", "seed", "annotator_noise",
-                "sft_weight", "sync_every")  # fmt: skip
+NOT_NEGATIVE = ("eval_size", "eval_every", "save_every", "weight_decay", "max_grad_norm", "samples", "seed", "sft_weight",
+                "sync_every")  # fmt: skip
 SHARES = ("warmup_ratio", "max_drop_fraction", "reset_alpha", "sync_alpha")
 
 
@@ -193,10 +205,8 @@ def check_settings(s: Settings) -> None:
     refuse_unless(not (s.overwrite and s.resume), "overwrite and resume exclude each other")
     known_out = s.out is not None or not (s.overwrite or s.resume)
     refuse_unless(known_out, "overwrite and resume need --out, the folder of the earlier run")
-    refuse_unless(
-        (s.model == "tiny") == (s.dataset == "tiny"),
-        'the embedded world needs both model "tiny" and dataset "tiny"; give a real model and a real dataset',
-    )
+    missing = [name for name in ("model", "dataset") if getattr(s, name) is None]
+    refuse_unless(not missing, f"{' and '.join(missing)} missing: give both, --model MODEL --dataset PAIRS.jsonl")
 
 
 # ---- the objective ---------------------------------------------------------------------------------------------------
@@ -397,7 +407,6 @@ class Run:
     origin: list[tuple[Tensor, Tensor]]  # LoRR: (parameter, its value at the start)
     lock: object = None  # as long as it is held, nobody else writes to the output folder
     given: dict = field(default_factory=dict)  # the settings as they were asked for, for the record
-    world: Path | None = None  # folder of the embedded world
     optimizer: torch.optim.Optimizer | None = None
     before: list[str] = field(default_factory=list)  # the start's answers to the sample prompts
     same: dict = field(default_factory=dict)  # what must be equal for a run to go on from a checkpoint of this one
@@ -583,20 +592,15 @@ def prepare(s: Settings) -> Run:
         raise UserError(f"sync_every moves the reference, but {objective.name} {why}; leave sync_every out")
     device = dist.setup(s.device)
     dist.mesh_sizes(s.mesh)
-    if s.model != "tiny":
-        data.reachable(s.model)
-    s.lr = s.lr if s.lr is not None else (2e-4 if s.model == "tiny" else 1e-6)
+    data.reachable(s.model)
     s.out = str(dist.on_main(prepare_out, s))
     lock = dist.own(Path(s.out))
-    given, world = {k: v for k, v in asdict(s).items() if k not in ("overwrite", "resume")}, None
-    if s.model == "tiny":
-        world, pairs = dist.on_main(embedded_world, s)
-        s = replace(s, model=str(world / "model"), dataset=str(pairs))
+    given = {k: v for k, v in asdict(s).items() if k not in ("overwrite", "resume")}
     tokenizer = data.load_tokenizer(s.model, s.trust_remote_code)
     rows = load_rows(s, tokenizer, objective)
     policy = build_policy(s, objective, tokenizer, device)
     origin = [(p, p.detach().clone()) for p in reset_parameters(policy.model, s)]
-    run = Run(s, objective, device, tokenizer, policy, rows, origin, lock, given, world)
+    run = Run(s, objective, device, tokenizer, policy, rows, origin, lock, given)
     check_policy(run)
     plan_steps(run)
     run.same = identity(run)
@@ -758,10 +762,9 @@ def finish(run: Run, journal: "Journal", started: float) -> dict:
     card = dist.model_card(out.name, {**run.given, "objective": str(run.objective)}, measured)
     dist.export(model, run.tokenizer, out / "model", export_dtype(s, model), card)
     dist.on_main(draw_curves, lines, out / "curves.png", f"{run.objective} on {Path(s.dataset).name}")
-    world = {"world": dist.on_main(judge, out / "model", run.world, out / "answers.jsonl")} if run.world else {}
     summary = {
         "objective": str(run.objective), "steps": len(run.rows.plan), "rows": len(run.rows.train),
-        "held_out": len(run.rows.held_out), "before": journal.start, "after": after, **world, **journal.speeds(),
+        "held_out": len(run.rows.held_out), "before": journal.start, "after": after, **journal.speeds(),
         "seconds": time.time() - started, "peak_memory_gib": peak_memory(run.device),
         "dtype": "bf16" if run.bf16 else "fp32", "device": str(run.device), "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
@@ -1292,7 +1295,7 @@ def repetition(texts: list[str]) -> float:
     return 1 - sum(len(set(grams)) for grams in seen) / total if total else 0.0
 
 
-# Bounds of the divergence guards: ours, between what good and what spoilt runs of the embedded world showed.
+# Bounds of the divergence guards: ours, between what good and what spoilt runs of the toy task showed.
 REPETITION, REPETITION_RISE = 0.4, 0.2  # shares of 3-grams: at all, and above the start
 DRIFT = 1.5  # nats per token
 COLLAPSE, COLLAPSE_RATIO = 1.0, 2.0  # nats per token lost, and times as low as at the start
@@ -1371,12 +1374,6 @@ def draw_curves(lines: list[dict], path: Path, title: str) -> None:
     plt.close(figure)
 
 
-WORDS = {  # measure of the embedded world → what it is called in the report, and its decimals
-    "win_rate": ("win rate against the start", 3), "quality": ("true quality", 3), "length": ("words", 1),
-    "lc_win_rate": ("length-controlled win rate", 3), "kl": ("KL to the start, nats", 2), "repetition": ("repeated items", 3),
-}  # fmt: skip
-
-
 def settings_table(given: dict) -> str:
     """What differs from the defaults, a line each."""
     changed = {f.name: given[f.name] for f in fields(Settings) if given.get(f.name, f.default) != f.default}
@@ -1386,12 +1383,7 @@ def settings_table(given: dict) -> str:
 
 def report_end(summary: dict, samples: list[dict]) -> None:
     """What a run has to show: what became better, answers before and after, held-out numbers, speed."""
-    if "world" in summary:
-        say(f"answers to {data.HELD_OUT_PROMPTS} held-out prompts (temperature 1), before → after:")
-        for name, (title, digits) in WORDS.items():
-            was, is_now = summary["world"][name]
-            say(f"  {title:<28} {was:.{digits}f} → {is_now:.{digits}f}")
-    elif samples:
+    if samples:
         was, is_now = (sum(len(x[when].split()) for x in samples) / len(samples) for when in ("before", "after"))
         say(f"words per sample answer: {was:.1f} → {is_now:.1f}")
     for sample in samples[:3]:
@@ -1445,149 +1437,6 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-# ---- the embedded world ----------------------------------------------------------------------------------------------
-#
-# The papers' experiment with a known truth: supervised start → 5 samples per prompt → an annotator's scores → best against
-# worst → training → win rate against the start. Every step is the code that real models go through.
-
-SUPERVISED_STEPS, PROMPTS = 250, 1736
-
-
-def on_policy_tools():
-    """tests/tools/on_policy.py, which makes the pairs."""
-    sys.path.insert(0, str(Path(__file__).parent / "tests" / "tools"))
-    import on_policy
-
-    return on_policy
-
-
-def embedded_world(s: Settings) -> tuple[Path, Path]:
-    """(folder with model, prompts, samples and the start's answers to held-out prompts; file of pairs), built once.
-
-    Of several processes one builds; what a killed one left behind is built again.
-    """
-    tokenizer, demonstrations = data.tiny_world(s.seed, 8192, s.world)
-    made_of = json.dumps(["3", SUPERVISED_STEPS, PROMPTS, s.seed, torch.__version__, demonstrations])
-    folder = Path(s.cache).expanduser() / f"world-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}"
-    pairs = folder / f"pairs-{s.annotator_noise}-{s.length_bias}.jsonl"
-    lock = folder.with_name(f".{folder.name}.lock")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.touch()
-    except OSError as error:
-        raise UserError(f"cache {s.cache} cannot be written ({error})") from error
-    with FileLock(lock):
-        if not folder.exists():
-            build_world(folder, tokenizer, demonstrations, s.seed)
-        if not pairs.exists():
-            scored, part = (f"{pairs}.{name}.jsonl" for name in ("scored", "part"))
-            annotator = data.Annotator(s.annotator_noise, s.length_bias, s.seed)
-            tools = on_policy_tools()
-            tools.score(tools.Scoring(str(folder / "sampled.jsonl"), scored, rule=annotator))
-            tools.pairs(tools.Pairing(scored, part, how="best_worst"))
-            os.remove(scored)
-            os.replace(part, pairs)
-    return folder, pairs
-
-
-def build_world(folder: Path, tokenizer, demonstrations: list[data.Row], seed: int) -> None:
-    part = folder.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    supervised_start(demonstrations, tokenizer, seed, SUPERVISED_STEPS).save_pretrained(part / "model")
-    tokenizer.save_pretrained(part / "model")
-    prompts = [json.dumps({"prompt": p}) + "\n" for p in data.world_prompts(seed)]
-    held_out, prompts = prompts[: data.HELD_OUT_PROMPTS], prompts[data.HELD_OUT_PROMPTS :][:PROMPTS]
-    (part / "held_out.jsonl").write_text("".join(held_out))
-    (part / "prompts.jsonl").write_text("".join(prompts))
-    answer(part / "model", part / "held_out.jsonl", part / "answers.jsonl", seed)
-    how = dict(temperature=1.0, top_p=1.0, max_tokens=64, batch_size=128, seed=seed, device="cpu")
-    names = (str(part / name) for name in ("model", "prompts.jsonl", "sampled.jsonl"))
-    tools = on_policy_tools()
-    tools.sample(tools.Sampling(*names, n=5, **how))
-    part.rename(folder)
-
-
-def supervised_start(rows: list[data.Row], tokenizer, seed: int, steps: int) -> torch.nn.Module:
-    """A Llama of 350,000 parameters that has learned to answer from noisy demonstrations."""
-    torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None, eos_token_id=3, pad_token_id=3,
-    ))  # fmt: skip
-    policy, optimizer = ResponseLogProbs(model), torch.optim.AdamW(model.parameters(), fused=True)
-    policy.use_layout("padded")
-    examples = [data.encode(row, tokenizer, 128, 100)[0] for row in rows]
-    plan = [part for epoch in range(64) for part in data.step_plan(len(examples), 64, seed, epoch)][:steps]
-    schedule = Settings(lr=3e-3)
-    bar = data.progress(plan, "supervised start", "steps")
-    for step, part in enumerate(bar):
-        batch = data.padded_batch([examples[i] for i in part])
-        loss = OBJECTIVES["sft"](policy(batch)["logp"], batch.lengths).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, len(plan), schedule)
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss:.3f}")
-    say(f"supervised start: {len(plan)} steps on noisy demonstrations, last loss {loss:.3f} nats per token")
-    return model
-
-
-def answer(model: Path, prompts: Path, out: Path, seed: int = 0) -> None:
-    """One answer to each prompt as the model gives it: temperature 1, nothing cut off."""
-    out.unlink(missing_ok=True)
-    how = dict(temperature=1.0, top_p=1.0, max_tokens=64, batch_size=512, seed=seed, keep_unfinished=True, device="cpu")
-    tools = on_policy_tools()
-    tools.sample(tools.Sampling(str(model), str(prompts), str(out), n=1, **how))
-
-
-def judge(model: Path, world: Path, out: Path) -> dict[str, list[float]]:
-    """What changed in the answers to held-out prompts; [start, now] of each measure.
-
-    win_rate: share of prompts where the answer's true quality is above the start's, ties ½. lc_win_rate: see below.
-    length: words. kl: KL(now ‖ start) in nats per response, a mean of log-ratios over the answers. repetition: share of items
-    that were named before in the same answer.
-    """
-    answer(model, world / "held_out.jsonl", out)
-    rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in (world / "answers.jsonl", out)]
-    prompts = [row["prompt"] for row in rows[0]]
-    texts = [[row["responses"][0] if row["responses"] else "" for row in side] for side in rows]
-    quality, length, repetition = (
-        torch.tensor([[f(p[-1]["content"], text) for p, text in zip(prompts, side)] for side in texts], dtype=torch.float64)
-        for f in (data.world_quality, lambda _, text: len(text.split()), lambda _, text: data.world_repetition(text))
-    )
-    win = 0.5 + 0.5 * (quality[1] - quality[0]).sign()
-    tokenizer = data.load_tokenizer(str(model))
-    answers = [data.encode(data.Row(p, [t]), tokenizer, 256, 128)[0] for p, t in zip(prompts, texts[1])]
-    start, now = summed_logps(world / "model", answers), summed_logps(model, answers)
-    means = {"quality": quality.mean(1).tolist(), "length": length.mean(1).tolist(), "repetition": repetition.mean(1).tolist()}
-    wins = {"win_rate": [0.5, win.mean().item()], "lc_win_rate": [0.5, length_controlled(win, length[1] - length[0])]}
-    return {**means, **wins, "kl": [0.0, (now - start).mean().item()]}
-
-
-def length_controlled(win: Tensor, difference: Tensor) -> float:
-    """The win rate at equal length, as AlpacaEval 2 estimates it (without its term for a prompt's difficulty).
-
-    win ~ σ(θ + φ tanh(Δ/std Δ)) by logistic regression, Newton's method with a touch of ridge; σ(θ). win: (n,) in [0, 1].
-    """
-    x = torch.stack([torch.ones_like(win), torch.tanh(difference / difference.std().clamp(min=1e-9))], 1)
-    weights = torch.zeros(2, dtype=win.dtype)
-    for _ in range(30):
-        p = torch.sigmoid(x @ weights)
-        hessian = x.T @ (x * (p * (1 - p))[:, None]) + 1e-3 * torch.eye(2, dtype=win.dtype)
-        weights = weights + torch.linalg.solve(hessian, x.T @ (win - p) - 1e-3 * weights)
-    return torch.sigmoid(weights[0]).item()
-
-
-@torch.no_grad()
-def summed_logps(model: Path, examples: list[Example]) -> Tensor:
-    policy = ResponseLogProbs(transformers.LlamaForCausalLM.from_pretrained(model, dtype=torch.float32))
-    policy.use_layout("padded")
-    return torch.cat([policy(data.padded_batch(examples[i : i + 128]))["logp"] for i in range(0, len(examples), 128)])
 
 
 # ---- the command line -------------------------------------------------------------------------------------------------

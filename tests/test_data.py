@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
+import toy
 from pyarrow import parquet
 from templates import FAMILIES, byte_level, family, metaspace
 from tokenizers import Tokenizer, models, normalizers
@@ -1420,7 +1421,7 @@ def test_tiny_world_is_in_order_and_in_its_vocabulary():
 
 
 def test_show_by_hand():
-    tokenizer = data.world_tokenizer()
+    tokenizer = toy.word_tokenizer()
     ids = {w: tokenizer.convert_tokens_to_ids(w) for w in ("<user>", "cat", "pig", "<end>")}
     assert ids["<user>"] == 1 and ids["<end>"] == 3
     pair = Example([1], [[ids["cat"], 3], [ids["pig"], 3]], where="f row 1")

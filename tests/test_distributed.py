@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import toy
 from forked import allocated, port, ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
@@ -55,9 +56,9 @@ CONFIGS = {
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """A folder with small models of three families and 60 pairs of the embedded world."""
+    """A folder with small models of three families and 60 pairs of the toy task."""
     folder = tmp_path_factory.mktemp("world")
-    tokenizer, pairs = data.world_tokenizer(), world_pairs(0, 1, 60)
+    tokenizer, pairs = toy.word_tokenizer(), world_pairs(0, 1, 60)
     for i, (name, config) in enumerate(CONFIGS.items()):
         torch.manual_seed(i)
         config.update(dict(vocab_size=len(tokenizer), initializer_range=0.2, eos_token_id=3, pad_token_id=3, bos_token_id=None))

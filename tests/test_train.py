@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy
 import transformers
 import yaml
 from transformers import (
@@ -42,9 +43,9 @@ from train import Settings, Sums
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """A folder with an untrained model of the embedded world's vocabulary and 40 of its pairs, as a user would have them."""
+    """A folder with an untrained model of the toy task's vocabulary and 40 of its pairs, as a user would have them."""
     folder = tmp_path_factory.mktemp("world")
-    tokenizer, pairs = data.world_tokenizer(), world_pairs(0, 0, 40)
+    tokenizer, pairs = toy.word_tokenizer(), world_pairs(0, 0, 40)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

@@ -20,6 +20,7 @@ import miniature
 import numpy as np
 import torch
 import torch.nn.functional as F
+import toy
 from miniature import GRID, markdown, mean_and_error
 from torch import Tensor
 
@@ -103,9 +104,8 @@ def follow(job: dict) -> dict:
     """A run like that of miniature.experiment, measured while it trains: see `followed`."""
     settings = {k: v for k, v in job.items() if k not in ("every", "checkpoints")}
     with tempfile.TemporaryDirectory() as folder:
-        plain = dict(out=f"{folder}/run", samples=0, layout="padded", dtype="fp32", tokens_per_microbatch=4096)
         try:
-            run = train.prepare(train.Settings(**plain | settings))
+            run = train.prepare(miniature.run_settings(settings, f"{folder}/run"))
             return {"job": job, **followed(run, Path(folder), job["every"], job["checkpoints"])}
         except UserError as error:
             return {"job": job, "error": str(error)}
@@ -116,7 +116,7 @@ def followed(run: train.Run, folder: Path, every: int, checkpoints: int) -> dict
 
     Returns:
         lines: means over held-out pairs every `every` steps and after the last, see `measure`
-        judged: train.judge's measures of the answers at `checkpoints` equal distances
+        judged: toy.judge's measures of the answers at `checkpoints` equal distances
         pairs: logp, ref, kl, length of the held-out pairs after the last step, (n, 2) each
         reference: per step mean, standard deviation and share above 0 of log π_ref(y_w) − log π_ref(y_l) of its batch, where
             the objective has a reference
@@ -164,10 +164,11 @@ def gradient_norms(run: train.Run, pairs, known: train.Sums) -> dict[str, float]
 
 
 def judge(run: train.Run, folder: Path) -> dict[str, float]:
-    """What train.judge measures of the policy's answers now."""
+    """What toy.judge measures of the policy's answers now."""
     run.policy.model.save_pretrained(folder / "now")
     run.tokenizer.save_pretrained(folder / "now")
-    return {name: now for name, (_, now) in train.judge(folder / "now", run.world, folder / "answers.jsonl").items()}
+    task = Path(run.s.model).parent
+    return {name: now for name, (_, now) in toy.judge(folder / "now", task, folder / "answers.jsonl").items()}
 
 
 def reference_margins(rows: train.Rows) -> list[list[float]]:

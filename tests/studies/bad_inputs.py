@@ -613,13 +613,12 @@ def one(response): return 1.0
 def fixture(folder: Path) -> None:
     """Model, judge, pairs, labelled rows, prompts, samples, scores, rules, a finished run, and one stopped in step 6."""
     import torch
+    import toy
     from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    import data
 
     processes.small_world(folder)
     torch.manual_seed(1)
-    tokenizer = data.world_tokenizer()
+    tokenizer = toy.word_tokenizer()
     LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tokenizer), **SMALL, num_labels=1)).save_pretrained(
         folder / "judge"
     )

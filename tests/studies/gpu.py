@@ -143,7 +143,7 @@ def kernel(width: int, window: int | None, cap: float | None) -> dict:
 
 
 def going_on() -> list[dict]:
-    """Runs of the embedded world in fp32: unbroken, resumed from its middle, and as one rank of a process group."""
+    """Runs of the toy task in fp32: unbroken, resumed from its middle, and as one rank of a process group."""
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         common = "--max_steps=6 --eval_size=64 --save_every=3 --samples=0 --dtype=fp32".split()
