@@ -1806,7 +1806,8 @@ def listing(width: int) -> str:
         about = (loss.__doc__ or "no docstring").splitlines()[0]
         texts = (about, f"needs {', '.join(needs) or 'log-probs only'}", f"settings {', '.join(settings) or '–'}")
         for text in texts:
-            lines += textwrap.wrap(text, width, initial_indent=f"{name:<19}", subsequent_indent=" " * 19)
+            indent = {"initial_indent": f"{name:<19}", "subsequent_indent": " " * 19}
+            lines += textwrap.wrap(text, width, break_on_hyphens=False, **indent)
             name = ""
     return "\n".join(lines)
 
