@@ -14,9 +14,7 @@ batch, so the gradient of a step does not depend on how the batch is cut into mi
 Shape letters: n examples · k responses of each, 2 for pairs and 1 else.
 """
 
-import ast
 import contextlib
-import functools
 import hashlib
 import importlib.util
 import itertools
@@ -44,7 +42,7 @@ import data
 import distributed as dist
 from data import Example, UserError, setting
 from logprobs import ResponseLogProbs, check_head, completions, to_device
-from losses import OBJECTIVES, wpo_weight
+from losses import OBJECTIVES, Objective, parse_objective, try_objective, wpo_weight
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
@@ -209,142 +207,6 @@ def check_settings(s: Settings) -> None:
     refuse_unless(not missing, f"{' and '.join(missing)} missing: give both, --model MODEL --dataset PAIRS.jsonl")
 
 
-# ---- the objective ---------------------------------------------------------------------------------------------------
-
-
-class Objective(NamedTuple):
-    """A function of losses.py and the settings given for it; what it needs was read off its signature there."""
-
-    loss: Callable[..., Tensor]
-    given: dict
-
-    @property
-    def name(self) -> str:
-        return self.loss.__name__
-
-    def needs(self, prefix: str) -> bool:
-        return any(t.startswith(prefix) for t in self.loss.tensors)
-
-    @property
-    def also(self) -> tuple[str, ...]:
-        """What the policy's pass has to give besides log-probs: names of logprobs.ResponseLogProbs.forward."""
-        return ("kl",) * self.needs("kl_") + ("head",) * self.needs("head_")
-
-    @property
-    def unpaired(self) -> bool:
-        return "desirable" in self.loss.tensors
-
-    @property
-    def responses(self) -> int:
-        """Responses of an example that are scored: 2, or 1 for unpaired and chosen-only objectives."""
-        return 2 if "logp_l" in self.loss.tensors else 1
-
-    @property
-    def coupled(self) -> bool:
-        """Whether the rows of a batch depend on each other, so that the loss needs the whole batch at once."""
-        switch = self.loss.coupled
-        return switch if isinstance(switch, bool) else bool({**self.loss.settings, **self.given}[switch])
-
-    def __call__(self, tensors: dict[str, Tensor], seed: list[int]) -> Tensor:
-        """Loss per row; functions that draw at random get a generator that depends on `seed` alone."""
-        more = {}
-        if self.loss.random:
-            number = sum(x * 1_000_003**i for i, x in enumerate(seed)) % 2**63
-            more["generator"] = torch.Generator().manual_seed(number)
-        return self.loss(*(tensors[t] for t in self.loss.tensors), **self.given, **more)
-
-    def __str__(self) -> str:
-        """The call; of a sum its name, which is the sum of its calls. What is printed is understood again."""
-        settings = ", ".join(f"{k}={v!r}" for k, v in self.given.items())
-        return f"{self.name}({settings})" if self.name in OBJECTIVES else self.name
-
-
-def weighted_sum(terms: list[tuple[float, Objective]]) -> Objective:
-    """Σ weight · loss, row by row, as one objective: it needs what any term needs and is coupled where one is; its reward is
-    the first term's, without the weight."""
-    tensors = tuple(dict.fromkeys(t for _, term in terms for t in term.loss.tensors))
-
-    def loss(*values: Tensor, **generator: torch.Generator) -> Tensor:
-        named = dict(zip(tensors, values))
-        drawn = lambda term: generator if term.loss.random else {}  # noqa: E731
-        return sum(w * t.loss(*(named[x] for x in t.loss.tensors), **t.given, **drawn(t)) for w, t in terms)
-
-    first = terms[0][1]
-    loss.__name__ = " + ".join(f"{weight!r}*{term}" for weight, term in terms)
-    loss.tensors, loss.settings = tensors, {}
-    loss.random, loss.coupled = any(t.loss.random for _, t in terms), any(t.coupled for _, t in terms)
-    loss.reward = functools.partial(first.loss.reward, **first.given)
-    return Objective(loss, {})
-
-
-def parse_terms(node: ast.expr, weight: float = 1.0) -> list[tuple[float, str, dict]]:
-    """'2*a(x=1) + b' → weight, name and arguments of each term. ValueError, or SyntaxError with a reason, for anything but
-    sums, products with a number, and calls with named constants."""
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return parse_terms(node.left, weight) + parse_terms(node.right, weight)
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-        number, rest = (node.left, node.right) if isinstance(node.left, ast.Constant) else (node.right, node.left)
-        factor = ast.literal_eval(number)
-        if type(factor) not in (int, float) or not 0 < factor < 1e300 or not 0 < weight * factor < 1e300:
-            raise SyntaxError("a weight is a finite number above 0")
-        return parse_terms(rest, weight * factor)
-    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-    if not isinstance(call.func, ast.Name) or call.args or any(k.arg is None for k in call.keywords):
-        raise ValueError
-    given = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-    if len(given) < len(call.keywords):
-        raise SyntaxError("an argument is there twice")
-    return [(weight, call.func.id, given)]
-
-
-def parse_objective(text: str) -> Objective:
-    """'simpo(beta=2.5, gamma=0.5)', 'simpo', or a sum such as '0.8*dpo(beta=0.1) + 0.2*bco_pair + sft' → Objective. Only names,
-    constants, + and * are understood; nothing is run."""
-    try:
-        node = ast.parse(text.strip(), mode="eval").body
-        terms = parse_terms(node)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
-        why = f" ({error.msg.partition(';')[0]})" if isinstance(error, SyntaxError) else ""
-        raise UserError(
-            f"objective is {text[:80]!r}{' …' * (len(text) > 80)}{why}; "
-            'write it as a call with named constants, such as "simpo(beta=2.5, gamma=0.5)", or as a sum of such calls, '
-            'such as "dpo(beta=0.1) + 0.5*sft"'
-        ) from None
-    terms = [(weight, named_objective(name, given)) for weight, name, given in terms]
-    if len({term.unpaired for _, term in terms}) > 1:
-        kinds = [", ".join(dict.fromkeys(t.name for _, t in terms if t.unpaired is kind)) for kind in (True, False)]
-        raise UserError(f"objective: {kinds[0]} takes single completions, {kinds[1]} pairs; a sum takes one or the other")
-    return weighted_sum(terms) if isinstance(node, ast.BinOp) else terms[0][1]
-
-
-def named_objective(name: str, given: dict) -> Objective:
-    """The function of losses.py with settings that it has, of the right kind."""
-    if name not in OBJECTIVES:
-        raise UserError(
-            f"unknown objective {name[:80]!r}{data.did_you_mean(name, OBJECTIVES)}; known are {', '.join(OBJECTIVES)}"
-        )
-    defaults = OBJECTIVES[name].settings
-    signature = f"its signature is {name}({', '.join(f'{k}={v!r}' for k, v in defaults.items())})"
-    for key, value in given.items():
-        if key not in defaults:
-            raise UserError(f"objective {name} has no argument {key[:80]!r}{data.did_you_mean(key, defaults)}; {signature}")
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-        fits = isinstance(value, type(defaults[key])) if isinstance(defaults[key], (bool, str)) else number
-        if not fits and value is not defaults[key]:
-            raise UserError(f"objective {name}: {key}={str(value)[:80]} is of the wrong kind or size; {signature}")
-    return Objective(OBJECTIVES[name], given)
-
-
-def try_objective(objective: Objective) -> None:
-    """Call it once on small numbers, so that a value out of range is found before anything is loaded."""
-    kinds = {"desirable": torch.tensor([True, False]), "len": torch.tensor([4, 5])}
-    numbers = torch.tensor([-3.0, -4.0])
-    try:
-        objective({t: kinds.get(t.partition("_")[0], numbers) for t in objective.loss.tensors}, seed=[0])
-    except ValueError as error:
-        raise UserError(f"objective {objective}: {error}") from error
-
-
 # ---- one step --------------------------------------------------------------------------------------------------------
 
 
@@ -374,6 +236,8 @@ class Sums(NamedTuple):
         named = {"desirable": self.label, "logp_kl": self.logp_mismatch, "ref_kl": self.ref_mismatch, "margin": self.margin}
         sources = {"logp": self.logp, "len": self.length, "old": self.logp.detach()}
         sources |= {name: getattr(self, name) for name in ("ref", "kl", "head", "ref_head")}
+        sources["prefix_logp"] = sources.pop("head")
+        sources["ref_prefix_logp"] = sources.pop("ref_head")
         for name, x in sources.items():
             if x is not None:
                 named |= {name: x, f"{name}_w": x[:, 0], f"{name}_l": x[:, -1]}
@@ -420,7 +284,8 @@ class Run:
     @property
     def also(self) -> tuple[str, ...]:
         """What each pass of the policy has to give besides log-probs."""
-        return self.objective.also + ("power",) * self.s.wpo + ("ref",) * (self.s.sync_every > 0)
+        of_objective = tuple({"prefix_logp": "head"}.get(name, name) for name in self.objective.outputs)
+        return of_objective + ("power",) * self.s.wpo + ("ref",) * (self.s.sync_every > 0)
 
     def arithmetic(self):
         """bf16 autocast or nothing. One context spans one kind of pass, so weights are cast once in it."""
@@ -585,8 +450,11 @@ def learning_rate(step: int, steps: int, s: Settings) -> float:
 
 def prepare(s: Settings) -> Run:
     """Everything before the first step, what is quick to refuse first: a mistake should cost no loading."""
-    objective = parse_objective(s.objective)
-    try_objective(objective)
+    try:
+        objective = parse_objective(s.objective)
+        try_objective(objective)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if s.sync_every and (not objective.needs("ref") or objective.needs("ref_kl")):
         why = "estimates its drift on mismatched pairs" if objective.needs("ref_kl") else "has no reference's log-probs"
         raise UserError(f"sync_every moves the reference, but {objective.name} {why}; leave sync_every out")
@@ -995,7 +863,7 @@ def measures(objective: Objective, sums: Sums, loss: Tensor) -> dict[str, float]
     couples in the right order. Log-probs per token are Σ logp / Σ tokens over the chosen (desirable) and rejected ones.
     """
     ref = sums.ref if sums.ref is not None else torch.zeros_like(sums.logp)
-    reward = objective.loss.reward(sums.logp, ref, sums.length, **objective.given)
+    reward = objective.reward(sums.logp, ref, sums.length)
     label, means = sums.label, {"loss": loss.mean().item()}
     good, bad = reward[label], reward[~label]
     if len(good) and len(bad):

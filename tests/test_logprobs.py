@@ -564,7 +564,8 @@ def test_gradients_on_another_device_than_the_hosts(monkeypatch, objective):
     zeros = torch.zeros(len(rows), k, device="meta")
     known = train.known_sums(rows, "meta", ref=zeros, ref_head=zeros, ref_mismatch=zeros.flatten())
     known = known._replace(logp_mismatch=zeros.flatten())
-    waiting = contextlib.nullcontext() if chosen.loss.random else NoWaiting("meta")  # what is drawn comes from the host
+    random = chosen.terms[0].loss.random  # what is drawn comes from the host
+    waiting = contextlib.nullcontext() if random else NoWaiting("meta")
     for budget, batches in ((30, 3), (10**6, 1)):
         s = train.Settings(dtype="fp32", tokens_per_microbatch=budget)
         run = train.Run(s, chosen, torch.device("meta"), None, policy, None, [])

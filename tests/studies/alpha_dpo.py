@@ -284,7 +284,7 @@ def everywhere(jobs: dict[str, dict], seeds: int, file: Path, work=miniature.exp
 
 
 def numbers(job: dict) -> dict:
-    return train.parse_objective(job["objective"]).given
+    return train.parse_objective(job["objective"]).terms[0].given
 
 
 def curves(best: dict[str, dict]) -> dict[tuple[str, float], dict]:
@@ -490,7 +490,7 @@ def text_agreement(best: dict, traces: dict) -> str:
     for name in ("DPO", "IPO", "CPO", "SimPO", "α-DPO", "SimPER"):
         if traces[name]:
             x, objective = held_out(traces[name]), train.parse_objective(best[name]["objective"])
-            reward = objective.loss.reward(x["logp"], x["ref"], x["length"], **objective.given)
+            reward = objective.reward(x["logp"], x["ref"], x["length"])
             right = [(100 * (v[:, 0] > v[:, 1]).double().mean().item()) for v in (reward, x["logp"] / x["length"])]
             lines.append([name, f"{100 * agreement(reward, x['logp'], x['length']):.0f}", *(f"{r:.0f}" for r in right)])
     head = ["trained by", "reward and average log-prob agree, %", "reward ranks right, %", "average log-prob ranks right, %"]
