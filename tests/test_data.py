@@ -31,7 +31,6 @@ from pyarrow import parquet
 from templates import FAMILIES, byte_level, family, metaspace
 from tokenizers import Tokenizer, models, normalizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
-from worlds import world_pairs
 
 import data
 import train
@@ -1363,61 +1362,6 @@ def test_batches_move():
     assert batch.input_ids.device.type == batch.lengths.device.type == "meta" and batch.responses == 4
 
 
-# ---- the embedded world ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("prompt, response, quality", [
-    ("name three fruits", "apple pear plum", 1.0),
-    ("name three fruits", "well so apple pear plum", 0.8),  # two idle words
-    ("name three fruits", "apple pear plum fig", 1 - 0.5 / 3),  # a fourth item is surplus
-    ("name three fruits", "well apple apple hammer", 1 / 3 - 0.5 * 2 / 3 - 0.1),  # one right, one repeated, one of another kind
-    ("name three fruits", "", 0.0),
-    ("list two metals and four tools", "iron gold and saw drill axe rake", 1.0),
-    ("list two metals and four tools", "iron gold tin and saw", 3 / 6 - 0.5 * 1 / 6),  # three of six; a third metal is surplus
-])  # fmt: skip
-def test_world_quality_by_hand(prompt, response, quality):
-    assert data.world_quality(prompt, response) == pytest.approx(quality)
-
-
-def test_world_repetition_by_hand():
-    assert data.world_repetition("so apple pear apple and apple") == 0.5 and data.world_repetition("so") == 0
-
-
-def test_world_prompts_are_all_there_once():
-    """6 verbs, 3 numbers of 8 kinds alone, or with one of 3 numbers of the 7 other kinds."""
-    prompts = data.world_prompts(3)
-    assert len(prompts) == len(set(prompts)) == 6 * (3 * 8 + 3 * 8 * 3 * 7)
-    assert sorted(prompts) == sorted(data.world_prompts(4)) and prompts != data.world_prompts(4)
-
-
-def test_annotator_adds_noise_and_length_bias():
-    row, quality = {"prompt": [{"role": "user", "content": "name two fruits"}]}, {"apple pear": 1.0, "so so apple pear": 0.8}
-    exact, biased = data.Annotator(), data.Annotator(length_bias=0.15)
-    assert all(exact(row, text) == pytest.approx(q) for text, q in quality.items())
-    assert [biased(row, text) for text in quality] == pytest.approx([1.0 + 0.3, 0.8 + 0.6])  # the longer is now preferred
-    noisy = [data.Annotator(noise=0.5, seed=seed)(row, "apple pear") for seed in range(2000)]
-    assert np.mean(noisy) == pytest.approx(1.0, abs=0.05) and np.std(noisy) == pytest.approx(0.5, abs=0.03)  # 4 standard errors
-    assert data.Annotator(noise=0.5, seed=7)(row, "apple pear") == noisy[7]  # drawn from texts and seed, not from a state
-
-
-def test_tiny_world_is_in_order_and_in_its_vocabulary():
-    tokenizer, shown = data.tiny_world(seed=1, demonstrations=50)
-    pairs = world_pairs(1, 50, 50)
-    assert len(shown) == len(pairs) == 50
-    for row in pairs:
-        better, worse = (data.world_quality(row.prompt[0]["content"], r) for r in row.responses)
-        assert better > worse
-    held_out = data.world_prompts(1)[: data.HELD_OUT_PROMPTS]
-    for row in shown + pairs:
-        example, cuts = encode(row, tokenizer, 128, 120)
-        assert tokenizer.unk_token_id not in example.prompt + sum(example.responses, []) and not cuts
-        assert all(r[-1] == tokenizer.eos_token_id for r in example.responses)
-        assert row.prompt[0]["content"] not in held_out
-    assert data.tiny_world(seed=1, demonstrations=50)[1] == shown != data.tiny_world(seed=2, demonstrations=50)[1]
-    assert world_pairs(1, 50, 50) == pairs != world_pairs(2, 50, 50)
-    assert world_pairs(1, 0, 50) != pairs  # drawn after the demonstrations
-
-
 # ---- making pairs on policy ------------------------------------------------------------------------------------------
 
 
@@ -1626,7 +1570,7 @@ def test_equal_steps_are_one_and_what_is_cut_off_has_no_reward():
 
 
 def test_a_step_ends_where_the_setting_says(world_model, tmp_path, monkeypatch):
-    """Through `sample`, with ids of the embedded world: "\\n" is a newline; a step is whole tokens."""
+    """Through `sample`, with ids of the toy task's words: "\\n" is a newline; a step is whole tokens."""
     s = Sampling("m", "p", "o", step_end=r"\n")
     leaf = data.Step([])
     text_of = lambda ids: "".join(["x", "\n", "\n\n", "y\nz"][i] for i in ids)  # noqa: E731
@@ -2063,7 +2007,7 @@ def test_another_output_is_not_continued(world_model, tmp_path):
 # ---- answers for outside judges --------------------------------------------------------------------------------------
 
 QUESTIONS = [f"name {n} {kind}" for n in ("two", "three") for kind in ("fruits", "tools", "metals")]
-QUESTIONS += QUESTIONS[:1]  # six different prompts of the world, and the first of them again
+QUESTIONS += QUESTIONS[:1]  # six different prompts of the toy task, and the first of them again
 
 
 @pytest.fixture(scope="module")
