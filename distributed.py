@@ -1,6 +1,6 @@
 """Ranks, sharding, checkpoints, export and "will it fit?": the only file that knows how many processes there are.
 
-    torchrun --nproc-per-node 8 train.py --recipe gemma-2-9b-it-simpo --save-every 100     # one machine
+    torchrun --nproc-per-node 8 train.py tests/published/gemma-2-9b-it-simpo.yaml --save-every 100     # one machine
     python distributed.py export runs/…/checkpoints/step-000400 OUT --dtype bf16           # checkpoint → transformers folder
     python distributed.py plan --model MODEL --gpus 8 --gpu-memory 80                      # bytes, token budget and hours
 
