@@ -722,8 +722,9 @@ def test_a_run_is_another_with_another_weight(shifted):
 
 def test_a_fresh_folder_has_the_names_of_a_sum(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert re.fullmatch(r"\d{8}-\d{6}-dpo-bco_pair-sft", train.prepare_out(Settings(model="m", dataset="d", objective=MPO)).name)
-    assert re.fullmatch(r"\d{8}-\d{6}-simpo", train.prepare_out(Settings(model="m", dataset="d")).name)
+    s = Settings(model="m", dataset="d")
+    assert re.fullmatch(r"\d{8}-\d{6}-dpo-bco_pair-sft", train.prepare_out(replace(s, objective=MPO)).name)
+    assert re.fullmatch(r"\d{8}-\d{6}-simpo", train.prepare_out(s).name)
 
 
 BAD = {
