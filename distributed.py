@@ -1,6 +1,6 @@
 """Ranks, sharding, loading, checkpoints and export: the only file that knows how many processes there are.
 
-    torchrun --nproc-per-node 8 train.py --recipe gemma-2-9b-it-simpo --save-every 100     # one machine
+    torchrun --nproc-per-node 8 train.py tests/published/gemma-2-9b-it-simpo.yaml --save-every 100     # one machine
     python distributed.py export runs/…/checkpoints/step-000400 OUT --dtype bf16           # checkpoint → transformers folder
 
 Started without torchrun there is one process and no process group; every helper is then the identity or a plain file

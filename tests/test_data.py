@@ -30,7 +30,6 @@ from pyarrow import parquet
 from templates import FAMILIES, byte_level, family, metaspace
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
-from worlds import world_pairs
 
 import data
 import train
@@ -1360,61 +1359,6 @@ def test_a_batch_of_nothing_scores_nothing(layout):
 def test_batches_move():
     batch = data.packed_batch(TWO).to("meta")
     assert batch.input_ids.device.type == batch.lengths.device.type == "meta" and batch.responses == 4
-
-
-# ---- the embedded world ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("prompt, response, quality", [
-    ("name three fruits", "apple pear plum", 1.0),
-    ("name three fruits", "well so apple pear plum", 0.8),  # two idle words
-    ("name three fruits", "apple pear plum fig", 1 - 0.5 / 3),  # a fourth item is surplus
-    ("name three fruits", "well apple apple hammer", 1 / 3 - 0.5 * 2 / 3 - 0.1),  # one right, one repeated, one of another kind
-    ("name three fruits", "", 0.0),
-    ("list two metals and four tools", "iron gold and saw drill axe rake", 1.0),
-    ("list two metals and four tools", "iron gold tin and saw", 3 / 6 - 0.5 * 1 / 6),  # three of six; a third metal is surplus
-])  # fmt: skip
-def test_world_quality_by_hand(prompt, response, quality):
-    assert data.world_quality(prompt, response) == pytest.approx(quality)
-
-
-def test_world_repetition_by_hand():
-    assert data.world_repetition("so apple pear apple and apple") == 0.5 and data.world_repetition("so") == 0
-
-
-def test_world_prompts_are_all_there_once():
-    """6 verbs, 3 numbers of 8 kinds alone, or with one of 3 numbers of the 7 other kinds."""
-    prompts = data.world_prompts(3)
-    assert len(prompts) == len(set(prompts)) == 6 * (3 * 8 + 3 * 8 * 3 * 7)
-    assert sorted(prompts) == sorted(data.world_prompts(4)) and prompts != data.world_prompts(4)
-
-
-def test_annotator_adds_noise_and_length_bias():
-    row, quality = {"prompt": [{"role": "user", "content": "name two fruits"}]}, {"apple pear": 1.0, "so so apple pear": 0.8}
-    exact, biased = data.Annotator(), data.Annotator(length_bias=0.15)
-    assert all(exact(row, text) == pytest.approx(q) for text, q in quality.items())
-    assert [biased(row, text) for text in quality] == pytest.approx([1.0 + 0.3, 0.8 + 0.6])  # the longer is now preferred
-    noisy = [data.Annotator(noise=0.5, seed=seed)(row, "apple pear") for seed in range(2000)]
-    assert np.mean(noisy) == pytest.approx(1.0, abs=0.05) and np.std(noisy) == pytest.approx(0.5, abs=0.03)  # 4 standard errors
-    assert data.Annotator(noise=0.5, seed=7)(row, "apple pear") == noisy[7]  # drawn from texts and seed, not from a state
-
-
-def test_tiny_world_is_in_order_and_in_its_vocabulary():
-    tokenizer, shown = data.tiny_world(seed=1, demonstrations=50)
-    pairs = world_pairs(1, 50, 50)
-    assert len(shown) == len(pairs) == 50
-    for row in pairs:
-        better, worse = (data.world_quality(row.prompt[0]["content"], r) for r in row.responses)
-        assert better > worse
-    held_out = data.world_prompts(1)[: data.HELD_OUT_PROMPTS]
-    for row in shown + pairs:
-        example, cuts = encode(row, tokenizer, 128, 120)
-        assert tokenizer.unk_token_id not in example.prompt + sum(example.responses, []) and not cuts
-        assert all(r[-1] == tokenizer.eos_token_id for r in example.responses)
-        assert row.prompt[0]["content"] not in held_out
-    assert data.tiny_world(seed=1, demonstrations=50)[1] == shown != data.tiny_world(seed=2, demonstrations=50)[1]
-    assert world_pairs(1, 50, 50) == pairs != world_pairs(2, 50, 50)
-    assert world_pairs(1, 0, 50) != pairs  # drawn after the demonstrations
 
 
 # ---- looking at data -------------------------------------------------------------------------------------------------

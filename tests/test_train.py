@@ -455,59 +455,6 @@ def test_layouts_record_the_same_losses(arguments, tmp_path):
     assert all(x["padding"] == 0 for x in a) and all(x["padding"] > 0.3 for x in b)  # prompts twice, and short rows filled up
 
 
-@pytest.fixture(scope="session")
-def default_run(tmp_path_factory) -> tuple[dict, Path]:
-    """The default run of the README, cut to 30 steps, and the cache that holds its world."""
-    folder = tmp_path_factory.mktemp("default")
-    return train.main(["--max-steps", "30", "--out", str(folder / "out"), "--cache", str(folder / "cache")]), folder / "cache"
-
-
-def test_the_embedded_world_improves(default_run):
-    summary, _ = default_run
-    assert summary["world"]["quality"][1] > summary["world"]["quality"][0] + 0.02
-    assert summary["after"]["eval_reward_margin"] > summary["before"]["eval_reward_margin"]
-
-
-def test_the_world_is_a_real_run_on_files(default_run):
-    """Its folder holds what the pipeline for real models writes: prompts, samples, scored pairs, a model."""
-    summary, cache = default_run
-    (world,) = cache.glob("world-*")
-    pairs = [json.loads(line) for line in (world / "pairs-0.1-0.0.jsonl").read_text().splitlines()]
-    held_out = set(data.world_prompts(0)[: data.HELD_OUT_PROMPTS])
-    assert len(pairs) == train.PROMPTS and not held_out & {row["prompt"][0]["content"] for row in pairs}
-    annotator = data.Annotator(0.1, 0.0, 0)
-    for row in pairs[:50]:
-        assert annotator(row, row["chosen"]) == row["score_chosen"] > row["score_rejected"] == annotator(row, row["rejected"])
-    assert {json.loads(line)["prompt"] for line in (world / "held_out.jsonl").read_text().splitlines()} == held_out
-    assert summary["rows"] == train.PROMPTS - 200
-
-
-def test_a_cache_that_cannot_be_written(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "file" / "cache")])
-    assert stop.value.code == 2 and "file/cache cannot be written" in capsys.readouterr().err
-
-
-def test_what_a_killed_build_of_the_world_left_is_built_again(tmp_path, monkeypatch):
-    """Killed after its start was written: the next build begins anew, also in a process of the same number, and is whole."""
-    for place, name, value in ((train, "SUPERVISED_STEPS", 3), (train, "PROMPTS", 16), (data, "HELD_OUT_PROMPTS", 16)):
-        monkeypatch.setattr(place, name, value)
-    s, answer = Settings(cache=str(tmp_path / "cache")), train.answer
-
-    def killed(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "answer", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train.embedded_world(s)
-    assert not list((tmp_path / "cache").glob("world-*/pairs*"))
-    monkeypatch.setattr(train, "answer", answer)
-    folder, pairs = train.embedded_world(s)
-    assert len((folder / "answers.jsonl").read_text().splitlines()) == 16 and pairs.exists()
-    assert [p.name for p in (tmp_path / "cache").glob("world-*")] == [folder.name]
-
-
 @pytest.mark.parametrize("error, why", [(RuntimeError("no g++\na page"), "no g++"), (RuntimeError(), "RuntimeError")])
 def test_a_compiler_that_does_not_work_is_said_in_a_line(monkeypatch, error, why):
     def broken(function):
@@ -526,29 +473,6 @@ def test_compile_is_refused_where_it_would_compile_nothing():
         train.refuse_compile(Settings(), model, torch.device("cpu"))
 
 
-def test_judging_the_start_against_itself(default_run, tmp_path):
-    """The start's own answers with the start's seed: every measure as before, no KL; with another seed half of the wins."""
-    _, cache = default_run
-    (world,) = cache.glob("world-*")
-    same = train.judge(world / "model", world, tmp_path / "a.jsonl")
-    assert all(now == pytest.approx(was, abs=1e-6) for was, now in same.values())
-    assert same["win_rate"] == [0.5, 0.5] and same["length"][0] > 5
-    train.answer(world / "model", world / "held_out.jsonl", tmp_path / "b.jsonl", seed=1)
-    answers = [json.loads(line)["responses"] for line in (tmp_path / "b.jsonl").read_text().splitlines()]
-    assert len(answers) == data.HELD_OUT_PROMPTS and all(len(x) == 1 for x in answers)
-
-
-def test_length_controlled_win_rate():
-    """Wins drawn from σ(θ + φ tanh(Δ/std)): the estimate is σ(θ), wherever the lengths lie; without lengths the plain rate."""
-    generator = torch.Generator().manual_seed(0)
-    difference = torch.randn(40_000, generator=generator, dtype=torch.float64) * 5 + 4
-    chance = torch.sigmoid(0.4 + 1.5 * torch.tanh(difference / difference.std()))
-    win = (torch.rand(40_000, generator=generator, dtype=torch.float64) < chance).double()
-    assert win.mean() > 0.7
-    assert train.length_controlled(win, difference) == pytest.approx(1 / (1 + math.exp(-0.4)), abs=0.02)
-    assert train.length_controlled(win, torch.zeros_like(win)) == pytest.approx(win.mean().item(), abs=1e-4)
-
-
 # ---- what a run says of itself -----------------------------------------------------------------------------------------
 
 
@@ -564,24 +488,22 @@ def test_speeds_are_those_of_the_steps_alone(arguments, monkeypatch, tmp_path):
     assert summary["mfu"] == pytest.approx(total["flops"] / total["seconds"] / 1e9)  # the rate in conftest.py
 
 
-def test_the_report_begins_with_what_became_better(capsys):
+def test_the_report_says_what_became_better(capsys):
     numbers = {"eval_reward_accuracy": 0.75, "eval_reward_margin": 1.0, "eval_loss": 0.5}
     summary = {
-        "world": {name: [0.5, 0.75] for name in train.WORDS}, "before": numbers, "after": numbers, "held_out": 3,
-        "pairs_per_second": 2.0, "seconds": 9.0, "peak_memory_gib": 1.0, "out": "there",
+        "before": numbers, "after": numbers, "held_out": 3, "pairs_per_second": 2.0, "seconds": 9.0, "peak_memory_gib": 1.0,
+        "out": "there",
     }  # fmt: skip
     samples = [{"prompt": f"p{i}", "before": "one two", "after": "one two three"} for i in range(4)]
     train.report_end(summary, samples)
     said = capsys.readouterr().err.splitlines()
     assert [line.split()[0] for line in said] == [
-        "answers", "win", "true", "words", "length-controlled", "KL", "repeated", *["prompt", "before", "after"] * 3,
-        "held-out", "held-out", "held-out", "2.00", "everything",
+        "words", *["prompt", "before", "after"] * 3, "held-out", "held-out", "held-out", "2.00", "everything",
     ]  # fmt: skip
-    assert "0.500 → 0.750" in said[1] and "0.5 → 0.8" in said[3]
-    assert said[16] == "held-out accuracy: 0.7500 → 0.7500 (± 0.250 standard error)"  # √(¾ · ¼ / 3)
-    del summary["world"]
-    train.report_end(summary, samples)
-    assert capsys.readouterr().err.startswith("words per sample answer: 2.0 → 3.0\n")
+    assert said[0] == "words per sample answer: 2.0 → 3.0"
+    assert said[10] == "held-out accuracy: 0.7500 → 0.7500 (± 0.250 standard error)"  # √(¾ · ¼ / 3)
+    train.report_end(summary, [])
+    assert capsys.readouterr().err.startswith("held-out accuracy")
 
 
 def test_only_settings_that_differ_are_printed():
@@ -589,13 +511,6 @@ def test_only_settings_that_differ_are_printed():
     assert "there/settings.json" in said[0] and [line.split() for line in said[1:]] == [
         ["max_length", "99"], ["out", "there"], ["lr", "1e-05"],
     ]  # fmt: skip
-
-
-def test_a_run_of_the_embedded_world_prints_the_settings_that_were_given(default_run, tmp_path, capsys):
-    """And not the model and the pairs that were made for it."""
-    train.main(["--max-steps", "1", "--out", str(tmp_path / "out"), "--cache", str(default_run[1])])
-    said = capsys.readouterr().err.partition("settings that differ")[2].partition("dataset:")[0].splitlines()
-    assert [line.split()[0] for line in said[1:] if line] == ["out", "lr", "max_steps", "cache"]
 
 
 def test_a_log_file_holds_no_bars(world, arguments):
@@ -621,6 +536,41 @@ def test_settings_round_trip(tmp_path):
     for name in ("s.yaml", "s.json", "all.yaml"):
         assert train.parse_settings([str(tmp_path / name)]) == wanted
     assert train.parse_settings([str(tmp_path / "s.yaml"), "--lr", "1e-6"]).lr == 1e-6
+
+
+def test_without_model_and_dataset_the_settings_are_those_of_a_file():
+    """Options beside it win; a file that names neither model nor dataset is not completed."""
+    here = Path(train.__file__).parent
+    s = train.parse_settings(["--lr", "5e-3", "--seed", "3"])
+    assert s == train.parse_settings([str(here / "tests/toy/simpo.yaml"), "--lr", "5e-3", "--seed", "3"])
+    assert (s.model, s.dataset) == (str(here / "tests/toy/model"), str(here / "tests/toy/pairs.jsonl"))
+    assert (s.objective, s.lr, s.seed) == ("simpo(beta=2.0, gamma=1.0)", 5e-3, 3)
+    assert train.parse_settings([]).lr == 2e-4
+    assert train.parse_settings(["--model", "m", "--dataset", "d"]).lr == 1e-6
+
+
+def test_a_file_of_settings_without_model_and_dataset(tmp_path):
+    (tmp_path / "s.yaml").write_text("lr: 1e-5\n")
+    with pytest.raises(UserError, match="model and dataset missing"):
+        train.parse_settings([str(tmp_path / "s.yaml")])
+    assert train.parse_settings([str(tmp_path / "s.yaml"), "--model", "m", "--dataset", "d"]).lr == 1e-5
+
+
+def test_names_that_begin_with_a_dot_lie_beside_the_file(tmp_path, monkeypatch):
+    """From any directory, each of several sources; all other names stay as they are, and so do those of the command line."""
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    (folder / "s.yaml").write_text(
+        "model: ./model\ndataset: ./a.jsonl[:10], ./b.jsonl@0.5,org/name:split, c/./d.jsonl, ../e.jsonl\n"
+        "eval_dataset: ./held.jsonl\nout: ./out\n"
+    )
+    s = train.parse_settings([str(folder / "s.yaml")])
+    assert (s.model, s.eval_dataset, s.out) == (f"{folder}/model", f"{folder}/held.jsonl", "./out")
+    sources = [name for name, _ in data._sources(s.dataset)]
+    assert sources == [f"{folder}/a.jsonl[:10]", f"{folder}/b.jsonl", "org/name:split", "c/./d.jsonl", "../e.jsonl"]
+    assert train.parse_settings([str(folder / "s.yaml"), "--model", "./mine"]).model == "./mine"
+    monkeypatch.chdir(folder)
+    assert Path(train.parse_settings(["s.yaml"]).model).absolute() == folder / "model"
 
 
 @pytest.mark.parametrize("text, given", [
@@ -759,8 +709,9 @@ def test_a_run_is_another_with_another_weight(shifted):
 
 def test_a_fresh_folder_has_the_names_of_a_sum(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert re.fullmatch(r"\d{8}-\d{6}-dpo-bco_pair-sft", train.prepare_out(Settings(objective=MPO)).name)
-    assert re.fullmatch(r"\d{8}-\d{6}-simpo", train.prepare_out(Settings()).name)
+    s = Settings(model="m", dataset="d")
+    assert re.fullmatch(r"\d{8}-\d{6}-dpo-bco_pair-sft", train.prepare_out(replace(s, objective=MPO)).name)
+    assert re.fullmatch(r"\d{8}-\d{6}-simpo", train.prepare_out(s).name)
 
 
 BAD = {
@@ -821,8 +772,8 @@ BAD = {
     "reset of nothing": (dict(reset_alpha=0.5, reset_modules="down_proj,c_proj"), ["'c_proj' is part of no", "mlp.down_proj"]),
     "reset of no name": (dict(reset_alpha=0.5, reset_modules=","), ["reset_modules: ''"]),
     "negative weight": (dict(sft_weight=-0.1), ["sft_weight is -0.1"]),
-    "tiny with real data": (dict(model="tiny"), ["embedded world"]),
-    "negative noise": (dict(annotator_noise=-1), ["annotator_noise is -1", "not be negative"]),
+    "a model without data": (dict(dataset=None), ["dataset missing", "give both", "--dataset PAIRS.jsonl"]),
+    "data without a model": (dict(model=None), ["model missing", "give both", "--model MODEL"]),
     "unpaired data for a paired objective": (dict(dataset="ROWS"), ["compares pairs", "kto"]),
     "wandb missing": (dict(log_to="wandb"), ["wandb", "pip install"]),
 }  # fmt: skip

@@ -239,10 +239,10 @@ def settings() -> Iterator[Case]:
         "batch-size": "0 -1 1.5", "epochs": "0 -1", "max-steps": "0 -1", "sample-tokens": "0 -3", "samples": "-1",
         "eval-size": "10000 -1", "seed": "-1 x", "mesh": "axb 2x2 0x0", "min-score-margin": "nan",
         "equal-length": "2 nan -1", "device": "cuda:7 gpu meta", "dtype": "fp64", "layout": "tree", "log-to": "nothing",
-        "recipe": "nobody", "compat": "nobody", "export-dtype": "int4", "replays": "0", "reset-alpha": "2 nan",
+        "compat": "nobody", "export-dtype": "int4", "replays": "0", "reset-alpha": "2 nan",
         "sft-weight": "nan -1", "tokens-per-microbatch": "0", "keep": "0", "save-every": "-1", "eval-every": "-1",
         "max-drop-fraction": "nan 2", "gradient-checkpointing": "perhaps", "max-length": "1 0 -5",
-        "max-prompt-length": "0 4096",        "learning-rate": "1e-3", "length-bias": "nan", "annotator-noise": "nan",
+        "max-prompt-length": "0 4096", "learning-rate": "1e-3",
     }.items():  # fmt: skip
         for value in values.split():
             word = "mesh|torchrun" if option == "mesh" else option.replace("-", ".")
@@ -256,6 +256,11 @@ def settings() -> Iterator[Case]:
     yield Case("settings: reset_modules of no name", f"{TRAIN} --reset-alpha 0.5 --reset-modules nothing", "reset.modules")
     yield Case("settings: no dataset", "train.py --model model --out out", "dataset")
     yield Case("settings: no model", "train.py --dataset pairs.jsonl --out out", "model")
+    for option, value in (("noise", "nan"), ("noise", "-1"), ("length-bias", "nan"), ("world", "nobody"), ("seed", "x")):
+        yield Case(f"toy.py: build --{option} {value}", f"tests/tools/toy.py build --out new --{option} {value}", option[:5])
+    yield Case("toy.py: build onto files", "tests/tools/toy.py build --out model", "model")
+    yield Case("toy.py: judge no model", "tests/tools/toy.py judge pairs.jsonl", "pairs.jsonl")
+    yield Case("toy.py: judge by no task", "tests/tools/toy.py judge model --toy cache", "cache")
     for what, out in (("of 300 characters", "o" * 300), ("a file", "pairs.jsonl"), ("under a file", "pairs.jsonl/out"),
                       ("in /proc", "/proc/plainpo"), ("in a read-only folder", "/sys/plainpo")):  # fmt: skip
         yield Case(f"settings: out {what}", f"{TRAIN} --out {out}", "out")

@@ -147,11 +147,16 @@ class OnToyTasks(train.Settings):
     world: str = setting("plain", f"who taught the initial model, {' or '.join(toy.WORLDS)} (likely answers are bad)")
 
 
-def check_task(s: OnToyTasks) -> None:
-    toy.check(s.annotator_noise, s.length_bias, s.world)
+def refuse_own_data(s: train.Settings) -> None:
+    """UserError where a model, a dataset or ranks were asked for."""
     usual = train.parse_settings([])
     if (s.model, s.dataset) != (usual.model, usual.dataset) or "RANK" in os.environ:
-        raise UserError("the study trains on toy tasks that it builds, without --model, --dataset and torchrun")
+        raise UserError("the study trains on tasks that it builds, without --model, --dataset and torchrun")
+
+
+def check_task(s: OnToyTasks) -> None:
+    toy.check(s.annotator_noise, s.length_bias, s.world)
+    refuse_own_data(s)
 
 
 @dataclass

@@ -54,7 +54,7 @@ def test_a_snapshot_knows_what_changed_and_what_went(tmp_path):
 def test_names_are_different_and_commands_are_of_the_project():
     cases = bad_inputs.all_cases()
     files = {bad_inputs.words(case.command)[0] for case in cases if not case.shell}
-    tools = {"tests/tools/on_policy.py", "tests/tools/answers.py", "tests/tools/will_it_fit.py"}
+    tools = {"tests/tools/on_policy.py", "tests/tools/answers.py", "tests/tools/will_it_fit.py", "tests/tools/toy.py"}
     assert len({case.name for case in cases}) == len(cases)
     assert files == {"train.py", "data.py", "distributed.py", *tools}
 

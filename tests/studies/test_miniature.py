@@ -142,7 +142,7 @@ BAD = {
     "nothing to do": ([], ["nothing to do", "--compare", "--sweeps", "alpha, gamma, length"]),
     "a real model": (
         ["--compare", "dpo", "--model", "m", "--dataset", "d"],
-        ["toy tasks that it builds, without --model"],
+        ["trains on tasks that it builds, without --model"],
     ),
     "a real dataset": (["--compare", "dpo", "--dataset", "d"], ["model missing"]),
     "unknown paper": (["--paper", "x"], ["paper", "'x'", "alpha_dpo"]),

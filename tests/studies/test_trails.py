@@ -292,7 +292,7 @@ def test_the_study(tmp_path, made_up, capsys):
 BAD = {
     "an unknown arm": (["--arms", "simp"], ["arms is 'simp'", "simpo"]),
     "no seeds": (["--seeds", "0"], ["seeds is 0", "at least 1"]),
-    "a real model": (["--model", "m", "--dataset", "d"], ["toy tasks that it builds, without --model"]),
+    "a real model": (["--model", "m", "--dataset", "d"], ["trains on tasks that it builds, without --model"]),
     "a bad setting of the task": (["--annotator-noise", "-1"], ["annotator's noise is -1"]),
 }
 
