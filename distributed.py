@@ -44,7 +44,7 @@ import data
 from data import UserError
 from logprobs import compiled, to_device
 
-alone = False  # while on_main's function runs, in which nothing may wait for another rank
+alone = False  # while on_rank_0's function runs, in which nothing may wait for another rank
 FILE_LIMIT = 5 * 10**9  # bytes of one file of an exported model
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------
@@ -88,10 +88,10 @@ def _leave(kind, error, trace) -> None:
 
 def fail(error: Exception) -> None:
     """End the run with a message for its owner and exit code 2. Where every rank fails alike, the first one speaks."""
-    if world_size() > 1 and not is_main():
+    if world_size() > 1 and not is_rank_0():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)  # torchrun ends us here if rank 0 failed too
-    print(f"error: {error}" if is_main() else f"error on rank {rank()}: {error}", file=sys.stderr, flush=True)
+    print(f"error: {error}" if is_rank_0() else f"error on rank {rank()}: {error}", file=sys.stderr, flush=True)
     if c10d.is_initialized():
         os._exit(2)
     raise SystemExit(2)
@@ -116,7 +116,7 @@ def own(folder: Path) -> FileLock:
                 f"warning: {folder} cannot be locked ({error}); see to it that one run at a time writes there", file=sys.stderr
             )
 
-    on_main(acquire)
+    on_rank_0(acquire)
     return lock
 
 
@@ -128,17 +128,17 @@ def world_size() -> int:
     return c10d.get_world_size() if c10d.is_initialized() and not alone else 1
 
 
-def is_main() -> bool:
+def is_rank_0() -> bool:
     return rank() == 0
 
 
-def on_main(function: Callable, *args):
+def on_rank_0(function: Callable, *args):
     """function(…) called on rank 0 only, as if it were the only one; every rank gets its result, UserError or OSError."""
     global alone
     if world_size() == 1:
         return function(*args)
     outcome = [None, None]
-    if is_main():
+    if is_rank_0():
         try:
             alone = True
             outcome[0] = function(*args)
@@ -412,7 +412,7 @@ def hash_weights(model: nn.Module) -> list[str]:
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     """Write small tensors that all ranks have as one safetensors file; a folder that cannot be written is no reason to stop."""
-    if not is_main():
+    if not is_rank_0():
         return
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
@@ -431,7 +431,7 @@ def load_tensors(file: Path) -> dict[str, Tensor] | None:
         with contextlib.suppress(OSError, SafetensorError):
             return load_file(file)
 
-    return on_main(read)
+    return on_rank_0(read)
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -464,7 +464,7 @@ class StopOnSignal:
         if self.raised and world_size() == 1:  # asked twice: now. torchrun passes on a Ctrl-C that we have had already
             signal.signal(number, self.before[number])
             os.kill(os.getpid(), number)
-        elif number == signal.SIGINT and is_main() and not self.raised:
+        elif number == signal.SIGINT and is_rank_0() and not self.raised:
             print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
         self.raised = True
 
@@ -492,7 +492,7 @@ def _sums(folder: Path) -> dict[str, list[int]]:
     return sums
 
 
-def flaw(checkpoint: Path) -> str | None:
+def validate(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None; asked by all ranks together."""
     try:
         expected = {
@@ -555,11 +555,11 @@ def save_checkpoint(
 
     final = folder / f"step-{state['step']:06d}"
     part = final.with_suffix(".part")
-    if on_main(final.exists) and flaw(final) is None:
+    if on_rank_0(final.exists) and validate(final) is None:
         return True  # resumed from it and stopped before the next
     trouble, sums = None, {}
     try:
-        on_main(_start_part, part, final)
+        on_rank_0(_start_part, part, final)
         sums = _write_checkpoint(part, model, optimizer, state, tokenizer, reference)
     except (Exception, dcp.CheckpointException) as error:
         trouble = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
@@ -567,11 +567,11 @@ def save_checkpoint(
     trouble = next((t for t, _ in everyone if t), None)
     if trouble is None:
         try:
-            on_main(_publish, part, final, {k: v for _, sums in everyone for k, v in sums.items()}, keep)
+            on_rank_0(_commit, part, final, {k: v for _, sums in everyone for k, v in sums.items()}, keep)
             return True
         except OSError as error:
             trouble = str(error)
-    if is_main():
+    if is_rank_0():
         shutil.rmtree(part, ignore_errors=True)
         print(f"checkpoint {final} could not be written ({trouble}); earlier ones are untouched", file=sys.stderr)
     return False
@@ -585,8 +585,8 @@ def _write_checkpoint(part: Path, model: nn.Module, optimizer, state: dict, toke
         writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
         dcp.save(_everything(model, optimizer, reference), storage_writer=writer, no_dist=world_size() == 1)
     adam_step = next((float(s["step"]) for s in optimizer.state.values() if "step" in s), 0.0)
-    on_main((part / "step.json").write_text, json.dumps({**state, "adam_step": adam_step}))
-    on_main(_describe, part, model, tokenizer)
+    on_rank_0((part / "step.json").write_text, json.dumps({**state, "adam_step": adam_step}))
+    on_rank_0(_describe, part, model, tokenizer)
     sums = _sums(part)
     for name in sums:
         _flush(part / name)
@@ -631,7 +631,7 @@ def _describe(folder: Path, model: nn.Module, tokenizer) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _publish(part: Path, final: Path, sums: dict, keep: int) -> None:
+def _commit(part: Path, final: Path, sums: dict, keep: int) -> None:
     _flush(part)
     os.rename(part, final)
     _flush(final.parent)
@@ -656,8 +656,8 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that checks out, or None; says which newer ones were passed over, and why."""
-    for candidate in reversed(on_main(checkpoints, folder)):
-        reason = flaw(candidate)
+    for candidate in reversed(on_rank_0(checkpoints, folder)):
+        reason = validate(candidate)
         if reason is None:
             return candidate
         say(f"skipped {candidate}: {reason}")
@@ -725,7 +725,7 @@ def export_checkpoint(e: Export) -> None:
     checkpoint, out, dtypes = e.checkpoint, e.out, {"fp32": torch.float32, "bf16": torch.bfloat16}
     if e.dtype not in dtypes:
         raise UserError(f"dtype is {e.dtype!r}; accepted are {', '.join(dtypes)}")
-    if (reason := flaw(checkpoint)) is not None:
+    if (reason := validate(checkpoint)) is not None:
         raise UserError(f"{checkpoint} cannot be exported: {reason}")
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} exists already; choose another folder")
@@ -773,18 +773,18 @@ def _write_model(
         _start_part(part, folder)
 
     try:
-        on_main(begin)
+        on_rank_0(begin)
         for file, names in files.items():
             tensors = {}
             for name in names:
                 value = fetch(name)
-                if is_main():
+                if is_rank_0():
                     kind = dtype if value.is_floating_point() else value.dtype
                     tensors[name] = torch.empty(value.shape, dtype=kind).copy_(value)
-            on_main(save_file, tensors, part / file, {"format": "pt"})
-        on_main(finish)
+            on_rank_0(save_file, tensors, part / file, {"format": "pt"})
+        on_rank_0(finish)
     except (OSError, SafetensorError) as error:  # most often a disk that is full
-        on_main(functools.partial(shutil.rmtree, part, ignore_errors=True))
+        on_rank_0(functools.partial(shutil.rmtree, part, ignore_errors=True))
         why = f"{folder} could not be written ({error})"
         raise UserError(f"{why}; make room or choose another place, then export a checkpoint or go on with --resume") from error
 

@@ -434,7 +434,7 @@ def log_probs(
 ) -> dict[str, Tensor]:
     """Summed log-probs of all responses, "logp", and what `also` names, without gradient: (n, k) each, on every rank."""
     rows, parts, k = [], [], len(examples[0].responses)
-    batches = data.progress(_lazily(run, examples), progress or "", "batches", disable=progress is None or not dist.is_main())
+    batches = data.progress(_lazily(run, examples), progress or "", "batches", disable=progress is None or not dist.is_rank_0())
     with run.arithmetic():
         for part, batch in batches:
             rows += part
@@ -586,11 +586,11 @@ def prepare(s: Settings) -> Run:
     if s.model != "tiny":
         data.reachable(s.model)
     s.lr = s.lr if s.lr is not None else (2e-4 if s.model == "tiny" else 1e-6)
-    s.out = str(dist.on_main(prepare_out, s))
+    s.out = str(dist.on_rank_0(prepare_out, s))
     lock = dist.own(Path(s.out))
     given, world = {k: v for k, v in asdict(s).items() if k not in ("overwrite", "resume")}, None
     if s.model == "tiny":
-        world, pairs = dist.on_main(embedded_world, s)
+        world, pairs = dist.on_rank_0(embedded_world, s)
         s = replace(s, model=str(world / "model"), dataset=str(pairs))
     tokenizer = data.load_tokenizer(s.model, s.trust_remote_code)
     rows = load_rows(s, tokenizer, objective)
@@ -601,7 +601,7 @@ def prepare(s: Settings) -> Run:
     plan_steps(run)
     run.same = identity(run)
     if s.resume:
-        dist.check_same(run.same, dist.on_main(marker, Path(s.out)), s.out)
+        dist.check_same(run.same, dist.on_rank_0(marker, Path(s.out)), s.out)
     score_start(run)
     run.optimizer = make_optimizer(run)
     if s.resume:
@@ -624,7 +624,7 @@ def build_policy(s: Settings, objective: Objective, tokenizer, device: torch.dev
     second = objective.needs("kl_w") or s.sync_every
     reference = load_model(s).requires_grad_(False).train(False) if second else None
     checkpoints, each = s.keep + 1 if s.save_every else 0, 16 if s.sync_every else 12  # a reference that moves is in them too
-    dist.on_main(dist.check_space, Path(s.out), model, checkpoints, export_dtype(s, model), each)
+    dist.on_rank_0(dist.check_space, Path(s.out), model, checkpoints, export_dtype(s, model), each)
     policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, uses_bf16(s, device), s.gradient_checkpointing, s.compile)
     for part in filter(None, (model, reference)):
         dist.load_weights(part, s.model, device)
@@ -709,7 +709,7 @@ def train(s: Settings) -> dict:
     """One run from settings to exported model; returns the summary that is also written to out/summary.json."""
     started = time.time()
     dist.setup(s.device)
-    if s.resume and (summary := dist.on_main(finished, s)):
+    if s.resume and (summary := dist.on_rank_0(finished, s)):
         return summary
     run = prepare(s)
     journal = Journal(run)
@@ -757,8 +757,8 @@ def finish(run: Run, journal: "Journal", started: float) -> dict:
     measured = {k: v for line in lines[-2:] for k, v in line.items()}
     card = dist.model_card(out.name, {**run.given, "objective": str(run.objective)}, measured)
     dist.export(model, run.tokenizer, out / "model", export_dtype(s, model), card)
-    dist.on_main(draw_curves, lines, out / "curves.png", f"{run.objective} on {Path(s.dataset).name}")
-    world = {"world": dist.on_main(judge, out / "model", run.world, out / "answers.jsonl")} if run.world else {}
+    dist.on_rank_0(draw_curves, lines, out / "curves.png", f"{run.objective} on {Path(s.dataset).name}")
+    world = {"world": dist.on_rank_0(judge, out / "model", run.world, out / "answers.jsonl")} if run.world else {}
     summary = {
         "objective": str(run.objective), "steps": len(run.rows.plan), "rows": len(run.rows.train),
         "held_out": len(run.rows.held_out), "before": journal.start, "after": after, **world, **journal.speeds(),
@@ -767,7 +767,7 @@ def finish(run: Run, journal: "Journal", started: float) -> dict:
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
         "out": str(out),
     }  # fmt: skip
-    dist.on_main(write_whole, out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    dist.on_rank_0(write_whole, out / "summary.json", json.dumps(summary, indent=2) + "\n")
     report_end(summary, samples)
     return summary
 
@@ -1070,7 +1070,7 @@ def identity(run: Run) -> dict:
 
 
 def say(text: str) -> None:
-    if dist.is_main():
+    if dist.is_rank_0():
         tqdm.write(text, file=sys.stderr)
 
 
@@ -1085,15 +1085,15 @@ class Journal:
         if 0 < len(run.rows.held_out) < FEW:
             few = f"{len(run.rows.held_out)} held-out rows are too few to compare runs by"
             say(f"{few}; take some hundreds (eval_size, eval_dataset)")
-        dist.on_main(open_records, run)
-        self.file = open(self.metrics if dist.is_main() else os.devnull, "a", buffering=1)
+        dist.on_rank_0(open_records, run)
+        self.file = open(self.metrics if dist.is_rank_0() else os.devnull, "a", buffering=1)
         self.send = open_log(run.s, self.out)
         prompts = [run.tokenizer.decode(e.prompt) for e in run.rows.held_out[: run.s.samples]]
         self.samples = [{"prompt": p, "before": b, "during": {}, "after": None} for p, b in zip(prompts, run.before)]
-        during = dist.on_main(read_during, self.out / "samples.jsonl", run.step)
+        during = dist.on_rank_0(read_during, self.out / "samples.jsonl", run.step)
         for sample in self.samples:
             sample["during"] = during.get(sample["prompt"], {})
-        self.start = next((line for line in dist.on_main(read_metrics, self.metrics) if line["step"] == 0), {})
+        self.start = next((line for line in dist.on_rank_0(read_metrics, self.metrics) if line["step"] == 0), {})
         self.start.pop("step", None)
         self.rate = matmul_rate(run.policy.model, torch.bfloat16 if run.bf16 else torch.float32) * dist.world_size()
         self.done, self.warned = Counter(), set()
@@ -1103,7 +1103,7 @@ class Journal:
     def steps(self) -> Iterator[bool]:
         """For each step that is left whether it is the last, on a progress bar."""
         first, total = self.run.step, len(self.run.rows.plan)
-        show = dict(initial=first, total=total, disable=not dist.is_main())
+        show = dict(initial=first, total=total, disable=not dist.is_rank_0())
         self.bar = data.progress(range(first, total), "train", "steps", **show)
         for number in self.bar:
             yield number + 1 == total
@@ -1137,7 +1137,7 @@ class Journal:
         self.file.close()
         resumed_at_its_end = any(sample["after"] is None for sample in self.samples)
         self._answered(answers(self.run) if resumed_at_its_end else [])
-        return self.samples, dist.on_main(read_metrics, self.metrics)
+        return self.samples, dist.on_rank_0(read_metrics, self.metrics)
 
     def speeds(self) -> dict[str, float]:
         """Of the steps of this process alone: evaluation, samples and checkpoints are not counted."""
@@ -1157,7 +1157,7 @@ class Journal:
                 sample["after"] = text
             else:
                 sample["during"][str(self.run.step)] = text
-        dist.on_main(write_lines, self.out / "samples.jsonl", self.samples)
+        dist.on_rank_0(write_lines, self.out / "samples.jsonl", self.samples)
 
 
 FEW = 50  # held-out rows: the standard error of an accuracy is then above 0.05
@@ -1323,7 +1323,7 @@ def divergence(start: dict, now: dict) -> dict[str, str]:
 
 def open_log(s: Settings, out: Path) -> Callable[[dict], None]:
     """A function that sends one metrics line to tensorboard or wandb, or nowhere."""
-    if s.log_to is None or not dist.is_main():
+    if s.log_to is None or not dist.is_rank_0():
         return lambda line: None
     if s.log_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter

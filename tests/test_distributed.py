@@ -218,13 +218,13 @@ def test_a_folder_that_cannot_be_locked_is_a_warning(tmp_path, monkeypatch, caps
 
 
 def test_rank_0_alone(world):
-    """What on_main calls sees one process, also when it fails; afterwards all are there again."""
+    """What on_rank_0 calls sees one process, also when it fails; afterwards all are there again."""
 
     def count():
         try:
-            dist.on_main(lambda: 1 // 0)
+            dist.on_rank_0(lambda: 1 // 0)
         except ZeroDivisionError:
-            return dist.on_main(dist.world_size), dist.world_size()
+            return dist.on_rank_0(dist.world_size), dist.world_size()
 
     assert ranks(2, count) == [(1, 2)] * 2
 
