@@ -14,6 +14,7 @@ Shape letters: n examples · k responses of each, 2 for pairs and 1 else.
 
 import ast
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib.util
@@ -611,7 +612,7 @@ def prepare(s: Settings) -> Run:
 
 def build_policy(s: Settings, objective: Objective, tokenizer, device: torch.device) -> ResponseLogProbs:
     """The model with fp32 weights, cut over the ranks; and the reference, where an objective needs its token KL."""
-    model = load_model(s)
+    model, weights = load_model(s)
     embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
         raise UserError(f"the tokenizer has {len(tokenizer)} ids, but the model only {embeddings} embeddings: no match")
@@ -622,12 +623,12 @@ def build_policy(s: Settings, objective: Objective, tokenizer, device: torch.dev
     if s.sync_every:
         say("sync_every: the reference is a second model, whose log-probs are computed at every step and not kept")
     second = objective.needs("kl_w") or s.sync_every
-    reference = load_model(s).requires_grad_(False).train(False) if second else None
-    checkpoints, each = s.keep + 1 if s.save_every else 0, 16 if s.sync_every else 12  # a reference that moves is in them too
-    dist.on_rank_0(dist.check_space, Path(s.out), model, checkpoints, export_dtype(s, model), each)
+    reference = copy.deepcopy(model).requires_grad_(False).train(False) if second else None
+    checkpoints = s.keep + 1 if s.save_every else 0
+    dist.on_rank_0(dist.check_space, Path(s.out), model, checkpoints, export_dtype(s, model))
     policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, uses_bf16(s, device), s.gradient_checkpointing, s.compile)
     for part in filter(None, (model, reference)):
-        dist.load_weights(part, s.model, device)
+        dist.hand_out(part, weights, device)
     if names := dist.not_finite(model):
         raise UserError(f"{s.model}: {len(names)} weights of this model are not finite numbers, the first is {names[0]}")
     policy.use_layout(s.layout)
@@ -698,7 +699,7 @@ def resume(run: Run) -> None:
     checkpoint = dist.newest_checkpoint(Path(run.s.out) / "checkpoints", say)
     if checkpoint is None:
         return say("no checkpoint; starting from step 0")
-    run.step = dist.load_checkpoint(checkpoint, run.policy.model, run.optimizer, run.same, moving(run))["step"]
+    run.step = dist.load_checkpoint(checkpoint, run.policy.model, run.optimizer, run.same)["step"]
     say(f"resumed after step {run.step} from {checkpoint}")
 
 
@@ -735,7 +736,7 @@ def save(run: Run) -> bool:
     """Write a checkpoint; whether it is there."""
     state = {"step": run.step, "run": run.same}
     folder = Path(run.s.out) / "checkpoints"
-    return dist.save_checkpoint(folder, run.policy.model, run.optimizer, state, run.s.keep, run.tokenizer, moving(run))
+    return dist.save_checkpoint(folder, run.policy.model, run.optimizer, state, run.s.keep, run.tokenizer)
 
 
 def stopped(run: Run, saved: bool) -> None:
@@ -775,17 +776,9 @@ def finish(run: Run, journal: "Journal", started: float) -> dict:
 # ---- model and rows --------------------------------------------------------------------------------------------------
 
 
-def load_model(s: Settings) -> torch.nn.Module:
-    """A transformers model with fp32 weights and dropout off.
-
-    Under torchrun the weights of a folder come later, when the model has been cut up: see `distributed.load_weights`.
-    """
-    try:
-        model = dist.build_model(s.model, s.trust_remote_code)
-    except UserError:
-        raise
-    except Exception as error:  # transformers raises many kinds; all mean that there is no loadable model
-        raise UserError(f"{s.model}: no loadable causal language model there ({str(error).strip().splitlines()[0]})") from error
+def load_model(s: Settings) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    """A transformers model with fp32 weights and dropout off; under torchrun its weights are given to it by `dist.hand_out`."""
+    model, weights = dist.load_model(s.model, s.trust_remote_code)
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         for key in [k for k in config.to_dict() if "dropout" in k or k.endswith("pdrop")]:
             if isinstance(getattr(config, key), float):
@@ -793,7 +786,7 @@ def load_model(s: Settings) -> torch.nn.Module:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    return model
+    return model, weights
 
 
 NOT_ATTENTION = ("mamba", "rwkv", "deltanet", "linearattention", "shortconv", "recurrentblock", "griffin", "xlstm", "mlstm")
@@ -947,11 +940,6 @@ def move_reference(policy: ResponseLogProbs, alpha: float) -> None:
     """reference ← α policy + (1−α) reference, in place; where they are cut over ranks each rank does its rows."""
     for there, here in zip(policy.reference.parameters(), policy.model.parameters()):
         there.lerp_(here, alpha)
-
-
-def moving(run: Run) -> torch.nn.Module | None:
-    """The reference, where it is part of a run's state."""
-    return run.policy.reference if run.s.sync_every else None
 
 
 # ---- evaluation and checks ---------------------------------------------------------------------------------------------
@@ -1205,8 +1193,18 @@ def refuse_out(s: Settings, out: Path) -> None:
     if inside := [path for path in read if holds and _is_inside(path, out)]:
         raise UserError(f"{inside[0]} is read by this run and lies in out {out}, where files are replaced; choose another out")
     folders = [out / "model", out / "model.part", *(out.glob("checkpoints/step-*") if s.overwrite else ())]
-    if strange := [str(path) for folder in folders for path in dist.strangers(folder)]:
+    if strange := [str(path) for folder in folders for path in strangers(folder)]:
         raise UserError(f"{', '.join(strange[:3])}: not written by a run, and its folder is going to be replaced; move it away")
+
+
+MODEL_FILES = re.compile(
+    r".+\.(safetensors|json|jinja|model|py)|README\.md|(vocab|merges)\.txt|complete|additional_chat_templates"
+)
+
+
+def strangers(folder: Path) -> list[Path]:
+    """What lies in the folder of a model or checkpoint and is none of its files, by name."""
+    return [path for path in folder.glob("*") if not MODEL_FILES.fullmatch(path.name)]
 
 
 def marker(out: Path) -> dict:
