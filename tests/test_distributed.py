@@ -210,13 +210,13 @@ def test_a_folder_that_cannot_be_locked_is_a_warning(tmp_path, monkeypatch, caps
 
 
 def test_rank_0_alone(world):
-    """What on_main calls sees one process, also when it fails; afterwards all are there again."""
+    """What on_rank_0 calls sees one process, also when it fails; afterwards all are there again."""
 
     def count():
         try:
-            dist.on_main(lambda: 1 // 0)
+            dist.on_rank_0(lambda: 1 // 0)
         except ZeroDivisionError:
-            return dist.on_main(dist.world_size), dist.world_size()
+            return dist.on_rank_0(dist.world_size), dist.world_size()
 
     assert ranks(2, count) == [(1, 2)] * 2
 
@@ -229,10 +229,11 @@ def logits(folder: Path) -> np.ndarray:
     return model(torch.arange(5, 45)[None] % 40).logits.detach().numpy()
 
 
-def exported(s: train.Settings, out: Path, limit: int) -> tuple:
+def exported(s: train.Settings, out: Path) -> tuple:
+    dist.FILE_LIMIT = "20kB"
     policy = loaded(s)
     policy.use_layout("padded")
-    dist.export(policy.model, data.load_tokenizer(s.model), out, torch.float32, "# card\n", limit)
+    dist.export(policy.model, data.load_tokenizer(s.model), out, torch.float32, "# card\n")
     with torch.no_grad():
         ours = policy.within(lambda model: model(torch.arange(5, 45)[None] % 40).logits)
     tied = policy.model.get_input_embeddings().weight is policy.model.get_output_embeddings().weight
@@ -245,7 +246,7 @@ def test_streamed_weights_and_export(world, tmp_path, family):
     written again in several files it is the same model, with a tied head in no file."""
     for count in (0, 2):
         out = tmp_path / str(count)
-        for ours, tied in ranks(count, exported, settings(world, model=str(world / family)), out, 20_000):
+        for ours, tied in ranks(count, exported, settings(world, model=str(world / family)), out):
             np.testing.assert_allclose(ours, logits(world / family), atol=2e-6)
             assert tied == (family != "untied")
         np.testing.assert_array_equal(logits(out), logits(world / family))
@@ -540,7 +541,7 @@ def test_an_export_that_fails_leaves_nothing_behind_and_deletes_nothing(world, t
 
     (tmp_path / "b.part").mkdir()
     (tmp_path / "b.part/mine.txt").write_text("mine")
-    for out, said in ((tmp_path / "a", "could not be written"), (tmp_path / "b", "mine.txt is in the way"),
+    for out, said in ((tmp_path / "a", "could not be written"), (tmp_path / "b", "b.part exists already"),
                       (world / "pairs.jsonl/c", "Not a directory"), (Path("/proc/d"), "could not be written")):  # fmt: skip
         capfd.readouterr()
         assert ranks(0, attempt, out) == [2] and said in capfd.readouterr().err
