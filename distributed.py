@@ -202,7 +202,7 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
 def _compiled_when_packed(forward: Callable) -> Callable:
     """A decoder block's forward, compiled where it is handed a pack; generation's own path stays eager."""
     fast = compiled(forward, dim=1)
-    return lambda *args, **kw: (fast if {"blocks", "segments"} & kw.keys() else forward)(*args, **kw)
+    return lambda *args, **kw: (fast if {"blocks", "pairs"} & kw.keys() else forward)(*args, **kw)
 
 
 def shard(
@@ -241,14 +241,14 @@ def shard(
             module.set_force_sum_reduction_for_comms(True)
     # 4. backward makes the root let go of its weights; a pass without gradient has to do so itself
     policy.register_forward_pre_hook(lambda *_: policy.set_reshard_after_forward(not torch.is_grad_enabled(), recurse=False))
-    register_fsdp_forward_method(policy, "within")
-    within = policy.within
+    register_fsdp_forward_method(policy, "run_unsharded")
+    run_unsharded = policy.run_unsharded
 
-    def within_and_release(*args, **kwargs):
+    def run_and_release(*args, **kwargs):
         policy.set_reshard_after_forward(True, recurse=False)
-        return within(*args, **kwargs)
+        return run_unsharded(*args, **kwargs)
 
-    policy.within = within_and_release
+    policy.run_unsharded = run_and_release
     return policy
 
 
@@ -926,7 +926,7 @@ def one_microbatch(
         transformers.AttentionInterface.register("fused_trace", _fused_trace)
         chunk = chunk_rows(config.get_text_config().vocab_size, "cuda")
         windows = {*windows_of(config.get_text_config()), None}
-        masks = sum(x.nbytes for x in tree_leaves([Blocks.of(batch.tree, window, "cpu") for window in windows]))
+        masks = sum(x.nbytes for x in tree_leaves([Blocks.of(batch.pairs, window, "cpu") for window in windows]))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
         frozen = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False) if reference else None
@@ -938,7 +938,7 @@ def one_microbatch(
         policy = shard(policy, checkpointing=checkpointing)
         fake = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in batch._asdict().items() if isinstance(v, Tensor)}
         missing = max(0, (chunk or 0) - sum(responses))
-        fake |= {k: nn.functional.pad(fake[k], (0, missing)) for k in ("index", "targets", "response", "head")}
+        fake |= {k: nn.functional.pad(fake[k], (0, missing)) for k in ("index", "targets", "response", "in_prefix")}
 
         def after(p: nn.Parameter) -> None:
             p.grad = None if gpu else p.grad

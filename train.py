@@ -218,7 +218,7 @@ class Objective(NamedTuple):
     @property
     def also(self) -> tuple[str, ...]:
         """What the policy's pass has to give besides log-probs: names of logprobs.ResponseLogProbs.forward."""
-        return ("kl",) * self.needs("kl_") + ("head",) * self.needs("head_")
+        return ("kl",) * self.needs("kl_") + ("prefix_logp",) * self.needs("head_")
 
     @property
     def unpaired(self) -> bool:
@@ -345,9 +345,9 @@ class Sums(NamedTuple):
     logp: Tensor | None = None
     ref: Tensor | None = None
     kl: Tensor | None = None
-    head: Tensor | None = None  # of logp: the first tokens, as many as the row's shortest response has
-    ref_head: Tensor | None = None  # of ref
-    power: Tensor | None = None  # Σ_t log Σ_v π(v)²
+    prefix_logp: Tensor | None = None  # of logp: the first tokens, as many as the row's shortest response has
+    ref_prefix_logp: Tensor | None = None  # of ref
+    log_sum_p_squared: Tensor | None = None  # Σ_t log Σ_v π(v)²
     logp_mismatch: Tensor | None = None  # (n·k,): KTO's mismatched completions, under the policy
     ref_mismatch: Tensor | None = None  # (n·k,): and under the reference
     label: Tensor | None = None  # bool: chosen or desirable
@@ -363,7 +363,7 @@ class Sums(NamedTuple):
         """What a signature of losses.py may ask for. `old_*` is the policy as it is at the start of the step."""
         named = {"desirable": self.label, "logp_kl": self.logp_mismatch, "ref_kl": self.ref_mismatch, "margin": self.margin}
         sources = {"logp": self.logp, "len": self.length, "old": self.logp.detach()}
-        sources |= {name: getattr(self, name) for name in ("ref", "kl", "head", "ref_head")}
+        sources |= {"ref": self.ref, "kl": self.kl, "head": self.prefix_logp, "ref_head": self.ref_prefix_logp}
         for name, x in sources.items():
             if x is not None:
                 named |= {name: x, f"{name}_w": x[:, 0], f"{name}_l": x[:, -1]}
@@ -378,7 +378,7 @@ class Rows:
     held_out: Sequence[Example]
     reports: dict[str, data.Report]  # what was kept and dropped, and why
     plan: list[list[int]] = field(default_factory=list)  # the rows of each optimizer step
-    ref: dict[str, Tensor] = field(default_factory=dict)  # "ref" and, where asked for, "ref_head" of the training rows, (n, k)
+    ref: dict[str, Tensor] = field(default_factory=dict)  # "ref" and, where asked for, "ref_prefix_logp", (n, k)
     ref_mismatch: Sequence[Tensor] | None = None  # of each batch of the plan
     held_out_known: Sums | None = None
     held_out_start: Tensor | None = None  # (n, k) log-probs of the held-out rows under the start
@@ -411,7 +411,7 @@ class Run:
     @property
     def also(self) -> tuple[str, ...]:
         """What each pass of the policy has to give besides log-probs."""
-        return self.objective.also + ("power",) * self.s.wpo + ("ref",) * (self.s.sync_every > 0)
+        return self.objective.also + ("log_sum_p_squared",) * self.s.wpo + ("ref",) * (self.s.sync_every > 0)
 
     def arithmetic(self):
         """bf16 autocast or nothing. One context spans one kind of pass, so weights are cast once in it."""
@@ -455,16 +455,16 @@ def _lazily(run: Run, examples: Sequence[Example]) -> Iterator[tuple[list[int], 
             yield [start + i for i in part], batch
 
 
-TRAINED = ("logp", "kl", "head")  # sums through which a loss reaches the weights
+TRAINED = ("logp", "kl", "prefix_logp")  # sums through which a loss reaches the weights
 
 
 def row_losses(objective: Objective, sums: Sums, seed: list[int]) -> Tensor:
-    """Loss per row (rows,), times its WPO weight where sums.power is there."""
+    """Loss per row (rows,), times its WPO weight where sums.log_sum_p_squared is there."""
     loss = objective(sums.by_name(), seed)
-    if sums.power is None:
+    if sums.log_sum_p_squared is None:
         return loss
     rows = (-1, 1) if objective.unpaired else sums.logp.shape
-    return loss * wpo_weight(*(x.detach().reshape(rows) for x in (sums.logp, sums.power, sums.length)))
+    return loss * wpo_weight(*(x.detach().reshape(rows) for x in (sums.logp, sums.log_sum_p_squared, sums.length)))
 
 
 def coefficients(objective: Objective, sums: Sums, seed: list[int], sft: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
@@ -640,7 +640,7 @@ def check_policy(run: Run) -> None:
     try:
         with run.arithmetic():
             ids = torch.tensor([few[0].prompt[-32:]], device=run.device)
-            run.policy.within(check_head, ids, 0.5 if run.bf16 else 1e-3)
+            run.policy.run_unsharded(check_head, ids, 0.5 if run.bf16 else 1e-3)
         run.policy.use_layout(run.s.layout)
         compare_layouts(run, few, 0.1 if run.bf16 else 1e-4)
     except ValueError as error:  # logprobs.py names the head or the attention that it cannot honour
@@ -867,15 +867,17 @@ def known_sums(examples: Sequence[Example], device, **reference: Tensor | None) 
 
 
 def reference_sums(run: Run, examples: Sequence[Example], what: str, also: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Reference log-probs of `examples`, "ref" and, if `also` says "head", "ref_head", (n, k) each: the policy's own, before it
-    has learnt anything, kept as numbers.
+    """Reference log-probs of `examples`, "ref" and, if `also` says "prefix_logp", "ref_prefix_logp", (n, k) each: the
+    policy's own, before it has learnt anything, kept as numbers.
 
     Cached as safetensors under a hash of everything that they depend on: weights, token ids (so tokenizer, template, data
     and truncation), arithmetic and layout. A file that is not complete and finite is not used.
     """
     if not examples:
         return {}
-    s, key, names = run.s, hashlib.sha256(), {"logp": "ref"} | ({"head": "ref_head"} if "head" in also else {})
+    s, key, names = run.s, hashlib.sha256(), {"logp": "ref"}
+    if "prefix_logp" in also:
+        names["prefix_logp"] = "ref_prefix_logp"
     key.update(json.dumps(["1", s.layout, run.bf16, run.device.type, s.tokens_per_microbatch]).encode())
     key.update(json.dumps(dist.hash_weights(run.policy.model)).encode())
     for e in examples:
@@ -977,7 +979,7 @@ def answers(run: Run) -> list[str]:
     layout = run.policy.use_layout("padded")  # the model's own attention, which generation needs
     how = dict(max_tokens=run.s.sample_tokens, together=dist.world_size() > 1)
     for i in range(0, len(prompts), 32):
-        texts += run.policy.within(completions, run.tokenizer, prompts[i : i + 32], **how)[0]
+        texts += run.policy.run_unsharded(completions, run.tokenizer, prompts[i : i + 32], **how)[0]
     run.policy.use_layout(layout)
     return texts
 

@@ -46,8 +46,10 @@ class Pairs(NamedTuple):
         head = torch.arange(self.mask.shape[1]) < length.min(1).values.repeat(2)[:, None]
         label = torch.tensor([[True, False]]).expand(len(length), 2)
         mismatch = dict(logp_mismatch=self.logp.detach().sum(1).roll(1), ref_mismatch=self.ref.sum(1).roll(1) - 0.5)
-        heads = dict(head=pair(self.logp * head), ref_head=pair(self.ref * head))
-        return train.Sums(length, pair(self.logp), pair(self.ref), power=pair(self.power), label=label, **heads, **mismatch)
+        heads = dict(prefix_logp=pair(self.logp * head), ref_prefix_logp=pair(self.ref * head))
+        return train.Sums(
+            length, pair(self.logp), pair(self.ref), log_sum_p_squared=pair(self.power), label=label, **heads, **mismatch
+        )
 
 
 def random_pairs(seed: int = 0) -> Pairs:
@@ -70,7 +72,7 @@ def ours(text: str, wpo: bool = False) -> Callable[[Pairs], Tensor]:
     def loss(pairs: Pairs) -> Tensor:
         sums = pairs.sums()
         values = objective(sums.by_name(), [0])
-        return (values * train.wpo_weight(sums.logp, sums.power, sums.length) if wpo else values).mean()
+        return (values * train.wpo_weight(sums.logp, sums.log_sum_p_squared, sums.length) if wpo else values).mean()
 
     return loss
 

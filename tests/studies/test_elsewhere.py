@@ -17,7 +17,7 @@ def test_sums_are_those_of_each_response():
         shortest = min(lengths[j] for j in of)
         assert sums.length[i].tolist() == [lengths[j] for j in of]
         assert_close(sums.logp[i], torch.stack([pairs.logp[j, : lengths[j]].sum() for j in of]))
-        assert_close(sums.ref_head[i], torch.stack([pairs.ref[j, :shortest].sum() for j in of]))
+        assert_close(sums.ref_prefix_logp[i], torch.stack([pairs.ref[j, :shortest].sum() for j in of]))
 
 
 @pytest.mark.parametrize(
