@@ -1124,19 +1124,24 @@ def split_by_tokens(sizes: list[int], budget: int, ranks: int = 1) -> list[list[
     Longest first, each into the lightest group. The number of groups is a multiple of `ranks` (rank r takes groups r::ranks);
     some groups may be empty. An item above the budget gets a group of its own. Nothing is dropped or repeated.
     """
-    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
-    count = max(1, min(len(sizes), -(-sum(sizes) // budget)))
+    fewest = -(-sum(sizes) // budget)  # rounded up
+    count = max(1, min(len(sizes), fewest))
     count = -(-count // ranks) * ranks
     while True:
-        heap, groups, load = [(0, g) for g in range(count)], [[] for _ in range(count)], [0] * count
-        for i in order:
-            weight, g = heapq.heappop(heap)
-            groups[g].append(i)
-            load[g] = weight + sizes[i]
-            heapq.heappush(heap, (load[g], g))
-        if all(weight <= budget or len(group) == 1 for weight, group in zip(load, groups)):
+        groups = _longest_into_lightest(sizes, count)
+        if all(len(group) == 1 or sum(sizes[i] for i in group) <= budget for group in groups):
             return groups
         count += ranks
+
+
+def _longest_into_lightest(sizes: list[int], count: int) -> list[list[int]]:
+    groups = [[] for _ in range(count)]
+    lightest = [(0, g) for g in range(count)]  # a heap of (tokens, group)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        tokens, g = heapq.heappop(lightest)
+        groups[g].append(i)
+        heapq.heappush(lightest, (tokens + sizes[i], g))
+    return groups
 
 
 class Batch(NamedTuple):
@@ -1147,54 +1152,77 @@ class Batch(NamedTuple):
     index: Tensor  # (N,) flat positions, in rows × T, that predict a response token
     targets: Tensor  # (N,) that token
     response: Tensor  # (N,) the response it belongs to, 0 … R−1: example by example, chosen before rejected
-    head: Tensor  # (N,) bool: the first k tokens of a response, k the length of its example's shortest
+    in_prefix: Tensor  # (N,) bool: the first k tokens of a response, k the length of its example's shortest
     lengths: Tensor  # (R,) scored tokens
     responses: int  # R
-    tree: list[tuple[int, list[int]]] | None  # packed: (prompt length, response lengths) per example
+    pairs: list[tuple[int, list[int]]] | None  # packed: (prompt length, response lengths) per example
 
     def to(self, device) -> "Batch":
-        return self._replace(**{k: to_device(v, device) for k, v in self._asdict().items() if isinstance(v, Tensor)})
+        tensors = {name: x for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**{name: to_device(x, device) for name, x in tensors.items()})
 
 
-def _batch(examples: list[Example], ids, positions, index, tree) -> Batch:
-    flat = [(r, min(map(len, e.responses))) for e in examples for r in e.responses]
-    as_tensor = lambda x, dtype=np.int64: torch.from_numpy(np.concatenate([np.zeros(0, dtype), *x]))  # noqa: E731
-    targets, response = as_tensor(np.array(r) for r, _ in flat), as_tensor(np.full(len(r), i) for i, (r, _) in enumerate(flat))
-    head, lengths = as_tensor((np.arange(len(r)) < k for r, k in flat), bool), torch.tensor([len(r) for r, _ in flat])
-    return Batch(ids, positions, as_tensor(index), targets, response, head, lengths.long(), len(flat), tree)
+def _joined(arrays: list[np.ndarray], dtype=np.int64) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.zeros(0, dtype), *arrays]))
+
+
+def _batch(examples: list[Example], ids: Tensor, positions: Tensor, index: list[np.ndarray], pairs: list | None) -> Batch:
+    targets, response, in_prefix, lengths = [], [], [], []  # an entry per response
+    for example in examples:
+        shortest = min(len(tokens) for tokens in example.responses)
+        for tokens in example.responses:
+            targets.append(np.array(tokens))
+            response.append(np.full(len(tokens), len(lengths)))
+            in_prefix.append(np.arange(len(tokens)) < shortest)
+            lengths.append(len(tokens))
+    return Batch(
+        input_ids=ids,
+        position_ids=positions,
+        index=_joined(index),
+        targets=_joined(targets),
+        response=_joined(response),
+        in_prefix=_joined(in_prefix, bool),
+        lengths=torch.tensor(lengths, dtype=torch.int64),
+        responses=len(lengths),
+        pairs=pairs,
+    )
 
 
 def padded_batch(examples: list[Example]) -> Batch:
     """The textbook layout: a row prompt + response per response, padded on the right."""
     rows = [(e.prompt, r) for e in examples for r in e.responses]
-    width = max((len(p) + len(r) for p, r in rows), default=1)
+    width = max((len(prompt) + len(response) for prompt, response in rows), default=1)
     ids = np.zeros((max(1, len(rows)), width), dtype=np.int64)
     index = []
-    for i, (p, r) in enumerate(rows):
-        ids[i, : len(p) + len(r)] = p + r
-        index.append(i * width + len(p) - 1 + np.arange(len(r)))  # the prompt's last position predicts the first token
+    for i, (prompt, response) in enumerate(rows):
+        ids[i, : len(prompt) + len(response)] = prompt + response
+        first = i * width + len(prompt) - 1  # the prompt's last position predicts the first token
+        index.append(first + np.arange(len(response)))
     positions = torch.arange(width).expand(len(ids), width)
     return _batch(examples, torch.from_numpy(ids), positions, index, None)
 
 
 def packed_batch(examples: list[Example]) -> Batch:
     """One row of tokens: prompt₁ chosen₁ rejected₁ prompt₂ …; each response's positions go on from the end of its prompt."""
-    ids, positions, index, tree, start = [], [], [], [], 0
-    for e in examples:
-        ids.append(np.array(e.prompt))
-        positions.append(np.arange(len(e.prompt)))
-        last, at = start + len(e.prompt) - 1, start + len(e.prompt)
-        for r in e.responses:
-            ids.append(np.array(r))
-            positions.append(len(e.prompt) + np.arange(len(r)))
-            index.append(np.concatenate([[last], np.arange(at, at + len(r) - 1)]))
-            at += len(r)
-        tree.append((len(e.prompt), [len(r) for r in e.responses]))
-        start = at
+    ids, positions, index, pairs = [], [], [], []
+    start = 0
+    for example in examples:
+        prompt = len(example.prompt)
+        ids.append(np.array(example.prompt))
+        positions.append(np.arange(prompt))
+        start += prompt
+        last_of_prompt = start - 1
+        for response in example.responses:
+            ids.append(np.array(response))
+            positions.append(prompt + np.arange(len(response)))
+            index.append(np.array([last_of_prompt, *range(start, start + len(response) - 1)]))
+            start += len(response)
+        pairs.append((prompt, [len(response) for response in example.responses]))
     if not examples:  # a rank without work still takes part in every collective: one token, nothing scored
-        ids, positions, tree = [np.zeros(1, dtype=np.int64)], [np.zeros(1, dtype=np.int64)], [(0, [1])]
-    row = lambda x: torch.from_numpy(np.concatenate(x))[None]  # noqa: E731
-    return _batch(examples, row(ids), row(positions), index, tree)
+        ids = [np.zeros(1, dtype=np.int64)]
+        positions = [np.zeros(1, dtype=np.int64)]
+        pairs = [(0, [1])]
+    return _batch(examples, _joined(ids)[None], _joined(positions)[None], index, pairs)
 
 
 LAYOUTS = {"packed": packed_batch, "padded": padded_batch}

@@ -207,7 +207,7 @@ def _compiled_when_packed(forward: Callable) -> Callable:
     fast = compiled(forward, dim=1)
 
     def call(*args, **kwargs):
-        packed = "blocks" in kwargs or "segments" in kwargs
+        packed = "blocks" in kwargs or "pairs" in kwargs
         return fast(*args, **kwargs) if packed else forward(*args, **kwargs)
 
     return call
@@ -253,14 +253,14 @@ def shard(
             module.set_force_sum_reduction_for_comms(True)
     # 5. backward makes the root let go of its weights; a pass without gradient has to do so itself
     policy.register_forward_pre_hook(lambda *_: policy.set_reshard_after_forward(not torch.is_grad_enabled(), recurse=False))
-    register_fsdp_forward_method(policy, "within")
-    within = policy.within
+    register_fsdp_forward_method(policy, "run_unsharded")
+    run_unsharded = policy.run_unsharded
 
-    def within_and_release(*args, **kwargs):
+    def run_and_release(*args, **kwargs):
         policy.set_reshard_after_forward(True, recurse=False)
-        return within(*args, **kwargs)
+        return run_unsharded(*args, **kwargs)
 
-    policy.within = within_and_release
+    policy.run_unsharded = run_and_release
     return policy
 
 

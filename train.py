@@ -1,14 +1,14 @@
 """Train a language model on preferences.
 
-    python train.py                                                        # the settings of tests/toy/simpo.yaml: a minute on a CPU
+    python train.py                                                        # tests/toy/simpo.yaml: half a minute on a CPU
     python train.py --model MODEL --dataset PAIRS.jsonl --objective "simpo(beta=2.5, gamma=0.5)" --lr 1e-6
     python train.py settings.yaml --lr 5e-7                                # a file of settings; the command line wins
     torchrun --nproc-per-node 8 train.py settings.yaml                     # the same, sharded over ranks
 
 Reads top to bottom: settings → set-up → one step → the loop, then the parts in the order of their first use. From the loop to a
-loss it is two calls: `train` → `train_step` → `Objective.loss_and_grad` of losses.py. Rows are preference pairs, or single
-completions for unpaired objectives. The loss of a step is the mean over the rows of the whole optimizer batch, all ranks together,
-so its gradient does not depend on how the batch is divided into microbatches.
+loss: `train` → `train_step` → `Objective.loss_and_grad` of losses.py. Rows are preference pairs, or single completions for unpaired
+objectives. The loss of a step is the mean over the rows of the whole optimizer batch, all ranks together, so its gradient does
+not depend on how the batch is divided into microbatches.
 
 Shape letters: n examples of an optimizer step · k responses of each, 2 for pairs and 1 else.
 """
@@ -75,7 +75,7 @@ class Settings(data.Reading):
     cache: str = setting("~/.cache/plainpo", "folder for reference log-probs, found again by a hash of all they depend on")
     log_to: str | None = setting(None, "also send the metrics to tensorboard or wandb, if installed")
     device: str = setting("auto", "cpu, cuda, or auto")
-    mesh: str | None = setting(None, "under torchrun: replicas x shards, such as 2x4; without it one model sharded over all ranks")
+    mesh: str | None = setting(None, "under torchrun: replicas x shards, such as 2x4; without it one replica over all ranks")
     trust_remote_code: bool = setting(False, "allow a model folder to bring Python code that is then run")
 
 
@@ -102,7 +102,7 @@ def _parse(options: list[str]) -> Settings:
     for name, loss in OBJECTIVES.items():
         for key, value in loss.settings.items():
             hints.setdefault(key, f'{key} belongs into the call of the objective: --objective "{name}({key}={value!r})"')
-    return data.parse(Settings, options, "train.py", __doc__, hints)
+    return data.parse(Settings, options, "train.py", __doc__)  # hints
 
 
 def options_of(file: Path) -> list[str]:
@@ -742,7 +742,7 @@ def batch_inputs(run: Run, examples: list[Example], rows: list[int]) -> dict[str
 
 
 def counted_inputs(examples: Sequence[Example], device) -> dict[str, Tensor]:
-    """What is counted and given in the examples themselves: "len" (n, k), "label" (n, k), and "margin" (n,) where all have one."""
+    """What is counted or given in the examples themselves: "len" and "label", (n, k), and "margin", (n,), where all have one."""
     lengths = []
     labels = []
     for e in examples:
@@ -1087,6 +1087,7 @@ CURVES = {  # title of a panel: its lines, {metric: what it is of}
     "reward accuracy": {"reward_accuracy": ""},
     "log-prob per token (nats)": {"logp_w_per_token": "chosen, ", "logp_l_per_token": "rejected, "},
 }
+CURVE_STYLES = (("", "training", dict(alpha=0.55, lw=1.2)), ("eval_", "held out", dict(marker="o", ls="--")))
 
 
 def draw_curves(lines: list[dict], path: Path, title: str) -> None:
@@ -1096,7 +1097,7 @@ def draw_curves(lines: list[dict], path: Path, title: str) -> None:
     figure, axes = plt.subplots(1, len(CURVES), figsize=(16, 3.6), constrained_layout=True)
     for axis, (name, curves) in zip(axes, CURVES.items()):
         for colour, (key, side) in enumerate(curves.items()):
-            for prefix, rows, style in (("", "training", dict(alpha=0.55, lw=1.2)), ("eval_", "held out", dict(marker="o", ls="--"))):
+            for prefix, rows, style in CURVE_STYLES:
                 points = [(line["step"], line[prefix + key]) for line in lines if prefix + key in line]
                 if points:
                     axis.plot(*zip(*points), color=f"C{colour}", label=side + rows, **style)

@@ -1324,7 +1324,7 @@ def test_padded_batch_by_hand():
     assert batch.index.tolist() == [1, 2, 3, 5 + 1, 10, 15, 16]  # the position before each scored token, rows of 5
     assert batch.targets.tolist() == [3, 4, 5, 6, 8, 9, 10]
     assert batch.response.tolist() == [0, 0, 0, 1, 2, 3, 3]
-    assert batch.lengths.tolist() == [3, 1, 1, 2] and batch.responses == 4 and batch.tree is None
+    assert batch.lengths.tolist() == [3, 1, 1, 2] and batch.responses == 4 and batch.pairs is None
 
 
 def test_packed_batch_by_hand():
@@ -1335,7 +1335,7 @@ def test_packed_batch_by_hand():
     assert batch.targets.tolist() == [3, 4, 5, 6, 8, 9, 10]
     assert batch.response.tolist() == [0, 0, 0, 1, 2, 3, 3]
     assert batch.lengths.tolist() == [3, 1, 1, 2] and batch.responses == 4
-    assert batch.tree == [(2, [3, 1]), (1, [1, 2])]
+    assert batch.pairs == [(2, [3, 1]), (1, [1, 2])]
     assert sum(map(data.tokens_of, TWO)) == 10
 
 

@@ -179,7 +179,7 @@ def answered(s: train.Settings) -> list[str]:
     policy, tokenizer = loaded(s), data.load_tokenizer(s.model)
     policy.use_layout("padded")
     tokens = 2 + 5 * dist.rank()
-    return policy.within(completions, tokenizer, [[4, 5]], tokens, together=dist.world_size() > 1)[0][0].split()
+    return policy.run_unsharded(completions, tokenizer, [[4, 5]], tokens, together=dist.world_size() > 1)[0][0].split()
 
 
 def test_ranks_that_stop_at_different_tokens_wait_for_each_other(world):
@@ -235,7 +235,7 @@ def exported(s: train.Settings, out: Path) -> tuple:
     policy.use_layout("padded")
     dist.export(policy.model, data.load_tokenizer(s.model), out, torch.float32, "# card\n")
     with torch.no_grad():
-        ours = policy.within(lambda model: model(torch.arange(5, 45)[None] % 40).logits)
+        ours = policy.run_unsharded(lambda model: model(torch.arange(5, 45)[None] % 40).logits)
     tied = policy.model.get_input_embeddings().weight is policy.model.get_output_embeddings().weight
     return ours.numpy().copy(), tied
 

@@ -51,8 +51,8 @@ from data import Example, packed_batch, padded_batch
 from logprobs import (  # fmt: skip
     Blocks,
     Head,
+    PrefixSharedPairs,
     ResponseLogProbs,
-    Segments,
     check_head,
     chunk_rows,
     completions,
@@ -261,7 +261,7 @@ def test_more_than_one_query_block(monkeypatch):
 
 def test_what_the_tree_lets_see_by_hand():
     """prompt p0 p1, chosen c0, rejected r0 r1; then a pair of one token each. Rows see columns."""
-    seen = logprobs.tree_mask([(2, [1, 2]), (1, [1, 1])], torch.float32, "cpu")[0, 0] == 0
+    seen = logprobs.pairs_mask([(2, [1, 2]), (1, [1, 1])], torch.float32, "cpu")[0, 0] == 0
     assert seen.int().tolist() == [
         [1, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0],
@@ -373,7 +373,7 @@ def test_one_graph_serves_all_packs(monkeypatch, softcaps):
                         query, key, value = (torch.randn(1, h, len(blocks.ranges[0]), 256) for h in (4, 2, 2))
                         with torch.set_grad_enabled(train_mode):
                             query.requires_grad_(train_mode)
-                            out, _ = logprobs.tree_attention(
+                            out, _ = logprobs.prefix_shared_attention(
                                 None, query, key, value, None, 0.3, window, softcap, blocks={window: blocks}
                             )
                         if train_mode:
@@ -489,14 +489,16 @@ def test_batches_pass_the_way_to_fsdps_device():
     batch = packed_batch(examples())
     (moved,), _ = _to_kwargs((batch,), {}, torch.device("meta"), False)
     (moved,) = moved
-    assert type(moved) is type(batch) and moved.tree == batch.tree and moved.responses == batch.responses
+    assert type(moved) is type(batch) and moved.pairs == batch.pairs and moved.responses == batch.responses
     assert all(x.is_meta and x.shape == y.shape for x, y in zip(moved, batch) if isinstance(x, torch.Tensor))
 
 
 def test_a_window_that_the_config_does_not_name_is_refused():
     q = torch.zeros(1, 1, 256, 4)
     with pytest.raises(ValueError, match="no window of 7.*--layout padded"):
-        logprobs.tree_attention(None, q, q, q, None, sliding_window=7, blocks={None: Blocks.of([(1, [1])], None, "cpu")})
+        logprobs.prefix_shared_attention(
+            None, q, q, q, None, sliding_window=7, blocks={None: Blocks.of([(1, [1])], None, "cpu")}
+        )
 
 
 def dense_attention(query, key, value, scaling, softcap, blocks) -> torch.Tensor:
@@ -532,8 +534,8 @@ class NoWaiting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["llama, tied", "gemma2, soft-caps and alternating windows", "gpt2, learned positions"])
-@pytest.mark.parametrize("also", [(), ("kl", "head", "power", "ref")])
-def test_scoring_a_microbatch_never_waits(monkeypatch, name, also):
+@pytest.mark.parametrize("outputs", [(), ("kl", "prefix_logp", "log_sum_p_squared", "ref")])
+def test_scoring_a_microbatch_never_waits(monkeypatch, name, outputs):
     torch.manual_seed(0)
     policy = ResponseLogProbs(MODELS[name](), MODELS[name]())
     policy.use_layout("packed")
@@ -542,7 +544,7 @@ def test_scoring_a_microbatch_never_waits(monkeypatch, name, also):
     monkeypatch.setattr(logprobs, "FUSED", ("cpu",))
     monkeypatch.setattr(logprobs, "_compiled_flex", lambda: dense_attention)
     with NoWaiting("cpu"):
-        sum(x.sum() for x in policy(batch, also).values()).backward()
+        sum(x.sum() for x in policy(batch, outputs).values()).backward()
     assert_same(gradients(policy, [batch], weights), expected, rtol=3e-6)
 
 
@@ -562,7 +564,7 @@ def test_gradients_on_another_device_than_the_hosts(monkeypatch, objective):
     rows = [e._replace(responses=e.responses[:k], desirable=i % 2 == 0 if chosen.unpaired else None, margin=1.0)
             for i, e in enumerate(examples())]  # fmt: skip
     zeros = torch.zeros(len(rows), k, device="meta")
-    known = train.known_sums(rows, "meta", ref=zeros, ref_head=zeros, ref_mismatch=zeros.flatten())
+    known = train.known_sums(rows, "meta", ref=zeros, ref_prefix_logp=zeros, ref_mismatch=zeros.flatten())
     known = known._replace(logp_mismatch=zeros.flatten())
     random = chosen.terms[0].loss.random  # what is drawn comes from the host
     waiting = contextlib.nullcontext() if random else NoWaiting("meta")
@@ -760,19 +762,19 @@ def test_sums_besides_the_log_probs():
             for name, m in (("", model), ("ref_", other)):
                 p = m(input_ids=torch.tensor([e.prompt + r])).logits[0, len(e.prompt) - 1 : -1].double().softmax(-1)
                 each = p.gather(-1, torch.tensor(r)[:, None]).log().squeeze(-1)
-                expected.setdefault(name + "head", []).append(each[:shortest].sum())
+                expected.setdefault(name + "prefix_logp", []).append(each[:shortest].sum())
                 expected.setdefault(name or "logp", []).append(each.sum())
-                expected.setdefault(name + "power", []).append((p**2).sum(-1).log().sum())
+                expected.setdefault(name + "log_sum_p_squared", []).append((p**2).sum(-1).log().sum())
     expected["ref"] = expected.pop("ref_")
     for layout, make in (("packed", packed_batch), ("padded", padded_batch)):
         policy.use_layout(layout)
-        sums = policy(make(pairs), ("head", "power", "ref"))
-        assert set(sums) == {"logp", "head", "power", "ref", "ref_head"}
+        sums = policy(make(pairs), ("prefix_logp", "log_sum_p_squared", "ref"))
+        assert set(sums) == {"logp", "prefix_logp", "log_sum_p_squared", "ref", "ref_prefix_logp"}
         for name, x in sums.items():
             torch.testing.assert_close(x.double(), torch.stack(expected[name]).detach(), rtol=1e-5, atol=1e-5)
-            assert x.requires_grad == (name in ("logp", "head"))
-    sums["head"].sum().backward()
-    textbook = torch.autograd.grad(torch.stack(expected["head"]).sum(), model.lm_head.weight)[0]
+            assert x.requires_grad == (name in ("logp", "prefix_logp"))
+    sums["prefix_logp"].sum().backward()
+    textbook = torch.autograd.grad(torch.stack(expected["prefix_logp"]).sum(), model.lm_head.weight)[0]
     torch.testing.assert_close(model.lm_head.weight.grad, textbook, rtol=1e-4, atol=1e-5)
 
 
@@ -781,7 +783,7 @@ def test_an_empty_batch_gives_exact_zero_gradients():
     policy = ResponseLogProbs(LlamaForCausalLM(LlamaConfig(**SIZE)))
     for layout, make in (("packed", packed_batch), ("padded", padded_batch)):
         policy.use_layout(layout)
-        sums = policy(make([]), ("head", "power"))
+        sums = policy(make([]), ("prefix_logp", "log_sum_p_squared"))
         assert all(x.shape == (0,) for x in sums.values())
         logp = sums["logp"]
         logp.sum().backward()
@@ -804,8 +806,8 @@ def test_head_of_reads_bias_scale_and_soft_cap():
 
 def test_attention_sinks_are_refused():
     with pytest.raises(ValueError, match="--layout padded"):
-        logprobs.tree_attention(
-            None, *(torch.zeros(1, 1, 2, 4) for _ in range(3)), None, segments=Segments([(1, [1])]), s_aux=torch.zeros(1)
+        logprobs.prefix_shared_attention(
+            None, *(torch.zeros(1, 1, 2, 4) for _ in range(3)), None, pairs=PrefixSharedPairs([(1, [1])]), s_aux=torch.zeros(1)
         )
 
 

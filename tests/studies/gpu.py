@@ -112,28 +112,29 @@ def kernels() -> list[dict]:
 
 
 def kernel(width: int, window: int | None, cap: float | None) -> dict:
-    """One row: the fused kernel in bf16 against the segments in fp32, the largest difference of output and gradients over their
+    """One row: the fused kernel in bf16 against pair by pair in fp32, the largest difference of output and gradients over their
     largest entry; and its time. On CPUs it is eager, in fp32, and has no backward pass."""
-    tree = [(300, [350, 200]), (64, [1, 500]), (700, [900, 40])] if ON_GPU else [(5, [3, 4]), (2, [1, 6])]
-    device, total = data.device_named("auto"), sum(p + sum(rs) for p, rs in tree)
-    blocks = logprobs.Blocks.of(tree, window, device)
+    pairs = [(300, [350, 200]), (64, [1, 500]), (700, [900, 40])] if ON_GPU else [(5, [3, 4]), (2, [1, 6])]
+    device = data.device_named("auto")
+    total = sum(prompt + sum(responses) for prompt, responses in pairs)
+    blocks = logprobs.Blocks.of(pairs, window, device)
     filled = len(blocks.ranges[0])
     torch.manual_seed(0)
     given = [torch.randn(1, heads, total, width, device=device) for heads in (8, 2, 2)]
     pull = torch.randn(1, total, 8, width, device=device)
 
-    def attend(dtype: torch.dtype, size: int, **pack) -> tuple[list[torch.Tensor], float]:
+    def attend(dtype: torch.dtype, size: int, **form) -> tuple[list[torch.Tensor], float]:
         leaves, tick = [x.to(dtype).requires_grad_() for x in given], wait()
         query, key, value = (torch.nn.functional.pad(x, (0, 0, 0, size - total)) for x in leaves)
-        if ON_GPU or "segments" in pack:
-            out, _ = logprobs.tree_attention(None, query, key, value, None, sliding_window=window, softcap=cap, **pack)
+        if ON_GPU or "pairs" in form:
+            out, _ = logprobs.prefix_shared_attention(None, query, key, value, None, sliding_window=window, softcap=cap, **form)
         else:
             out = logprobs._flex(query.detach(), key.detach(), value.detach(), width**-0.5, cap, blocks).transpose(1, 2)
             return [out[:, :total]], wait() - tick
         grads = torch.autograd.grad(out[:, :total], leaves, pull.to(dtype))
         return [x.float() for x in (out[:, :total], *grads)], wait() - tick
 
-    right, _ = attend(torch.float32, total, segments=logprobs.Segments(tree))
+    right, _ = attend(torch.float32, total, pairs=logprobs.PrefixSharedPairs(pairs))
     for _ in range(2):  # the first one compiles
         fused, seconds = attend(torch.bfloat16 if ON_GPU else torch.float32, filled, blocks={window: blocks})
     gaps = [f"{((a - b).abs().max() / b.abs().max()).item():.1e}" for a, b in zip(fused, right)]
@@ -201,7 +202,7 @@ def machine() -> str:
 
 def report(args: argparse.Namespace) -> str:
     """All parts as Markdown; what fails stands there with its reason, and the others go on."""
-    sections = {"Attention: the fused kernel against segments in fp32": [("kernels",)],
+    sections = {"Attention: the fused kernel against pair by pair in fp32": [("kernels",)],
                 "A step": [("step", name, args.tokens, checkpointing, compiling, args.steps, args.tflops)
                            for name in args.sizes for checkpointing in (True, False) for compiling in (False, True)],
                 "Checkpoint, resume, process group": [("going_on",)]}  # fmt: skip

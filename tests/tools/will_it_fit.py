@@ -161,7 +161,7 @@ def one_microbatch(
         text = config.get_text_config()
         chunk = chunk_rows(text.vocab_size, "cuda")
         for window in {*windows_of(text), None}:
-            masks += sum(x.nbytes for x in tree_leaves(Blocks.of(batch.tree, window, "cpu")))
+            masks += sum(x.nbytes for x in tree_leaves(Blocks.of(batch.pairs, window, "cpu")))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
         frozen = None
