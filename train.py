@@ -5,9 +5,9 @@
     python train.py settings.yaml --lr 5e-7                                # a file of settings; the command line wins
     torchrun --nproc-per-node 8 train.py settings.yaml                     # the same, sharded over ranks
 
-Reads top to bottom: settings → set-up → one step → the loop, then the parts in the order of their first use. From the loop to a
-loss: `train` → `train_step` → `Objective.loss_and_grad` of losses.py. Rows are preference pairs, or single completions for unpaired
-objectives. The loss of a step is the mean over the rows of the whole optimizer batch, all ranks together, so its gradient does
+Reads top to bottom: settings → set-up → one step → the loop, then the parts in the order of their first use. From the loop to
+a loss: `train` → `train_step` → `Objective.loss_and_grad` of losses.py. Rows are preference pairs, or single completions for
+unpaired objectives. The loss of a step is the mean over the rows of the whole optimizer batch, all ranks together, so its gradient does
 not depend on how the batch is divided into microbatches.
 
 Shape letters: n examples of an optimizer step · k responses of each, 2 for pairs and 1 else.
@@ -102,17 +102,22 @@ def _parse(options: list[str]) -> Settings:
     for name, loss in OBJECTIVES.items():
         for key, value in loss.settings.items():
             hints.setdefault(key, f'{key} belongs into the call of the objective: --objective "{name}({key}={value!r})"')
-    return data.parse(Settings, options, "train.py", __doc__)  # hints
+    return data.parse(Settings, options, "train.py", __doc__)
 
 
 def options_of(file: Path) -> list[str]:
-    """The settings of a file as options of the command line. A path that begins with ./ is taken from the file's own folder."""
+    """The settings of a file as options of the command line. A model or data named ./… lies in the file's own folder."""
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+        text = file.read_text(encoding="utf-8-sig")
+        settings = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as settings ({error})") from error
     if not isinstance(settings, dict) or not settings:
         raise UserError(f"{file}: holds no settings, which are lines of key: value")
+    lines = re.findall(r"^[\w-]+(?=\s*:)", text, re.MULTILINE)
+    for name in settings:
+        if lines.count(name) > 1:  # of which YAML would take the last
+            raise UserError(f"{file}: {name} is there twice")
     may_be_empty = [f.name for f in fields(Settings) if f.default is None]
     options = []
     for name, value in settings.items():
@@ -123,8 +128,11 @@ def options_of(file: Path) -> list[str]:
         if None in values and key not in may_be_empty:
             raise UserError(f"{file}: {key} has no value; give it one, or leave the line out")
         if value is not None:
-            texts = [str(file.parent / x[2:]) if str(x).startswith("./") else str(x) for x in values]
-            options.append(f"--{key}={','.join(texts)}")
+            text = ",".join(map(str, values))
+            if key in ("model", "dataset", "eval_dataset"):
+                sources = [part.strip() for part in text.split(",")]
+                text = ",".join(str(file.parent / part[2:]) if part.startswith("./") else part for part in sources)
+            options.append(f"--{key}={text}")
     try:
         _parse(options)
     except UserError as error:
@@ -742,7 +750,7 @@ def batch_inputs(run: Run, examples: list[Example], rows: list[int]) -> dict[str
 
 
 def counted_inputs(examples: Sequence[Example], device) -> dict[str, Tensor]:
-    """What is counted or given in the examples themselves: "len" and "label", (n, k), and "margin", (n,), where all have one."""
+    """What the examples themselves say: "len" and "label", (n, k), and "margin", (n,), where all have one."""
     lengths = []
     labels = []
     for e in examples:
