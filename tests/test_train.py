@@ -786,7 +786,7 @@ FILES = {  # content of a settings file → what is said of it
     b"{}": "holds no settings",
     b"learning_rate: 1": "unknown setting --learning_rate=1",
     b"resume: 3": "--resume: Truthy value expected: got 3",
-    b"lr: yes": "--lr: invalid float value: 'yes'",
+    b"lr: yes": "--lr: invalid float value",
     b"batch_size:": "batch_size has no value",
     b"lr: 1e-6\nbatch_size: 2\nlr: 1e-5": "lr is there twice",
     b"lr: {peak: 1}": "lr: a setting is one value",
