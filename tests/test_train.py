@@ -687,6 +687,24 @@ def test_a_run_of_a_sum(arguments, tmp_path, monkeypatch):
     assert abs(lines[0]["reward_margin"]) < 1e-4 < abs(lines[1]["reward_margin"])
 
 
+def test_a_run_of_an_objective_of_ones_own(arguments, tmp_path):
+    """The user's simpo is losses.py's: the same losses and rewards at every step, and the record says where it is from."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from losses import average_logp, bradley_terry, objective\n\n@objective(reward=average_logp)\n"
+        "def mine(logp_w, logp_l, len_w, len_l, *, beta=1.0):\n"
+        "    return bradley_terry(beta * (logp_w / len_w - logp_l / len_l))\n"
+    )
+    runs = {}
+    for objective in (f"{file}:mine(beta=2.0)", "simpo(beta=2.0, gamma=0.0)"):
+        out = tmp_path / str(len(runs))
+        train.main(arguments(objective=objective, max_steps=2, eval_size=0, samples=0, out=out))
+        assert json.loads((out / "summary.json").read_text())["objective"] == objective
+        runs[objective] = [(line["loss"], line["reward_margin"], line["grad_norm"]) for line in steps(out)]
+    first, second = runs.values()
+    assert first == second
+
+
 def test_a_run_is_another_with_another_weight(shifted):
     one, same, other = (
         train.identity(shifted(text))["objective"] for text in ("dpo + 0.1*sft", "dpo() + .1*sft", "dpo + 0.2*sft")
@@ -701,6 +719,8 @@ def test_a_fresh_folder_has_the_names_of_a_sum(tmp_path, monkeypatch):
 
 
 BAD = {
+    "an own objective without its file": (dict(objective="nowhere.py:mine"), ["nowhere.py cannot be read"]),
+    "an own objective that is not registered": (dict(objective=f"{__file__}:softplus"), ["softplus is not registered"]),
     "a difference": (dict(objective="dpo - sft"), ["write it as a call", "as a sum"]),
     "a quotient": (dict(objective="dpo/2 + sft"), ["write it as a call"]),
     "a product of objectives": (dict(objective="dpo*sft"), ["write it as a call"]),
