@@ -1518,7 +1518,8 @@ def check(loss: Callable[..., Tensor], given: dict) -> dict:
     for name, x in rows.items():
         if not isinstance(x, Tensor):
             refuse(name, f"is a {type(x).__name__}, not a tensor; pass one number per row, shape (B,)")
-        if x.dim() != 1 or not len(x):
+        one_row = x.dim() == 0 and is_transformed(x)  # vmap over the rows
+        if x.dim() != 1 and not one_row or x.numel() == 0:
             refuse(name, f"has shape {tuple(x.shape)}; pass one number per row, shape (B,) with B at least 1")
         if x.shape != like.shape:
             refuse(name, f"has {len(x)} rows but `{first}` has {len(like)}; pass the same rows in the same order")
@@ -1540,15 +1541,18 @@ def check(loss: Callable[..., Tensor], given: dict) -> dict:
     return given | {name: x if x.dtype == torch.bool else x.to(dtype) for name, x in rows.items()}
 
 
+def is_transformed(x: Tensor) -> bool:
+    """Whether torch.vmap or torch.func.grad is at work on x, so that it need not have one value to look at."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 def is_false(condition: bool | Tensor) -> bool:
-    """Whether it is False. A tensor is not looked at on an accelerator, where the host would wait for it, nor under
-    torch.compile, and under vmap there is no one value to look at: then it is taken as true."""
-    if isinstance(condition, Tensor) and (condition.device.type != "cpu" or torch.compiler.is_compiling()):
-        return False
-    try:
-        return not condition
-    except RuntimeError:  # vmap
-        return False
+    """Whether it is False. A tensor counts as true where a look is impossible (torch.compile, vmap), or would make the host
+    wait (an accelerator)."""
+    if isinstance(condition, Tensor):
+        if torch.compiler.is_compiling() or is_transformed(condition) or condition.device.type != "cpu":
+            return False
+    return not condition
 
 
 def call_reward(reward: Callable[..., Tensor], logp: Tensor, ref: Tensor | None, length: Tensor, settings: dict) -> Tensor:
@@ -1815,6 +1819,7 @@ def listing(width: int) -> str:
 def source_of(names: list[str]) -> str:
     """A program of their own for objectives: the imports and functions that they use, and they, without the decorator."""
     text = Path(__file__).read_text(encoding="utf-8")
+    lines = text.splitlines()
     statements = {}  # name → the statement of this file that gives it its meaning
     for statement in ast.parse(text).body:
         if isinstance(statement, (ast.Import, ast.ImportFrom)):
@@ -1833,7 +1838,7 @@ def source_of(names: list[str]) -> str:
     for statement in dict.fromkeys(statements.values()):
         if statement in used:
             kind = functions if isinstance(statement, ast.FunctionDef) else imports
-            kind.append(ast.get_source_segment(text, statement).replace("  # fmt: skip", ""))
+            kind.append("\n".join(lines[statement.lineno - 1 : statement.end_lineno]).replace("  # fmt: skip", ""))
     return "\n\n\n".join(["\n".join(imports), *functions])
 
 

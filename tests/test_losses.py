@@ -23,10 +23,12 @@ import inspect
 import math
 import os
 import re
+import runpy
 import statistics
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -2004,18 +2006,12 @@ def test_a_forgotten_argument_is_a_type_error():
 # --- torch's transforms ----------------------------------------------------------------------------------------------
 
 
-def policy_call(function, name, inputs, settings):
-    """The loss as a function of the policy's inputs alone, and these."""
-    leaves = {k: x.detach() for k, x in inputs.items() if x.requires_grad}
-    rest = {k: x.detach() for k, x in inputs.items() if k not in leaves}
-
-    def loss(*values):
-        return function(**rest | dict(zip(leaves, values)), **settings)
-
-    return loss, tuple(leaves.values())
+def positional(function, inputs, settings):
+    """function with its tensors as positional arguments, in the order of `inputs`."""
+    return lambda *columns: function(**dict(zip(inputs, columns)), **settings)
 
 
-# What is drawn by a torch.Generator cannot be traced by torch.compile, with or without the decorator; a global draw can.
+# beta_dpo draws from the global generator here: torch.compile traces no torch.Generator argument, decorator or not.
 @every_objective
 def test_compiles_as_one_graph(name):
     """torch.compile(fullgraph=True) of the decorated function: no look at a value breaks the graph; the values are eager's."""
@@ -2029,31 +2025,40 @@ def test_compiles_as_one_graph(name):
 def test_under_func_grad_and_vmap_it_is_the_bare_function(name):
     """grad of the sum; vmap over batches, (3, B) in place of (B,), also of the lengths; and both, one in the other."""
     settings, inputs = PROMISES[name].certain, tensors(name)
-    loss, values = policy_call(OBJECTIVES[name], name, inputs, settings)
-    slopes = torch.func.grad(lambda *v: loss(*v).sum(), argnums=tuple(range(len(values))))(*values)
     expected = gradients(inputs, OBJECTIVES[name](**inputs, **settings))
+    argnums = tuple(i for i, k in enumerate(inputs) if k in POLICY)
+    loss = positional(OBJECTIVES[name], inputs, settings)
+    slopes = torch.func.grad(lambda *v: loss(*v).sum(), argnums=argnums)(*(x.detach() for x in inputs.values()))
     for slope, wanted in zip(slopes, expected.values()):
         assert_close(slope, wanted)
-    stacked = {k: torch.stack([x.detach(), x.detach().flip(0), x.detach()]) for k, x in inputs.items()}
-    names = list(stacked)
-    for function in (OBJECTIVES[name], inspect.unwrap(OBJECTIVES[name])):
-
-        def positional(*columns, function=function):
-            return function(**dict(zip(names, columns)), **settings)
-
-        mapped = torch.vmap(positional, randomness="same")(*stacked.values())
-        for i, row in enumerate(mapped):
-            alone = positional(*(x[i] for x in stacked.values()))
-            assert_close(row, alone)
-    first = names.index(next(k for k in names if k in POLICY))
-    slopes = torch.vmap(torch.func.grad(lambda *v: positional(*v).sum(), argnums=first), randomness="same")(*stacked.values())
+    stacked = [torch.stack([x.detach(), x.detach().flip(0), x.detach()]) for x in inputs.values()]
+    bare = positional(inspect.unwrap(OBJECTIVES[name]), inputs, settings)
+    mapped = torch.vmap(loss, randomness="same")(*stacked)
+    assert_close(mapped, torch.vmap(bare, randomness="same")(*[x if x.dtype == torch.bool else x.double() for x in stacked]))
+    assert_close(mapped[1], loss(*(x[1] for x in stacked)))
+    first = next(i for i, k in enumerate(inputs) if k in POLICY)
+    slopes = torch.vmap(torch.func.grad(lambda *v: loss(*v).sum(), argnums=first), randomness="same")(*stacked)
     assert_close(slopes[0], next(iter(expected.values())))
+
+
+@pytest.mark.parametrize("name", [name for name in PROMISES if OBJECTIVES[name].coupled is not True])
+def test_vmap_over_the_rows_is_the_batch(name):
+    """Losses whose rows do not see each other, a row at a time; and the gradient of each."""
+    inputs = tensors(name)
+    columns = [x.detach() for x in inputs.values()]
+    loss = positional(OBJECTIVES[name], inputs, {})
+    assert_close(torch.vmap(loss)(*columns), loss(*columns))
+    first = next(i for i, k in enumerate(inputs) if k in POLICY)
+    expected = gradients(inputs, OBJECTIVES[name](**inputs))
+    assert_close(torch.vmap(torch.func.grad(loss, argnums=first))(*columns), next(iter(expected.values())))
 
 
 def test_a_length_below_1_is_still_refused_where_it_can_be_seen():
     inputs = {k: x.detach() for k, x in tensors("simpo").items()} | {"len_w": tensor([3, 0, 2])}
     with pytest.raises(ValueError, match="`len_w` holds 0"):
         OBJECTIVES["simpo"](**inputs)
+    with pytest.raises(ValueError, match="`logp_w` has shape"):
+        torch.vmap(OBJECTIVES["dpo"])(*[torch.zeros(2, 3, 4)] * 4)
     assert not losses.is_false(tensor(False, device="meta"))
     assert losses.is_false(tensor(False)) and losses.is_false(False) and not losses.is_false(tensor(True))
 
@@ -2258,12 +2263,13 @@ def own(tmp_path, monkeypatch):
     ("mine.py:simpo + simpo", "mine.py:simpo() + simpo()"),  # names of losses.py keep their meaning
 ])  # fmt: skip
 def test_an_objective_of_ones_own(own, text, same):
+    before = dict(OBJECTIVES)
     objective = losses.parse_objective(text)
     losses.try_objective(objective)
     for got, expected in zip(on_three_pairs(text), on_three_pairs(same)):
         assert_close(got, expected)
     assert str(losses.parse_objective(str(objective))) == str(objective) and objective.terms[0].name in text
-    assert "mine" not in OBJECTIVES and OBJECTIVES["simpo"] is losses.simpo
+    assert OBJECTIVES == before
 
 
 def test_an_objective_of_ones_own_is_found_from_the_home_folder(own, monkeypatch):
@@ -2359,12 +2365,39 @@ def test_an_unknown_name_is_an_error_for_people(capsys, monkeypatch):
     assert stopped.value.code == 2 and "unknown objective 'simppo'; did you mean simpo?" in said
 
 
-@pytest.mark.parametrize("where, code, said", [
-    ("| head -1", 0, ""), ("> /dev/full", 2, "error: the output cannot be written (No space left on device)"), (">&-", 0, ""),
-])  # fmt: skip
-def test_where_the_list_cannot_go(tmp_path, where, code, said):
+WHERE = """
+import os, runpy, sys
+import losses  # once for all
+sys.argv = ["losses.py"]
+for where in ("a reader that is gone", "a full disk", "nowhere"):
+    child = os.fork()
+    if child == 0:
+        if where == "a reader that is gone":
+            reader, writer = os.pipe()
+            os.close(reader)
+            os.dup2(writer, 1)
+        elif where == "a full disk":
+            os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+        else:
+            os.close(1)
+            sys.stdout = None
+        runpy.run_path(losses.__file__, run_name="__main__")
+        break  # and end as every program does
+    _, status = os.waitpid(child, 0)
+    print(where, os.waitstatus_to_exitcode(status), file=sys.stderr, flush=True)
+"""
+
+
+def test_where_the_list_cannot_go(tmp_path):
     """From another folder, in a terminal of ASCII: nothing but a message, and none where nobody reads on."""
-    command = f"set -o pipefail; {sys.executable} {losses.__file__} {where}"
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr.strip()) == (code, said)
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(losses.__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", WHERE], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    said = ["a reader that is gone 0", "error: the output cannot be written (No space left on device)", "a full disk 2"]
+    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (0, "", [*said, "nowhere 0"])
+
+
+def test_script_prints_the_list(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["losses.py"])
+    monkeypatch.setenv("COLUMNS", "100")
+    runpy.run_path(losses.__file__, run_name="__main__")
+    assert capsys.readouterr().out == losses.listing(100) + "\n"

@@ -31,7 +31,9 @@ class Settings(train.Settings):
     replays: int = setting(1, "optimizer steps in a row on each batch (the paper: 3)")
     reset_alpha: float = setting(1.0, "after a step θ ← αθ + (1−α)θ⁰ in reset_modules (the paper: 0.5; 1: no reset)")
     reset_modules: str = setting("down_proj", "parts of parameter names, commas between, that reset_alpha acts on")
-    sft_weight: float = setting(0.0, "weight that the likelihood of the chosen response has at the last replay (the paper: 0.5)")
+    sft_weight: float = setting(
+        0.0, "weight that the likelihood of the chosen response has at the last replay (the paper: 0.5)"
+    )
 
 
 def with_sft(objective: Objective, weight: float) -> Objective:
@@ -66,7 +68,9 @@ def check(s: Settings, objective: Objective) -> None:
     if s.replays < 1 or not 0 <= s.reset_alpha <= 1 or s.sft_weight < 0:
         raise UserError("replays is at least 1, reset_alpha from 0 to 1, sft_weight not negative")
     if s.sft_weight and objective.unpaired:
-        raise UserError(f"sft_weight adds the likelihood of a pair's chosen response; {objective.name} takes single completions")
+        raise UserError(
+            f"sft_weight adds the likelihood of a pair's chosen response; {objective.name} takes single completions"
+        )
     if s.resume:
         raise UserError("a LoRR run cannot be resumed: its replays and initial weights are in no checkpoint")
 

@@ -17,7 +17,20 @@ def arguments(small, out, *more) -> list[str]:
 @pytest.mark.parametrize("objective", ["dpo", "ld_dpo"])
 def test_a_moving_reference_is_the_policy_of_some_steps_ago(small, tmp_path, objective):
     """Hard updates after every second step: at steps 3 and 5 policy = reference, so the loss is log 2 again."""
-    more = ("--objective", objective, "--sync-every", 2, "--sync-alpha", 1.0, "--max-steps", 5, "--epochs", 2, "--eval-every", 1)
+    more = (
+        "--objective",
+        objective,
+        "--sync-every",
+        2,
+        "--sync-alpha",
+        1.0,
+        "--max-steps",
+        5,
+        "--epochs",
+        2,
+        "--eval-every",
+        1,
+    )
     tr_dpo.main(arguments(small, tmp_path / "out", *more))
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
