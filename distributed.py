@@ -203,7 +203,7 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _compiled_when_packed(forward: Callable) -> Callable:
-    """A decoder block's forward, compiled where it is handed a pack; generation's own path stays eager."""
+    """A decoder block's forward, compiled where it is handed a packed sequence; generation's own path stays eager."""
     fast = compiled(forward, dim=1)
 
     def call(*args, **kwargs):

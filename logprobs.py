@@ -111,12 +111,9 @@ class _ChunkedLogProb(torch.autograd.Function):
         head = Head(weight.to(hidden.dtype), bias, ctx.scale, ctx.softcap)
         grad_logp = (grad_logp * ctx.scale)[:, None]
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = None
-        grad_bias = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        if ctx.needs_input_grad[2]:
-            grad_bias = torch.zeros_like(bias)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
         logits = ctx.first_logits
         ctx.first_logits = None
         for start in range(0, len(hidden), ctx.chunk):
@@ -234,9 +231,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: i
 
 def _attend_fused(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
     queries, keys = query.shape[2], key.shape[2]
-    if window is not None and window >= keys:
-        window = None  # it hides nothing
-    causal = queries == keys and window is None
+    causal = queries == keys and (window is None or window >= keys)
     mask = None if causal else _seen_in_sequence(queries, keys, window, query.device)
     grouped = query.shape[1] > key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scaling, enable_gqa=grouped)
@@ -309,8 +304,7 @@ def seen_ranges(pairs: Pairs, window: int | None = None, block: int | None = Non
         tokens = sum(prompt + sum(responses) for prompt, responses in pairs)
         blocks = max(2, -(-tokens // block))
         pairs = [*pairs, (blocks * block - tokens, [])]
-    ranges = []  # own, low, high of each prompt and each response
-    lengths = []
+    ranges, lengths = [], []  # of each prompt and each response: own, low, high; its tokens
     start = 0
     for prompt, responses in pairs:
         prompt_start = start
@@ -407,8 +401,7 @@ def to_device(tensor: Tensor, device) -> Tensor:
 
 
 def compiled(function, dim: int, **how):
-    """torch.compile(function, …) for packed sequences, given any `blocks` by name; dimension `dim` of its other tensors counts
-    tokens.
+    """torch.compile(function, …) for packed sequences, given any `blocks` by name; in other tensors `dim` counts tokens.
 
     Only what differs between sequences is no constant of the graph, so there is one for all, and sizes that are equal by
     chance are not taken for the same. A soft-cap is a constant: as an input it would break the graph under grad.

@@ -7,8 +7,8 @@
 
 Reads top to bottom: settings → set-up → one step → the loop, then the parts in the order of their first use. From the loop to
 a loss: `train` → `train_step` → `Objective.loss_and_grad` of losses.py. Rows are preference pairs, or single completions for
-unpaired objectives. The loss of a step is the mean over the rows of the whole optimizer batch, all ranks together, so its gradient does
-not depend on how the batch is divided into microbatches.
+unpaired objectives. The loss of a step is the mean over the rows of the whole optimizer batch, all ranks together, so its
+gradient does not depend on how the batch is divided into microbatches.
 
 Shape letters: n examples of an optimizer step · k responses of each, 2 for pairs and 1 else.
 """

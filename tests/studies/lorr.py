@@ -1,11 +1,11 @@
 """LoRR: each batch several times, a partial reset of the weights after each use, and a supervised term.
 
-    python tests/studies/lorr.py --model MODEL --dataset PAIRS.jsonl --objective simpo --replays 3 --reset-alpha 0.5 --sft-weight 0.5
+    python tests/studies/lorr.py --model MODEL --dataset PAIRS.jsonl --replays 3 --reset-alpha 0.5 --sft-weight 0.5
 
-Liu 2025, arXiv 2508.06412; RECONSTRUCTED: the sources at hand fix replaying each batch, resetting towards the initial weights after
-a replay, and a hybrid loss whose SFT weight grows with the replay. Ours are: the formula of that weight, λ_l = sft_weight (l + 1) / L
-at replay l of L, counted from 0; a reset after every replay, the last one too; Adam's moments that stay as they are; one learning
-rate schedule over all optimizer steps. The SFT term is −logp/length, nats per token, of the chosen response.
+Liu 2025, arXiv 2508.06412; RECONSTRUCTED: the sources at hand fix replaying each batch, resetting towards the initial weights
+after a replay, and a hybrid loss whose SFT weight grows with the replay. Ours are: the formula of that weight,
+λ_l = sft_weight (l + 1) / L at replay l of L, counted from 0; a reset after every replay, the last one too; Adam's moments that
+stay as they are; one learning rate schedule over all optimizer steps. The SFT term is −logp/length of the chosen response.
 
 A loop around `train.prepare` and `train.train_step`; the output folder is that of train.py. A stopped run begins anew.
 """
@@ -31,9 +31,7 @@ class Settings(train.Settings):
     replays: int = setting(1, "optimizer steps in a row on each batch (the paper: 3)")
     reset_alpha: float = setting(1.0, "after a step θ ← αθ + (1−α)θ⁰ in reset_modules (the paper: 0.5; 1: no reset)")
     reset_modules: str = setting("down_proj", "parts of parameter names, commas between, that reset_alpha acts on")
-    sft_weight: float = setting(
-        0.0, "weight that the likelihood of the chosen response has at the last replay (the paper: 0.5)"
-    )
+    sft_weight: float = setting(0.0, "weight of the chosen response's likelihood at the last replay (the paper: 0.5)")
 
 
 def with_sft(objective: Objective, weight: float) -> Objective:

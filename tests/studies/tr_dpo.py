@@ -2,10 +2,11 @@
 
     python tests/studies/tr_dpo.py --model MODEL --dataset PAIRS.jsonl --objective dpo --sync-every 8 --sync-alpha 0.6
 
-Gorbatovski 2024, arXiv 2404.09656: after every `sync_every` steps reference ← α policy + (1−α) reference, its soft updates, and with
-α = 1 its hard ones. The reference is then a second model in memory, whose log-probs are computed at every step and not kept.
+Gorbatovski 2024, arXiv 2404.09656: after every `sync_every` steps reference ← α policy + (1−α) reference, its soft updates, and
+with α = 1 its hard ones. The reference is then a second model in memory, whose log-probs are computed at every step and not kept.
 
-A loop around `train.prepare` and `train.train_step`; the output folder is that of train.py. One process; a stopped run begins anew.
+A loop around `train.prepare` and `train.train_step`; the output folder is that of train.py. One process; a stopped run begins
+anew.
 """
 
 import copy
