@@ -756,11 +756,11 @@ def counted_inputs(examples: Sequence[Example], device) -> dict[str, Tensor]:
     for e in examples:
         lengths.append([len(r) for r in e.responses])
         labels.append([True, False][: len(e.responses)] if e.desirable is None else [e.desirable])
-    inputs = {"len": torch.tensor(lengths, device=device), "label": torch.tensor(labels, device=device)}
+    inputs = {"len": torch.tensor(lengths), "label": torch.tensor(labels)}
     margins = [e.margin for e in examples]
     if None not in margins:
-        inputs["margin"] = torch.tensor(margins, device=device)
-    return inputs
+        inputs["margin"] = torch.tensor(margins)
+    return {name: to_device(x, device) for name, x in inputs.items()}
 
 
 def stop_if_not_finite(examples: list[Example], logp: Tensor, loss: Tensor, grad_norm: float) -> None:

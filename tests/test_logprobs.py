@@ -577,18 +577,23 @@ def test_gradients_on_another_device_than_the_hosts(monkeypatch, objective):
     rows = [e._replace(responses=e.responses[:k], desirable=i % 2 == 0 if chosen.unpaired else None, margin=1.0)
             for i, e in enumerate(examples())]  # fmt: skip
     zeros = torch.zeros(len(rows), k, device="meta")
-    known = train.known_sums(rows, "meta", ref=zeros, ref_prefix_logp=zeros, ref_mismatch=zeros.flatten())
-    known = known._replace(logp_mismatch=zeros.flatten())
+    plan = [list(range(len(rows)))]
+
+    def stop(*_):
+        raise InterruptedError  # before the update, which begins with reading the numbers
+
+    monkeypatch.setattr(dist, "clip_gradients", stop)
     random = chosen.terms[0].loss.random  # what is drawn comes from the host
     waiting = contextlib.nullcontext() if random else NoWaiting("meta")
     for budget, batches in ((40, 2), (10**6, 1)):
         s = train.Settings(dtype="fp32", tokens_per_microbatch=budget)
-        run = train.Run(s, chosen, torch.device("meta"), None, policy, None, [])
+        run = train.Run(s, chosen, torch.device("meta"), None, policy, rows, [], plan=plan)
+        run.ref = {"ref": zeros, "ref_prefix_logp": zeros} if chosen.needs("ref") else {}
+        run.ref_kl = [zeros.flatten()] if chosen.needs("ref_kl") else None
         made = run.microbatches(rows)
         assert len(made) == batches and all(b.targets.is_meta for _, b in made)
-        with waiting:
-            sums, loss = train.accumulate_gradients(run, rows, known, [0, 0], sft=0.1)
-        assert sums.logp.shape == (len(rows), k) and sums.logp.is_meta and loss.is_meta
+        with waiting, pytest.raises(InterruptedError):
+            train.train_step(run, plan[0])
         assert all(p.grad.shape == p.shape for p in policy.model.parameters())
 
 

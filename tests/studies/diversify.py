@@ -337,8 +337,6 @@ def study(s: Study) -> dict:
     started, out = time.time(), train.prepare_out(s)
     train.write_whole(out / train.MARKER, json.dumps({"plainpo": {"study": "diversify"}}))
     train.write_whole(out / "settings.json", json.dumps(asdict(s), indent=2) + "\n")
-    if s.overwrite:
-        (out / "runs.jsonl").unlink(missing_ok=True)
     common = dict(prompts=s.prompts, demonstrations=s.demonstrations, steps=s.supervised_steps, cache=s.cache)
     do = lambda jobs, work: run_jobs(jobs, out / "runs.jsonl", work)  # noqa: E731
     worlds = do([common | {"seed": seed} for seed in (*range(s.seeds), TUNING_SEED)], build_world)[: s.seeds]

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         noise = io.StringIO()
         try:
             with contextlib.redirect_stderr(noise):
-                summary = train.main([*source, "--objective", name, *length, "--out", str(out), "--overwrite", *more])
+                summary = train.main([*source, "--objective", name, *length, "--out", str(out), *more])
         except SystemExit:
             sys.exit(f"{name}: {noise.getvalue()}")
         row, finite = row_of(name, summary, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])

@@ -78,7 +78,6 @@ COUNTED = 1000  # words of all answers among which different ones are counted: a
 class Study:
     model: str = setting(MISSING, "folder or hub name of a causal language model")
     out: str = setting("runs/frontier", "output folder")
-    overwrite: bool = setting(False, "delete the study that is in out")
     resume: bool = setting(False, "go on with the study that is in out")
     arms: list[str] | None = setting(None, f"only these of {', '.join(ARMS)}")
     rates: list[float] | None = setting(
@@ -237,12 +236,9 @@ def study(s: Study) -> dict:
     check(s)
     data.reachable(s.model)
     started = time.time()
-    out = train.prepare_out(train.Settings(model=s.model, out=s.out, overwrite=s.overwrite, resume=s.resume))
+    out = train.prepare_out(train.Settings(model=s.model, out=s.out, resume=s.resume))
     train.write_whole(out / train.MARKER, json.dumps({"plainpo": {"study": "frontier"}}))
     train.write_whole(out / "settings.json", json.dumps(asdict(s), indent=2) + "\n")
-    if s.overwrite:
-        for name in ("samples", "scored", "pairs", "runs"):
-            (out / f"{name}.jsonl").unlink(missing_ok=True)
     make_pairs(s, out)
     results = miniature.run_groups(jobs_of(s), out / "runs.jsonl", functools.partial(experiment, out))
     text = f"{table(results)}\n{shown(results, prompts(s.seed)[1])}"

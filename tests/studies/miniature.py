@@ -204,7 +204,7 @@ def sweeps_of(s: Study) -> list[str]:
 def common_settings(s: Study) -> dict:
     """What all jobs share: the settings that differ from their defaults, but those that a job sets or that are no run's."""
     default = Study()
-    own = ("compare", "sweeps", "paper", "seeds", "model", "dataset", "out", "overwrite", "resume", "objective", "lr", "seed")
+    own = ("compare", "sweeps", "paper", "seeds", "model", "dataset", "out", "resume", "objective", "lr", "seed")
     changed = {k: v for k, v in asdict(s).items() if k not in own and v != getattr(default, k)}
     return changed | {"world": s.world, "cache": s.cache}
 
@@ -226,7 +226,8 @@ def run_settings(job: dict, out: str) -> train.Settings:
     task = task_of(job)
     usual = dict(model=str(task / "model"), dataset=str(task / "pairs.jsonl"), lr=2e-4, out=out)
     usual |= dict(samples=0, layout="padded", dtype="fp32", tokens_per_microbatch=4096)
-    return train.Settings(**usual | {name: value for name, value in job.items() if name not in OF_THE_TASK})
+    kind = lorr.Settings if "replays" in job else train.Settings
+    return kind(**usual | {name: value for name, value in job.items() if name not in OF_THE_TASK})
 
 
 def experiment(job: dict) -> dict:
@@ -234,7 +235,7 @@ def experiment(job: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         try:
             s = run_settings(job, f"{folder}/run")
-            summary = train.train(s)
+            summary = lorr.train_lorr(s) if isinstance(s, lorr.Settings) else train.train(s)
         except UserError as error:
             return {"job": job, "error": str(error)}
         task = Path(s.model).parent
@@ -251,7 +252,7 @@ def experiment(job: dict) -> dict:
 def one_of_many() -> None:
     """How a process of run_jobs begins: with one thread, silent, and without what a run does for a reader of its folder."""
     torch.set_num_threads(1)
-    train.matmul_rate, train.draw_curves = lambda *_: 1.0, lambda *_: None  # a fifth of a run's time
+    train.draw_curves = lambda *_: None
     sys.stderr = open(os.devnull, "w")
 
 
@@ -303,8 +304,6 @@ def study(s: Study) -> dict:
     started, out, common = time.time(), train.prepare_out(s), common_settings(s)
     train.write_whole(out / train.MARKER, json.dumps({"plainpo": {"study": "miniature"}}))
     train.write_whole(out / "settings.json", json.dumps(asdict(s), indent=2) + "\n")
-    if s.overwrite:
-        (out / "runs.jsonl").unlink(missing_ok=True)
     best = tune(grid_of(s), common, out / "runs.jsonl")
     results = run_groups({name: [job | {"seed": n} for n in range(s.seeds)] for name, job in best.items()}, out / "runs.jsonl")
     if results:

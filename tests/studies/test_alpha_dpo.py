@@ -27,7 +27,7 @@ def made_up_pairs(n: int = 6) -> dict[str, torch.Tensor]:
 
 def loss_of(text: str, x: dict[str, torch.Tensor]) -> torch.Tensor:
     objective = train.parse_objective(text)
-    return objective(train.Sums(x["length"], logp=x["logp"], ref=x["ref"], kl=x["kl"]).by_name(), [0])
+    return objective.row_losses({"logp": x["logp"], "kl": x["kl"]}, {"len": x["length"], "ref": x["ref"]}, [0])
 
 
 # ---- what is run
@@ -176,14 +176,14 @@ def test_a_run_that_ends_early_says_why(job):
 def test_gradient_norms_are_those_of_the_two_parts(job, tmp_path):
     """Each part is the gradient of the loss with the other side's log-probs held constant."""
     run = train.prepare(miniature.run_settings(job | {"objective": "simpo"}, str(tmp_path / "run")))
-    pairs = run.rows.held_out
-    found = alpha_dpo.gradient_norms(run, pairs, run.rows.held_out_known)
+    pairs = run.held_out
+    found = alpha_dpo.gradient_norms(run, pairs, run.held_out_inputs)
     batch = data.padded_batch(list(pairs))
     for side in "wl":
         logp = run.policy(batch)["logp"].view(-1, 2)
         w, low = logp[:, 0], logp[:, 1]
         w, low = (w, low.detach()) if side == "w" else (w.detach(), low)
-        n_w, n_l = run.rows.held_out_known.length.T
+        n_w, n_l = run.held_out_inputs["len"].T
         run.policy.zero_grad()
         OBJECTIVES["simpo"](w, low, n_w, n_l).mean().backward()
         norm = sum(p.grad.square().sum() for p in run.policy.parameters()).sqrt().item()

@@ -83,7 +83,7 @@ def test_a_job_holds_what_differs_from_the_default(tmp_path):
     """And no setting that is the study's own; so the jobs of an earlier comparison are found again."""
     default = miniature.Study()
     line = ["--compare", "simpo", "--seeds", "2", "--cache", "here", "--length-bias", "0.5", "--lr", "1", "--seed", "7"]
-    s = miniature.parse([*line, "--annotator-noise", str(default.annotator_noise), "--out", "there", "--overwrite"])
+    s = miniature.parse([*line, "--annotator-noise", str(default.annotator_noise), "--out", "there"])
     assert miniature.common_settings(s) == {"world": "plain", "cache": "here", "length_bias": 0.5}
     assert s.seeds == 2 and s.lr == 1.0
 

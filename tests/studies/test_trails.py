@@ -148,8 +148,10 @@ class Listed:
     "sides, expected", [("", [[4, 5, 3], [6, 3]]), ("rejected", [[4, 5, 3], [6]]), ("both", [[4, 5], [6]])]
 )
 def test_the_end_is_left_out(sides, expected):
-    load = lambda: train.Rows(Listed([Example([1], [[4, 5, 3], [6, 3]])]), Listed([]), {})  # noqa: E731
-    rows = trails.without_end(load, sides)().train
+    def load():
+        return Listed([Example([1], [[4, 5, 3], [6, 3]])]), Listed([]), {}
+
+    rows, _, _ = trails.without_end(load, sides)()
     assert (rows if sides else rows.examples)[0].responses == expected
 
 

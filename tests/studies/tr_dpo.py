@@ -5,7 +5,7 @@
 Gorbatovski 2024, arXiv 2404.09656: after every `sync_every` steps reference ← α policy + (1−α) reference, its soft updates, and
 with α = 1 its hard ones. The reference is then a second model in memory, whose log-probs are computed at every step and not kept.
 
-A loop around `train.prepare` and `train.train_step`; the output folder is that of train.py. One process; a stopped run begins
+A loop around `train.prepare` and `train.train_step`, in one process; the output folder is that of train.py. A stopped run begins
 anew.
 """
 

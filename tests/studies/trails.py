@@ -166,9 +166,12 @@ def without_end(load, sides: str):
     def cut(e: Example) -> Example:
         return e._replace(responses=[r[:-1] if i or sides == "both" else r for i, r in enumerate(e.responses)])
 
-    def loaded(*args) -> train.Rows:
-        rows = load(*args)
-        return replace(rows, train=rows.train.mapped(cut), held_out=rows.held_out.mapped(cut)) if sides else rows
+    def loaded(*args) -> tuple:
+        trained, held_out, reports = load(*args)
+        if sides:
+            trained = trained.mapped(cut)
+            held_out = held_out.mapped(cut)
+        return trained, held_out, reports
 
     return loaded
 
@@ -216,7 +219,7 @@ def _at_the_start(task: Path, how: str) -> dict:
     p = torch.cat(distributions(task / "model", examples))
     measures = of_answers(answers) | by_class("mass", p.exp(), table, len(answers)) | {"win_rate": 0.5, "kl": 0.0, "moved": 0.0}
     start = dict(tokenizer=tokenizer, answers=answers, examples=examples, table=table, p=p)
-    pair = train.load_rows(s, tokenizer, train.parse_objective("dpo")).held_out
+    _, pair, _ = train.load_rows(s, tokenizer, train.parse_objective("dpo"))
     averages = []
     for i, side in enumerate(SIDES):
         start[side] = [e._replace(responses=[e.responses[i]]) for e in pair]
@@ -333,8 +336,6 @@ def study(s: Study) -> dict:
     started, out = time.time(), train.prepare_out(s)
     train.write_whole(out / train.MARKER, json.dumps({"plainpo": {"study": "trails"}}))
     train.write_whole(out / "settings.json", json.dumps(asdict(s), indent=2) + "\n")
-    if s.overwrite:
-        (out / "runs.jsonl").unlink(missing_ok=True)
     results = miniature.run_groups(jobs_of(s), out / "runs.jsonl", experiment)
     text = f"{start_line(results)}\n\n{matched_table(results)}\n{held_out_line(results)}\n\n{class_tables(results)}"
     (out / "table.md").write_text(text)
