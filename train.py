@@ -82,30 +82,35 @@ class Settings(data.Reading):
 DEFAULT = Path(__file__).with_name("tests") / "toy" / "simpo.yaml"  # what runs where neither model nor dataset is given
 
 
-def parse_settings(argv: list[str]) -> Settings:
-    """Settings of a YAML or JSON file (first argument) and, over them, those of the command line."""
-    file = None
-    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        file = Path(argv[0])
-        argv = argv[1:]
-    s = _parse(argv)
-    if file is None and s.model is None and s.dataset is None:
-        file = DEFAULT
-    if file is not None:
-        s = _parse([*options_of(file), *argv])
-    check_settings(s)
-    return s
+def parse_settings(argv: list[str], kind: type[Settings] = Settings, prog: str = "train.py", text: str = __doc__) -> Settings:
+    """Settings of a YAML or JSON file (first argument) and, over them, those of the command line.
 
-
-def _parse(options: list[str]) -> Settings:
+    kind: a study may have settings of its own besides; prog, text: its name and what its help says.
+    """
     hints = {}
     for name, loss in OBJECTIVES.items():
         for key, value in loss.settings.items():
             hints.setdefault(key, f'{key} belongs into the call of the objective: --objective "{name}({key}={value!r})"')
-    return data.parse(Settings, options, "train.py", __doc__)
+    file = None
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        file = Path(argv[0])
+        argv = argv[1:]
+    if file is None:
+        s = data.parse(kind, argv, prog, text)
+        if s.model is None and s.dataset is None:
+            file = DEFAULT
+    if file is not None:
+        options = options_of(file, kind)
+        try:
+            data.parse(kind, options, prog, text)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
+        s = data.parse(kind, [*options, *argv], prog, text)
+    check_settings(s)
+    return s
 
 
-def options_of(file: Path) -> list[str]:
+def options_of(file: Path, kind: type[Settings]) -> list[str]:
     """The settings of a file as options of the command line. A model or data named ./… lies in the file's own folder."""
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -118,7 +123,7 @@ def options_of(file: Path) -> list[str]:
     for name in settings:
         if lines.count(name) > 1:  # of which YAML would take the last
             raise UserError(f"{file}: {name} is there twice")
-    may_be_empty = [f.name for f in fields(Settings) if f.default is None]
+    may_be_empty = [f.name for f in fields(kind) if f.default is None]
     options = []
     for name, value in settings.items():
         key = str(name).replace("-", "_")
@@ -133,10 +138,6 @@ def options_of(file: Path) -> list[str]:
                 sources = [part.strip() for part in text.split(",")]
                 text = ",".join(str(file.parent / part[2:]) if part.startswith("./") else part for part in sources)
             options.append(f"--{key}={text}")
-    try:
-        _parse(options)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
     return options
 
 

@@ -63,9 +63,10 @@ def built(name: str, tokens: int, checkpointing: bool, compiling: bool) -> train
     policy = dist.shard(logprobs.ResponseLogProbs(model), None, ON_GPU, checkpointing, compiling)
     policy.use_layout("packed")
     ids = [[rng.integers(3, 200, n).tolist() for n in LENGTHS] for _ in range(pairs)]
-    rows = train.Rows([data.Example(prompt, responses) for prompt, *responses in ids], [], {})
-    run = train.Run(s, train.parse_objective(s.objective), device, None, policy, rows, [])
-    run.optimizer, rows.plan = train.make_optimizer(run), [list(range(pairs))] * 1000
+    examples = [data.Example(prompt, responses) for prompt, *responses in ids]
+    run = train.Run(s, train.read_objective(s.objective), device, None, policy, examples, [])
+    run.optimizer = train.make_optimizer(run)
+    run.plan = [list(range(pairs))] * 1000
     return run
 
 
@@ -81,20 +82,23 @@ def wait() -> float:
 def step(name: str, tokens: int, checkpointing: bool, compiling: bool, steps: int, tflops: float) -> dict:
     """One row: speed, share of the nominal peak, memory against the plan's, and how far the two layouts are apart."""
     run = built(name, tokens, checkpointing, compiling)
-    worst = train.compare_layouts(run, run.rows.train[:4], float("inf"))
+    worst = train.compare_layouts(run, run.train[:4], float("inf"))
     tick = wait()
-    for _ in range(2):  # compiles, warms up
-        train.step(run)
+    for rows in run.plan[:2]:  # compiles, warms up
+        train.train_step(run, rows)
     first = wait() - tick
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
     tick = wait()
-    lines = [train.step(run) for _ in range(steps)]
+    lines = [train.train_step(run, rows) for rows in run.plan[2 : 2 + steps]]
     seconds, peak = wait() - tick, train.peak_memory(run.device)
-    rate = train.matmul_rate(run.policy.model, torch.bfloat16 if ON_GPU else torch.float32)
+    from benchmark import matmul_rate  # late, as benchmark.py imports this file
+
+    rate = matmul_rate(run.policy.model, torch.bfloat16 if ON_GPU else torch.float32)
     config, size = run.policy.model.config, sum(p.numel() for p in run.policy.model.parameters())
-    traced = will_it_fit.one_microbatch(config, len(run.rows.train), LENGTHS, torch.bfloat16, checkpointing)
-    flops, done = sum(line["flops"] for line in lines), sum(line["tokens"] for line in lines)
+    traced = will_it_fit.one_microbatch(config, len(run.train), LENGTHS, torch.bfloat16, checkpointing)
+    flops = steps * will_it_fit.model_flops(run.policy.model, run.train)
+    done = sum(line["tokens"] for line in lines)
     return {
         "model": name, "tokens": lines[0]["tokens"], "checkpointing": checkpointing, "compiled": compiling,
         "tokens/s": round(done / seconds), "MFU": f"{flops / seconds / (tflops * 1e12):.1%}",

@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-import data  # noqa: E402
 import train  # noqa: E402
 from data import UserError, setting  # noqa: E402
 from losses import Objective, parse_objective  # noqa: E402
@@ -100,12 +99,7 @@ def train_lorr(s: Settings) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    def work(argv: list[str]) -> dict:
-        s = data.parse(Settings, argv, "lorr.py", __doc__)
-        train.check_settings(s)
-        return train_lorr(s)
-
-    return train.main(argv, work)
+    return train.main(argv, lambda argv: train_lorr(train.parse_settings(argv, Settings, "tests/studies/lorr.py", __doc__)))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "tools")]
 
+import lorr  # noqa: E402
 import torch  # noqa: E402
 import toy  # noqa: E402
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import data
+import train
 
 BUILT = dict(
     model=None, dataset=None, batch_size=2, steps=1, prompt_tokens=12, response_tokens=4, hidden=64, layers=1, vocabulary=1000,
@@ -52,6 +53,19 @@ def test_every_variant_counts_the_same_work(monkeypatch):
     assert [r["variant"] for r in results] == list(benchmark.VARIANTS) and {r["pairs"] for r in results} == {2}
     assert {r["tokens"] for r in results} == {2 * (12 + 4 + 4)} and len({r["flops"] for r in results}) == 1
     assert all(r["seconds"] > 0 and r["peak_above_state"] > 0 for r in results)
+
+
+@pytest.mark.parametrize("layout, padding", [("packed", 0.0), ("padded", 1 - 45 / (2 * 15 + 4 * 10))])
+def test_balance_by_hand(layout, padding):
+    """Pairs of 20, 15 and 10 tokens, 25 at most in a microbatch: 20, and 15 + 10, so the heavier has 25 of a mean of 22.5.
+    Padded, the first takes 2 rows of 15 tokens, the others 4 of 10."""
+    pairs = [data.Example([1] * 5, [[1] * 10, [1] * 5]), data.Example([1] * 5, [[1] * 5, [1] * 5])]
+    pairs.append(data.Example([1] * 2, [[1] * 4, [1] * 4]))
+    s = train.Settings(layout=layout, tokens_per_microbatch=25)
+    run = train.Run(s, train.read_objective("simpo"), torch.device("cpu"), None, None, pairs, [])
+    found = benchmark.balance(run, pairs)
+    assert found["microbatches"] == 2 and found["imbalance"] == 25 * 2 / 45
+    assert found["padding"] == pytest.approx(padding)
 
 
 def in_this_process(args, variant: str, dtype: str, **more) -> dict:

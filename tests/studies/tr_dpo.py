@@ -2,11 +2,12 @@
 
     python tests/studies/tr_dpo.py --model MODEL --dataset PAIRS.jsonl --objective dpo --sync-every 8 --sync-alpha 0.6
 
-Gorbatovski 2024, arXiv 2404.09656: after every `sync_every` steps reference ← α policy + (1−α) reference, its soft updates, and
-with α = 1 its hard ones. The reference is then a second model in memory, whose log-probs are computed at every step and not kept.
+Gorbatovski 2024, arXiv 2404.09656: after every `sync_every` steps reference ← α policy + (1−α) reference, its soft updates,
+and with α = 1 its hard ones. The reference is then a second model in memory, whose log-probs are computed at every step and not
+kept.
 
-A loop around `train.prepare` and `train.train_step`, in one process; the output folder is that of train.py. A stopped run begins
-anew.
+A loop around `train.prepare` and `train.train_step`, in one process; the output folder is that of train.py. A stopped run
+begins anew.
 """
 
 import copy
@@ -20,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-import data  # noqa: E402
 import distributed as dist  # noqa: E402
 import train  # noqa: E402
 from data import UserError, setting  # noqa: E402
@@ -90,12 +90,7 @@ def train_tr_dpo(s: Settings) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    def work(argv: list[str]) -> dict:
-        s = data.parse(Settings, argv, "tr_dpo.py", __doc__)
-        train.check_settings(s)
-        return train_tr_dpo(s)
-
-    return train.main(argv, work)
+    return train.main(argv, lambda argv: train_tr_dpo(train.parse_settings(argv, Settings, "tests/studies/tr_dpo.py", __doc__)))
 
 
 if __name__ == "__main__":
