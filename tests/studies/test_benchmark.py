@@ -99,7 +99,8 @@ def test_rounds_on_a_model_folder(small, tmp_path, monkeypatch, capsys):
     assert [r["variant"] for r in results] == variants and all(len(r["rounds"]) == 2 for r in results)
     examples, _ = data.load(str(small / "pairs.jsonl"), data.load_tokenizer(str(small / "model")))
     assert all(r["pairs"] == 12 and r["tokens"] == 2 * sum(map(data.tokens_of, examples[6:12])) for r in results)
-    head, more, _, _, _, packed, padded = said.out.rstrip("\n").splitlines()
+    head, more, _, _, _, packed, padded, _, *balance = said.out.rstrip("\n").splitlines()
+    assert [line.partition(":")[0] for line in balance] == ["packed tree, fp32", "padded, full logits, fp32"]
     assert "alone make a step" in more and "2 rounds of 2 steps of 3 pairs" in head and "trl" not in head
     assert packed.startswith("| packed tree | fp32 |") and packed.count("–") >= 2 and padded.endswith("| – | – | – |")
     ratio = float(packed.split(" | ")[6].split()[0])  # of the two rounds' ratios

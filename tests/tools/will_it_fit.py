@@ -175,7 +175,7 @@ def one_microbatch(
         policy = shard(policy, checkpointing=checkpointing)
         tensors = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in batch._asdict().items() if isinstance(v, Tensor)}
         missing = max(0, (chunk or 0) - sum(responses))
-        for name in ("index", "targets", "response", "head"):
+        for name in ("index", "targets", "response", "in_prefix"):
             tensors[name] = nn.functional.pad(tensors[name], (0, missing))
 
         def after_gradient(p: nn.Parameter) -> None:
