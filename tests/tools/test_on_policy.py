@@ -213,7 +213,10 @@ def test_what_scoring_and_pairing_say(tmp_path):
     """By hand: scores 1 3, 2 2, 4: mean 2.4, variance (34 − 5·2.4²)/5 = 1.04; pairs of margin 2 and 1, longer in one."""
     rows = [{"prompt": p, "responses": r} for p, r in (("A", ["a", "aaa"]), ("B", ["bb", "bb"]), ("C", ["cccc"]))]
     source, out, said = write(tmp_path, "s.jsonl", rows), str(tmp_path / "o.jsonl"), []
-    score = lambda: on_policy.score(Scoring(source, out, rule=lambda row, text: len(text)), say=said.append)  # noqa: E731
+
+    def score():
+        on_policy.score(Scoring(source, out, rule=lambda row, text: len(text)), say=said.append)
+
     score()
     end = "3 rows, 5 scores: mean 2.4, standard deviation 1.02, 1 to 4; 2 rows have no two different scores, so no pair"
     assert said[1] == end and "already" not in said[0]
@@ -278,10 +281,13 @@ def test_outputs_that_cannot_be_written(world_model, tmp_path):
         (f"{tmp_path}/file/out", "File exists|Not a directory"),
         ("x" * 300, "too long"),
     ):
-        for call in (lambda: on_policy.sample(Sampling("org/none", source, out)),  # noqa: B023
-                     lambda: on_policy.score(Scoring(source, out, rule=len)), lambda: on_policy.pairs(Pairing(source, out))):  # noqa: B023 # fmt: skip
+        for work, settings in (
+            (on_policy.sample, Sampling("org/none", source, out)),
+            (on_policy.score, Scoring(source, out, rule=len)),
+            (on_policy.pairs, Pairing(source, out)),
+        ):
             with pytest.raises(UserError, match=f"cannot be written .*({why})"):
-                call()
+                work(settings)
     with pytest.raises(UserError, match="no file that could be continued"):
         on_policy.sample(Sampling("org/none", source, "/dev/null"))
 
