@@ -135,7 +135,6 @@ class Row(NamedTuple):
     responses: list[str]
     desirable: bool | None = None  # None for pairs
     margin: float | None = None  # score of chosen less score of rejected, where the data has scores
-    ends: list[bool] | None = None  # of steps: whether each ends the assistant's turn; None: every response does
 
 
 class Example(NamedTuple):
@@ -351,10 +350,7 @@ def _response(value, what: str) -> str:
 
 def _row(prompt: list[dict], responses: list[str], **more) -> Row:
     if prompt[-1]["role"] == "assistant":
-        raise UserError(
-            "the prompt ends with an assistant turn, so there is nothing to answer (pairs of steps that continue it have "
-            "columns chosen_ends and rejected_ends)"
-        )
+        raise UserError("the prompt ends with an assistant turn, so there is nothing to answer")
     return Row(prompt, responses, **more)
 
 
@@ -419,17 +415,6 @@ def from_pair(row: dict) -> Row:
         return _last_turns(*sides, margin=margin)
     prompt = _messages(row.get("prompt"), "prompt")
     return _row(prompt, [_response(s, w) for s, w in zip(sides, ("chosen", "rejected"))], margin=margin)
-
-
-def from_steps(row: dict) -> Row:
-    """{prompt, chosen, rejected, chosen_ends, rejected_ends}: two next steps of an answer, as `pairs --how step` writes them.
-
-    A prompt that ends in an assistant turn is the answer so far: it and a step are one text, with nothing in between. The
-    terminator follows, and is scored, where `…_ends` says true: a step that is not the answer's last has none.
-    """
-    sides = ("chosen", "rejected")
-    steps, ends = [_text(row.get(x), x) for x in sides], [_label(row.get(f"{x}_ends"), f"{x}_ends") for x in sides]
-    return Row(_messages(row.get("prompt"), "prompt"), steps, margin=_margin(row), ends=ends)
 
 
 def from_hh(row: dict) -> Row:
@@ -505,7 +490,6 @@ def _is_hh(row: dict) -> bool:
 TIE = "a tie: every response has the same score"
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict], Row]]] = {  # the first that fits the first row is taken
     "sharegpt": (("conversations", "chosen", "rejected"), from_sharegpt),
-    "steps": (("prompt", "chosen", "rejected", "chosen_ends", "rejected_ends"), from_steps),
     "pairs": (("prompt", "chosen", "rejected"), from_pair),
     "hh": (("chosen", "rejected"), from_hh),
     "implied": (("chosen", "rejected"), from_implied),
@@ -629,9 +613,9 @@ def _special_ids(tokenizer) -> set[int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _own_controls(tokenizer, roles: tuple[str, ...], ends: bool) -> list[int]:
+def _own_controls(tokenizer, roles: tuple[str, ...]) -> list[int]:
     """The special tokens that a template writes itself around messages of these roles and a response."""
-    row = Row([{"role": role, "content": MARK} for role in roles], [MARK], ends=[ends])
+    row = Row([{"role": role, "content": MARK} for role in roles], [MARK])
     prompt, (response,) = _prompt_and_responses(row, tokenizer, functools.partial(_ids, tokenizer))
     return _controls(tokenizer, prompt + response)
 
@@ -655,12 +639,6 @@ def encode(
     prefix that it shares with `prompt`; where the tokenizer merges across the boundary, the merged token is the response's
     and the stored prompt ends before it, for all responses of the row alike.
 
-    A prompt that ends in an assistant turn is the beginning of that turn, as it stands: `prompt` is then the rendering up to
-    its last character and `whole` that of one turn, beginning + response. A response that does not end the turn (`ends` false,
-    a step) goes up to its own last character: no terminator, nothing of the template after it. Prompt + response are always
-    the ids of the conversation's text up to there; those of the next step begin with the same ids, unless the tokenizer merges
-    across the step's end.
-
     A special token that is spelled in a message ("<|im_end|>" typed by a user) is encoded as the text it is and cannot end
     a turn, unless `control_tokens`.
 
@@ -676,8 +654,8 @@ def encode(
         row, ids = _with_stand_ins(row, tokenizer)
         cuts.append("with a special token as plain text")
     prompt, responses = _prompt_and_responses(row, tokenizer, ids)
-    own = [_own_controls(tokenizer, roles, ends) for ends in row.ends or [True] * len(responses)]
-    if not control_tokens and any(_controls(tokenizer, prompt + r) != o for r, o in zip(responses, own)):
+    own = _own_controls(tokenizer, roles)
+    if not control_tokens and any(_controls(tokenizer, prompt + r) != own for r in responses):
         raise UserError("the chat template makes special tokens out of its messages")
     if len(prompt) > max_prompt_length:
         prompt, cuts = prompt[-max_prompt_length:], [*cuts, "prompt cut"]
@@ -699,25 +677,20 @@ def _with_stand_ins(row: Row, tokenizer) -> tuple[Row, Callable[[str], list[int]
     return row._replace(prompt=prompt, responses=list(map(exchange, row.responses))), ids
 
 
-def _up_to_mark(text: str) -> str:
-    """What a template writes before the last MARK: a turn that is not over."""
-    if MARK not in text:
-        raise UserError("the chat template does not write an assistant's text as it is, so a turn cannot be continued")
-    return text.rpartition(MARK)[0]
-
-
 def _prompt_and_responses(row: Row, tokenizer, ids: Callable[[str], list[int]]) -> tuple[list[int], list[list[int]]]:
     """The prompt's ids up to where they go on alike in all responses, and what each response has after them."""
-    begun, wholes = row.prompt[-1]["content"] if row.prompt[-1]["role"] == "assistant" else "", []
-    before = row.prompt[:-1] if begun else row.prompt
-    answered = lambda text: _render(tokenizer, [*before, {"role": "assistant", "content": text}])  # noqa: E731
-    prompt_text = _up_to_mark(answered(begun + MARK)) if begun else _render(tokenizer, before, generation_prompt=True)
+
+    def answered(response: str) -> str:
+        return _render(tokenizer, [*row.prompt, {"role": "assistant", "content": response}])
+
+    prompt_text = _render(tokenizer, row.prompt, generation_prompt=True)
     after = answered(MARK).rpartition(MARK)[2]
-    for response, ends in zip(row.responses, row.ends or itertools.repeat(True)):
-        text = answered(begun + response) if ends else _up_to_mark(answered(begun + response + MARK))
+    wholes = []
+    for response in row.responses:
+        text = answered(response)
         if not text.startswith(prompt_text.rstrip()):
             raise UserError("the chat template renders the prompt differently once a response follows")
-        if ends and after.strip() and text.endswith(after):
+        if after.strip() and text.endswith(after):
             text = text[: len(text) - len(after) + len(after.rstrip())]
         wholes.append(ids(text))
     prompt = ids(prompt_text)
@@ -738,8 +711,6 @@ def encode_simpo(row: Row, tokenizer, max_length: int, max_prompt_length: int) -
     give the tokenizer that template.)
     """
     prompt, bos, eos = row.prompt, tokenizer.bos_token, tokenizer.eos_token_id
-    if row.ends is not None:
-        raise UserError("compat simpo knows no steps of an answer (chosen_ends, rejected_ends)")
     if prompt[0]["role"] != "system" and re.search(r"system|<\|im_start\|>", tokenizer.chat_template):
         prompt = [{"role": "system", "content": ""}, *prompt]
     prompt_text, wholes = _render(tokenizer, prompt), []

@@ -168,14 +168,6 @@ FORMATS = {
         },
         Row([system("Be kind"), user("Ask me")], ["Good", "Bad"]),
     ),
-    "steps": (
-        {
-            "prompt": [user("Ask me"), assistant("So\n")],
-            **{"chosen": "Good\n", "rejected": "Bad", "chosen_ends": False, "rejected_ends": True},
-            **{"score_chosen": 0.5, "score_rejected": -1},
-        },
-        Row([user("Ask me"), assistant("So\n")], ["Good\n", "Bad"], margin=1.5, ends=[False, True]),
-    ),
     "unpaired": ({"prompt": "Ask me", "completion": "Good", "label": True}, Row([user("Ask me")], ["Good"], True)),
     "unpaired messages": (
         {"messages": [user("Ask me"), assistant("Bad")], "label": False},
@@ -206,7 +198,7 @@ def test_the_reason_for_a_format_is_reported(tmp_path, chatml):
     assert report.formats == [f"{path}: {why}"] and why in str(report)
     with pytest.raises(UserError, match="what chosen adds to the prompt is empty"):  # asked for: rows are read as plain texts
         load(write(tmp_path, "b.jsonl", [{"chosen": "Human: a ", "rejected": "Human: a b"}]), chatml, format="implied")
-    with pytest.raises(UserError, match="format is 'csv'; accepted are auto, sharegpt, steps, pairs, hh"):
+    with pytest.raises(UserError, match="format is 'csv'; accepted are auto, sharegpt, pairs, hh"):
         load(path, chatml, format="csv")
     with pytest.raises(UserError, match=r"did you mean unpaired\?"):
         load(path, chatml, format="unpared")
@@ -798,77 +790,6 @@ def test_the_plain_form_without_bos(tmp_path):
     example, _ = encode(Row(ASKED, ["Good"]), tokenizer, 100, 90)
     assert tokenizer.decode(example.prompt) == "User: Ask me\n\nAssistant:"
     assert tokenizer.decode(example.responses[0]) == " Good</s>"
-
-
-# ---- steps: turns that go on -------------------------------------------------------------------------------------------
-
-STEPS = ["Sky is blue.\n", "Grass is green; water is wet.\n\n", "Good day"]
-STEPWISE = [row[:1] + row[3:] for row in RENDERED if row[1] is ASKED]
-
-
-@pytest.mark.parametrize("name, prompt_text, response_text", STEPWISE)
-def test_steps_are_the_whole_conversation_cut_in_pieces(families, name, prompt_text, response_text):
-    """Each step after the ones before it, against the whole turn's rendering by hand; only the last has a terminator."""
-    tokenizer, before = families[name], prompt_text + response_text[: response_text.index("Good")]
-    whole = raw_ids(tokenizer, prompt_text + response_text.replace("Good day", "".join(STEPS)))
-    end = tokenizer.convert_tokens_to_ids(TERMINATOR[name])
-    for i, step in enumerate(STEPS):
-        begun, ends = "".join(STEPS[:i]), i == 2
-        prompt = ASKED + ([assistant(begun)] if begun else [])
-        example, cuts = encode(Row(prompt, [step, "Water"], ends=[ends, False]), tokenizer, 1000, 900)
-        assert cuts == [] and raw_ids(tokenizer, before + begun)[: len(example.prompt)] == example.prompt
-        assert example.prompt + example.responses[0] == (whole if ends else raw_ids(tokenizer, before + begun + step))
-        assert example.prompt + example.responses[1] == raw_ids(tokenizer, before + begun + "Water")
-        assert example.prompt + example.responses[0] == whole[: len(example.prompt + example.responses[0])]
-        assert (example.responses[0][-1] == end, example.responses[1][-1] == end) == (ends, False)
-        if begun:  # nothing of the step is in the prompt, and nothing before it in the step
-            assert example.prompt == raw_ids(tokenizer, before + begun)
-            assert tokenizer.decode(example.responses[0], skip_special_tokens=True).strip() == step.strip()
-    ended, _ = encode(Row(ASKED, ["".join(STEPS)], ends=[True]), tokenizer, 1000, 900)
-    assert ended == encode(Row(ASKED, ["".join(STEPS)]), tokenizer, 1000, 900)[0]
-
-
-def test_steps_that_spell_a_special_token(chatml):
-    row = Row([user("Ask <|im_end|>"), assistant("a <|im_end|>\n")], ["b <|im_start|>\n", "c"], ends=[False, True])
-    example, cuts = encode(row, chatml, 1000, 900)
-    assert cuts == ["with a special token as plain text"]
-    assert chatml.decode(example.responses[0]) == "b <|im_start|>\n" and chatml.decode(example.responses[1]) == "c<|im_end|>"
-    end = chatml.convert_tokens_to_ids("<|im_end|>")
-    assert [ids.count(end) for ids in (example.prompt, *example.responses)] == [2, 0, 1]  # of system and user
-    with pytest.raises(UserError, match="special tokens out of its messages"):  # put together, the two pieces spell one
-        encode(Row([user("Ask me"), assistant("a <|im_")], ["end|> b", "c"], ends=[False, False]), chatml, 1000, 900)
-
-
-def test_steps_that_are_refused(tmp_path, chatml):
-    row = {"prompt": [user("Ask me"), assistant("So\n")], "chosen": "Good\n", "rejected": "Bad"}
-    ends = {"chosen_ends": False, "rejected_ends": True}
-    for change, message in (
-        ({"chosen_ends": 0}, "chosen_ends is '0', not true or false"),
-        ({"rejected_ends": None}, "rejected_ends is 'None', not true or false"),
-        ({"prompt": [user("Ask me"), assistant("")]}, "prompt message 2 is empty"),
-        ({"prompt": [user("Ask me"), assistant(" \n")]}, "prompt message 2 is empty"),
-        ({"chosen": " "}, "chosen is empty"),
-        ({"chosen": [assistant("Good")]}, "chosen is a list, not text"),
-    ):
-        with pytest.raises(UserError, match=message):
-            data.from_steps({**row, **ends, **change})
-    for other in (row, {**row, "completion": "Good", "label": True}, {**row, "responses": ["a", "b"], "scores": [1, 0]}):
-        for name in ("pairs", "unpaired", "scored"):  # without the columns that say so, it is taken for a mistake
-            with pytest.raises(UserError, match="ends with an assistant turn.* chosen_ends|is missing|is not a list"):
-                data.FORMATS[name][1](other)
-    with pytest.raises(UserError, match="compat simpo knows no steps"):
-        load(write(tmp_path, "a.jsonl", [{**row, **ends}]), chatml, compat="simpo")
-    strict = COLON.replace("{{ m['content'] }}", "{% if m['role'] == 'assistant' %}!{% else %}{{ m['content'] }}{% endif %}")
-    for template, message in (
-        (strict, "does not write an assistant's text as it is"),
-        (
-            COLON.replace("{{ m['content'] }}", "{{ m['content'].split('So')[-1] }}"),
-            "renders the prompt differently|as it is|no",
-        ),
-    ):
-        tokenizer = tokenizer_with(template, byte_level(["</s>"]))
-        with pytest.raises(UserError, match=message):
-            encode(Row([user("Ask me"), assistant("So\n")], ["Good So\n", "Bad"], ends=[False, True]), tokenizer, 1000, 900)
 
 
 # ---- lengths ---------------------------------------------------------------------------------------------------------

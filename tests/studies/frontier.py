@@ -216,7 +216,7 @@ def evaluate(model: str, job: dict) -> dict:
 
 
 def network(model: str) -> torch.nn.Module:
-    return on_policy._load_model(model, "CausalLM", torch.device("cpu")).float()
+    return on_policy.load_model(model, "CausalLM", torch.device("cpu")).float()
 
 
 @torch.no_grad()

@@ -7,13 +7,11 @@
 Every step reads and writes JSON lines, so another engine can take its place:
 
     sample  {prompt} or any row with a prompt  → {id, prompt: [messages], responses: [text], strategies, unfinished, tokens,
-                                                  …settings}, and of mcts: rewards, sampled, tree
+                                                  …settings}
     score   {prompt, responses}                → the same with scores: [number]
     pairs   {prompt, responses, scores}        → {id, prompt, chosen, rejected, score_chosen, score_rejected}
-    pairs --how step      {prompt, tree}       → the same with chosen_ends, rejected_ends
 """
 
-import bisect
 import functools
 import hashlib
 import importlib.util
@@ -22,11 +20,10 @@ import json
 import math
 import os
 import random
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -35,145 +32,83 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import data  # noqa: E402
-from data import (  # noqa: E402
-    FORMATS,
-    MARK,
-    Row,
-    UserError,
-    _brief,
-    _label,
-    _messages,
-    _renamed,
-    _row,
-    _say,
-    _score,
-    _sources,
-    _text,
-    bf16_in_hardware,
-    device_named,
-    encode,
-    format_of,
-    load_tokenizer,
-    progress,
-    read,
-    refuse_unless_known,
-    setting,
-)
+from data import Row, UserError, encode, setting  # noqa: E402
 from logprobs import continuations  # noqa: E402
 
-
-@dataclass
-class Sampling:
-    """Sample n responses to every prompt and add them to out, which is continued if it is there.
-
-    The prompt that is written is the one that was given; beside it stand the row's own texts and numbers that no format reads,
-    such as a right answer. Equal responses are kept once; one that did not end within max_tokens is counted and left out, since
-    no terminator followed it. `tokens` counts all that were generated for a prompt, whatever became of them. Prompts go in
-    fixed batches with a seed of their own, so a continued run writes what an unbroken one would have written.
-
-    mcts searches a tree of steps (text up to step_end): each iteration goes down it by W/N + c√(ln N_parent/N), samples n
-    answers from there on and adds the first step of each, equal ones once; an answer's reward is 1 where the rule gives above
-    ½ (or true), else −1, also where it did not end. Published uses differ: the diversification paper's mcts is OptiLLM's, over
-    whole turns of a dialogue, 22 generations for one answer; MCTS-DPO searches steps as here, but by PUCT, with the model's
-    own evaluation.
-    """
-
-    model: str = setting(MISSING, "folder or hub name of a causal language model")
-    prompts: str = setting(MISSING, "sources of rows with a prompt")
-    out: str = setting(MISSING, "JSON lines to write")
-    n: int = setting(5, "responses per prompt and strategy", aliases="-n")
-    strategy: str = setting(
-        "plain",
-        "plain, cot (think step by step), dts (n approaches, then an answer by each), mcts (a tree of steps, needs rule), or "
-        "several with commas",
-    )
-    rule: str = setting("", "mcts: file.py:function of (row, response); a number, or true and false")  # or the function itself
-    iterations: int = setting(8, "mcts: steps of the tree from which n answers each are sampled")
-    exploration: float = setting(1.4, "mcts: c, how much rarely visited steps are preferred")
-    step_end: str = setting(r"\n", r"mcts: what ends a step, such as \n or ;")
-    temperature: float = setting(0.8, "of sampling; 0 is greedy")
-    top_p: float = setting(0.95, "share of the probability that is sampled from")
-    max_tokens: int = setting(512, "longer responses are left out")
-    batch_size: int = setting(8, "prompts at a time")
-    columns: str = setting("", "columns to rename, new=old")
-    seed: int = setting(0, "for everything random")
-    device: str = setting("auto", "cpu, cuda or auto")
-    keep_unfinished: bool = setting(False, "keep unfinished responses, and empty ones, as a judge needs them")
+LONG = 2**31  # more tokens than any prompt: nothing is cut
 
 
-@dataclass
-class Scoring:
-    """Add scores to rows of {prompt, responses} and write them to out, which is continued if it is there.
-
-    By a reward model, which reads prompt and response through its own chat template, or by a rule, a Python function of
-    (row, response) that gives a number, or true and false.
-    """
-
-    responses: str = setting(MISSING, "sources of rows with a prompt and responses")
-    out: str = setting(MISSING, "JSON lines to write")
-    reward_model: str = setting("", "folder or hub name of a sequence-classification model with one output")
-    rule: str = setting("", "file.py:function or module:function")  # in Python also the function itself
-    batch_size: int = setting(8, "responses at a time")
-    device: str = setting("auto", "cpu, cuda or auto")
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
-@dataclass
-class Pairing:
-    """Make preference pairs of scored responses; responses of several rows with the same prompt are taken together."""
-
-    scored: str = setting(MISSING, "sources of rows with a prompt, responses and scores")
-    out: str = setting(MISSING, "JSON lines to write")
-    how: str = setting(
-        "best_worst",
-        "best_worst, random (two of different score), correct (a random one above ½ against one at most ½) or step (of mcts: "
-        "next steps of the same answer, highest against lowest mean reward; needs no scores)",
-    )
-    min_margin: float = setting(0.0, "least difference of scores, or of mean rewards, of a pair")
-    min_visits: int = setting(2, "step: visits (N) of each of the two steps, at least")
-    seed: int = setting(0, "for everything random")
+def quiet(text: str) -> None: ...
 
 
-def _prompt(row: dict, where: str) -> list[dict]:
-    """The prompt of a row: a prompt column, AlpacaEval's instruction, Arena-Hard's one turn, or that of any pair format."""
-    turns = row.get("turns")
-    if "prompt" in row or "instruction" in row:
-        return _row(_messages(row.get("prompt", row.get("instruction")), "prompt"), []).prompt
-    if turns is None:
-        return format_of(row, where)[0](row).prompt
-    if not isinstance(turns, list) or len(turns) != 1 or not isinstance(turns[0], dict):
-        raise UserError("turns is not a list of one turn {content}")
-    return _messages(turns[0].get("content"), "turns")
+# ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
 def prompts_of(source: str, columns: str = "") -> Iterator[tuple[str, dict, list[dict]]]:
     """(where, row with an id, prompt messages) of every usable row of all sources; what is left out is named on stderr."""
-    renamed, used, left_out = _renamed(columns), 0, 0
-    if any(weight != 1 for _, weight in _sources(source)):
+    renamed = data._renamed(columns)
+    sources = data._sources(source)
+    if any(weight != 1 for _, weight in sources):
         raise UserError(f"{source}: a weight (@) says how often to train on a row; here it has no meaning")
-    for where, raw in itertools.chain.from_iterable(read(name) for name, _ in _sources(source)):
+    used = 0
+    left_out = 0
+    for where, raw in itertools.chain.from_iterable(data.read(name) for name, _ in sources):
         try:
-            if not isinstance(raw, dict):
-                raise raw if isinstance(raw, UserError) else UserError("the row is not an object with columns")
-            row = raw | {new: raw.get(old) for new, old in renamed.items()}
-            prompt = _prompt(row, where)
+            row = with_columns(raw, renamed)
+            prompt = prompt_of(row, where)
         except UserError as error:
             left_out += 1
             if left_out <= 5:
-                print(f"{where}: left out ({str(error).removeprefix(f'{where}: ')})", file=sys.stderr)
+                say(f"{where}: left out ({str(error).removeprefix(f'{where}: ')})")
             continue
         used += 1
-        yield where, {**row, "id": hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16]}, prompt
+        key = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16]
+        yield where, {**row, "id": key}, prompt
     if left_out > 5:
-        print(f"{source}: {left_out} rows left out in all", file=sys.stderr)
+        say(f"{source}: {left_out} rows left out in all")
     if not used:
         raise UserError(f"{source}: no row with a usable prompt")
 
 
-def _resumed(source: str, out: str) -> list[dict]:
+def with_columns(raw, renamed: dict[str, str]) -> dict:
+    if isinstance(raw, UserError):
+        raise raw
+    if not isinstance(raw, dict):
+        raise UserError("the row is not an object with columns")
+    return raw | {new: raw.get(old) for new, old in renamed.items()}
+
+
+def prompt_of(row: dict, where: str) -> list[dict]:
+    """The prompt of a row: a prompt column, AlpacaEval's instruction, Arena-Hard's one turn, or that of any pair format."""
+    if "prompt" in row or "instruction" in row:
+        messages = data._messages(row.get("prompt", row.get("instruction")), "prompt")
+        return data._row(messages, []).prompt
+    turns = row.get("turns")
+    if turns is None:
+        reader, _ = data.format_of(row, where)
+        return reader(row).prompt
+    if not isinstance(turns, list) or len(turns) != 1 or not isinstance(turns[0], dict):
+        raise UserError("turns is not a list of one turn {content}")
+    return data._messages(turns[0].get("content"), "turns")
+
+
+def prompt_ids(tokenizer, prompt: list[dict]) -> list[int]:
+    """What a model is asked: the prompt's token ids, with the generation prompt, as training sees them."""
+    example, _ = encode(Row(prompt, [data.MARK]), tokenizer, LONG, LONG)
+    return example.prompt
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def resumed(source: str, out: str) -> list[dict]:
     """The rows of an unfinished output; a line cut short by a kill is taken off."""
+    check_out(source, out)
     path = Path(out)
-    _keep_apart(source, out)
-    _writable(out)
     if not path.exists():
         return []
     if not path.is_file():
@@ -191,35 +126,150 @@ def _resumed(source: str, out: str) -> list[dict]:
     return rows
 
 
-def _writable(out: str) -> None:
-    """Make the folder of a file to write; a file that cannot be written is refused now and not after hours."""
+def check_out(source: str, out: str) -> None:
+    """Make the folder of a file to write; one that is also read, or cannot be written, is refused now and not after hours."""
     path = Path(out)
+    for name, _ in data._sources(source):
+        if os.path.exists(name) and os.path.exists(out) and os.path.samefile(name, out):
+            raise UserError(f"{out}: is read and written at once; give another --out")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             path.touch()
             path.unlink()
-        elif not os.access(path, os.W_OK) or path.is_dir():
-            raise UserError(f"{out}: cannot be written ({'a folder' if path.is_dir() else 'not permitted'})")
+        elif path.is_dir():
+            raise UserError(f"{out}: cannot be written (a folder)")
+        elif not os.access(path, os.W_OK):
+            raise UserError(f"{out}: cannot be written (not permitted)")
     except OSError as error:
         raise UserError(f"{out[:200]}: cannot be written ({error.strerror})") from error
 
 
-def _keep_apart(source: str, out: str) -> None:
-    if any(os.path.exists(name) and os.path.exists(out) and os.path.samefile(name, out) for name, _ in _sources(source)):
-        raise UserError(f"{out}: is read and written at once; give another --out")
-
-
-def _write(out: str, rows: list[dict], mode: str = "a") -> None:
+def write(out: str, rows: list[dict], mode: str = "a") -> None:
     # a lone surrogate becomes its escape, which is JSON again; what JSON has no form for, such as a date, its text
-    with open(out, mode, encoding="utf-8", errors="backslashreplace") as f:
-        f.write("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
+    with open(out, mode, encoding="utf-8", errors="backslashreplace") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
-def _quiet(text: str) -> None: ...
+# ---- sample ----------------------------------------------------------------------------------------------------------
 
 
-def _load_model(name: str, kind: str, device: torch.device):
+@dataclass
+class Sampling:
+    """Sample n responses to every prompt and add them to out, which is continued if it is there.
+
+    The prompt that is written is the one that was given; beside it stand the row's own texts and numbers that no format reads,
+    such as a right answer. Equal responses are kept once; one that did not end within max_tokens is counted and left out, since
+    no terminator followed it. `tokens` counts all that were generated for a prompt, whatever became of them. Prompts go in
+    fixed batches with a seed of their own, so a continued run writes what an unbroken one would have written.
+    """
+
+    model: str = setting(MISSING, "folder or hub name of a causal language model")
+    prompts: str = setting(MISSING, "sources of rows with a prompt")
+    out: str = setting(MISSING, "JSON lines to write")
+    n: int = setting(5, "responses per prompt", aliases="-n")
+    temperature: float = setting(0.8, "of sampling; 0 is greedy")
+    top_p: float = setting(0.95, "share of the probability that is sampled from")
+    max_tokens: int = setting(512, "longer responses are left out")
+    batch_size: int = setting(8, "prompts at a time")
+    columns: str = setting("", "columns to rename, new=old")
+    seed: int = setting(0, "for everything random")
+    device: str = setting("auto", "cpu, cuda or auto")
+    keep_unfinished: bool = setting(False, "keep unfinished responses, and empty ones, as a judge needs them")
+
+    def recorded(self) -> dict:
+        """What every row says of how it was made; a run that goes on must say the same."""
+        names = ("n", "batch_size", "temperature", "top_p", "max_tokens", "seed")
+        return {"model": self.model, "strategy": "plain"} | {name: getattr(self, name) for name in names}
+
+    def asked(self, row: dict) -> int:
+        """How many responses were asked for in a row of the output."""
+        return self.n
+
+
+def sample(
+    s: Sampling, prompts: Iterable | None = None, say: Callable[[str], None] = quiet, respond: Callable | None = None
+) -> None:
+    """Sample responses to prompts, see Sampling.
+
+    Args:
+        prompts: what `prompts_of` gives, if it is not to be read from s.prompts.
+        respond: (model, tokenizer, rows, s, seed) → for each row {responses, strategies, unfinished, tokens, …}; without it
+            `plain_responses`.
+    Raises:
+        UserError: a setting that does not fit, an output of other settings, or no response that was kept.
+    """
+    check_decoding(s.temperature, s.top_p, n=s.n, batch_size=s.batch_size, max_tokens=s.max_tokens)
+    device = data.device_named(s.device)
+    recorded = s.recorded()
+    done = {row["id"]: row for row in resumed(s.prompts, s.out)}
+    for row in done.values():
+        refuse_other_settings(row, recorded, s.out)
+    tokenizer = data.load_tokenizer(s.model)
+    rows = answerable(prompts_of(s.prompts, s.columns) if prompts is None else prompts, tokenizer)
+    how = f"temperature {s.temperature:g}, top_p {s.top_p:g}, at most {s.max_tokens} tokens"
+    there = f"; {sum(row['id'] in done for row in rows)} are in {s.out} already" if done else ""
+    strategy = recorded["strategy"]
+    say(f"sample: {s.model} on {device}, {len(rows):,} prompts, {s.n} responses each ({strategy}), {how}{there}")
+    model = load_model(s.model, "CausalLM", device)
+    for start in data.progress(range(0, len(rows), s.batch_size), "sample", "batches"):
+        part = rows[start : start + s.batch_size]
+        if all(row["id"] in done for row in part):
+            continue
+        found = (respond or plain_responses)(model, tokenizer, part, s, s.seed + start)
+        lines = []
+        for row, made in zip(part, found):
+            if row["id"] not in done:
+                done[row["id"]] = {**passed_on(row), "id": row["id"], "prompt": row["prompt"], **made, **recorded}
+                lines.append(done[row["id"]])
+        write(s.out, lines)
+    say(summary([done[row["id"]] for row in rows], s))
+
+
+def check_decoding(temperature: float, top_p: float, **counts: int) -> None:
+    fits = temperature == 0 or 0.001 <= temperature < math.inf
+    if not fits or not 0 < top_p <= 1 or min(counts.values()) < 1:
+        least = f"{', '.join(counts)} are at least 1"
+        raise UserError(f"temperature is at least 0.001, or 0 (greedy), top_p above 0 and at most 1, {least}")
+
+
+def refuse_other_settings(row: dict, recorded: dict, out: str) -> None:
+    other = [f"{name} {row[name]}, now {value}" for name, value in recorded.items() if row.get(name, value) != value]
+    if other:
+        raise UserError(f"{out}: was begun with {'; '.join(other)}; give the same settings or another --out")
+
+
+def answerable(prompts: Iterable[tuple[str, dict, list[dict]]], tokenizer) -> list[dict]:
+    """Rows with their prompt as messages; of several with the same prompt the last one, in the place of the first.
+
+    A prompt that does not become token ids, as where the chat template refuses it, is left out; the first is named on stderr.
+    """
+    rows = {}
+    refused = []
+    for where, row, prompt in prompts:
+        try:
+            prompt_ids(tokenizer, prompt)
+        except UserError as error:
+            refused.append(f"{where}: {error}")
+            continue
+        rows[row["id"]] = {**row, "prompt": prompt}
+    if refused and not rows:
+        raise UserError(refused[0])
+    if refused:
+        say(f"{len(refused)} prompts left out; the first is {refused[0]}")
+    return list(rows.values())
+
+
+def passed_on(row: dict) -> dict:
+    """The texts and numbers of a row that no format and no later step reads, such as the right answer for a reward function."""
+    read = {"rewards", "sampled", "tree"}  # what a search writes
+    for columns, _ in data.FORMATS.values():
+        read.update(columns)
+    return {name: value for name, value in row.items() if isinstance(value, (str, int, float)) and name not in read}
+
+
+def load_model(name: str, kind: str, device: torch.device):
     """In the dtype that it was saved in; one in bf16, on a CPU that only emulates it, in fp32."""
     import transformers
 
@@ -227,15 +277,15 @@ def _load_model(name: str, kind: str, device: torch.device):
         auto = getattr(transformers, f"AutoModelFor{kind}")
         model, info = auto.from_pretrained(name, dtype="auto", use_safetensors=True, output_loading_info=True)
     except Exception as error:  # transformers raises many kinds; all mean that there is no such model
-        raise UserError(f"{name}: no loadable {kind} model there ({_brief(error)})") from error
+        raise UserError(f"{name}: no loadable {kind} model there ({data._brief(error)})") from error
     if info["missing_keys"]:  # transformers would fill them with noise
         raise UserError(f"{name}: is another kind of model, it lacks {', '.join(sorted(info['missing_keys'])[:3])}")
-    if device.type == "cpu" and model.dtype == torch.bfloat16 and not bf16_in_hardware(device):
+    if device.type == "cpu" and model.dtype == torch.bfloat16 and not data.bf16_in_hardware(device):
         model = model.float()
     return model.to(device).train(False)
 
 
-def _continued(model, tokenizer, ids: list[list[int]], s: Sampling, max_tokens: int) -> tuple[list[list[int]], list[bool]]:
+def continue_ids(model, tokenizer, ids: list[list[int]], s: Sampling, max_tokens: int) -> tuple[list[list[int]], list[bool]]:
     """Token ids that follow each, without the terminator, and whether one came."""
     if not (model.generation_config.eos_token_id or tokenizer.eos_token_id):
         raise UserError("the model has no token that ends a response (eos_token_id of its generation config)")
@@ -245,231 +295,55 @@ def _continued(model, tokenizer, ids: list[list[int]], s: Sampling, max_tokens: 
         if "probability tensor" not in str(error):
             raise
         raise UserError(f"{s.model}: its probabilities are not finite numbers; are its weights?") from error
-    return [answer[: len(answer) - end] for answer, end in zip(answers, ended)], ended
+    bare = [answer[:-1] if end else answer for answer, end in zip(answers, ended)]
+    return bare, ended
 
 
-def _asked(tokenizer, prompt: list[dict]) -> list[int]:
-    return encode(Row(prompt, [MARK]), tokenizer, 2**31, 2**31)[0].prompt
-
-
-def _answers(model, tokenizer, prompts: list[list[dict]], s: Sampling, seed: int) -> tuple[list[str], list[bool], list[int]]:
+def answer(model, tokenizer, prompts: list[list[dict]], s: Sampling, seed: int) -> tuple[list[str], list[bool], list[int]]:
     """One answer to each prompt, whether it ended within max_tokens, and its tokens with the terminator."""
-    ids = [_asked(tokenizer, p) for p in prompts]
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     torch.manual_seed(seed)
-    answers, ended = _continued(model, tokenizer, ids, s, s.max_tokens)
+    answers, ended = continue_ids(model, tokenizer, ids, s, s.max_tokens)
     texts = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
-    return texts, ended, [len(a) + e for a, e in zip(answers, ended)]
+    tokens = [len(ids) + end for ids, end in zip(answers, ended)]
+    return texts, ended, tokens
 
 
-STRATEGIES = ("plain", "cot", "dts", "mcts")
-STEP_BY_STEP = "\n\nThink step by step, then give the final answer."
-APPROACHES = "\n\nName {n} clearly different approaches to this, one per line, numbered. Do not carry them out yet."
-BY_APPROACH = "\n\nAnswer by this approach: {approach}"
+def draw(model, tokenizer, questions: list[list[dict]], s: Sampling, seed: int, strategy: str) -> list[dict]:
+    """What is answered to n questions for each row, which come row by row: its different responses, in order; the strategy of
+    each; how many did not end; and all tokens."""
+    texts, ended, tokens = answer(model, tokenizer, questions, s, seed)
+    found = []
+    for start in range(0, len(questions), s.n):
+        of_row = slice(start, start + s.n)
+        kept = {}
+        for text, complete in zip(texts[of_row], ended[of_row]):
+            if s.keep_unfinished or text and complete:
+                kept[text] = strategy
+        counts = {"unfinished": ended[of_row].count(False), "tokens": sum(tokens[of_row])}
+        found.append({"responses": list(kept), "strategies": list(kept.values()), **counts})
+    return found
 
 
-def _with(prompt: list[dict], addition: str) -> list[dict]:
-    return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + addition}]
-
-
-def _questions(
-    strategy: str, prompts: list[list[dict]], n: int, answer: Callable
-) -> tuple[list[list[dict]], list[int]]:  # fmt: skip
-    """The n questions that a strategy puts for each prompt, prompt by prompt, and the tokens that finding them took, for each
-    prompt: dts asks `answer` for approaches first."""
-    if strategy == "plain":
-        return [p for p in prompts for _ in range(n)], [0] * len(prompts)
-    if strategy == "cot":
-        return [_with(p, STEP_BY_STEP) for p in prompts for _ in range(n)], [0] * len(prompts)
-    plans, _, tokens = answer([_with(p, APPROACHES.format(n=n)) for p in prompts])
+def plain_responses(model, tokenizer, rows: list[dict], s: Sampling, seed: int) -> list[dict]:
     questions = []
-    for prompt, plan in zip(prompts, plans):
-        approaches = re.findall(r"^\s*\d+[.):]\s*(.+)$", plan, re.MULTILINE)[:n]
-        questions += [_with(prompt, BY_APPROACH.format(approach=a)) for a in approaches]
-        questions += [prompt] * (n - len(approaches))  # too few approaches: the rest is sampled plainly
-    return questions, tokens
+    for row in rows:
+        questions += [row["prompt"]] * s.n
+    return draw(model, tokenizer, questions, s, seed + 1, "plain")
 
 
-@dataclass
-class Step:
-    """A node of a search tree: an answer up to the end of a step, and what became of the answers that went through it."""
-
-    ids: list[int]  # of the answer from its beginning
-    text: str = ""  # of these
-    parent: "Step | None" = None
-    ended: bool = False  # whether the answer ends here
-    n: int = 0  # visits: answers through it, and repeats of one that ended with it
-    w: float = 0.0  # sum of their rewards
-    children: dict[tuple[str, bool], "Step"] = field(default_factory=dict)  # by text and ended
-
-
-def _ucb(step: Step, c: float) -> float:
-    return step.w / step.n + c * math.sqrt(math.log(step.parent.n) / step.n)
-
-
-def _leaf(step: Step, c: float) -> Step:
-    """Down from a step, always to the child of the highest `_ucb`; none is unvisited, as each is made by an answer."""
-    while step.children:
-        step = max(step.children.values(), key=functools.partial(_ucb, c=c))
-    return step
-
-
-def _back_up(step: Step | None, reward: float) -> None:
-    while step is not None:
-        step.n += 1
-        step.w += reward
-        step = step.parent
-
-
-def _next_step(leaf: Step, new: list[int], ended: bool, text_of: Callable[[list[int]], str], s: Sampling) -> Step:
-    """The child of a leaf that an answer, leaf.ids + new, goes through, made if it is not there; the leaf itself for an answer
-    that was cut off within its next step.
-
-    A step is whole tokens: up to the first after which its text, less leading whitespace, has step_end in it.
-    """
-    whole, start, end = leaf.ids + new, len(leaf.ids), s.step_end.replace(r"\n", "\n")
-    has_end = lambda i: end in text_of(whole[:i])[len(leaf.text) :].lstrip()  # noqa: E731
-    cut = start + 1 + bisect.bisect_left(range(start + 1, len(whole) + 1), True, key=has_end)
-    if cut > len(whole) and not ended or min(cut, len(whole)) >= s.max_tokens:
-        return leaf
-    ids, ended = whole[:cut], ended and cut >= len(whole)
-    text = text_of(ids).rstrip() if ended else text_of(ids)
-    return leaf.children.setdefault((text, ended), Step(ids, text, leaf, ended))
-
-
-def _nodes(root: Step) -> list[dict]:
-    """A tree as rows, breadth first: the parent's place, the step's text, N, Q = W/N, whether the answer ends with it."""
-    steps = [root]
-    for step in steps:  # which grows meanwhile
-        steps += step.children.values()
-    place = {id(step): i for i, step in enumerate(steps)}
-    before = [x.parent or root for x in steps]
-    return [
-        {"parent": place.get(id(x.parent)), "step": x.text[len(p.text) :], "N": x.n, "Q": x.w / x.n, "ended": x.ended}
-        for x, p in zip(steps, before)
-    ]
-
-
-def _search(prompts: list[list[int]], rewards: list[Callable], s: Sampling, go_on: Callable, text_of: Callable) -> list[dict]:
-    """Monte-Carlo tree search over steps, all prompts together: one batch of n answers for each in every iteration.
-
-    Args:
-        rewards: for each prompt, a function of an answer's text that gives 1 or −1.
-        go_on: (token ids, max_tokens) → token ids of what follows each, and whether it ended.
-        text_of: token ids of an answer → its text.
-    Returns:
-        for each prompt: kept {text: reward}, unfinished, tokens, sampled, tree.
-    An answer that has ended and is chosen again backs up its reward once more; nothing is sampled for it.
-    """
-    roots, kept = [Step([]) for _ in prompts], [{} for _ in prompts]
-    counts = [Counter(unfinished=0, tokens=0, sampled=0) for _ in prompts]
-    for _ in range(s.iterations):
-        leaves = [_leaf(root, s.exploration) for root in roots]
-        for leaf in leaves:
-            if leaf.ended:
-                _back_up(leaf, leaf.w / leaf.n)
-        asked = [i for i, leaf in enumerate(leaves) if not leaf.ended for _ in range(s.n)]
-        if not asked:
-            continue
-        room = s.max_tokens - min(len(leaves[i].ids) for i in asked)
-        for i, new, ended in zip(asked, *go_on([prompts[i] + leaves[i].ids for i in asked], room)):
-            text, counted = text_of(leaves[i].ids + new).strip(), len(new) + ended
-            ended = ended and len(leaves[i].ids + new) < s.max_tokens  # others in the batch may have had more room
-            reward = rewards[i](text) if ended and text else -1
-            _back_up(_next_step(leaves[i], new, ended, text_of, s), reward)
-            counts[i].update(unfinished=not ended, tokens=counted, sampled=1)
-            if s.keep_unfinished or text and ended:
-                kept[i].setdefault(text, reward)
-    return [{"kept": k, **count, "tree": _nodes(root)} for k, count, root in zip(kept, counts, roots)]
-
-
-def _mcts(model, tokenizer, rule: Callable, rows: list[dict], s: Sampling, seed: int) -> list[dict]:
-    """`_search` with a model, for rows with their prompts."""
-    torch.manual_seed(seed)
-
-    def reward(row: dict, text: str) -> int:
-        (value,) = _judged(lambda: [float(rule(row, text))], s.rule, f"{s.prompts}, prompt {row['id']}")
-        return 1 if value > 0.5 else -1
-
-    rewards = [functools.partial(reward, row) for row in rows]
-    go_on = lambda ids, max_tokens: _continued(model, tokenizer, ids, s, max_tokens)  # noqa: E731
-    text_of = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).lstrip()  # noqa: E731
-    return _search([_asked(tokenizer, row["prompt"]) for row in rows], rewards, s, go_on, text_of)
-
-
-def _check_decoding(temperature: float, top_p: float, **counts: int) -> None:
-    if min(counts.values()) < 1 or not (temperature == 0 or 0.001 <= temperature < math.inf) or not 0 < top_p <= 1:
-        least = f"{', '.join(counts)} are at least 1"
-        raise UserError(f"temperature is at least 0.001, or 0 (greedy), top_p above 0 and at most 1, {least}")
-
-
-def sample(s: Sampling, prompts: Iterable | None = None, say: Callable[[str], None] = _quiet) -> None:
-    """Sample responses to prompts (those of `prompts_of`, if not given): see Sampling."""
-    strategies = [name.strip() for name in s.strategy.split(",")]
-    for name in strategies:
-        refuse_unless_known("strategy", name, STRATEGIES)
-    counts = dict(n=s.n, batch_size=s.batch_size, max_tokens=s.max_tokens, iterations=s.iterations)
-    _check_decoding(s.temperature, s.top_p, **counts)
-    names = ["model", "strategy", "n", "batch_size", "temperature", "top_p", "max_tokens", "seed"]
-    rule = _rule_of_search(s, strategies)
-    device = device_named(s.device)
-    made = {name: getattr(s, name) for name in names}
-    if rule:
-        made |= {"rule": s.rule if isinstance(s.rule, str) else getattr(rule, "__qualname__", type(rule).__name__)}
-        made |= {name: getattr(s, name) for name in ("iterations", "exploration", "step_end")}
-    done = {row["id"]: row for row in _resumed(s.prompts, s.out)}
-    for row in done.values():
-        if other := [f"{k} {row[k]}, now {v}" for k, v in made.items() if row.get(k, v) != v]:
-            raise UserError(f"{s.out}: was begun with {'; '.join(other)}; give the same settings or another --out")
-    given = prompts_of(s.prompts, s.columns) if prompts is None else prompts
-    rows = {row["id"]: {**row, "prompt": prompt} for _, row, prompt in given}
-    prompts = [(key, row["prompt"]) for key, row in rows.items()]
-    how = f"temperature {s.temperature:g}, top_p {s.top_p:g}, at most {s.max_tokens} tokens"
-    there = f"; {sum(key in done for key, _ in prompts)} are in {s.out} already" if done else ""
-    say(f"sample: {s.model} on {device}, {len(prompts):,} prompts, {s.n} responses each ({s.strategy}), {how}{there}")
-    tokenizer, model = load_tokenizer(s.model), _load_model(s.model, "CausalLM", device)
-    for start in progress(range(0, len(prompts), s.batch_size), "sample", "batches"):
-        part = prompts[start : start + s.batch_size]
-        if all(key in done for key, _ in part):
-            continue
-        answer = functools.partial(_answers, model, tokenizer, s=s)
-        search = functools.partial(_mcts, model, tokenizer, rule, [rows[key] for key, _ in part], s)
-        responses = _responses([prompt for _, prompt in part], strategies, s, answer, search, s.seed + start)
-        lines = [
-            {**_aside(rows[key]), "id": key, "prompt": prompt, **of_it, **made} for (key, prompt), of_it in zip(part, responses)
-        ]
-        _write(s.out, [line for line in lines if line["id"] not in done])
-        done |= {line["id"]: line for line in lines if line["id"] not in done}
-    others = s.n * (len(strategies) - ("mcts" in strategies))
-    rows = [done[key] for key, _ in prompts]
-    say(_sampled(rows, s, sum(others + row.get("sampled", 0) for row in rows)))
-
-
-def _aside(row: dict) -> dict:
-    """The texts and numbers of a row that no format and no later step reads, such as the right answer for a rule."""
-    read = {name for needed, _ in FORMATS.values() for name in needed} | {"rewards", "sampled", "tree"}
-    return {name: value for name, value in row.items() if isinstance(value, (str, int, float)) and name not in read}
-
-
-def _rule_of_search(s: Sampling, strategies: list[str]) -> Callable[[dict, str], float] | None:
-    """The rule of mcts, with its settings checked; None for other strategies."""
-    if ("mcts" in strategies) != bool(s.rule):
-        what = "needs a rule: give --rule file.py:function" if not s.rule else "has none for --rule, which only mcts uses"
-        raise UserError(f"strategy {s.strategy} {what}")
-    if not s.rule:
-        return None
-    if not 0 <= s.exploration < math.inf or not s.step_end:
-        raise UserError(f"exploration is {s.exploration:g} and step_end {s.step_end!r}; at least 0, and some text")
-    return _rule(s.rule) if isinstance(s.rule, str) else s.rule
-
-
-def _sampled(rows: list[dict], s: Sampling, asked: int) -> str:
+def summary(rows: list[dict], s: Sampling) -> str:
     """What became of the responses that were asked for; UserError where not one was kept."""
-    kept, unfinished = sum(len(row["responses"]) for row in rows), sum(row["unfinished"] for row in rows)
+    asked = sum(s.asked(row) for row in rows)
+    kept = sum(len(row["responses"]) for row in rows)
+    unfinished = sum(row["unfinished"] for row in rows)
+    same = asked - kept - (0 if s.keep_unfinished else unfinished)
     text = f"{len(rows):,} prompts, {kept:,} responses kept"
     if unfinished:
-        advice = "" if s.keep_unfinished or unfinished < 0.1 * asked else ": raise --max_tokens"
-        text += f"; {unfinished:,} of {asked:,} responses did not end within {s.max_tokens} tokens{advice}"
-    if same := asked - kept - (0 if s.keep_unfinished else unfinished):
+        text += f"; {unfinished:,} of {asked:,} responses did not end within {s.max_tokens} tokens"
+        if not s.keep_unfinished and unfinished >= 0.1 * asked:
+            text += ": raise --max_tokens"
+    if same:
         text += f"; {same:,} were equal to another one or empty"
     if not kept:
         os.remove(s.out)  # so that the same --out can be tried again with other settings
@@ -479,40 +353,86 @@ def _sampled(rows: list[dict], s: Sampling, asked: int) -> str:
     return f"{text}; all in {s.out}"
 
 
-def _responses(prompts: list, strategies: list[str], s: Sampling, answer: Callable, search: Callable, seed: int) -> list[dict]:
-    """For each prompt its different responses, the strategy that gave each first, how many did not end, and all tokens; of
-    mcts, whose draws are not plain's once more, the rewards (null for what another strategy gave), how many it sampled and its
-    tree."""
-    kept = [{} for _ in prompts]  # response → (strategy, reward)
-    rows = [{"responses": [], "strategies": [], "unfinished": 0, "tokens": 0} for _ in prompts]
-    for strategy in strategies:
-        if strategy == "mcts":
-            for row, by, found in zip(rows, kept, search(seed + 2**31)):
-                for text, reward in found["kept"].items():
-                    by.setdefault(text, (strategy, reward))
-                row["unfinished"] += found["unfinished"]
-                row["tokens"] += found["tokens"]
-                row |= {"rewards": [], "sampled": found["sampled"], "tree": found["tree"]}
-            continue
-        questions, tokens = _questions(strategy, prompts, s.n, functools.partial(answer, seed=seed))
-        for row, count in zip(rows, tokens):
-            row["tokens"] += count
-        for i, (text, complete, count) in enumerate(zip(*answer(questions, seed=seed + 1))):
-            row = rows[i // s.n]
-            row["unfinished"] += not complete
-            row["tokens"] += count
-            if s.keep_unfinished or text and complete:
-                kept[i // s.n].setdefault(text, (strategy, None))
-    for row, by in zip(rows, kept):
-        row |= {"responses": list(by), "strategies": [strategy for strategy, _ in by.values()]}
-        if "tree" in row:
-            row["rewards"] = [reward for _, reward in by.values()]
+# ---- score -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scoring:
+    """Add scores to rows of {prompt, responses} and write them to out, which is continued if it is there.
+
+    By a reward model, which reads prompt and response through its own chat template, or by a reward function, a Python function
+    of (row, response) that gives a number, or true and false.
+    """
+
+    responses: str = setting(MISSING, "sources of rows with a prompt and responses")
+    out: str = setting(MISSING, "JSON lines to write")
+    reward_model: str = setting("", "folder or hub name of a sequence-classification model with one output")
+    rule: str = setting("", "reward function: file.py:function or module:function")  # in Python also the function itself
+    batch_size: int = setting(8, "responses at a time")
+    device: str = setting("auto", "cpu, cuda or auto")
+
+
+def score(s: Scoring, say: Callable[[str], None] = quiet) -> None:
+    """Score responses by a reward model or a reward function: see Scoring."""
+    if bool(s.reward_model) == bool(s.rule) or s.batch_size < 1:
+        raise UserError("score needs either reward_model or rule, and a batch_size of at least 1")
+    device = data.device_named(s.device)
+    done = {responses_key(row): row.get("scores") for row in resumed(s.responses, s.out)}
+    if None in done.values():
+        raise UserError(f"{s.out}: holds rows without scores, so it cannot be continued; give another --out")
+    rows = rows_to_score(s.responses)
+    there = f"; {sum(responses_key(row) in done for _, row, _ in rows):,} are in {s.out} already" if done else ""
+    by = f"{s.reward_model} on {device}" if s.reward_model else s.rule
+    say(f"score: {by}, {len(rows):,} rows{there}")
+    scores_of = by_reward_model(s.reward_model, device, s.batch_size) if s.reward_model else by_reward_function(s.rule)
+    scores = []
+    for where, row, prompt in data.progress(rows, "score", "rows"):
+        key = responses_key(row)
+        if key not in done:
+            done[key] = checked_scores(scores_of, row, prompt, row["responses"], s.reward_model or s.rule, where)
+            write(s.out, [{**row, "scores": done[key]}])
+        scores.append(done[key])
+    every = np.concatenate(scores)
+    alike = sum(len(set(of_row)) < 2 for of_row in scores)
+    spread = f"mean {every.mean():.4g}, standard deviation {every.std():.4g}, {every.min():.4g} to {every.max():.4g}"
+    say(f"{len(rows):,} rows, {len(every):,} scores: {spread}; {alike:,} rows have no two different scores, so no pair")
+
+
+def responses_key(row: dict) -> str:
+    return json.dumps([row["id"], row["responses"]])
+
+
+def rows_to_score(source: str) -> list[tuple[str, dict, list[dict]]]:
+    rows = list(prompts_of(source))
+    for where, row, _ in rows:
+        if not isinstance(row.get("responses"), list) or not all(isinstance(x, str) for x in row["responses"]):
+            raise UserError(f"{where}: responses is not a list of texts")
+    if not any(row["responses"] for _, row, _ in rows):
+        raise UserError(f"{source}: {len(rows):,} rows without any response: nothing to score")
     return rows
 
 
-def _rule(name: str) -> Callable[[dict, str], float]:
+def checked_scores(scores_of: Callable, row: dict, prompt: list[dict], texts: list[str], name, where: str) -> list[float]:
+    """The scores that a reward function or model gives; UserError for whatever else becomes of it."""
+    try:
+        return [data._score(x, "a score") for x in scores_of(row, prompt, texts)]
+    except (Exception, SystemExit) as error:  # a reward function is anybody's code
+        raise UserError(f"{where}: {name} cannot score it ({type(error).__name__}: {data._brief(error)})") from error
+
+
+def by_reward_function(rule: str | Callable[[dict, str], float]) -> Callable[[dict, list[dict], list[str]], list[float]]:
+    """A function of (row, prompt, responses)."""
+    function = reward_function(rule) if isinstance(rule, str) else rule
+
+    def scores(row: dict, prompt: list[dict], texts: list[str]) -> list[float]:
+        return [float(function(row, text)) for text in texts]
+
+    return scores
+
+
+def reward_function(name: str) -> Callable[[dict, str], float]:
     """ "file.py:function" or "module:function" → that function of (row, response)."""
-    place, _, function = name.rpartition(":")
+    place, _, attribute = name.rpartition(":")
     try:
         if place.endswith(".py"):
             spec = importlib.util.spec_from_file_location(Path(place).stem, place)
@@ -520,96 +440,130 @@ def _rule(name: str) -> Callable[[dict, str], float]:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
-        rule = getattr(module, function)
+        function = getattr(module, attribute)
     except (Exception, SystemExit) as error:  # anybody's code, which may end in any way
-        why = f"{type(error).__name__}: {_brief(error)}"
+        why = f"{type(error).__name__}: {data._brief(error)}"
         raise UserError(f"rule is {name!r}, which is no file.py:function or module:function ({why})") from error
-    if not callable(rule):
-        raise UserError(f"rule is {name!r}, which is a {type(rule).__name__} and no function of (row, response)")
-    return rule
+    if not callable(function):
+        raise UserError(f"rule is {name!r}, which is a {type(function).__name__} and no function of (row, response)")
+    return function
 
 
-def _judged(values: Callable[[], list[float]], name, where: str) -> list[float]:
-    """The scores that a rule or a model gives, checked; UserError for whatever else becomes of it."""
-    try:
-        return [_score(x, "a score") for x in values()]
-    except (Exception, SystemExit) as error:  # a rule is anybody's code
-        raise UserError(f"{where}: {name} cannot score it ({type(error).__name__}: {_brief(error)})") from error
-
-
-def _by_reward_model(name: str, device: torch.device, batch_size: int) -> Callable[[dict, list[dict], list[str]], list[float]]:
+def by_reward_model(name: str, device: torch.device, batch_size: int) -> Callable[[dict, list[dict], list[str]], list[float]]:
     """A function of (row, prompt, responses); responses go padded on the right, batch_size at a time."""
-    tokenizer, model = load_tokenizer(name), _load_model(name, "SequenceClassification", device)
+    tokenizer = data.load_tokenizer(name)
+    model = load_model(name, "SequenceClassification", device)
     if model.config.num_labels != 1:
         raise UserError(f"{name}: gives {model.config.num_labels} numbers per text; a reward model gives one")
     config = model.config.get_text_config()
-    own = config.pad_token_id
+    own_pad = config.pad_token_id
 
     @torch.no_grad()
-    def scores(row, prompt, texts):
-        coded = [encode(Row(prompt, [text]), tokenizer, 2**31, 2**31)[0] for text in texts]
-        ids, values = [e.prompt + e.responses[0] for e in coded], []
-        if own is None:  # transformers looks for the last token that is no padding, so padding must be an id not in use
-            config.pad_token_id = next(i for i in range(config.vocab_size) if not any(i in x for x in ids))
+    def scores(row: dict, prompt: list[dict], texts: list[str]) -> list[float]:
+        ids = []
+        for text in texts:
+            example, _ = encode(Row(prompt, [text]), tokenizer, LONG, LONG)
+            ids.append(example.prompt + example.responses[0])
+        if own_pad is None:  # transformers looks for the last token that is no padding, so padding must be an id not in use
+            used = set(itertools.chain.from_iterable(ids))
+            config.pad_token_id = next(i for i in range(config.vocab_size) if i not in used)
+        values = []
         for start in range(0, len(ids), batch_size):
-            part = ids[start : start + batch_size]
-            width = max(map(len, part))
-            inputs = torch.tensor([x + [config.pad_token_id] * (width - len(x)) for x in part], device=model.device)
-            mask = torch.tensor([[1] * len(x) + [0] * (width - len(x)) for x in part], device=model.device)
-            values += model(input_ids=inputs, attention_mask=mask).logits[:, 0].tolist()
+            inputs, mask = padded(ids[start : start + batch_size], config.pad_token_id)
+            logits = model(input_ids=inputs.to(model.device), attention_mask=mask.to(model.device)).logits
+            values += logits[:, 0].tolist()
         return values
 
     return scores
 
 
-def score(s: Scoring, say: Callable[[str], None] = _quiet) -> None:
-    """Score responses by a reward model or a rule: see Scoring."""
-    if bool(s.reward_model) == bool(s.rule) or s.batch_size < 1:
-        raise UserError("score needs either reward_model or rule, and a batch_size of at least 1")
-    device, key = device_named(s.device), lambda row: json.dumps([row["id"], row["responses"]])  # noqa: E731
-    done = {key(row): row.get("scores") for row in _resumed(s.responses, s.out)}
-    if None in done.values():
-        raise UserError(f"{s.out}: holds rows without scores, so it cannot be continued; give another --out")
-    rows = list(prompts_of(s.responses))
-    for where, row, _ in rows:
-        if not isinstance(row.get("responses"), list) or not all(isinstance(x, str) for x in row["responses"]):
-            raise UserError(f"{where}: responses is not a list of texts")
-    if not any(row["responses"] for _, row, _ in rows):
-        raise UserError(f"{s.responses}: {len(rows):,} rows without any response: nothing to score")
-    there = f"; {sum(key(row) in done for _, row, _ in rows):,} are in {s.out} already" if done else ""
-    say(f"score: {s.reward_model or s.rule}{f' on {device}' * bool(s.reward_model)}, {len(rows):,} rows{there}")
-    if s.rule:
-        rule = _rule(s.rule) if isinstance(s.rule, str) else s.rule
-        scores_of = lambda row, prompt, texts: [float(rule(row, text)) for text in texts]  # noqa: E731
-    else:
-        scores_of = _by_reward_model(s.reward_model, device, s.batch_size)
-    for where, row, prompt in progress(rows, "score", "rows"):
-        if key(row) in done:
+def padded(ids: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(token ids, mask of the real ones), both (rows, longest)."""
+    width = max(map(len, ids))
+    inputs = [row + [pad] * (width - len(row)) for row in ids]
+    mask = [[1] * len(row) + [0] * (width - len(row)) for row in ids]
+    return torch.tensor(inputs), torch.tensor(mask)
+
+
+# ---- pairs -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pairing:
+    """Make preference pairs of scored responses; responses of several rows with the same prompt are taken together."""
+
+    scored: str = setting(MISSING, "sources of rows with a prompt, responses and scores")
+    out: str = setting(MISSING, "JSON lines to write")
+    how: str = setting(
+        "best_worst",
+        "best_worst, random (two of different score) or correct (a random one above ½ against one at most ½)",
+    )
+    min_margin: float = setting(0.0, "least difference of scores of a pair")
+    seed: int = setting(0, "for everything random")
+
+
+def pairs(s: Pairing, say: Callable[[str], None] = quiet) -> Counter:
+    """Make preference pairs, see Pairing; returns how many prompts gave a pair, or why not."""
+    data.refuse_unless_known("how", s.how, ["best_worst", "random", "correct"])
+    check_pairs_out(s.scored, s.out)
+    say(f"pairs: {s.how}, scores at least {s.min_margin:g} apart, seed {s.seed}, of {s.scored}")
+    prompts, counts = scores_by_prompt(s.scored)
+    lines = []
+    for key, (prompt, scores) in prompts.items():
+        couples = comparable(scores, s)
+        if couples:
+            counts["pairs"] += 1
+            chosen, rejected = random.Random(f"{s.seed} {key}").choice(couples)
+            answers = {"chosen": chosen, "rejected": rejected}
+            lines.append({
+                "id": key, "prompt": prompt, **answers, "score_chosen": scores[chosen], "score_rejected": scores[rejected]
+            })  # fmt: skip
+        elif len(scores) < 2:
+            counts["fewer than two responses"] += 1
+        else:
+            counts[f"no two responses that differ as asked ({s.how}, min_margin {s.min_margin:g})"] += 1
+    write_pairs(s.scored, s.out, lines, counts)
+    longer = sum(len(line["chosen"]) > len(line["rejected"]) for line in lines) / len(lines)
+    say(f"{len(lines):,} pairs in {s.out}: mean margin {mean_margin(lines):.4g}, chosen longer in {longer:.0%}")
+    for what, n in counts.items():
+        if what != "pairs":
+            say(f"  {n:,} without: {what}")
+    return counts
+
+
+def scores_by_prompt(source: str) -> tuple[dict[str, tuple[list[dict], dict[str, float]]], Counter]:
+    """({id: (prompt, {response: score})} of all rows with the same prompt together, {reason: rows without scores})."""
+    prompts = {}
+    counts = Counter()
+    for _, row, prompt in prompts_of(source):
+        try:
+            scores = scores_of_row(row)
+        except UserError as error:
+            counts[str(error)] += 1
             continue
-        scores = _judged(functools.partial(scores_of, row, prompt, row["responses"]), s.rule or s.reward_model, where)
-        _write(s.out, [{**row, "scores": scores}])
-        done[key(row)] = scores
-    scores = [done[key(row)] for _, row, _ in rows]
-    every = np.array([x for of_row in scores for x in of_row])
-    alike = sum(len(set(of_row)) < 2 for of_row in scores)
-    spread = f"mean {every.mean():.4g}, standard deviation {every.std():.4g}, {every.min():.4g} to {every.max():.4g}"
-    say(f"{len(rows):,} rows, {len(every):,} scores: {spread}; {alike:,} rows have no two different scores, so no pair")
+        _, together = prompts.setdefault(row["id"], (prompt, {}))
+        together.update(scores)
+    return prompts, counts
 
 
-def _scored(row: dict) -> dict[str, float]:
+def scores_of_row(row: dict) -> dict[str, float]:
     """The responses of a row and the score of each, or the reward that a search gave it."""
-    texts, values = row.get("responses"), row.get("scores", row.get("rewards"))
+    texts = row.get("responses")
+    values = row.get("scores", row.get("rewards"))
     if not isinstance(texts, list) or not isinstance(values, list) or len(texts) != len(values):
         raise UserError("responses and scores are not two lists of the same length")
-    texts = [_text(x, f"responses {i}") for i, x in enumerate(texts, 1)]
-    return dict(zip(texts, [_score(x, "scores") for x in values]))
+    texts = [data._text(x, f"responses {i}") for i, x in enumerate(texts, 1)]
+    values = [data._score(x, "scores") for x in values]
+    return dict(zip(texts, values))
 
 
-def _comparable(scores: dict[str, float], s: Pairing) -> list[tuple[str, str]]:
+def comparable(scores: dict[str, float], s: Pairing) -> list[tuple[str, str]]:
     """The pairs of responses, the better one first, that may be taken."""
     order = sorted(scores, key=lambda text: -scores[text])
-    couples = [(a, b) for a, b in itertools.combinations(order, 2) if scores[a] > scores[b]]
-    couples = [(a, b) for a, b in couples if scores[a] - scores[b] >= s.min_margin]
+    couples = []
+    for a, b in itertools.combinations(order, 2):
+        if scores[a] > scores[b] and scores[a] - scores[b] >= s.min_margin:
+            couples.append((a, b))
     if s.how == "correct":
         return [(a, b) for a, b in couples if scores[a] > 0.5 >= scores[b]]
     if s.how == "best_worst":
@@ -617,28 +571,14 @@ def _comparable(scores: dict[str, float], s: Pairing) -> list[tuple[str, str]]:
     return couples
 
 
-def _step_pairs(row: dict, prompt: list[dict], s: Pairing) -> list[dict]:
-    """Of each step's next steps that were visited often enough, the one of highest Q against that of lowest: rows of a pair."""
-    begun, following, lines = [], {}, []
-    try:
-        for node in row.get("tree"):
-            at = node["parent"]
-            begun.append("" if at is None else begun[at] + node["step"])
-            if at is not None and node["N"] >= s.min_visits and node["step"].strip():
-                following.setdefault(at, []).append((_score(node["Q"], "Q"), node["step"], _label(node["ended"], "ended")))
-    except (TypeError, KeyError, IndexError, AttributeError):
-        raise UserError("no tree of steps: sample with --strategy mcts") from None
-    for at, steps in following.items():
-        (high, a, a_ends), (low, b, b_ends) = max(steps), min(steps)
-        if high > low and high - low >= s.min_margin:
-            turn = [{"role": "assistant", "content": begun[at]}] if begun[at] else []
-            sides = {"chosen": a, "rejected": b, "chosen_ends": a_ends, "rejected_ends": b_ends}
-            lines.append({"id": row["id"], "prompt": prompt + turn, **sides, "score_chosen": high, "score_rejected": low})
-    return lines
+def check_pairs_out(source: str, out: str) -> None:
+    check_out(source, out)
+    if Path(out).exists() and not are_pairs(Path(out)):
+        raise UserError(f"{out}: is there, and not as pairs of this command; give another --out")
 
 
-def _are_pairs(file: Path) -> bool:
-    """Whether a file is empty or what `pairs` has written, by its first line; such a one may be made again."""
+def are_pairs(file: Path) -> bool:
+    """Whether a file is empty or holds pairs of this command, by its first line; such a one may be made again."""
     try:
         with open(file, encoding="utf-8") as lines:
             first = lines.readline()
@@ -647,60 +587,26 @@ def _are_pairs(file: Path) -> bool:
         return False
 
 
-def pairs(s: Pairing, say: Callable[[str], None] = _quiet) -> Counter:
-    """Make preference pairs, see Pairing; returns how many prompts gave a pair, or why not."""
-    refuse_unless_known("how", s.how, ["best_worst", "random", "correct", "step"])
-    if s.min_visits < 1:
-        raise UserError(f"min_visits is {s.min_visits}; it is at least 1")
-    _keep_apart(s.scored, s.out)
-    _writable(s.out)
-    if Path(s.out).exists() and not _are_pairs(Path(s.out)):
-        raise UserError(f"{s.out}: is there, and not as pairs of this command; give another --out")
-    counts, lines, prompts = Counter(), [], {}
-    say(f"pairs: {s.how}, scores at least {s.min_margin:g} apart, seed {s.seed}, of {s.scored}")
-    for _, row, prompt in prompts_of(s.scored):
-        try:
-            if s.how == "step":
-                found = _step_pairs(row, prompt, s)
-                counts["pairs" if found else f"no two next steps that differ as asked (min_margin {s.min_margin:g})"] += 1
-                lines += found
-                continue
-            scores = _scored(row)
-        except UserError as error:
-            counts[str(error)] += 1
-            continue
-        prompts.setdefault(row["id"], (prompt, {}))[1].update(scores)
-    for key, (prompt, scores) in prompts.items():
-        couples = _comparable(scores, s)
-        if couples:
-            counts["pairs"] += 1
-            a, b = random.Random(f"{s.seed} {key}").choice(couples)
-            answers = {"chosen": a, "rejected": b, "score_chosen": scores[a], "score_rejected": scores[b]}
-            lines.append({"id": key, "prompt": prompt, **answers})
-        elif len(scores) < 2:
-            counts["fewer than two responses"] += 1
-        else:
-            counts[f"no two responses that differ as asked ({s.how}, min_margin {s.min_margin:g})"] += 1
+def write_pairs(source: str, out: str, lines: list[dict], counts: Counter) -> None:
+    """All pairs at once, in the place of earlier ones; UserError where there is none."""
     if not lines:
         why = "; ".join(f"{n} {why}" for why, n in counts.items())
-        raise UserError(f"{s.scored}: gives no pair: {why}. Lower --min_margin, or sample more responses to each prompt")
-    _write(part := f"{s.out}.new", lines, "w")
-    os.replace(part, s.out)
-    margins = [line["score_chosen"] - line["score_rejected"] for line in lines]
-    longer = sum(len(line["chosen"]) > len(line["rejected"]) for line in lines) / len(lines)
-    say(f"{len(lines):,} pairs in {s.out}: mean margin {sum(margins) / len(margins):.4g}, chosen longer in {longer:.0%}")
-    for what, n in counts.items():
-        if what != "pairs":
-            say(f"  {n:,} without: {what}")
-    return counts
+        raise UserError(f"{source}: gives no pair: {why}. Lower --min_margin, or sample more responses to each prompt")
+    part = f"{out}.new"
+    write(part, lines, "w")
+    os.replace(part, out)
+
+
+def mean_margin(lines: list[dict]) -> float:
+    return sum(line["score_chosen"] - line["score_rejected"] for line in lines) / len(lines)
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 COMMANDS = {
-    "sample": (Sampling, functools.partial(sample, say=_say)),
-    "score": (Scoring, functools.partial(score, say=_say)),
-    "pairs": (Pairing, functools.partial(pairs, say=_say)),
+    "sample": (Sampling, functools.partial(sample, say=say)),
+    "score": (Scoring, functools.partial(score, say=say)),
+    "pairs": (Pairing, functools.partial(pairs, say=say)),
 }
 RESUMED = "stopped; nothing is lost, the same command goes on from here"
 
@@ -717,8 +623,8 @@ def command_line(work: Callable[[list[str]], object], argv: list[str], stopped: 
 def main(argv: list[str] | None = None):
     """The command line as a function. A user error ends with a message and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
-    run = functools.partial(data.commands, prog="tests/tools/on_policy.py", text=__doc__, table=COMMANDS)
-    return command_line(run, argv, "stopped" if argv[:1] == ["pairs"] else RESUMED)
+    work = functools.partial(data.commands, prog="tests/tools/on_policy.py", text=__doc__, table=COMMANDS)
+    return command_line(work, argv, "stopped" if argv[:1] == ["pairs"] else RESUMED)
 
 
 if __name__ == "__main__":

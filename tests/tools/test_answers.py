@@ -90,7 +90,7 @@ def test_a_killed_generation_goes_on(speaker, tmp_path, monkeypatch, capsys):
     (tmp_path / "p.json").write_text(json.dumps([{"instruction": q} for q in QUESTIONS]))
     how = dict(temperature=1.0, seed=4)
     answers_of(speaker, tmp_path / "p.json", tmp_path / "whole.json", **how)
-    real, calls = on_policy._answers, []
+    real, calls = on_policy.answer, []
 
     def killed(*a, **k):
         calls.append(1)
@@ -98,7 +98,7 @@ def test_a_killed_generation_goes_on(speaker, tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return real(*a, **k)
 
-    monkeypatch.setattr(on_policy, "_answers", killed)
+    monkeypatch.setattr(on_policy, "answer", killed)
     with pytest.raises(SystemExit) as stop:
         answers_of(speaker, tmp_path / "p.json", tmp_path / "cut.json", **how)
     assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().err
@@ -114,7 +114,10 @@ def test_a_killed_generation_goes_on(speaker, tmp_path, monkeypatch, capsys):
 
 def test_published_decoding():
     """What the released configurations say; what is asked for goes over it, and without either it is greedy."""
-    of = lambda **more: tuple(answers.decoding(answers.Generation("m", "p", "o", **more)).values())  # noqa: E731
+
+    def of(**more):
+        return tuple(answers.decoding(answers.Generation("m", "p", "o", **more)).values())
+
     assert of(decoding="llama-3-8b-instruct") == (0.9, 1.0, 4096)
     assert of(decoding="mistral-7b-instruct") == (0.5, 1.0, 2048)
     assert {of(decoding=start, style="arena_hard") for start in answers.DECODING} == {(0.0, 1.0, 4096)}
@@ -149,6 +152,24 @@ def test_answers_say_what_is_wrong(speaker, tmp_path, capsys, more, said):
         answers_of(**dict(model=speaker, prompts=tmp_path / "p.json", out=tmp_path / "o.json") | more)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "Traceback" not in error and all(part in error for part in said)
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_a_prompt_that_cannot_be_asked_is_an_error(speaker, tmp_path, capsys, monkeypatch):
+    """A judge needs an answer to every prompt."""
+    real = on_policy.prompt_ids
+
+    def prompt_ids(tokenizer, prompt):
+        if prompt[0]["content"] == QUESTIONS[1]:
+            raise data.UserError("the chat template refuses this row")
+        return real(tokenizer, prompt)
+
+    monkeypatch.setattr(on_policy, "prompt_ids", prompt_ids)
+    (tmp_path / "p.json").write_text(json.dumps([{"instruction": q} for q in QUESTIONS]))
+    with pytest.raises(SystemExit) as stop:
+        answers_of(speaker, tmp_path / "p.json", tmp_path / "o.json")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "p.json row 2: its prompt cannot be asked" in said and "refuses this row" in said
     assert not (tmp_path / "o.json").exists()
 
 

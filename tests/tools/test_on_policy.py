@@ -20,15 +20,10 @@ import data
 from data import Reading, UserError, world_tokenizer
 
 SCORED = {"prompt": "Ask me", "responses": ["Good", "Bad"], "scores": [1, 0]}
-THEN = "<|im_start|>assistant\n"
 
 
 def user(text):
     return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
 
 
 @pytest.fixture(scope="module")
@@ -123,223 +118,19 @@ def test_sample_copies_what_a_rule_wants_to_see(world_model, tmp_path):
 @pytest.mark.parametrize("in_hardware, dtype", [(True, torch.bfloat16), (False, torch.float32)])
 def test_a_bf16_model_answers_in_fp32_where_bf16_is_emulated(world_model, tmp_path, monkeypatch, in_hardware, dtype):
     LlamaForCausalLM.from_pretrained(world_model, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    monkeypatch.setattr(on_policy, "bf16_in_hardware", lambda device: in_hardware)
-    exact = on_policy._load_model(world_model, "CausalLM", torch.device("cpu"))
+    monkeypatch.setattr(data, "bf16_in_hardware", lambda device: in_hardware)
+    exact = on_policy.load_model(world_model, "CausalLM", torch.device("cpu"))
     assert exact.dtype == torch.float32
-    model = on_policy._load_model(str(tmp_path), "CausalLM", torch.device("cpu"))
+    model = on_policy.load_model(str(tmp_path), "CausalLM", torch.device("cpu"))
     assert {p.dtype for p in model.parameters()} == {dtype} and not model.training
 
 
 def test_greedy_samples_are_equal_and_kept_once(world_model, tmp_path):
     source = write(tmp_path, "p.jsonl", [{"prompt": "name two fruits"}])
-    for strategy in ("plain", "cot", "dts"):
-        out = str(tmp_path / strategy)
-        how = dict(n=3, temperature=0, max_tokens=5, strategy=strategy, keep_unfinished=True)
-        on_policy.sample(Sampling(world_model, source, out, **how))
-        (row,) = lines_of(out)
-        assert len(row["responses"]) == 1 and row["prompt"] == [user("name two fruits")]
-
-
-def test_strategies_ask_as_they_say(world_model, tmp_path, monkeypatch):
-    asked = []
-
-    def answers(model, tokenizer, prompts, s, seed):
-        asked.append([p[-1]["content"] for p in prompts])
-        plan = "1. first\nsome text\n2) second" if "approaches" in asked[-1][0] else "an answer"
-        texts = [f"{plan} {i}" if plan == "an answer" else plan for i in range(len(prompts))]
-        return texts, [True for _ in prompts], [7 if texts == [plan] else 10 for _ in prompts]
-
-    monkeypatch.setattr(on_policy, "_answers", answers)
-    source = write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
-    on_policy.sample(Sampling(world_model, source, str(tmp_path / "cot"), n=2, strategy="cot"))
-    on_policy.sample(Sampling(world_model, source, str(tmp_path / "dts"), n=3, strategy="dts"))
-    assert asked[0] == ["Q" + on_policy.STEP_BY_STEP] * 2
-    assert asked[1] == ["Q" + on_policy.APPROACHES.format(n=3)]
-    assert asked[2] == ["Q" + on_policy.BY_APPROACH.format(approach=a) for a in ("first", "second")] + ["Q"]  # one was missing
-    assert lines_of(tmp_path / "dts")[0]["responses"] == ["an answer 0", "an answer 1", "an answer 2"]
-    assert [lines_of(tmp_path / name)[0]["tokens"] for name in ("cot", "dts")] == [20, 37]  # naming approaches took 7
-    on_policy.sample(
-        Sampling(world_model, source, str(tmp_path / "all"), n=2, strategy="cot,plain")
-    )  # the same answers: the first is named
-    (row,) = lines_of(tmp_path / "all")
-    assert asked[3:] == [["Q" + on_policy.STEP_BY_STEP] * 2, ["Q"] * 2]
-    assert row["responses"] == ["an answer 0", "an answer 1"] and row["strategies"] == ["cot", "cot"]
-    with pytest.raises(UserError, match="strategy is 'best'"):
-        on_policy.sample(Sampling(world_model, source, str(tmp_path / "x"), strategy="best"))
-
-
-LETTERS = dict(n=2, step_end=";", max_tokens=9)
-
-
-def search(script, iterations, rewards=(("+", 1), ("", -1)), **how):
-    """_search of one prompt [0] whose answers are read from a script {tree's text: answers}; tokens are characters, "." ends.
-
-    The reward is that of the first key which the answer's text has in it.
-    """
-    s, asked = Sampling("m", "p", "o", iterations=iterations, **LETTERS | how), []
-
-    def go_on(ids, max_tokens):
-        asked.append(("".join(map(chr, ids[0][1:])), len(ids), max_tokens))
-        answers = [script[asked[-1][0]][i] for i in range(len(ids))]
-        return [list(map(ord, a.rstrip("."))) for a in answers], [a.endswith(".") for a in answers]
-
-    reward = lambda text: next(value for key, value in rewards if key in text)  # noqa: E731
-    (found,) = on_policy._search([[0]], [reward], s, go_on, lambda ids: "".join(map(chr, ids)))
-    return found, asked
-
-
-SCRIPT = {"": ["a;+.", "b;-."], "a;": ["x+.", "z;-."], "b;": ["b;+.", "+;."]}
-
-
-def rows_of(tree):
-    return [(x["parent"], x["step"], x["N"], round(x["N"] * x["Q"], 9), x["ended"]) for x in tree]
-
-
-def test_tree_search_by_hand():
-    """N, W, the choice of the leaf and what is kept after each iteration; c = 1.
-
-    2: a: 1 + √ln 2 = 1.83, b: −1 + √ln 2 = −0.17. 3: a: 1/3 + √(ln 4 / 3) = 1.01, b: −1 + √ln 4 = 0.18; then x: 1 + √ln 3,
-    z: −1 + √ln 3: x has ended, so it backs up once more. With c = 3 the third goes to b: 1/3 + 3 · 0.680 < −1 + 3 · 1.177.
-    """
-    found, asked = search(SCRIPT, 1, exploration=1.0)
-    assert rows_of(found["tree"]) == [(None, "", 2, 0, False), (0, "a;", 1, 1, False), (0, "b;", 1, -1, False)]
-    found, asked = search(SCRIPT, 2, exploration=1.0)
-    a, b = (0, "a;", 3, 1, False), (0, "b;", 1, -1, False)
-    assert rows_of(found["tree"]) == [(None, "", 4, 0, False), a, b, (1, "x+", 1, 1, True), (1, "z;", 1, -1, False)]
-    assert asked == [("", 2, 9), ("a;", 2, 7)]
-    assert found["kept"] == {"a;+": 1, "b;-": -1, "a;x+": 1, "a;z;-": -1}
-    assert {k: found[k] for k in ("unfinished", "tokens", "sampled")} == dict(unfinished=0, tokens=4 + 4 + 3 + 4, sampled=4)
-    found, asked = search(SCRIPT, 3, exploration=1.0)
-    assert len(asked) == 2 and [x["N"] for x in found["tree"]] == [5, 4, 1, 2, 1]  # root, a, b, x, z
-    assert [x["N"] * x["Q"] for x in found["tree"]] == pytest.approx([1, 2, -1, 2, -1])
-    assert found["sampled"] == 4
-    found, asked = search(SCRIPT, 3, exploration=3.0)
-    assert [text for text, *_ in asked] == ["", "a;", "b;"]
-    assert found["kept"]["b;b;+"] == 1 and found["kept"]["b;+;"] == 1
-
-
-def test_the_choice_of_a_leaf_by_hand():
-    """N 2, W 1 and N 6, W 4 under N 9: ½ + c √(ln 9 / 2) against ⅔ + c √(ln 9 / 6); equal at c = 0.37624…"""
-    root = on_policy.Step([], n=9)
-    a, b = (on_policy.Step([i], str(i), root, n=n, w=w) for i, (n, w) in enumerate(((2, 1.0), (6, 4.0))))
-    root.children = {("0", False): a, ("1", False): b}
-    assert on_policy._ucb(a, 2.0) == pytest.approx(0.5 + 2 * 1.0481470, abs=1e-6)  # √(2.1972246 / 2)
-    assert on_policy._ucb(b, 2.0) == pytest.approx(4 / 6 + 2 * 0.6051480, abs=1e-6)
-    equal = (4 / 6 - 1 / 2) / (1.0481470 - 0.6051480)
-    assert (
-        on_policy._leaf(root, equal + 1e-4) is a
-        and on_policy._leaf(root, equal - 1e-4) is b
-        and on_policy._leaf(root, 0.0) is b
-    )
-
-
-def test_equal_steps_are_one_and_what_is_cut_off_has_no_reward():
-    """Two answers through one step; one cut off after a step (−1 there), one within its first (−1 at the root alone)."""
-    found, _ = search({"": ["a;+.", "a;-.", "a;+++", "aaaaa", " ;."]}, 1, n=5)
-    assert rows_of(found["tree"]) == [(None, "", 5, -3, False), (0, "a;", 3, -1, False), (0, " ;", 1, -1, True)]
-    assert found["unfinished"] == 2 and found["kept"] == {"a;+": 1, "a;-": -1, ";": -1} and found["tokens"] == 4 + 4 + 5 + 5 + 3
-    kept = search({"": ["a;+.", "aaaaa"]}, 1, keep_unfinished=True)[0]["kept"]
-    assert kept == {"a;+": 1, "aaaaa": -1}
-    deep, asked = search({"": ["a;b;+.", "a;b+."], "a;": ["bbbbb;+.", "b+."]}, 2, max_tokens=7)  # 8 tokens with "a;", of 7
-    assert asked[1] == ("a;", 2, 5) and deep["unfinished"] == 1 and "a;bbbbb;+" not in deep["kept"]
-    full, asked = search({"": ["aaaaaaaa;", "aaaaaaaa;"]}, 2)  # no room after the first step's end: it is not gone on from
-    assert [x["step"] for x in full["tree"]] == [""] and [x[0] for x in asked] == ["", ""]
-    empty, _ = search({"": [".", "+."]}, 1, rewards=(("", 1),))  # the rule is not asked about nothing
-    assert empty["kept"] == {"+": 1} and [x["Q"] for x in empty["tree"]] == [0, -1, 1]
-    blank = search({"": [";+;+.", "  ;x."]}, 1)[0]["tree"]
-    assert [x["step"] for x in blank] == ["", ";", "  ;"]
-
-
-def test_a_step_ends_where_the_setting_says(world_model, tmp_path, monkeypatch):
-    """Through `sample`, with ids of the embedded world: "\\n" is a newline; a step is whole tokens."""
-    s = Sampling("m", "p", "o", step_end=r"\n")
-    leaf = on_policy.Step([])
-    text_of = lambda ids: "".join(["x", "\n", "\n\n", "y\nz"][i] for i in ids)  # noqa: E731
-    steps = [
-        on_policy._next_step(leaf, ids, True, text_of, s)
-        for ids in ([0, 1, 0], [0, 2, 0], [1, 0, 1, 0], [3, 0], [0, 0], [0, 1])
-    ]
-    assert [x.ids for x in steps] == [[0, 1], [0, 2], [1, 0, 1], [3], [0, 0], [0, 1]]
-    assert [x.ended for x in steps] == [False, False, False, False, True, True]
-    assert (
-        steps[5].text == "x" and len(leaf.children) == 6
-    )  # the end of an answer is another step than the same text that goes on
-
-
-def test_tree_search_with_a_model(world_model, tmp_path, monkeypatch):
-    """All prompts of a batch in one call; the row's tree, rewards and tokens against each other; the rule sees the row."""
-    source = write(tmp_path, "p.jsonl", [{"prompt": f"name {n} fruits", "want": n} for n in ("two", "three", "four")])
-    how = dict(n=3, temperature=1.0, max_tokens=40, batch_size=2, iterations=4, step_end="cat", seed=5)
-    calls, drawn, given, real = [], [], [], on_policy._continued
-
-    def continued(model, tokenizer, ids, *rest):
-        calls.append(len(ids))
-        drawn.append(real(model, tokenizer, ids, *rest))
-        return drawn[-1]
-
-    monkeypatch.setattr(on_policy, "_continued", continued)
-
-    def rule(row, text):
-        given.append((row["want"], row["prompt"][0]["content"]))
-        return len(text.split()) % 2 == 0
-
-    on_policy.sample(
-        Sampling(world_model, source, str(tmp_path / "out"), strategy="plain,mcts", rule=rule, **how), say=(said := []).append
-    )
-    rows = lines_of(tmp_path / "out")
-    assert calls[:2] == [6, 6] and max(calls) == 6  # plain, then both prompts at once
-    assert drawn[0] != drawn[1]  # the first iteration asks what plain has asked, and must not get the same
-    assert given and all(content == f"name {want} fruits" for want, content in given)
-    for row in rows:
-        tree = row["tree"]
-        assert tree[0]["parent"] is None and tree[0]["N"] >= row["sampled"] >= 3 and row["sampled"] % 3 == 0
-        for i, node in enumerate(tree):
-            after = [x for x in tree if x["parent"] == i]
-            assert abs(node["Q"]) <= 1 and node["N"] >= sum(x["N"] for x in after) and not (node["ended"] and after)
-        rewards = zip(row["responses"], row["strategies"], row["rewards"], strict=True)
-        assert all(r == (None if by == "plain" else 1 if len(t.split()) % 2 == 0 else -1) for t, by, r in rewards)
-        paths = [""]
-        for node in tree[1:]:
-            paths.append(paths[node["parent"]] + node["step"])
-            assert not node["ended"] or paths[-1] == "" or paths[-1] in row["responses"]
-    assert {"plain", "mcts"} == {x for row in rows for x in row["strategies"]}
-    asked = 9 + sum(row["sampled"] for row in rows)
-    assert f" of {asked} responses did not end" in said[1]
-    assert f"; {sum(row['tokens'] for row in rows):,} tokens generated; all in" in said[1]
-    with pytest.raises(UserError, match="was begun with iterations 4, now 5; give the same"):
-        on_policy.sample(
-            Sampling(world_model, source, str(tmp_path / "out"), strategy="plain,mcts", rule=rule, **how | {"iterations": 5})
-        )
-    alone = dict(strategy="mcts", rule=rule, **how)
-    on_policy.sample(Sampling(world_model, source, str(tmp_path / "alone"), **alone))
-    whole = (tmp_path / "alone").read_text()
-    for left in (1, 2):  # killed in a batch, and between two
-        lines = whole.splitlines(keepends=True)
-        (tmp_path / "again").write_text("".join(lines[:left]) + lines[left][:30])
-        on_policy.sample(Sampling(world_model, source, str(tmp_path / "again"), **alone))
-        assert (tmp_path / "again").read_text() == whole
-
-
-def test_what_tree_search_refuses(world_model, tmp_path):
-    source = write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
-    (tmp_path / "rules.py").write_text("def bad(row, text):\n    return 'x'\n")
-    rule = f"{tmp_path}/rules.py:bad"
-    for how, message in (
-        (dict(strategy="mcts"), "strategy mcts needs a rule: give --rule"),
-        (dict(strategy="plain,cot", rule=rule), "strategy plain,cot has none for --rule, which only mcts uses"),
-        (dict(strategy="mcts", rule=rule, step_end=""), "step_end ''"),
-        (dict(strategy="mcts", rule=rule, exploration=-1.0), "exploration is -1 "),
-        (dict(strategy="mcts", rule=rule, iterations=0), "iterations are at least 1"),
-        (dict(strategy="mcts", rule="gone.py:f"), "no file.py:function"),
-    ):
-        with pytest.raises(UserError, match=message):  # before a model is looked for
-            on_policy.sample(Sampling("org/none", source, str(tmp_path / "out"), **how))
-    with pytest.raises(
-        UserError, match=r"p.jsonl, prompt [0-9a-f]{16}: .*rules.py:bad cannot score it \(ValueError: could not"
-    ):
-        on_policy.sample(
-            Sampling(world_model, source, str(tmp_path / "out"), strategy="mcts", rule=rule, temperature=1.0, max_tokens=400)
-        )
+    out = str(tmp_path / "plain")
+    on_policy.sample(Sampling(world_model, source, out, n=3, temperature=0, max_tokens=5, keep_unfinished=True))
+    (row,) = lines_of(out)
+    assert len(row["responses"]) == 1 and row["prompt"] == [user("name two fruits")]
 
 
 def test_files_without_tokens_go_on(sampled, world_model, tmp_path):
@@ -352,7 +143,7 @@ def test_files_without_tokens_go_on(sampled, world_model, tmp_path):
 
 
 def test_tokens_are_counted_with_the_terminator(world_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(on_policy, "_continued", lambda *how: ([[5, 6], [5, 6, 7], []], [True, False, True]))
+    monkeypatch.setattr(on_policy, "continue_ids", lambda *how: ([[5, 6], [5, 6, 7], []], [True, False, True]))
     source = write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
     on_policy.sample(Sampling(world_model, source, str(tmp_path / "out"), n=3))
     assert lines_of(tmp_path / "out")[0]["tokens"] == 2 + 1 + 3 + 0 + 1
@@ -408,11 +199,8 @@ def test_what_sampling_says(sampled, world_model, tmp_path):
 
 
 def test_equal_responses_are_counted(world_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        on_policy,
-        "_answers",
-        lambda model, tokenizer, prompts, s, seed: (["A", "A", "", "B", "C"], [True] * 4 + [False], [2] * 5),
-    )
+    given = ["A", "A", "", "B", "C"], [True] * 4 + [False], [2] * 5
+    monkeypatch.setattr(on_policy, "answer", lambda model, tokenizer, prompts, s, seed: given)
     said, source = [], write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
     on_policy.sample(Sampling(world_model, source, str(tmp_path / "out"), n=5), say=said.append)
     assert said[1].startswith(
@@ -425,7 +213,10 @@ def test_what_scoring_and_pairing_say(tmp_path):
     """By hand: scores 1 3, 2 2, 4: mean 2.4, variance (34 − 5·2.4²)/5 = 1.04; pairs of margin 2 and 1, longer in one."""
     rows = [{"prompt": p, "responses": r} for p, r in (("A", ["a", "aaa"]), ("B", ["bb", "bb"]), ("C", ["cccc"]))]
     source, out, said = write(tmp_path, "s.jsonl", rows), str(tmp_path / "o.jsonl"), []
-    score = lambda: on_policy.score(Scoring(source, out, rule=lambda row, text: len(text)), say=said.append)  # noqa: E731
+
+    def score():
+        on_policy.score(Scoring(source, out, rule=lambda row, text: len(text)), say=said.append)
+
     score()
     end = "3 rows, 5 scores: mean 2.4, standard deviation 1.02, 1 to 4; 2 rows have no two different scores, so no pair"
     assert said[1] == end and "already" not in said[0]
@@ -490,10 +281,13 @@ def test_outputs_that_cannot_be_written(world_model, tmp_path):
         (f"{tmp_path}/file/out", "File exists|Not a directory"),
         ("x" * 300, "too long"),
     ):
-        for call in (lambda: on_policy.sample(Sampling("org/none", source, out)),  # noqa: B023
-                     lambda: on_policy.score(Scoring(source, out, rule=len)), lambda: on_policy.pairs(Pairing(source, out))):  # noqa: B023 # fmt: skip
+        for work, settings in (
+            (on_policy.sample, Sampling("org/none", source, out)),
+            (on_policy.score, Scoring(source, out, rule=len)),
+            (on_policy.pairs, Pairing(source, out)),
+        ):
             with pytest.raises(UserError, match=f"cannot be written .*({why})"):
-                call()
+                work(settings)
     with pytest.raises(UserError, match="no file that could be continued"):
         on_policy.sample(Sampling("org/none", source, "/dev/null"))
 
@@ -591,7 +385,10 @@ def test_pairs_by_hand(tmp_path, chatml):
         {"prompt": "E", "responses": ["e1", "e2"], "scores": [0.3, math.nan]},
     ]
     scored, out = write(tmp_path, "s.jsonl", rows), str(tmp_path / "pairs.jsonl")
-    made = lambda **how: (on_policy.pairs(Pairing(scored, out, **how)), [(r["chosen"], r["rejected"]) for r in lines_of(out)])  # noqa: E731
+
+    def made(**how):
+        return on_policy.pairs(Pairing(scored, out, **how)), [(r["chosen"], r["rejected"]) for r in lines_of(out)]
+
     counts, found = made()
     assert found == [("a2", "a3"), ("d2", "d1")] and counts["pairs"] == 2
     assert counts["fewer than two responses"] == 1 and counts["scores is 'nan', not a finite number"] == 1
@@ -604,43 +401,6 @@ def test_pairs_by_hand(tmp_path, chatml):
     assert len(examples) == 1 and chatml.decode(examples[0].responses[0]) == "a2<|im_end|>"
     with pytest.raises(UserError, match="how is 'worst'"):
         on_policy.pairs(Pairing(scored, out, how="worst"))
-
-
-def test_step_pairs_by_hand(tmp_path, chatml):
-    node = lambda parent, step, n, q, ended=False: dict(parent=parent, step=step, N=n, Q=q, ended=ended)  # noqa: E731
-    tree = [
-        node(None, "", 9, 0.1), node(0, "a\n", 4, 0.5), node(0, "b\n", 3, -1.0), node(0, "c\n", 1, 1.0),
-        node(1, "d\n", 2, 0.0), node(1, "e", 2, 1.0, True), node(1, "", 2, -1.0, True), node(2, "f", 2, 0.5),
-        node(2, "g", 2, 0.5), node(5, "h", 2, -1.0, True),
-    ]  # fmt: skip
-    rows = [{"prompt": "A", "tree": tree}, {"prompt": "B", "responses": ["b"], "scores": [1]}, {"prompt": "C", "tree": [{}]},
-            {"prompt": "D", "tree": [node(None, "", 2, "x"), node(0, "a", 2, "x")]}]  # fmt: skip
-    sampled, out = write(tmp_path, "s.jsonl", rows), str(tmp_path / "pairs.jsonl")
-    made = lambda **how: (on_policy.pairs(Pairing(sampled, out, how="step", **how)), lines_of(out))  # noqa: E731
-    counts, found = made()
-    keep = ("prompt", "chosen", "rejected", "chosen_ends", "rejected_ends", "score_chosen", "score_rejected")
-    first = ([user("A")], "a\n", "b\n", False, False, 0.5, -1.0)  # c was visited once
-    second = ([user("A"), assistant("a\n")], "e", "d\n", True, False, 1.0, 0.0)  # the empty end is no step; f and g are equal
-    assert [tuple(row[k] for k in keep) for row in found] == [first, second] and len({row["id"] for row in found}) == 1
-    assert counts == {"pairs": 1, "no tree of steps: sample with --strategy mcts": 2, "Q is 'x', not a finite number": 1}
-    assert [row["chosen"] for row in made(min_visits=1)[1]] == ["c\n", "e"]
-    assert [row["chosen"] for row in made(min_margin=1.5)[1]] == ["a\n"]
-    with pytest.raises(UserError, match="gives no pair: 1 no two next steps that differ as asked"):
-        made(min_margin=1.6)
-    with pytest.raises(UserError, match="min_visits is 0"):
-        made(min_visits=0)
-    rewarded = {"responses": ["a\nd\n", "a\ne"], "rewards": [-1, 1]}
-    answers = write(tmp_path, "r.jsonl", [rows[0] | rewarded])
-    on_policy.pairs(Pairing(answers, str(tmp_path / "a.jsonl"), how="correct"))  # whole answers, by the rewards of the search
-    assert [(r["chosen"], r["score_rejected"]) for r in lines_of(tmp_path / "a.jsonl")] == [("a\ne", -1)]
-    on_policy.pairs(Pairing(write(tmp_path, "q.jsonl", [rows[0] | rewarded | {"scores": [3, 2]}]), str(tmp_path / "a.jsonl")))
-    assert lines_of(tmp_path / "a.jsonl")[0]["chosen"] == "a\nd\n"  # scores come first
-    made()
-    examples, report = data.load(out, chatml)
-    assert "format steps" in report.formats[0]
-    texts = [[chatml.decode(ids) for ids in e.responses] for e in examples]
-    assert texts == [["a\n", "b\n"], ["e<|im_end|>", "d\n"]]
-    assert [chatml.decode(e.prompt).endswith(end) for e, end in zip(examples, (THEN, THEN + "a\n"))] == [True, True]
 
 
 def test_prompts_of_benchmarks(tmp_path, capsys):
@@ -664,6 +424,32 @@ def test_sample_keeps_unfinished_when_asked(sampled, world_model, tmp_path):
         assert len(kept["responses"]) >= 3 and kept["unfinished"] == dropped["unfinished"] and kept["id"] == dropped["id"]
         assert [x for x in kept["responses"] if x in dropped["responses"]] == dropped["responses"]
     assert sum(row["unfinished"] for row in lines_of(out)) > 0
+
+
+def test_prompts_that_the_template_refuses_are_left_out(world_model, tmp_path, capsys):
+    """Named on stderr; an output of nothing else is an error."""
+    tokenizer = world_tokenizer()
+    tokenizer.chat_template = "{% if 'bad' in messages[0]['content'] %}{{ raise_exception('no') }}{% endif %}" + (
+        tokenizer.chat_template
+    )
+    LlamaForCausalLM.from_pretrained(world_model).save_pretrained(tmp_path / "strict")
+    tokenizer.save_pretrained(tmp_path / "strict")
+    source = write(tmp_path, "p.jsonl", [{"prompt": x} for x in ("bad", "two fruits", "bad bad")])
+    how = dict(n=1, max_tokens=4, keep_unfinished=True)
+    on_policy.sample(Sampling(str(tmp_path / "strict"), source, str(tmp_path / "out"), **how))
+    assert [row["prompt"] for row in lines_of(tmp_path / "out")] == [[user("two fruits")]]
+    assert f"2 prompts left out; the first is {source} row 1: the chat template refuses" in capsys.readouterr().err
+    source = write(tmp_path, "none.jsonl", [{"prompt": "bad"}])
+    with pytest.raises(UserError, match="none.jsonl row 1: the chat template refuses"):
+        on_policy.sample(Sampling(str(tmp_path / "strict"), source, str(tmp_path / "none"), **how))
+
+
+def test_rewards_of_a_search_count_where_there_are_no_scores(tmp_path):
+    rewarded = {"prompt": "A", "responses": ["a\nd\n", "a\ne"], "rewards": [-1, 1]}
+    on_policy.pairs(Pairing(write(tmp_path, "r.jsonl", [rewarded]), str(tmp_path / "a.jsonl"), how="correct"))
+    assert [(r["chosen"], r["score_rejected"]) for r in lines_of(tmp_path / "a.jsonl")] == [("a\ne", -1)]
+    on_policy.pairs(Pairing(write(tmp_path, "q.jsonl", [rewarded | {"scores": [3, 2]}]), str(tmp_path / "a.jsonl")))
+    assert lines_of(tmp_path / "a.jsonl")[0]["chosen"] == "a\nd\n"  # scores come first
 
 
 def test_another_output_is_not_continued(world_model, tmp_path):
