@@ -188,8 +188,12 @@ def check(s: Study) -> None:
     for name in sweeps_of(s):
         if name not in SWEEPS:
             raise UserError(f"unknown sweep {name!r}; known are {', '.join(SWEEPS)}")
-    for text in (text for texts in grid_of(s).values() for text in texts):
-        train.try_objective(train.parse_objective(text))
+    try:
+        for texts in grid_of(s).values():
+            for text in texts:
+                train.try_objective(train.parse_objective(text))
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def grid_of(s: Study) -> dict[str, tuple[str, ...]]:
