@@ -19,7 +19,8 @@ def port() -> int:
         return s.getsockname()[1]
 
 
-def _child(number: int, count: int, at: int, queue, function, args) -> None:
+def rank_of(number: int, count: int, at: int, queue, function, args) -> None:
+    """In a forked process: join as one of `count` ranks (0: alone) and put (number, result, trace of an error) in a queue."""
     torch.set_num_threads(1)
     if count:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -39,7 +40,7 @@ def ranks(count: int, function: Callable, *args) -> list:
     """function(*args) on `count` forked ranks, or in one process without a process group for 0; results in order of ranks."""
     context = multiprocessing.get_context("fork")
     queue, at = context.SimpleQueue(), port()
-    children = [context.Process(target=_child, args=(i, count, at, queue, function, args)) for i in range(max(1, count))]
+    children = [context.Process(target=rank_of, args=(i, count, at, queue, function, args)) for i in range(max(1, count))]
     for child in children:
         child.start()
     results = []

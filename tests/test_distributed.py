@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,9 +25,9 @@ import numpy as np
 import pytest
 import torch
 import toy
-from forked import allocated, port, ranks
+from forked import allocated, port, rank_of, ranks
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MixtralConfig, Qwen2Config, Qwen3MoeConfig
 from worlds import world_pairs
 
 import data
@@ -51,12 +52,22 @@ CONFIGS = {
         hidden_size=32, intermediate_size=50, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
         sliding_window=16,
     ),
+    # experts, which transformers fuses at loading and renames; 4 are cut over ranks
+    "mixtral": MixtralConfig(
+        hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4,
+    ),
+    "qwen3_moe": Qwen3MoeConfig(
+        hidden_size=32, intermediate_size=50, moe_intermediate_size=20, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
+    ),
 }  # fmt: skip
+FAMILIES = [*CONFIGS, "two matrices"]  # the last: its config says tied, its file holds an embedding and another head
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """A folder with small models of three families and 60 pairs of the toy task."""
+    """A folder with small models of several families and 60 pairs of the toy task."""
     folder = tmp_path_factory.mktemp("world")
     tokenizer, pairs = toy.word_tokenizer(), world_pairs(0, 1, 60)
     for i, (name, config) in enumerate(CONFIGS.items()):
@@ -64,6 +75,11 @@ def world(tmp_path_factory) -> Path:
         config.update(dict(vocab_size=len(tokenizer), initializer_range=0.2, eos_token_id=3, pad_token_id=3, bos_token_id=None))
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    shutil.copytree(folder / "tied", folder / "two matrices")
+    file = folder / "two matrices/model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"] = 0.2 * torch.randn_like(weights["model.embed_tokens.weight"])
+    save_file(weights, file, {"format": "pt"})
     rows = ({"prompt": r.prompt[0]["content"], "chosen": r.responses[0], "rejected": r.responses[1]} for r in pairs)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -229,6 +245,11 @@ def logits(folder: Path) -> np.ndarray:
     return model(torch.arange(5, 45)[None] % 40).logits.detach().numpy()
 
 
+def names_in(folder: Path) -> set[str]:
+    """Names of all tensors in a folder's safetensors files."""
+    return {name for file in folder.glob("*.safetensors") for name in load_file(file)}
+
+
 def exported(s: train.Settings, out: Path) -> tuple:
     dist.FILE_LIMIT = "20kB"
     policy = loaded(s)
@@ -240,21 +261,84 @@ def exported(s: train.Settings, out: Path) -> tuple:
     return ours.numpy().copy(), tied
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-def test_streamed_weights_and_export(world, tmp_path, family):
-    """Built on meta, sharded over 2 ranks and read from file, a model gives from_pretrained's logits, rotary buffers and all;
-    written again in several files it is the same model, with a tied head in no file."""
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("count", [0, 2])
+def test_loading_and_export(world, tmp_path, family, count):
+    """Read by rank 0 and handed out, a model gives from_pretrained's logits, rotary buffers and all; written again in several
+    files it is the same model, under the names of the file it came from, a tied head in none."""
+    given, out = world / family, tmp_path / "out"
+    for ours, tied in ranks(count, exported, settings(world, model=str(given)), out):
+        np.testing.assert_allclose(ours, logits(given), atol=2e-6)
+        assert tied == (family in ("tied", "capped"))
+    np.testing.assert_array_equal(logits(out), logits(given))
+    assert names_in(out) == names_in(given)
+    assert ("lm_head.weight" in names_in(out)) == (family not in ("tied", "capped"))
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) > 2 and all(f.stat().st_size < 40_000 for f in files)
+    assert (out / "README.md").read_text() == "# card\n"
+    assert (out / "tokenizer.json").exists() and (out / "chat_template.jinja").exists()
+
+
+def test_experts_have_the_names_of_the_hub(world):
+    """What the names above are compared with: not those of transformers' fused parameters."""
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in names_in(world / "mixtral")
+    assert "model.layers.0.mlp.experts.0.gate_proj.weight" in names_in(world / "qwen3_moe")
+
+
+def two_steps(s: train.Settings) -> dict:
+    return some_steps(s, 2)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "two matrices"])
+def test_ranks_train_what_one_process_trains(world, family):
+    """Two steps with fused experts, and with a head that its config calls tied: losses and weights, to fp32 rounding."""
+    s = settings(world, model=str(world / family))
+    one = ranks(0, two_steps, s)[0]
+    for many in ranks(2, two_steps, s):
+        assert many["loss"] == pytest.approx(one["loss"], abs=4e-6)
+        assert apart(many["grad"], one["grad"]) < 3e-6
+        assert apart(many["weights"], one["weights"]) < 1e-6
+
+
+def test_an_export_keeps_what_else_is_in_its_folder(world, tmp_path):
+    """A run that was killed after its export goes on into the folder that is there."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/mine.txt").write_text("mine")
+    (tmp_path / "model/config.json").write_text("{}")
+    ranks(0, exported, settings(world), tmp_path / "model")
+    np.testing.assert_array_equal(logits(tmp_path / "model"), logits(world / "tied"))
+    assert (tmp_path / "model/mine.txt").read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+REMOTE = """
+from transformers import LlamaForCausalLM
+class Doubled(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = 2 * out.logits
+        return out
+"""
+
+
+def logits_of(s: train.Settings) -> np.ndarray:
+    policy = loaded(s)
+    policy.use_layout("padded")
+    with torch.no_grad():
+        return policy.within(lambda model: model(torch.arange(5, 45)[None] % 40).logits).numpy().copy()
+
+
+def test_a_model_with_code_of_its_own(world, tmp_path, monkeypatch):
+    """Its class is in its folder: ranks find it as one process does."""
+    monkeypatch.setattr(sys.modules["transformers.dynamic_module_utils"], "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(world / "tied", tmp_path / "m")
+    (tmp_path / "m/modeling_doubled.py").write_text(REMOTE)
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_doubled.Doubled"}
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    s = settings(world, model=str(tmp_path / "m"), trust_remote_code=True)
     for count in (0, 2):
-        out = tmp_path / str(count)
-        for ours, tied in ranks(count, exported, settings(world, model=str(world / family)), out):
-            np.testing.assert_allclose(ours, logits(world / family), atol=2e-6)
-            assert tied == (family != "untied")
-        np.testing.assert_array_equal(logits(out), logits(world / family))
-        files = sorted(out.glob("*.safetensors"))
-        assert len(files) > 2 and all(f.stat().st_size < 40_000 for f in files)
-        assert ("lm_head.weight" in (out / "model.safetensors.index.json").read_text()) == (family == "untied")
-        assert (out / "README.md").read_text() == "# card\n"
-        assert (out / "tokenizer.json").exists() and (out / "chat_template.jinja").exists()
+        for ours in ranks(count, logits_of, s):
+            np.testing.assert_allclose(ours, 2 * logits(world / "tied"), atol=4e-6)
 
 
 def dtypes(s: train.Settings) -> tuple:
@@ -271,40 +355,70 @@ def test_a_model_keeps_the_dtype_it_came_in(world, tmp_path):
             assert kept == (torch.bfloat16, {torch.float32})
 
 
-def refused(s: train.Settings) -> str:
-    try:
-        loaded(s)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "accepted"
+def refused(several: list[train.Settings]) -> list[str]:
+    said = []
+    for s in several:
+        try:
+            loaded(s)
+            said.append("accepted")
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
 
 
 def test_unfit_weights_are_named(world, tmp_path):
-    """A weight too few, one too many, one of another shape, and a folder with .bin weights only."""
-    shutil.copytree(world / "tied", tmp_path / "m")
-    weights = load_file(tmp_path / "m/model.safetensors")
+    """A weight too few, one too many, one of another shape, other numbers of layers, .bin weights only; fused experts too."""
+    expected = {}
+
+    def case(said: str, given: str = "tied", weights: dict | None = None, **config) -> Path:
+        folder = tmp_path / str(len(expected))
+        shutil.copytree(world / given, folder)
+        changed = load_file(folder / "model.safetensors") | (weights or {})
+        kept = {name: tensor for name, tensor in changed.items() if tensor is not None}
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
+        there = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(there | config))
+        expected[folder] = said
+        return folder
+
     name = "model.layers.1.mlp.up_proj.weight"
-    for change, said in (
-        ({name: None}, f"1 weights are missing: {name}"),
-        ({"extra.weight": torch.ones(2)}, "1 weights are unexpected: extra.weight"),
-        ({name: torch.ones(3, 3)}, f"1 weights are of another shape: {name} is (3, 3), the model has (70, 36)"),
-    ):
-        kept = {k: v for k, v in {**weights, **change}.items() if v is not None}
-        save_file(kept, tmp_path / "m/model.safetensors", {"format": "pt"})
-        for count in (0, 2):
-            for message in ranks(count, refused, settings(world, model=str(tmp_path / "m"))):
-                assert message.startswith("UserError") and said in message
-    save_file(weights, tmp_path / "m/model.safetensors", {"format": "pt"})
-    config = json.loads((tmp_path / "m/config.json").read_text())
-    for layers, said in ((5, "18 weights are missing: model.layers.3."), (1, "18 weights are unexpected: model.layers.1.")):
-        (tmp_path / "m/config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
-        for count in (0, 2):  # 9 weights a layer, of which the file has 3
-            for message in ranks(count, refused, settings(world, model=str(tmp_path / "m"))):
-                assert message.startswith("UserError") and said in message
-    (tmp_path / "m/model.safetensors").rename(tmp_path / "m/pytorch_model.bin")
+    case(f"1 weights are missing: {name}", weights={name: None})
+    case("1 weights are unexpected: extra.weight", weights={"extra.weight": torch.ones(2)})
+    shapes = "is (3, 3), the model has (70, 36)"
+    case(f"1 weights are of another shape: {name} {shapes}", weights={name: torch.ones(3, 3)})
+    case("18 weights are missing: model.layers.3.", num_hidden_layers=5)  # 9 weights a layer, of which the file has 3
+    case("18 weights are unexpected: model.layers.1.", num_hidden_layers=1)
+    router = "model.layers.0.mlp.gate.weight"
+    case(f"1 weights are missing: {router}", "mixtral", {router.replace("mlp", "block_sparse_moe"): None})
+    expert = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+    case("no loadable causal language model", "mixtral", {expert: None})  # transformers' report names it
+    for kind in ("bin", "safetensors.index"):
+        folder = case("convert them to safetensors")
+        (folder / "model.safetensors").rename(folder / f"pytorch_model.{kind}")
+    several = [settings(world, model=str(folder)) for folder in expected]
     for count in (0, 2):
-        for message in ranks(count, refused, settings(world, model=str(tmp_path / "m"))):
-            assert "convert them to safetensors" in message
+        for messages in ranks(count, refused, several):
+            for message, said in zip(messages, expected.values(), strict=True):
+                assert message.startswith("UserError") and said in message
+
+
+def test_one_message_of_all_ranks(world, tmp_path, capfd):
+    """A model that only rank 0 reads: both ranks end, rank 0 with its message and code 2, before torchrun ends the other."""
+    shutil.copytree(world / "tied", tmp_path / "m")
+    (tmp_path / "m/model.safetensors").unlink()
+    argv = options(settings(world, model=str(tmp_path / "m"), out=str(tmp_path / "o")))
+    context = multiprocessing.get_context("fork")
+    queue, at = context.SimpleQueue(), port()
+    children = [context.Process(target=rank_of, args=(i, 2, at, queue, train.main, (argv,))) for i in range(2)]
+    capfd.readouterr()
+    for child in children:
+        child.start()
+    children[0].join(60)
+    children[1].terminate()
+    children[1].join(60)
+    said = capfd.readouterr().err
+    assert children[0].exitcode == 2 and children[1].exitcode == -signal.SIGTERM
+    assert said.count("error") == 1 and "convert them to safetensors" in said
 
 
 def memory_while_loading(s: train.Settings) -> tuple[int, int]:
@@ -314,15 +428,26 @@ def memory_while_loading(s: train.Settings) -> tuple[int, int]:
     return most[0], sum(p.to_local().nbytes for p in policy.parameters())
 
 
-def test_loading_copies_no_model(world, tmp_path):
-    """2 ranks, 5 files: beside its own rows a rank never holds more than one file; one copy of the model would be five."""
+@pytest.mark.parametrize("objective", ["simpo", "tdpo2"])
+def test_memory_of_loading(world, tmp_path, objective):
+    """2 ranks: rank 0 holds the whole model once, also where a reference is loaded too; beside that and its own shards one
+    tensor. The other never holds the whole (what gloo's threads free is not seen, so its bound is no closer)."""
     sizes = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=4, vocab_size=2000)
-    AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).save_pretrained(tmp_path, max_shard_size="8MB")
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes))
+    model.save_pretrained(tmp_path)
     data.load_tokenizer(str(world / "tied")).save_pretrained(tmp_path)
-    files = [f.stat().st_size for f in tmp_path.glob("*.safetensors")]
-    assert len(files) >= 5
-    for most, own in ranks(2, memory_while_loading, settings(world, model=str(tmp_path))):
-        assert own < most < own + max(files) + 2**16  # and buffers
+    whole = 4 * model.num_parameters()
+    tensor = 4 * 2000 * 256
+    first, second = ranks(2, memory_while_loading, settings(world, model=str(tmp_path), objective=objective))
+    assert first[1] == second[1] == whole / 2 * (2 if objective == "tdpo2" else 1)
+    assert whole + first[1] < first[0] < whole + first[1] + 2 * tensor
+    assert second[1] < second[0] < second[1] + whole
+
+
+def test_others_wait_for_rank_0_longer_than_for_each_other(monkeypatch):
+    """Rank 0 takes 3 s, and 1 s is what ranks have in a step."""
+    monkeypatch.setattr(dist, "ANSWER_WITHIN", timedelta(seconds=1))
+    assert ranks(2, dist.on_rank_0, lambda: time.sleep(3) or 5) == [5, 5]
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -338,6 +463,10 @@ def trained(s: train.Settings) -> dict:
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     return record(Path(s.out))
+
+
+def all_trained(several: list[train.Settings]) -> list[dict]:
+    return [trained(s) for s in several]
 
 
 def record(out: Path) -> dict:
@@ -459,15 +588,17 @@ def test_another_run_is_refused_by_name(world, tmp_path):
     s = settings(world, out=str(tmp_path / "o"), save_every=2, max_steps=2)
     ranks(0, trained, s)
     (tmp_path / "o/summary.json").unlink()
-    for changed, said in (
+    expected = (
         (dict(objective="ipo"), "objective is 'ipo()' here and 'simpo(beta=2.0, gamma=1.0)' there"),
         (dict(model=str(world / "untied")), "model is 'untied' here and 'tied' there"),
         (dict(dataset=str(world / "pairs.jsonl[:40]")), "training rows (hash) is"),
         (dict(dtype="bf16"), "dtype is 'bf16' here and 'fp32' there"),
         (dict(layout="padded"), "layout is 'padded' here and 'packed' there"),
         (dict(tokens_per_microbatch=90), "tokens_per_microbatch is 90 here and 120 there"),
-    ):
-        message = ranks(0, trained, settings(world, **{**vars(s), "resume": True, **changed}))[0]["error"]
+    )
+    several = [settings(world, **{**vars(s), "resume": True, **changed}) for changed, _ in expected]
+    for (_, said), end in zip(expected, ranks(0, all_trained, several)[0], strict=True):
+        message = end["error"]
         assert message.startswith("UserError") and said in message
 
 
@@ -515,16 +646,20 @@ def test_too_little_space_is_said_before_training(world, tmp_path, monkeypatch, 
     assert train.main(arguments)["steps"] == 1
 
 
-def test_export_of_a_checkpoint(world, tmp_path):
+@pytest.mark.parametrize("family", ["tied", "mixtral", "two matrices"])
+def test_export_of_a_checkpoint(world, tmp_path, family):
     """A checkpoint of 2 ranks, exported by the command line, is the model that the run exported."""
-    s = settings(world, out=str(tmp_path / "o"), save_every=5)
+    s = settings(world, model=str(world / family), out=str(tmp_path / "o"), save_every=2, max_steps=2)
     ranks(2, trained, s)
-    dist.main(["export", str(tmp_path / "o/checkpoints/step-000005"), str(tmp_path / "e"), "--dtype", "fp32"])
+    export = ["export", str(tmp_path / "o/checkpoints/step-000002"), str(tmp_path / "e")]
+    dist.main([*export, "--dtype", "fp32"])
     np.testing.assert_array_equal(logits(tmp_path / "e"), logits(tmp_path / "o/model"))
-    names = lambda folder: {p.name for p in folder.iterdir()}  # noqa: E731
-    assert names(tmp_path / "e") == names(tmp_path / "o/model")
+    assert names_in(tmp_path / "e") == names_in(tmp_path / "o/model") == names_in(world / family)
+    files, files_of_run = ({path.name for path in folder.iterdir()} for folder in (tmp_path / "e", tmp_path / "o/model"))
+    assert files == files_of_run
+    assert json.loads((tmp_path / "e/config.json").read_text())["dtype"] == "float32"
     with pytest.raises(SystemExit):
-        dist.main(["export", str(tmp_path / "o/checkpoints/step-000005"), str(tmp_path / "e")])
+        dist.main(export)
 
 
 def test_an_export_that_fails_leaves_nothing_behind_and_deletes_nothing(world, tmp_path, capfd):
@@ -551,16 +686,26 @@ def test_an_export_that_fails_leaves_nothing_behind_and_deletes_nothing(world, t
 # ---- signals and accidents, with torchrun ----------------------------------------------------------------------------
 
 
-def command(s: train.Settings, processes: int = 0) -> list[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port())]
-    changed = {k: v for k, v in vars(s).items() if v != getattr(train.Settings(), k)}
-    options = [f"--{k}={v}" for k, v in changed.items()]
-    return [*(torchrun if processes else [sys.executable]), str(ROOT / "train.py"), *options]
+def options(s: train.Settings) -> list[str]:
+    """What differs from the defaults, as a command line."""
+    return [f"--{k}={v}" for k, v in vars(s).items() if v != getattr(train.Settings(), k)]
 
 
-def start(s: train.Settings, processes: int = 0) -> subprocess.Popen:
-    where = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command(s, processes), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=where)
+def torchrun(script: Path, s: train.Settings, processes: int = 2) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port())]
+    return [sys.executable, *launcher, str(script), *options(s)]
+
+
+def started(s: train.Settings) -> multiprocessing.Process:
+    """A run as a command line, in a process of its own."""
+
+    def run() -> None:
+        torch.set_num_threads(1)
+        train.main(options(s))
+
+    process = multiprocessing.get_context("fork").Process(target=run, daemon=True)
+    process.start()
+    return process
 
 
 def wait_for_step(out: Path, step: int, seconds: float = 60) -> None:
@@ -572,14 +717,14 @@ def wait_for_step(out: Path, step: int, seconds: float = 60) -> None:
     raise AssertionError(f"step {step} was not reached")
 
 
-def test_sigterm_saves_and_resumes(world, tmp_path):
+def test_sigterm_saves_and_resumes(world, tmp_path, capfd):
     """SIGTERM: the step is finished, a checkpoint written, exit code 0; what follows equals the uninterrupted run."""
     s = settings(world, out=str(tmp_path / "o"), epochs=40, max_steps=200)
-    run = start(s)
+    run = started(s)
     wait_for_step(tmp_path / "o", 3)
-    run.send_signal(signal.SIGTERM)
-    _, said = run.communicate(timeout=60)
-    assert run.returncode == 0 and "go on with --resume" in said
+    run.terminate()
+    run.join(60)
+    assert run.exitcode == 0 and "go on with --resume" in capfd.readouterr().err
     (saved,) = dist.complete_checkpoints(tmp_path / "o/checkpoints")
     reached = json.loads((saved / "step.json").read_text())["step"]
     assert 3 <= reached < 200 and json.loads((tmp_path / "o/metrics.jsonl").read_text().splitlines()[-1])["step"] == reached
@@ -601,8 +746,9 @@ def test_signals_under_torchrun(world, uninterrupted, tmp_path, number, to):
         "train.accumulate_gradients, train.matmul_rate = signalled, lambda *_: 1.0\ntrain.main()\n"
     )
     s = settings(world, out=str(tmp_path / "o"))
-    line = [str(script) if x.endswith("train.py") else x for x in command(s, 2)]
-    run = subprocess.run(line, capture_output=True, text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = subprocess.run(
+        torchrun(script, s), capture_output=True, text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert "stopped after step 3; go on with --resume" in run.stderr
     assert run.returncode == (0 if to == "os.getpid()" else 1) and "exitcode" not in run.stderr
     assert [p.name for p in dist.complete_checkpoints(tmp_path / "o/checkpoints")] == ["step-000003"]
@@ -622,8 +768,8 @@ def test_a_dead_rank_ends_the_run(world, tmp_path):
         "train.accumulate_gradients = broken\ntrain.main()\n"
     )
     s = settings(world, out=str(tmp_path / "o"))
-    line = [str(script) if x.endswith("train.py") else x for x in command(s, 2)]
-    run = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(torchrun(script, s), stderr=subprocess.PIPE, text=True, env=environment)
     wait_for_step(tmp_path / "o", 1)
     tick = time.time()
     _, said = run.communicate(timeout=60)
@@ -633,11 +779,11 @@ def test_a_dead_rank_ends_the_run(world, tmp_path):
 
 def kill_and_resume(world, out: Path, delay: float, expected: dict) -> None:
     s = settings(world, out=str(out), save_every=1)
-    run = start(s)
+    run = started(s)
     wait_for_step(out, 1)
     time.sleep(delay)
     run.kill()
-    run.communicate()
+    run.join(60)
     before = dist.complete_checkpoints(out / "checkpoints")
     s.resume = True
     assert same(ranks(0, trained, s)[0], expected), f"killed after {delay:.3f} s with {[p.name for p in before]}"

@@ -92,6 +92,7 @@ def test_plans_of_nothing(tmp_path, capsys):
     assert "no settings file there" in refused([str(tmp_path / "none.yaml")], capsys)
     assert "`name: value`" in refused([str(tmp_path / "list.yaml")], capsys)
     assert "batch_size is many; it must be a number above 0" in refused([str(tmp_path / "text.yaml")], capsys)
+    assert refused(["--gpus", "eight"], capsys).startswith("error: argument --gpus: invalid int value: 'eight'")
     assert "lengths are [8, 8]" in refused(["--model", "mistral-7b", "--lengths", "8", "8"], capsys)
 
 

@@ -325,8 +325,13 @@ def fit(one: dict, per_pair: float, args: argparse.Namespace) -> list[str]:
     return [*lines, more, f"  --tokens-per-microbatch up to {pairs * sum(args.lengths)}"]
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(message)
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="?", help="a settings file of train.py: its model and batch size, unless given")
     parser.add_argument("--model", help=f"config.json, folder, hub name, or a shape: {', '.join(SHAPES)}")
     parser.add_argument("--reference", action="store_true", help="with the sharded second model of token-KL objectives")
