@@ -87,34 +87,31 @@ def device_named(name: str) -> torch.device:
 HUB_SECONDS = 5.0  # that the hub has for its first answer
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def reachable(name: str, kind: str = "model") -> None:
-    """UserError within seconds where a name (of a "model" or "dataset") is neither here nor on the hub.
+    """UserError within seconds where a name (of a "model" or "dataset") is neither a path nor on the hub nor in its cache.
 
-    The hub is asked once and briefly; its own client would try for a minute. Where it does not answer, what is in its cache
-    goes on without it, for the rest of the process.
+    The hub is asked once, with HUB_SECONDS to answer; its own client would try for a minute. Where it does not answer, the
+    process goes on offline.
     """
     from huggingface_hub import HfApi, constants, errors
-    from huggingface_hub.utils import validate_repo_id
 
     if os.path.exists(os.path.expanduser(name)):
         return
-    try:
-        validate_repo_id(name)
-    except errors.HFValidationError:  # such as ./x, /x, a/b/c
-        raise UserError(f"{name[:200] or f'a {kind} without a name'}: no such file or folder") from None
+    absent = f"{name[:200]}: no such file or folder, and"
     if not constants.HF_HUB_OFFLINE:
         try:
             HfApi(endpoint=constants.ENDPOINT).repo_info(name, repo_type=kind, timeout=HUB_SECONDS)
             return
-        except errors.RepositoryNotFoundError:
-            raise UserError(f"{name}: no such file or folder, and no such {kind} on the hub (or a private one)") from None
+        except (errors.RepositoryNotFoundError, errors.HFValidationError):  # the latter without asking: ./x, a/b/c
+            raise UserError(f"{absent} no such {kind} on the hub (or a private one)") from None
         except errors.HfHubHTTPError:  # it is there and says something else, which the loader will report
             return
         except Exception:  # the HTTP client raises many kinds; all mean that there was no answer
-            os.environ["HF_HUB_OFFLINE"], constants.HF_HUB_OFFLINE = "1", True
+            constants.HF_HUB_OFFLINE = True
+            os.environ["HF_HUB_OFFLINE"] = "1"
     if not Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}").is_dir():
-        raise UserError(f"{name}: no such file or folder, and the hub cannot be reached (offline?)")
+        raise UserError(f"{absent} the hub cannot be reached (offline?), nor is such a {kind} in its cache")
 
 
 def setting(default, text: str, **more):
@@ -157,14 +154,14 @@ def read(dataset: str) -> Iterator[tuple[str, dict | Exception]]:
 
     Args:
         dataset: a path ending in .json, .jsonl, either with .gz, or .parquet; a folder of such files; a pattern,
-            "data/*.jsonl"; "-" for JSON lines on standard input; or a hub name, "org/name", "org/name:split" or
-            "org/name:config:split" (the split is train if not given). A slice takes some of the rows: "pairs.jsonl[:1000]".
+            "data/*.jsonl"; or a hub name, "org/name", "org/name:split" or "org/name:config:split" (the split is train if not
+            given). A slice takes some of the rows: "pairs.jsonl[:1000]".
     Raises:
         UserError: nothing there, or a file that cannot be read at all.
     """
     name, cut = _cut(dataset)
     files = _files(name)
-    rows = _read_hub(name) if files is None else itertools.chain.from_iterable(map(_read_file, files))
+    rows = _numbered(name, _hub(name)) if files is None else itertools.chain.from_iterable(map(_read_file, files))
     if cut is None:
         return rows
     first, last = (int(x[:18]) if x else None for x in cut[1:-1].split(":"))  # no file has 10¹⁸ rows
@@ -178,25 +175,18 @@ def _cut(dataset: str) -> tuple[str, str | None]:
 
 
 def _files(name: str) -> list[Path] | None:
-    """The files that a name stands for, or None if it can only be a hub name."""
-    path = Path(name).expanduser()
-    try:
-        if name == "-" or path.is_file():
-            return [Path(name) if name == "-" else path]
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
-            if not files:
-                raise UserError(f"{path}: no data file in this folder; looked for {', '.join(SUFFIXES)}")
-            return files
-        if glob.has_magic(name):
-            files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-            if not files:
-                raise UserError(f"{name}: no file matches this pattern")
-            return files
-    except (OSError, ValueError) as error:  # a name that no file can have
-        raise UserError(f"{name[:200]}: no such file or folder ({getattr(error, 'strerror', error)})") from error
+    """The files that a name stands for, or None if it can only be a hub name. Hidden files of a folder are not data."""
+    path = os.path.expanduser(name)
+    if os.path.isfile(path):
+        return [Path(path)]
+    pattern = os.path.join(glob.escape(path), "**") if os.path.isdir(path) else path
+    if glob.has_magic(pattern):
+        found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if p.endswith(SUFFIXES) and os.path.isfile(p))
+        if not found:
+            raise UserError(f"{name[:200]}: no data file there; looked for {', '.join(SUFFIXES)}")
+        return found
     if name.startswith((".", "/", "~")) or name.endswith(SUFFIXES):
-        raise UserError(f"{name}: no such file or folder")
+        raise UserError(f"{name[:200]}: no such file or folder")
     return None
 
 
@@ -206,59 +196,64 @@ def files_of(dataset: str) -> list[Path]:
 
 
 def _read_file(file: Path) -> Iterator[tuple[str, dict | Exception]]:
-    if str(file) != "-" and not file.name.endswith(SUFFIXES):
+    if not file.name.endswith(SUFFIXES):
         raise UserError(f"{file}: unknown kind of file; accepted are {', '.join(SUFFIXES)}")
     return _read_parquet(file) if file.suffix == ".parquet" else _read_json(file)
 
 
+def _numbered(name: str | Path, rows: Iterable) -> Iterator[tuple[str, dict | Exception]]:
+    return ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
+
+
 def _read_parquet(file: Path):
-    from pyarrow import ArrowException, parquet
+    from datasets import load_dataset
 
     try:
-        batches = parquet.ParquetFile(file).iter_batches()
-        rows = (row for batch in batches for row in batch.to_pylist())
-        for number, row in enumerate(rows, 1):
-            yield f"{file} row {number}", row
-    except (OSError, ValueError, ArrowException) as error:
+        yield from _numbered(file, load_dataset("parquet", data_files=str(file), split="train", streaming=True))
+    except Exception as error:  # datasets and pyarrow raise many kinds; all mean that the file gives no rows
         raise UserError(f"{file}: not a readable parquet file ({_brief(error)})") from error
 
 
-def _open(file: Path):
-    # bytes that are not UTF-8 become lone surrogates, which _text reports for the row that holds them
-    how = dict(mode="rt", encoding="utf-8-sig", errors="surrogateescape")
-    if str(file) == "-":
-        if sys.stdin is None or sys.stdin.isatty():
-            where = "closed" if sys.stdin is None else "a terminal"
-            raise UserError(f"standard input is {where}: pipe JSON lines into it, or name a file")
-        return io.TextIOWrapper(sys.stdin.buffer, encoding=how["encoding"], errors=how["errors"])
-    return gzip.open(file, **how) if file.suffix == ".gz" else open(file, **how)
-
-
 def _read_json(file: Path):
-    name, number = "standard input" if str(file) == "-" else str(file), 0
+    """A list of rows, or a row a line: then a bad line costs that row only."""
+    opened = gzip.open if file.suffix == ".gz" else open
+    number = 0
     try:
-        with _open(file) as lines:
+        # bytes that are not UTF-8 become lone surrogates, which _text reports for the row that holds them
+        with opened(file, "rt", encoding="utf-8-sig", errors="surrogateescape") as lines:
             if ".json" in file.suffixes:
                 text = lines.read()
-                try:
-                    rows = json.loads(text)
-                except json.JSONDecodeError as error:
-                    if not error.msg.startswith("Extra data"):
-                        raise
-                    lines = io.StringIO(text)  # JSON lines under another name
-                else:
-                    if not isinstance(rows, list):
-                        raise UserError(f"{name}: holds a JSON {type(rows).__name__}, not a list of rows")
-                    yield from ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
+                rows = _json_list(file, text)
+                if rows is not None:
+                    yield from _numbered(file, rows)
                     return
+                lines = io.StringIO(text)
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    try:
-                        yield f"{name} row {number}", json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        yield f"{name} row {number}", UserError(f"not valid JSON ({error})")
+                    yield f"{file} row {number}", _json_line(line)
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        raise UserError(f"{name}: cannot be read{f' after row {number}' if number else ''} ({error})") from error
+        after = f" after row {number}" if number else ""
+        raise UserError(f"{file}: cannot be read{after} ({error})") from error
+
+
+def _json_list(file: Path, text: str) -> list | None:
+    """The rows of a JSON list; None for JSON lines under another name."""
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg.startswith("Extra data"):
+            return None
+        raise
+    if not isinstance(rows, list):
+        raise UserError(f"{file}: holds a JSON {type(rows).__name__}, not a list of rows")
+    return rows
+
+
+def _json_line(line: str) -> dict | UserError:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return UserError(f"not valid JSON ({error})")
 
 
 @functools.lru_cache(maxsize=8)
@@ -268,18 +263,14 @@ def _hub(name: str):
     from huggingface_hub import constants
 
     path, *rest = name.split(":")
-    config, split = ([None] + rest)[-2:] if rest else (None, "train")
+    config = rest[0] if len(rest) == 2 else None
+    split = rest[-1] if rest else ""
     reachable(path, "dataset")
     settings.HF_HUB_OFFLINE |= constants.HF_HUB_OFFLINE  # found out just now
     try:
         return load_dataset(path, config, split=split or "train")
     except Exception as error:  # the hub client raises many kinds; all mean that the name gives no rows
         raise UserError(f"{name}: no such file or folder, and not loadable from the hub ({_brief(error)})") from error
-
-
-def _read_hub(name: str):
-    for number, row in enumerate(_hub(name), 1):
-        yield f"{name} row {number}", row
 
 
 def _sources(dataset: str) -> list[tuple[str, float]]:
@@ -360,10 +351,11 @@ def _hh_messages(text: str, what: str) -> list[dict]:
     parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + _text(text, what).lstrip())
     if parts[0].strip() or len(parts) < 3:
         raise UserError(f'{what} is not a transcript of "\\n\\nHuman:" and "\\n\\nAssistant:" turns')
-    return [
-        {"role": "user" if who == "Human" else "assistant", "content": _text(said.strip(), f"{what} turn {i}")}
-        for i, (who, said) in enumerate(zip(parts[1::2], parts[2::2]), 1)
-    ]
+    messages = []
+    for who, said in zip(parts[1::2], parts[2::2]):
+        content = _text(said.strip(), f"{what} turn {len(messages) + 1}")
+        messages.append({"role": "user" if who == "Human" else "assistant", "content": content})
+    return messages
 
 
 def _last_turns(chosen: list[dict], rejected: list[dict], **more) -> Row:
@@ -403,20 +395,34 @@ def _margin(row: dict) -> float | None:
     return None
 
 
+def _is_conversation(value) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 1
+
+
 def from_pair(row: dict) -> Row:
     """{prompt, chosen, rejected}: text or messages; responses may repeat the whole conversation (UltraFeedback, SimPO's sets).
 
     Scores, if there, give the margin: {score_chosen, score_rejected}, or {all_rm_scores} of which these are best and worst.
     """
-    sides, margin = [row.get("chosen"), row.get("rejected")], _margin(row)
-    if all(isinstance(s, (list, tuple)) and len(s) > 1 for s in sides):
-        sides, prompt = [_messages(s, w) for s, w in zip(sides, ("chosen", "rejected"))], row.get("prompt")
-        if sides[0][0]["role"] == "assistant" or prompt is not None and not isinstance(prompt, str):
-            prompt = _messages(prompt, "prompt")
-            sides = [s if s[: len(prompt)] == prompt else prompt + s for s in sides]  # responses of several turns
-        return _last_turns(*sides, margin=margin)
-    prompt = _messages(row.get("prompt"), "prompt")
-    return _row(prompt, [_response(s, w) for s, w in zip(sides, ("chosen", "rejected"))], margin=margin)
+    margin = _margin(row)
+    prompt = row.get("prompt")
+    chosen = row.get("chosen")
+    rejected = row.get("rejected")
+    if not (_is_conversation(chosen) and _is_conversation(rejected)):
+        prompt = _messages(prompt, "prompt")
+        return _row(prompt, [_response(chosen, "chosen"), _response(rejected, "rejected")], margin=margin)
+    chosen = _messages(chosen, "chosen")
+    rejected = _messages(rejected, "rejected")
+    if chosen[0]["role"] == "assistant" or not (prompt is None or isinstance(prompt, str)):
+        prompt = _messages(prompt, "prompt")
+        chosen = _after(prompt, chosen)
+        rejected = _after(prompt, rejected)
+    return _last_turns(chosen, rejected, margin=margin)
+
+
+def _after(prompt: list[dict], messages: list[dict]) -> list[dict]:
+    """The whole conversation of a response of several turns, which repeats the prompt or goes on from it."""
+    return messages if messages[: len(prompt)] == prompt else prompt + messages
 
 
 def from_steps(row: dict) -> Row:
@@ -432,7 +438,7 @@ def from_steps(row: dict) -> Row:
 
 def from_hh(row: dict) -> Row:
     """{chosen, rejected}: Anthropic-HH transcripts of "Human:" and "Assistant:" turns that share all but the last."""
-    return _last_turns(*(_hh_messages(row.get(side), side) for side in ("chosen", "rejected")))
+    return _last_turns(_hh_messages(row.get("chosen"), "chosen"), _hh_messages(row.get("rejected"), "rejected"))
 
 
 def from_implied(row: dict) -> Row:
@@ -459,17 +465,20 @@ def from_sharegpt(row: dict) -> Row:
     prompt = _messages(row.get("conversations"), "conversations")
     if row.get("system") not in (None, ""):
         prompt = [{"role": "system", "content": _text(row["system"], "system")}] + prompt
-    return _row(prompt, [_response(row.get(side), side) for side in ("chosen", "rejected")], margin=_margin(row))
+    responses = [_response(row.get("chosen"), "chosen"), _response(row.get("rejected"), "rejected")]
+    return _row(prompt, responses, margin=_margin(row))
 
 
 def from_scored(row: dict) -> Row:
     """{prompt, responses, scores}, or SimPO's {prompt, all_generated_responses, all_rm_scores}: best against worst."""
-    texts, scores = ("responses", "scores") if "responses" in row else ("all_generated_responses", "all_rm_scores")
+    texts = "responses" if "responses" in row else "all_generated_responses"
+    scores = "scores" if "responses" in row else "all_rm_scores"
     if not isinstance(row.get(texts), (list, tuple)) or len(row[texts]) < 2:
         raise UserError(f"{texts} is not a list of two or more responses")
     responses = [_response(r, f"{texts} {i}") for i, r in enumerate(row[texts], 1)]
     values = _scores(row.get(scores), scores, len(responses))
-    best, worst = values.index(max(values)), values.index(min(values))
+    best = values.index(max(values))
+    worst = values.index(min(values))
     if best == worst:
         raise UserError(TIE)
     prompt = _messages(row.get("prompt"), "prompt")
@@ -484,7 +493,8 @@ def _label(value, what: str = "label") -> bool:
 
 def from_unpaired(row: dict) -> Row:
     """{prompt, completion, label}."""
-    prompt, completion = _messages(row.get("prompt"), "prompt"), _response(row.get("completion"), "completion")
+    prompt = _messages(row.get("prompt"), "prompt")
+    completion = _response(row.get("completion"), "completion")
     return _row(prompt, [completion], desirable=_label(row.get("label")))
 
 
