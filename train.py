@@ -846,7 +846,7 @@ def load_rows(s: Settings, tokenizer, objective: Objective) -> Rows:
     if objective.needs("margin") and (where := train_rows.without_margin() or held_out.without_margin()):
         raise UserError(
             f"{objective.name} needs the margin of the scores, and {where} has none; give score_chosen and score_rejected in "
-            "every row (or all_rm_scores; `python data.py score` and `pairs` make them), or take another objective"
+            "every row (or all_rm_scores; tests/tools/on_policy.py makes such rows), or take another objective"
         )
 
     def fitting(e: Example) -> Example:
@@ -1453,6 +1453,14 @@ def peak_memory(device: torch.device) -> float:
 SUPERVISED_STEPS, PROMPTS = 250, 1736
 
 
+def on_policy_tools():
+    """tests/tools/on_policy.py, which makes the pairs."""
+    sys.path.insert(0, str(Path(__file__).parent / "tests" / "tools"))
+    import on_policy
+
+    return on_policy
+
+
 def embedded_world(s: Settings) -> tuple[Path, Path]:
     """(folder with model, prompts, samples and the start's answers to held-out prompts; file of pairs), built once.
 
@@ -1474,8 +1482,9 @@ def embedded_world(s: Settings) -> tuple[Path, Path]:
         if not pairs.exists():
             scored, part = (f"{pairs}.{name}.jsonl" for name in ("scored", "part"))
             annotator = data.Annotator(s.annotator_noise, s.length_bias, s.seed)
-            data.score(data.Scoring(str(folder / "sampled.jsonl"), scored, rule=annotator))
-            data.pairs(data.Pairing(scored, part, how="best_worst"))
+            tools = on_policy_tools()
+            tools.score(tools.Scoring(str(folder / "sampled.jsonl"), scored, rule=annotator))
+            tools.pairs(tools.Pairing(scored, part, how="best_worst"))
             os.remove(scored)
             os.replace(part, pairs)
     return folder, pairs
@@ -1494,7 +1503,8 @@ def build_world(folder: Path, tokenizer, demonstrations: list[data.Row], seed: i
     answer(part / "model", part / "held_out.jsonl", part / "answers.jsonl", seed)
     how = dict(temperature=1.0, top_p=1.0, max_tokens=64, batch_size=128, seed=seed, device="cpu")
     names = (str(part / name) for name in ("model", "prompts.jsonl", "sampled.jsonl"))
-    data.sample(data.Sampling(*names, n=5, **how))
+    tools = on_policy_tools()
+    tools.sample(tools.Sampling(*names, n=5, **how))
     part.rename(folder)
 
 
@@ -1529,7 +1539,8 @@ def answer(model: Path, prompts: Path, out: Path, seed: int = 0) -> None:
     """One answer to each prompt as the model gives it: temperature 1, nothing cut off."""
     out.unlink(missing_ok=True)
     how = dict(temperature=1.0, top_p=1.0, max_tokens=64, batch_size=512, seed=seed, keep_unfinished=True, device="cpu")
-    data.sample(data.Sampling(str(model), str(prompts), str(out), n=1, **how))
+    tools = on_policy_tools()
+    tools.sample(tools.Sampling(str(model), str(prompts), str(out), n=1, **how))
 
 
 def judge(model: Path, world: Path, out: Path) -> dict[str, list[float]]:

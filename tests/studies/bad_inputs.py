@@ -135,10 +135,11 @@ KEPT = (
 STOPPED = KEPT.replace("--out run", "--out stopped") + " --resume"
 FILE = TRAIN.replace("train.py", "train.py {}").replace("--model model --dataset pairs.jsonl ", "")
 SETTINGS = "model: model\ndataset: pairs.jsonl\n"
-SAMPLE = "data.py sample --model model --prompts prompts.jsonl --out new.jsonl --max-tokens 4 -n 2"
-SCORE = "data.py score --responses sampled.jsonl --out new.jsonl"
-PAIRS = "data.py pairs --scored scored.jsonl --out new.jsonl"
-ANSWERS = "data.py answers --model model --prompts prompts.jsonl --out new.json --max-new-tokens 4"
+SAMPLE = "tests/tools/on_policy.py sample --model model --prompts prompts.jsonl --out new.jsonl --max-tokens 4 -n 2"
+TREE = SAMPLE.replace("tools/on_policy", "studies/diversify")
+SCORE = "tests/tools/on_policy.py score --responses sampled.jsonl --out new.jsonl"
+PAIRS = "tests/tools/on_policy.py pairs --scored scored.jsonl --out new.jsonl"
+ANSWERS = "tests/tools/answers.py --model model --prompts prompts.jsonl --out new.json --max-new-tokens 4"
 SHOW = "data.py show --model model --dataset"
 STATS = "data.py stats --model model --dataset"
 EXPORT = "distributed.py export stopped/checkpoints/step-000004"
@@ -410,22 +411,23 @@ def commands() -> Iterator[Case]:
     yield Case(name("no command"), "data.py", "command")
     yield Case(name("an unknown command"), "data.py shwo", "shwo")
     yield Case(name("show without model"), "data.py show --dataset pairs.jsonl", "model")
-    yield Case(name("sample of nothing"), "data.py sample", "model|prompts")
+    yield Case(name("sample of nothing"), "tests/tools/on_policy.py sample", "model|prompts")
     for option, value, word in (
         ("temperature", "nan", "temperature"), ("temperature", "inf", "temperature"), ("temperature", "-1", "temperature"),
-        ("n", "0", "n,|n "), ("strategy", "mad", "mad"), ("top-p", "nan", "top.p"), ("top-p", "0", "top.p"),
+        ("n", "0", "n,|n "), ("top-p", "nan", "top.p"), ("top-p", "0", "top.p"),
         ("max-tokens", "0", "max.tokens"), ("batch-size", "0", "batch.size"), ("seed", LONG, "seed"),
         ("device", "cuda:7", "device|cuda"), ("device", "gpu", "device|gpu"), ("device", "meta", "device|meta"),
         ("prompts", "rules.py", "rules.py"), ("out", "model", "model"), ("out", "/proc/x/y.jsonl", "/proc/x"),
         ("out", "o" * 300, "ooo"),
     ):  # fmt: skip
         yield Case(name(f"sample --{option} {value[:20]}"), f"{SAMPLE} --{option} {value}", word)
-    tree = f"{SAMPLE} --strategy mcts --rule rules.py:words"
-    yield Case(name("sample by mcts without a rule"), f"{SAMPLE} --strategy mcts", "rule")
-    yield Case(name("sample by plain with a rule"), f"{SAMPLE} --rule rules.py:words", "rule|mcts")
+    tree = f"{TREE} --strategy mcts --rule rules.py:words"
+    yield Case(name("sample by no strategy"), f"{TREE} --strategy mad", "mad")
+    yield Case(name("sample by mcts without a rule"), f"{TREE} --strategy mcts", "rule")
+    yield Case(name("sample by plain with a rule"), f"{TREE} --rule rules.py:words", "rule|mcts")
     for rule in ("nowhere.py:f", "rules.py:NUMBER", "rules.py:raises", "rules.py:text", "rules.py:one"):
         yield Case(
-            name(f"sample by mcts --rule {rule}"), f"{SAMPLE} --max-tokens 64 --strategy mcts --rule {rule}", re.escape(rule)
+            name(f"sample by mcts --rule {rule}"), f"{TREE} --max-tokens 64 --strategy mcts --rule {rule}", re.escape(rule)
         )
     for option, value in (("iterations", "0"), ("iterations", LONG), ("exploration", "-1"), ("exploration", "nan"),
                           ("step-end", "''")):  # fmt: skip
@@ -457,8 +459,11 @@ def commands() -> Iterator[Case]:
     yield Case(name("pairs, out is scored"), f"{PAIRS} --out scored.jsonl", "scored.jsonl")
     yield Case(name("pairs, how is nonsense"), f"{PAIRS} --how nonsense", "nonsense")
     yield Case(name("pairs, no scores"), f"{PAIRS} --scored sampled.jsonl", "scores")
-    yield Case(name("pairs, steps without a tree"), f"{PAIRS} --how step", "mcts")
-    yield Case(name("pairs, min_visits 0"), f"{PAIRS} --how step --min-visits 0", "min.visits")
+    steps = "tests/studies/diversify.py steps --model model --sampled scored.jsonl --out new.jsonl"
+    yield Case(name("steps without a tree"), steps, "mcts")
+    yield Case(name("steps, min_visits 0"), f"{steps} --min-visits 0", "min.visits")
+    training = TRAIN.replace("train.py", "tests/studies/diversify.py train")
+    yield Case(name("training on steps that are none"), training, "not a pair of steps")
     yield Case(name("pairs, min_margin nan"), f"{PAIRS} --min-margin nan", "min.margin")
     yield Case(name("pairs, out is a folder"), f"{PAIRS} --out model", "model")
     yield Case(name("pairs, out under a file"), f"{PAIRS} --out rules.py/new.jsonl", "rules.py")

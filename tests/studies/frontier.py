@@ -25,8 +25,10 @@ from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import miniature  # noqa: E402
+import on_policy  # noqa: E402
 import torch  # noqa: E402
 from trails import mean_and_error, written  # noqa: E402
 
@@ -133,7 +135,7 @@ def analyzer():
 
 
 def compound(row: dict, response: str) -> float:
-    """The tone of an answer, from -1 (negative) to 1; 0 where no word has one. A rule of data.score."""
+    """The tone of an answer, from -1 (negative) to 1; 0 where no word has one. A reward function of on_policy.score."""
     return analyzer().polarity_scores(response)["compound"]
 
 
@@ -143,9 +145,9 @@ def make_pairs(s: Study, out: Path) -> None:
     train.write_lines(out / "prompts.jsonl", [{"prompt": text} for text in asked])
     sampled, scored = str(out / "samples.jsonl"), str(out / "scored.jsonl")
     how = dict(n=SAMPLES, temperature=1.0, top_p=1.0, max_tokens=s.tokens, batch_size=AT_ONCE, seed=s.seed)
-    data.sample(data.Sampling(s.model, str(out / "prompts.jsonl"), sampled, **how), say=train.say)
-    data.score(data.Scoring(sampled, scored, rule=compound))
-    data.pairs(data.Pairing(scored, str(out / "pairs.jsonl"), seed=s.seed), say=train.say)
+    on_policy.sample(on_policy.Sampling(s.model, str(out / "prompts.jsonl"), sampled, **how), say=train.say)
+    on_policy.score(on_policy.Scoring(sampled, scored, rule=compound))
+    on_policy.pairs(on_policy.Pairing(scored, str(out / "pairs.jsonl"), seed=s.seed), say=train.say)
 
 
 # ---- one run ---------------------------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def evaluate(model: str, job: dict) -> dict:
 
 
 def network(model: str) -> torch.nn.Module:
-    return data._load_model(model, "CausalLM", torch.device("cpu")).float()
+    return on_policy.load_model(model, "CausalLM", torch.device("cpu")).float()
 
 
 @torch.no_grad()

@@ -30,7 +30,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
+import on_policy  # noqa: E402
 import torch  # noqa: E402
 from miniature import markdown  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -254,7 +256,7 @@ def activations(names: list[str], texts: list[list[int]], layer: int) -> tuple[T
     """Paired activations (n, 2, d) of one layer, scaled, and where they are from; the first token of a text is left out."""
     sides = []
     for name in names:
-        model = data._load_model(name, "CausalLM", torch.device("cpu")).float().base_model  # no head, no logits
+        model = on_policy.load_model(name, "CausalLM", torch.device("cpu")).float().base_model  # no head, no logits
         if not 0 <= layer <= model.config.num_hidden_layers:
             raise UserError(f"layer {layer}: {name} has {model.config.num_hidden_layers} layers; 0 is the embeddings")
         found = [
@@ -635,7 +637,7 @@ def idle_without(names: list[str], x: Tensor, tokens: Tokens, tokenizer, coder: 
     words, found = tokenizer.convert_tokens_to_ids(list(data.IDLE)), []
     f, start = coder.encode(x), tokenizer.convert_tokens_to_ids("<assistant>")
     for side, name in enumerate(names):
-        model, sums = data._load_model(name, "CausalLM", torch.device("cpu")).float(), torch.zeros(1 + len(latents))
+        model, sums = on_policy.load_model(name, "CausalLM", torch.device("cpu")).float(), torch.zeros(1 + len(latents))
         for i, ids in enumerate(tokens.texts[:100]):
             ids = torch.tensor(ids[: ids.index(start) + 1])
             rows = torch.nonzero(tokens.text == i).flatten()[: len(ids) - 1]
