@@ -25,14 +25,10 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
-import signal
 import sys
-import threading
-import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,7 +38,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -50,7 +45,7 @@ from transformers import HfArgumentParser
 from logprobs import to_device
 
 if TYPE_CHECKING:  # pyarrow, datasets and transformers' models are imported where they are used: --help comes at once
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 
 class UserError(Exception):
@@ -89,34 +84,31 @@ def bf16_in_hardware(device: torch.device) -> bool:
 HUB_SECONDS = 5.0  # that the hub has for its first answer
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def reachable(name: str, kind: str = "model") -> None:
-    """UserError within seconds where a name (of a "model" or "dataset") is neither here nor on the hub.
+    """UserError within seconds where a name (of a "model" or "dataset") is neither a path nor on the hub nor in its cache.
 
-    The hub is asked once and briefly; its own client would try for a minute. Where it does not answer, what is in its cache
-    goes on without it, for the rest of the process.
+    The hub is asked once, with HUB_SECONDS to answer; its own client would try for a minute. Where it does not answer, the
+    process goes on offline.
     """
     from huggingface_hub import HfApi, constants, errors
-    from huggingface_hub.utils import validate_repo_id
 
     if os.path.exists(os.path.expanduser(name)):
         return
-    try:
-        validate_repo_id(name)
-    except errors.HFValidationError:  # such as ./x, /x, a/b/c
-        raise UserError(f"{name[:200] or f'a {kind} without a name'}: no such file or folder") from None
+    absent = f"{name[:200]}: no such file or folder, and"
     if not constants.HF_HUB_OFFLINE:
         try:
             HfApi(endpoint=constants.ENDPOINT).repo_info(name, repo_type=kind, timeout=HUB_SECONDS)
             return
-        except errors.RepositoryNotFoundError:
-            raise UserError(f"{name}: no such file or folder, and no such {kind} on the hub (or a private one)") from None
+        except (errors.RepositoryNotFoundError, errors.HFValidationError):  # the latter without asking: ./x, a/b/c
+            raise UserError(f"{absent} no such {kind} on the hub (or a private one)") from None
         except errors.HfHubHTTPError:  # it is there and says something else, which the loader will report
             return
         except Exception:  # the HTTP client raises many kinds; all mean that there was no answer
-            os.environ["HF_HUB_OFFLINE"], constants.HF_HUB_OFFLINE = "1", True
+            constants.HF_HUB_OFFLINE = True
+            os.environ["HF_HUB_OFFLINE"] = "1"
     if not Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}").is_dir():
-        raise UserError(f"{name}: no such file or folder, and the hub cannot be reached (offline?)")
+        raise UserError(f"{absent} the hub cannot be reached (offline?), nor is such a {kind} in its cache")
 
 
 def setting(default, text: str, **more):
@@ -158,14 +150,14 @@ def read(dataset: str) -> Iterator[tuple[str, dict | Exception]]:
 
     Args:
         dataset: a path ending in .json, .jsonl, either with .gz, or .parquet; a folder of such files; a pattern,
-            "data/*.jsonl"; "-" for JSON lines on standard input; or a hub name, "org/name", "org/name:split" or
-            "org/name:config:split" (the split is train if not given). A slice takes some of the rows: "pairs.jsonl[:1000]".
+            "data/*.jsonl"; or a hub name, "org/name", "org/name:split" or "org/name:config:split" (the split is train if not
+            given). A slice takes some of the rows: "pairs.jsonl[:1000]".
     Raises:
         UserError: nothing there, or a file that cannot be read at all.
     """
     name, cut = _cut(dataset)
     files = _files(name)
-    rows = _read_hub(name) if files is None else itertools.chain.from_iterable(map(_read_file, files))
+    rows = _numbered(name, _hub(name)) if files is None else itertools.chain.from_iterable(map(_read_file, files))
     if cut is None:
         return rows
     first, last = (int(x[:18]) if x else None for x in cut[1:-1].split(":"))  # no file has 10¹⁸ rows
@@ -179,25 +171,18 @@ def _cut(dataset: str) -> tuple[str, str | None]:
 
 
 def _files(name: str) -> list[Path] | None:
-    """The files that a name stands for, or None if it can only be a hub name."""
-    path = Path(name).expanduser()
-    try:
-        if name == "-" or path.is_file():
-            return [Path(name) if name == "-" else path]
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
-            if not files:
-                raise UserError(f"{path}: no data file in this folder; looked for {', '.join(SUFFIXES)}")
-            return files
-        if glob.has_magic(name):
-            files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-            if not files:
-                raise UserError(f"{name}: no file matches this pattern")
-            return files
-    except (OSError, ValueError) as error:  # a name that no file can have
-        raise UserError(f"{name[:200]}: no such file or folder ({getattr(error, 'strerror', error)})") from error
+    """The files that a name stands for, or None if it can only be a hub name. Hidden files of a folder are not data."""
+    path = os.path.expanduser(name)
+    if os.path.isfile(path):
+        return [Path(path)]
+    pattern = os.path.join(glob.escape(path), "**") if os.path.isdir(path) else path
+    if glob.has_magic(pattern):
+        found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if p.endswith(SUFFIXES) and os.path.isfile(p))
+        if not found:
+            raise UserError(f"{name[:200]}: no data file there; looked for {', '.join(SUFFIXES)}")
+        return found
     if name.startswith((".", "/", "~")) or name.endswith(SUFFIXES):
-        raise UserError(f"{name}: no such file or folder")
+        raise UserError(f"{name[:200]}: no such file or folder")
     return None
 
 
@@ -207,59 +192,64 @@ def files_of(dataset: str) -> list[Path]:
 
 
 def _read_file(file: Path) -> Iterator[tuple[str, dict | Exception]]:
-    if str(file) != "-" and not file.name.endswith(SUFFIXES):
+    if not file.name.endswith(SUFFIXES):
         raise UserError(f"{file}: unknown kind of file; accepted are {', '.join(SUFFIXES)}")
     return _read_parquet(file) if file.suffix == ".parquet" else _read_json(file)
 
 
+def _numbered(name: str | Path, rows: Iterable) -> Iterator[tuple[str, dict | Exception]]:
+    return ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
+
+
 def _read_parquet(file: Path):
-    from pyarrow import ArrowException, parquet
+    from datasets import load_dataset
 
     try:
-        batches = parquet.ParquetFile(file).iter_batches()
-        rows = (row for batch in batches for row in batch.to_pylist())
-        for number, row in enumerate(rows, 1):
-            yield f"{file} row {number}", row
-    except (OSError, ValueError, ArrowException) as error:
+        yield from _numbered(file, load_dataset("parquet", data_files=str(file), split="train", streaming=True))
+    except Exception as error:  # datasets and pyarrow raise many kinds; all mean that the file gives no rows
         raise UserError(f"{file}: not a readable parquet file ({_brief(error)})") from error
 
 
-def _open(file: Path):
-    # bytes that are not UTF-8 become lone surrogates, which _text reports for the row that holds them
-    how = dict(mode="rt", encoding="utf-8-sig", errors="surrogateescape")
-    if str(file) == "-":
-        if sys.stdin is None or sys.stdin.isatty():
-            where = "closed" if sys.stdin is None else "a terminal"
-            raise UserError(f"standard input is {where}: pipe JSON lines into it, or name a file")
-        return io.TextIOWrapper(sys.stdin.buffer, encoding=how["encoding"], errors=how["errors"])
-    return gzip.open(file, **how) if file.suffix == ".gz" else open(file, **how)
-
-
 def _read_json(file: Path):
-    name, number = "standard input" if str(file) == "-" else str(file), 0
+    """A list of rows, or a row a line: then a bad line costs that row only."""
+    opened = gzip.open if file.suffix == ".gz" else open
+    number = 0
     try:
-        with _open(file) as lines:
+        # bytes that are not UTF-8 become lone surrogates, which _text reports for the row that holds them
+        with opened(file, "rt", encoding="utf-8-sig", errors="surrogateescape") as lines:
             if ".json" in file.suffixes:
                 text = lines.read()
-                try:
-                    rows = json.loads(text)
-                except json.JSONDecodeError as error:
-                    if not error.msg.startswith("Extra data"):
-                        raise
-                    lines = io.StringIO(text)  # JSON lines under another name
-                else:
-                    if not isinstance(rows, list):
-                        raise UserError(f"{name}: holds a JSON {type(rows).__name__}, not a list of rows")
-                    yield from ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
+                rows = _json_list(file, text)
+                if rows is not None:
+                    yield from _numbered(file, rows)
                     return
+                lines = io.StringIO(text)
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    try:
-                        yield f"{name} row {number}", json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        yield f"{name} row {number}", UserError(f"not valid JSON ({error})")
+                    yield f"{file} row {number}", _json_line(line)
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        raise UserError(f"{name}: cannot be read{f' after row {number}' if number else ''} ({error})") from error
+        after = f" after row {number}" if number else ""
+        raise UserError(f"{file}: cannot be read{after} ({error})") from error
+
+
+def _json_list(file: Path, text: str) -> list | None:
+    """The rows of a JSON list; None for JSON lines under another name."""
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg.startswith("Extra data"):
+            return None
+        raise
+    if not isinstance(rows, list):
+        raise UserError(f"{file}: holds a JSON {type(rows).__name__}, not a list of rows")
+    return rows
+
+
+def _json_line(line: str) -> dict | UserError:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return UserError(f"not valid JSON ({error})")
 
 
 @functools.lru_cache(maxsize=8)
@@ -269,18 +259,14 @@ def _hub(name: str):
     from huggingface_hub import constants
 
     path, *rest = name.split(":")
-    config, split = ([None] + rest)[-2:] if rest else (None, "train")
+    config = rest[0] if len(rest) == 2 else None
+    split = rest[-1] if rest else ""
     reachable(path, "dataset")
     settings.HF_HUB_OFFLINE |= constants.HF_HUB_OFFLINE  # found out just now
     try:
         return load_dataset(path, config, split=split or "train")
     except Exception as error:  # the hub client raises many kinds; all mean that the name gives no rows
         raise UserError(f"{name}: no such file or folder, and not loadable from the hub ({_brief(error)})") from error
-
-
-def _read_hub(name: str):
-    for number, row in enumerate(_hub(name), 1):
-        yield f"{name} row {number}", row
 
 
 def _sources(dataset: str) -> list[tuple[str, float]]:
@@ -358,10 +344,11 @@ def _hh_messages(text: str, what: str) -> list[dict]:
     parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + _text(text, what).lstrip())
     if parts[0].strip() or len(parts) < 3:
         raise UserError(f'{what} is not a transcript of "\\n\\nHuman:" and "\\n\\nAssistant:" turns')
-    return [
-        {"role": "user" if who == "Human" else "assistant", "content": _text(said.strip(), f"{what} turn {i}")}
-        for i, (who, said) in enumerate(zip(parts[1::2], parts[2::2]), 1)
-    ]
+    messages = []
+    for who, said in zip(parts[1::2], parts[2::2]):
+        content = _text(said.strip(), f"{what} turn {len(messages) + 1}")
+        messages.append({"role": "user" if who == "Human" else "assistant", "content": content})
+    return messages
 
 
 def _last_turns(chosen: list[dict], rejected: list[dict], **more) -> Row:
@@ -401,25 +388,39 @@ def _margin(row: dict) -> float | None:
     return None
 
 
+def _is_conversation(value) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 1
+
+
 def from_pair(row: dict) -> Row:
     """{prompt, chosen, rejected}: text or messages; responses may repeat the whole conversation (UltraFeedback, SimPO's sets).
 
     Scores, if there, give the margin: {score_chosen, score_rejected}, or {all_rm_scores} of which these are best and worst.
     """
-    sides, margin = [row.get("chosen"), row.get("rejected")], _margin(row)
-    if all(isinstance(s, (list, tuple)) and len(s) > 1 for s in sides):
-        sides, prompt = [_messages(s, w) for s, w in zip(sides, ("chosen", "rejected"))], row.get("prompt")
-        if sides[0][0]["role"] == "assistant" or prompt is not None and not isinstance(prompt, str):
-            prompt = _messages(prompt, "prompt")
-            sides = [s if s[: len(prompt)] == prompt else prompt + s for s in sides]  # responses of several turns
-        return _last_turns(*sides, margin=margin)
-    prompt = _messages(row.get("prompt"), "prompt")
-    return _row(prompt, [_response(s, w) for s, w in zip(sides, ("chosen", "rejected"))], margin=margin)
+    margin = _margin(row)
+    prompt = row.get("prompt")
+    chosen = row.get("chosen")
+    rejected = row.get("rejected")
+    if not (_is_conversation(chosen) and _is_conversation(rejected)):
+        prompt = _messages(prompt, "prompt")
+        return _row(prompt, [_response(chosen, "chosen"), _response(rejected, "rejected")], margin=margin)
+    chosen = _messages(chosen, "chosen")
+    rejected = _messages(rejected, "rejected")
+    if chosen[0]["role"] == "assistant" or not (prompt is None or isinstance(prompt, str)):
+        prompt = _messages(prompt, "prompt")
+        chosen = _after(prompt, chosen)
+        rejected = _after(prompt, rejected)
+    return _last_turns(chosen, rejected, margin=margin)
+
+
+def _after(prompt: list[dict], messages: list[dict]) -> list[dict]:
+    """The whole conversation of a response of several turns, which repeats the prompt or goes on from it."""
+    return messages if messages[: len(prompt)] == prompt else prompt + messages
 
 
 def from_hh(row: dict) -> Row:
     """{chosen, rejected}: Anthropic-HH transcripts of "Human:" and "Assistant:" turns that share all but the last."""
-    return _last_turns(*(_hh_messages(row.get(side), side) for side in ("chosen", "rejected")))
+    return _last_turns(_hh_messages(row.get("chosen"), "chosen"), _hh_messages(row.get("rejected"), "rejected"))
 
 
 def from_implied(row: dict) -> Row:
@@ -446,17 +447,20 @@ def from_sharegpt(row: dict) -> Row:
     prompt = _messages(row.get("conversations"), "conversations")
     if row.get("system") not in (None, ""):
         prompt = [{"role": "system", "content": _text(row["system"], "system")}] + prompt
-    return _row(prompt, [_response(row.get(side), side) for side in ("chosen", "rejected")], margin=_margin(row))
+    responses = [_response(row.get("chosen"), "chosen"), _response(row.get("rejected"), "rejected")]
+    return _row(prompt, responses, margin=_margin(row))
 
 
 def from_scored(row: dict) -> Row:
     """{prompt, responses, scores}, or SimPO's {prompt, all_generated_responses, all_rm_scores}: best against worst."""
-    texts, scores = ("responses", "scores") if "responses" in row else ("all_generated_responses", "all_rm_scores")
+    texts = "responses" if "responses" in row else "all_generated_responses"
+    scores = "scores" if "responses" in row else "all_rm_scores"
     if not isinstance(row.get(texts), (list, tuple)) or len(row[texts]) < 2:
         raise UserError(f"{texts} is not a list of two or more responses")
     responses = [_response(r, f"{texts} {i}") for i, r in enumerate(row[texts], 1)]
     values = _scores(row.get(scores), scores, len(responses))
-    best, worst = values.index(max(values)), values.index(min(values))
+    best = values.index(max(values))
+    worst = values.index(min(values))
     if best == worst:
         raise UserError(TIE)
     prompt = _messages(row.get("prompt"), "prompt")
@@ -471,7 +475,8 @@ def _label(value, what: str = "label") -> bool:
 
 def from_unpaired(row: dict) -> Row:
     """{prompt, completion, label}."""
-    prompt, completion = _messages(row.get("prompt"), "prompt"), _response(row.get("completion"), "completion")
+    prompt = _messages(row.get("prompt"), "prompt")
+    completion = _response(row.get("completion"), "completion")
     return _row(prompt, [completion], desirable=_label(row.get("label")))
 
 
@@ -526,7 +531,6 @@ PLAIN_TEMPLATE = (  # for tokenizers without a chat template; saved with the exp
 )
 
 
-PRIVATE = re.compile("[\U000f0000-\U000ffffd]")
 MARK = "\ue000"  # a private-use character: stands for a response to see what a template writes after it
 
 
@@ -562,45 +566,6 @@ def _ids(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _any_of(words) -> re.Pattern:
-    # the longest first; of no words, a pattern that never matches
-    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
-
-
-@functools.lru_cache(maxsize=4)
-def _special(tokenizer) -> tuple[dict[str, str], re.Pattern]:
-    """(special token → a private-use character, pattern that finds special tokens)."""
-    special = sorted(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
-    return {token: chr(0xF0000 + i) for i, token in enumerate(special)}, _any_of(special)
-
-
-@functools.lru_cache(maxsize=4)
-def _stand_ins(tokenizer) -> tuple[Callable[[str], str], Tokenizer | None]:
-    """For text that spells a special token: (exchange of each with its private-use character and back, reader of the latter).
-
-    The reader is a copy of the tokenizer in which every special token goes by its private-use character, so that its old name
-    is ordinary text. None where no such copy can be made.
-    """
-    names, _ = _special(tokenizer)
-    swap = names | {char: token for token, char in names.items()}
-    exchange = functools.partial(_any_of(swap).sub, lambda match: swap[match[0]])
-    if not getattr(tokenizer, "is_fast", False):
-        return exchange, None
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    for token in state["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
-    model, vocab = state["model"], state["model"]["vocab"]
-    by_name = isinstance(vocab, dict)
-    model["vocab"] = {names.get(k, k): v for k, v in vocab.items()} if by_name else [[names.get(k, k), v] for k, v in vocab]
-    if model.get("unk_token") in names:
-        model["unk_token"] = names[model["unk_token"]]
-    state["post_processor"] = None
-    try:
-        return exchange, Tokenizer.from_str(json.dumps(state))
-    except Exception:  # a vocabulary that builds its special tokens from ordinary pieces
-        return exchange, None
-
-
 def _controls(tokenizer, ids: list[int]) -> list[int]:
     """The special tokens among ids, in order; the unknown token stands for text."""
     special = _special_ids(tokenizer)
@@ -616,17 +581,29 @@ def _special_ids(tokenizer) -> set[int]:
 def _own_controls(tokenizer, roles: tuple[str, ...]) -> list[int]:
     """The special tokens that a template writes itself around messages of these roles and a response."""
     row = Row([{"role": role, "content": MARK} for role in roles], [MARK])
-    prompt, (response,) = _prompt_and_responses(row, tokenizer, functools.partial(_ids, tokenizer))
-    return _controls(tokenizer, prompt + response)
+    prompt, responses = _prompt_and_responses(row, tokenizer)
+    return _controls(tokenizer, prompt + responses[0])
 
 
-def _texts(row: Row) -> list[str]:
-    return [m["content"] for m in row.prompt] + row.responses
+def _refuse_spelled(tokenizer, ids: list[int], own: list[int]) -> None:
+    """UserError unless the special tokens among ids are those that the template writes itself, whatever way others came in."""
+    found = _controls(tokenizer, ids)
+    spelled = Counter(found) - Counter(own)
+    if spelled:
+        token = tokenizer.convert_ids_to_tokens(min(spelled))
+        raise UserError(f"its texts spell the special token {token} (--control_tokens takes it as a real one)")
+    if found != own:
+        raise UserError("the chat template writes other special tokens around these texts than around others")
 
 
 def _common(a: list[int], b: list[int]) -> int:
     """How many ids two lists share at the beginning."""
-    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    shared = 0
+    for x, y in zip(a, b):
+        if x != y:
+            break
+        shared += 1
+    return shared
 
 
 def encode(
@@ -639,45 +616,35 @@ def encode(
     prefix that it shares with `prompt`; where the tokenizer merges across the boundary, the merged token is the response's
     and the stored prompt ends before it, for all responses of the row alike.
 
-    A special token that is spelled in a message ("<|im_end|>" typed by a user) is encoded as the text it is and cannot end
-    a turn, unless `control_tokens`.
+    Special tokens: those among the ids must be the ones that the template writes itself around messages of these roles. A row
+    that spells another ("<|im_end|>" typed by a user), in whatever way, is refused, unless `control_tokens`.
 
     Lengths: a prompt above `max_prompt_length` loses its oldest tokens; a response is then cut so that prompt + response ≤
     `max_length`, and a cut response has no terminator. Both cuts are named in the second value.
 
     Raises:
-        UserError: the template refuses the row, or its prompt is not a prefix of the whole, or there is no room.
+        UserError: the template refuses the row, or its prompt is not a prefix of the whole, or a special token is spelled, or
+            there is no room.
     """
-    ids, cuts = functools.partial(_ids, tokenizer), []
-    roles = tuple(m["role"] for m in row.prompt)
-    if not control_tokens and any(map(_special(tokenizer)[1].search, _texts(row))):
-        row, ids = _with_stand_ins(row, tokenizer)
-        cuts.append("with a special token as plain text")
-    prompt, responses = _prompt_and_responses(row, tokenizer, ids)
-    own = _own_controls(tokenizer, roles)
-    if not control_tokens and any(_controls(tokenizer, prompt + r) != own for r in responses):
-        raise UserError("the chat template makes special tokens out of its messages")
+    cuts = []
+    prompt, responses = _prompt_and_responses(row, tokenizer)
+    if not control_tokens:
+        own = _own_controls(tokenizer, tuple(m["role"] for m in row.prompt))
+        for response in responses:
+            _refuse_spelled(tokenizer, prompt + response, own)
     if len(prompt) > max_prompt_length:
-        prompt, cuts = prompt[-max_prompt_length:], [*cuts, "prompt cut"]
+        prompt = prompt[-max_prompt_length:]
+        cuts.append("prompt cut")
     room = max_length - len(prompt)
     if room < 1 or not all(responses):
         raise UserError(f"no response token is left within max_length {max_length}")
     if any(len(r) > room for r in responses):
-        responses, cuts = [r[:room] for r in responses], [*cuts, "response cut"]
+        responses = [r[:room] for r in responses]
+        cuts.append("response cut")
     return Example(prompt, responses, row.desirable), cuts
 
 
-def _with_stand_ins(row: Row, tokenizer) -> tuple[Row, Callable[[str], list[int]]]:
-    """The row with special tokens exchanged for their private-use characters, and what then turns text into ids."""
-    exchange, reader = _stand_ins(tokenizer)
-    if reader is None or any(PRIVATE.search(x) for x in _texts(row)):
-        raise UserError("it spells a special token, which cannot be told from a real one here")
-    prompt = [{**m, "content": exchange(m["content"])} for m in row.prompt]
-    ids = lambda text: reader.encode(exchange(text), add_special_tokens=False).ids  # noqa: E731
-    return row._replace(prompt=prompt, responses=list(map(exchange, row.responses))), ids
-
-
-def _prompt_and_responses(row: Row, tokenizer, ids: Callable[[str], list[int]]) -> tuple[list[int], list[list[int]]]:
+def _prompt_and_responses(row: Row, tokenizer) -> tuple[list[int], list[list[int]]]:
     """The prompt's ids up to where they go on alike in all responses, and what each response has after them."""
 
     def answered(response: str) -> str:
@@ -692,46 +659,12 @@ def _prompt_and_responses(row: Row, tokenizer, ids: Callable[[str], list[int]]) 
             raise UserError("the chat template renders the prompt differently once a response follows")
         if after.strip() and text.endswith(after):
             text = text[: len(text) - len(after) + len(after.rstrip())]
-        wholes.append(ids(text))
-    prompt = ids(prompt_text)
+        wholes.append(_ids(tokenizer, text))
+    prompt = _ids(tokenizer, prompt_text)
     shared = min(_common(prompt, whole) for whole in wholes)
     if shared == 0:
         raise UserError("the prompt has no token from which the first response token could be predicted")
     return prompt[:shared], [whole[shared:] for whole in wholes]
-
-
-def encode_simpo(row: Row, tokenizer, max_length: int, max_prompt_length: int) -> tuple[Example, list[str]]:
-    """Row → token ids as the released SimPO code builds them, to reproduce published numbers; our own rule is `encode`.
-
-    The prompt is rendered without the generation prompt and the assistant's turn alone, less a BOS text, so the assistant's
-    header is scored as part of the response. A template that speaks of "system" gets an empty system turn if there is none. A
-    BOS id goes in front and an EOS id at the end where they are missing. If prompt + longest response > max_length, the prompt
-    keeps its last max_prompt_length tokens (published: 1800 of 2048); if that is not enough, both responses are cut to
-    max_length − max_prompt_length tokens, however short the prompt is. (For Mistral the code also replaces the chat template;
-    give the tokenizer that template.)
-    """
-    prompt, bos, eos = row.prompt, tokenizer.bos_token, tokenizer.eos_token_id
-    if prompt[0]["role"] != "system" and re.search(r"system|<\|im_start\|>", tokenizer.chat_template):
-        prompt = [{"role": "system", "content": ""}, *prompt]
-    prompt_text, wholes = _render(tokenizer, prompt), []
-    for response in row.responses:
-        text = _render(tokenizer, [{"role": "assistant", "content": response}])
-        wholes.append(_ids(tokenizer, prompt_text + (text.removeprefix(bos) if bos else text)))
-    ids = _ids(tokenizer, prompt_text)
-    shared = min(_common(ids, whole) for whole in wholes)
-    prompt, responses, cuts = ids[:shared], [whole[shared:] for whole in wholes], []
-    if bos and prompt[:1] != [tokenizer.bos_token_id]:
-        prompt = [tokenizer.bos_token_id, *prompt]
-    responses = [r if eos is None or r[-1:] == [eos] else [*r, eos] for r in responses]
-    longest = max(map(len, responses))
-    if len(prompt) + longest > max_length:
-        if len(prompt) > max_prompt_length:
-            prompt, cuts = prompt[-max_prompt_length:], ["prompt cut"]
-        if len(prompt) + longest > max_length:
-            responses, cuts = [r[: max_length - max_prompt_length] for r in responses], [*cuts, "response cut"]
-    if not prompt or not all(responses):
-        raise UserError(f"no response token is left within max_length {max_length}")
-    return Example(prompt, responses, row.desirable), cuts
 
 
 def to_equal_length(example: Example, fraction: float = 1.0, seed: int = 0) -> Example:
@@ -748,43 +681,25 @@ def to_equal_length(example: Example, fraction: float = 1.0, seed: int = 0) -> E
 # ---- a dataset -------------------------------------------------------------------------------------------------------
 
 
+PROMPT_SHARE = 7 / 8  # of max_length, where max_prompt_length is not given
+
+
 @dataclass
 class Reading:
     """How rows become examples; the trainer's settings inherit these."""
 
     max_length: int = setting(2048, "tokens of prompt + response; a longer response is cut")
-    max_prompt_length: int | None = setting(
-        None, "longer prompts lose their oldest tokens; without it 7/8 of max_length, with compat 1800/2048"
-    )
+    max_prompt_length: int | None = setting(None, "longer prompts lose their oldest tokens; without it 7/8 of max_length")
     format: str = setting("auto", f"of the rows: auto (by the columns of the first), or one of {', '.join(FORMATS)}")
     columns: str = setting("", "columns to rename, new=old, before anything else: prompt=question,chosen=good")
-    compat: str | None = setting(None, "simpo: tokenise and cut as the released SimPO code does")
-    control_tokens: bool = setting(False, "special tokens spelled in messages become real ones")
+    control_tokens: bool = setting(False, "special tokens spelled in texts are real ones; without it such rows are dropped")
     equal_length: float = setting(0.0, "share of the pairs whose responses are cut to the same length (POET)")
-    drop_duplicates: bool = setting(False, "keep only the first of rows with the same texts")
-    drop_identical: bool = setting(False, "drop pairs whose responses are the same")
-    drop_conflicts: bool = setting(False, "drop rows that say the opposite of another row, both")
-    min_score_margin: float = setting(0.0, "drop pairs whose scores differ by less")
-    max_drop_fraction: float = setting(0.1, "more invalid rows than this share is an error; ties and drops by choice are valid")
+    max_drop_fraction: float = setting(0.1, "more invalid rows than this share is an error; ties are valid")
     seed: int = setting(0, "for everything random")
 
 
-# Options that choose among tokenised rows; what is kept in the cache does not depend on them.
-AFTERWARDS = ("drop_duplicates", "drop_identical", "drop_conflicts", "min_score_margin", "max_drop_fraction")
 PARALLEL_FROM = 20_000  # rows
 LABELS = {True: "desirable", False: "undesirable"}  # in the place of a second response
-
-
-@functools.cache
-def _schema():
-    """The columns of an outcome: an example's, and what became of its row."""
-    import pyarrow as pa
-
-    ids = pa.list_(pa.int32())
-    return pa.schema({
-        "where": pa.string(), "prompt": ids, "responses": pa.list_(ids), "desirable": pa.bool_(), "margin": pa.float64(),
-        "dropped": pa.string(), "cuts": pa.list_(pa.string()), "keys": pa.list_(pa.int64()),
-    })  # fmt: skip
 
 
 class Report(NamedTuple):
@@ -829,7 +744,7 @@ class Examples(Sequence):
 
     def without_margin(self) -> str | None:
         """Where the first example is that has no scores."""
-        margins = _column(self.dataset, "margin")
+        margins = self.dataset["margin"][:]
         return next((self[i].where for i, row in enumerate(self.rows) if margins[row] is None), None)
 
     def mapped(self, change: Callable[[Example], Example]) -> "Examples":
@@ -850,36 +765,30 @@ def load(dataset: str, tokenizer, how: Reading | None = None) -> tuple[Examples,
     Raises:
         UserError: unreadable source, unknown columns, no valid rows, too many dropped, or a setting that does not fit.
     """
-    from datasets import concatenate_datasets
+    from datasets import concatenate_datasets, disable_progress_bars
 
+    if not is_watched():
+        disable_progress_bars()
     how = _completed(how or Reading())
-    parts, formats, weights, kinds = [], [], [], {}
+    parts, formats, weights = [], [], []
     for source, weight in _sources(dataset):
         part, why = _outcomes(source, tokenizer, how)
-        parts.append(part)
-        labels = zip(_column(part, "desirable"), _column(part, "dropped"))
-        kinds |= {label is None: source for label, problem in labels if problem is None}
-        formats.append(f"{source}{f' × {weight:g}' if weight != 1 else ''}: {why}")
+        parts.append((source, part))
+        times = f" × {weight:g}" if weight != 1 else ""
+        formats.append(f"{source}{times}: {why}")
         weights += [weight] * len(part)
-    if len(kinds) == 2:
-        raise UserError(f"{kinds[True]} holds pairs, {kinds[False]} single completions with a label: give one kind at a time")
-    outcomes = concatenate_datasets(parts)
-    problems = _column(outcomes, "dropped")
-    invalid = sum(p not in (None, TIE) for p in problems)
-    quality = _quality(_column(outcomes, "keys"), problems)
-    _drop_by_choice(problems, quality, _column(outcomes, "margin"), dataset, how)
-    kept = [i for i, problem in enumerate(problems) if problem is None]
-    dropped = Counter(p for p in problems if p is not None)
-    first = [f"{where}: {p}" for where, p in zip(_column(outcomes, "where"), problems) if p is not None][:5]
-    cut = Counter(itertools.chain.from_iterable(_column(outcomes, "cuts")))
-    counts = {name: len(rows) for name, rows in quality.items()}
-    report = Report(len(problems), len(kept), dict(dropped.most_common()), first, dict(cut), formats, counts)
-    if not kept:
+    _refuse_mixture(parts)
+    outcomes = concatenate_datasets([part for _, part in parts])
+    report = _report(outcomes, formats)
+    if report.kept == 0:
         raise UserError(f"{dataset}: no valid rows\n{report}")
-    if invalid > how.max_drop_fraction * len(problems):
+    invalid = report.rows - report.kept - report.dropped.get(TIE, 0)
+    if invalid > how.max_drop_fraction * report.rows:
         share = f"{how.max_drop_fraction:.0%}"
         raise UserError(f"{dataset}: more than {share} of the rows were dropped as invalid (--max_drop_fraction)\n{report}")
-    rows = kept if set(weights) == {1} else _weighted(kept, weights, how.seed)
+    rows = [i for i, problem in enumerate(outcomes["dropped"][:]) if problem is None]
+    if set(weights) != {1}:
+        rows = _weighted(rows, weights, how.seed)
     if not rows:
         raise UserError(f"{dataset}: no row is left by the weights (@)\n{report}")
     return Examples(outcomes.select_columns(list(Example._fields)), np.array(rows)), report
@@ -887,16 +796,14 @@ def load(dataset: str, tokenizer, how: Reading | None = None) -> tuple[Examples,
 
 def _completed(how: Reading) -> Reading:
     """The reading options alone, checked, with the prompt's length limit filled in."""
-    refuse_unless_known("compat", how.compat or "simpo", ["simpo"])
     for name in ("equal_length", "max_drop_fraction"):
         if not 0 <= getattr(how, name) <= 1:
             raise UserError(f"{name} is {getattr(how, name)}; it is a share between 0 and 1")
-    for name in ("min_score_margin", "seed"):
-        if not 0 <= getattr(how, name) < math.inf:
-            raise UserError(f"{name} is {getattr(how, name)}; it must not be negative")
+    if how.seed < 0:
+        raise UserError(f"seed is {how.seed}; it must not be negative")
     longest = how.max_prompt_length
     if longest is None:
-        longest = how.max_length * (225 if how.compat else 224) // 256  # released SimPO: 1800 of 2048; else seven eighths
+        longest = int(how.max_length * PROMPT_SHARE)
     if not 1 <= longest < how.max_length:
         raise UserError(
             f"max_length {how.max_length} with max_prompt_length {longest} leaves no room for a prompt and a response; "
@@ -913,116 +820,157 @@ def _renamed(columns: str) -> dict[str, str]:
 
 
 def _outcomes(source: str, tokenizer, how: Reading) -> tuple["Dataset", str]:
-    """What becomes of each row of a source, in order, as rows of `_schema`; and the reason for the format."""
-    import pyarrow as pa
+    """What becomes of each row of a source, in order, as `_outcome` says it; and the reason for the format."""
     from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
+    from filelock import FileLock
 
-    rows, renamed = read(source), _renamed(how.columns)
+    rows = read(source)
     head = list(itertools.islice(rows, PARALLEL_FROM))
-    where, first = next(((w, raw) for w, raw in head if isinstance(raw, dict)), (source, None))
-    reader, why = None, "no row"
-    if first is not None:
-        if missing := [old for old in renamed.values() if old not in first]:
-            columns = sorted(map(str, first))
-            guess = did_you_mean(missing[0], columns)
-            raise UserError(f"{where}: --columns names {', '.join(missing)}, but its columns are {columns}{guess}")
-        reader, why = format_of(first | {new: first[old] for new, old in renamed.items()}, where, how.format)
+    renamed = _renamed(how.columns)
+    reader, why = _reader(source, head, renamed, how.format)
     outcome = functools.partial(_outcome, reader=reader, renamed=renamed, tokenizer=tokenizer, how=how)
-    rows = progress(itertools.chain(head, rows), "tokenise", "rows")
+    given, made = _features()
+    how_to_map = dict(features=made, remove_columns=["row", "problem"], desc="tokenise")
     if len(head) < PARALLEL_FROM:
-        return Dataset(pa.Table.from_pylist(list(map(outcome, rows)), _schema())), why
-    return _cached(rows, outcome, _cache_key(source, tokenizer, how)), why
+        return Dataset.from_list(list(_as_texts(head)), given).map(outcome, new_fingerprint="small", **how_to_map), why
+    origin, key = _cache_keys(source, tokenizer, how)
+    folder = Path(os.environ.get("PLAINPO_CACHE", "~/.cache/plainpo")).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{key}.lock"):  # of several processes one makes them and the rest wait
+        try:
+            texts = functools.partial(_as_texts, itertools.chain(head, rows))
+            whole = Dataset.from_generator(texts, given, cache_dir=str(folder), fingerprint=origin)
+        except DatasetGenerationError as error:
+            raise error.__cause__ or error from None
+        return whole.map(outcome, num_proc=os.cpu_count(), new_fingerprint=key, **how_to_map), why
 
 
-def _outcome(item: tuple[str, dict | Exception], reader, renamed: dict[str, str], tokenizer, how: Reading) -> dict:
-    """What becomes of one row: its token ids, or the reason for which it is dropped; a row of `_schema`."""
-    where, raw = item
-    nothing = dict.fromkeys(_schema().names) | {"where": where, "cuts": [], "keys": []}
+def _reader(source: str, rows: list[tuple[str, dict | Exception]], renamed: dict[str, str], name: str):
+    """(reader, why it was taken) for a source, by the first of these rows that is one."""
+    for where, first in rows:
+        if isinstance(first, dict):
+            missing = [old for old in renamed.values() if old not in first]
+            if missing:
+                columns = sorted(map(str, first))
+                guess = did_you_mean(missing[0], columns)
+                raise UserError(f"{where}: --columns names {', '.join(missing)}, but its columns are {columns}{guess}")
+            return format_of(first | {new: first[old] for new, old in renamed.items()}, where, name)
+    return None, "no row"
+
+
+def _as_texts(rows: Iterable[tuple[str, dict | Exception]]) -> Iterator[dict]:
+    """Rows of any columns as rows of the same three, which a Dataset can hold."""
+    for where, row in rows:
+        if isinstance(row, Exception):
+            yield {"where": where, "row": None, "problem": str(row)}
+        else:
+            yield {"where": where, "row": json.dumps(row, default=str), "problem": None}
+
+
+def _features() -> tuple["Features", "Features"]:
+    """The columns of `_as_texts` and of `_outcome`: an example's, and what became of its row."""
+    from datasets import Features, List, Value
+
+    text = Value("string")
+    ids = List(Value("int32"))
+    given = {"where": text, "row": text, "problem": text}
+    made = {"where": text, "prompt": ids, "responses": List(ids), "desirable": Value("bool"), "margin": Value("float64")}
+    made |= {"dropped": text, "cuts": List(text), "keys": List(Value("int64"))}
+    return Features(given), Features(made)
+
+
+def _outcome(item: dict, reader, renamed: dict[str, str], tokenizer, how: Reading) -> dict:
+    """What becomes of one row of `_as_texts`: its token ids, or the reason for which it is dropped."""
+    found = {"prompt": None, "responses": None, "desirable": None, "margin": None, "dropped": None, "cuts": [], "keys": []}
     try:
-        if isinstance(raw, Exception):
-            raise raw
+        if item["problem"] is not None:
+            raise UserError(item["problem"])
+        raw = json.loads(item["row"])
         if not isinstance(raw, dict):
             raise UserError(f"the row is a {type(raw).__name__}, not an object with columns")
         row = reader(raw | {new: raw.get(old) for new, old in renamed.items()})
-        if how.compat:
-            example, cuts = encode_simpo(row, tokenizer, how.max_length, how.max_prompt_length)
-        else:
-            example, cuts = encode(row, tokenizer, how.max_length, how.max_prompt_length, how.control_tokens)
+        example, cuts = encode(row, tokenizer, how.max_length, how.max_prompt_length, how.control_tokens)
         equal = to_equal_length(example, how.equal_length, how.seed) if how.equal_length else example
     except UserError as error:
-        return nothing | {"dropped": str(error)}
-    said = [json.dumps(row.prompt), *row.responses, *([] if row.desirable is None else [LABELS[row.desirable]])]
-    return nothing | {
+        return found | {"dropped": str(error)}
+    if equal != example:
+        cuts = [*cuts, "made equally long"]
+    return found | {
         "prompt": example.prompt,
         "responses": equal.responses,
         "desirable": row.desirable,
         "margin": row.margin,
-        "cuts": cuts + ["made equally long"] * (equal != example),
-        "keys": [_key(text) for text in said],
+        "cuts": cuts,
+        "keys": keys_of(row),
     }
+
+
+def _hash(*parts) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _cache_keys(source: str, tokenizer, how: Reading) -> tuple[str, str]:
+    """Hashes of everything that the rows of a source, and what becomes of them, depend on.
+
+    The rows: files, this file. The outcomes: also tokenizer, template, settings, and the file of `encode`.
+    """
+    name, _ = _cut(source)
+    files = _files(name)
+    if files is None:
+        state = _hub(name)._fingerprint
+    else:
+        state = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    origin = _hash(source, state, Path(__file__).read_text())
+    spelling = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
+    settings = asdict(how)
+    del settings["max_drop_fraction"]  # which chooses nothing
+    code = Path(inspect.getsourcefile(encode)).read_text()
+    return origin, _hash(origin, spelling, tokenizer.chat_template, settings, code)
+
+
+def _refuse_mixture(parts: list[tuple[str, "Dataset"]]) -> None:
+    """UserError where some sources hold pairs and others single completions."""
+    pairs, singles = [], []
+    for source, part in parts:
+        for label, problem in zip(part["desirable"][:], part["dropped"][:]):
+            if problem is None:
+                (pairs if label is None else singles).append(source)
+    if pairs and singles:
+        raise UserError(f"{pairs[0]} holds pairs, {singles[0]} single completions with a label: give one kind at a time")
+
+
+def _report(outcomes: "Dataset", formats: list[str]) -> Report:
+    problems = outcomes["dropped"][:]
+    dropped = [(where, problem) for where, problem in zip(outcomes["where"][:], problems) if problem is not None]
+    reasons = Counter(problem for _, problem in dropped)
+    first = [f"{where}: {problem}" for where, problem in dropped[:5]]
+    cut = Counter(itertools.chain.from_iterable(outcomes["cuts"][:]))
+    valid = [tuple(keys) for keys, problem in zip(outcomes["keys"][:], problems) if problem is None]
+    counts = {name: len(rows) for name, rows in quality(valid).items()}
+    return Report(len(problems), len(valid), dict(reasons.most_common()), first, dict(cut), formats, counts)
+
+
+def keys_of(row: Row) -> tuple[int, int, int]:
+    """Hashes of a row's prompt and its two responses, or its response and label: equal where two rows say the same."""
+    second = row.responses[1] if row.desirable is None else LABELS[row.desirable]
+    return _key(json.dumps(row.prompt)), _key(row.responses[0]), _key(second)
 
 
 def _key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _cache_key(source: str, tokenizer, how: Reading) -> str:
-    """A hash of everything that the outcomes of a source depend on: its files, tokenizer, template, settings, this file."""
-    name, _ = _cut(source)
-    files = _files(name)
-    if files is None:
-        origin = [_hub(name)._fingerprint]
-    else:
-        origin = [os.urandom(8) if name == "-" else (str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    spelling = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
-    settings = {name: value for name, value in asdict(how).items() if name not in AFTERWARDS}
-    key = repr((source, origin, spelling, tokenizer.chat_template, settings, Path(__file__).read_text()))
-    return hashlib.sha256(key.encode()).hexdigest()[:32]
-
-
-def _cached(rows: Iterable, outcome: Callable, key: str) -> "Dataset":
-    """The outcomes kept under `key`, made first by all cores if they are not there; of several processes one makes them and
-    the rest wait."""
-    from datasets import Dataset, Features, disable_progress_bars, enable_progress_bars
-    from datasets.exceptions import DatasetGenerationError
-
-    def made():
-        with multiprocessing.Pool(initializer=_start_worker, initargs=(outcome,)) as pool:
-            while part := list(itertools.islice(rows, PARALLEL_FROM)):
-                yield from pool.map(_work, part, chunksize=256)
-
-    rows, folder = iter(rows), Path(os.environ.get("PLAINPO_CACHE", "~/.cache/plainpo")).expanduser()
-    disable_progress_bars()  # ours counts rows as they are read
-    try:
-        return Dataset.from_generator(made, Features.from_arrow_schema(_schema()), cache_dir=str(folder), fingerprint=key)
-    except DatasetGenerationError as error:
-        raise error.__cause__ or error from None
-    finally:
-        enable_progress_bars()
-
-
-def _start_worker(outcome: Callable) -> None:
-    """In a new process: it ends with the one that started it, also where that one is killed."""
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a trainer's handler, inherited, would keep the pool from ending it
-    _work.outcome = outcome
-
-
-def _work(item: tuple[str, dict | Exception]) -> dict:
-    return _work.outcome(item)
-
-
-def _column(outcomes: "Dataset", name: str) -> list:
-    return outcomes.data.column(name).to_pylist()
-
-
-def _quality(keys: list[list[int]], problems: list[str | None]) -> dict[str, list[int]]:
-    """Valid rows that say the same as an earlier one, compare a response with itself, or say the opposite of another row."""
-    valid = [(i, tuple(k)) for i, (k, problem) in enumerate(zip(keys, problems)) if problem is None]
-    said, seen = {k for _, k in valid}, set()
-    opposite_label = {_key(LABELS[True]): _key(LABELS[False]), _key(LABELS[False]): _key(LABELS[True])}
+def quality(rows: list[tuple[int, int, int]]) -> dict[str, list[int]]:
+    """Which of rows, given as `keys_of`, say the same as an earlier one, compare a response with itself, or say the opposite of
+    another row."""
+    said = set(rows)
+    seen = set()
+    good = _key(LABELS[True])
+    bad = _key(LABELS[False])
+    opposite_label = {good: bad, bad: good}
     duplicates, identical, conflicts = [], [], []
-    for i, (prompt, first, second) in valid:
+    for i, (prompt, first, second) in enumerate(rows):
         unpaired = second in opposite_label
         opposite = (prompt, first, opposite_label[second]) if unpaired else (prompt, second, first)
         if (prompt, first, second) in seen:
@@ -1035,26 +983,13 @@ def _quality(keys: list[list[int]], problems: list[str | None]) -> dict[str, lis
     return {"duplicates": duplicates, "identical responses": identical, "conflicts": conflicts}
 
 
-def _drop_by_choice(
-    problems: list[str | None], quality: dict[str, list[int]], margins: list[float | None], dataset: str, how: Reading
-) -> None:
-    """Give valid rows that the options exclude a reason in `problems`."""
-    chosen = (how.drop_duplicates, how.drop_identical, how.drop_conflicts)
-    for (name, rows), drop in zip(quality.items(), chosen):
-        for i in rows if drop else []:
-            problems[i] = problems[i] or f"{name} (drop_{name.split()[0]})"
-    if how.min_score_margin > 0:
-        if all(m is None for m in margins):
-            raise UserError(f"{dataset}: min_score_margin needs scores, and no row has any")
-        for i, margin in enumerate(margins):
-            if margin is not None and margin < how.min_score_margin:
-                problems[i] = problems[i] or f"score margin below {how.min_score_margin:g}"
-
-
 def _weighted(rows: list[int], weights: list[float], seed: int) -> list[int]:
     """Every row as often as its weight says; the fraction is a chance, drawn with the seed."""
     chance = np.random.default_rng([seed, 2**31 + 1]).random(len(rows))
-    return [i for i, c in zip(rows, chance) for _ in range(int(weights[i]) + (c < weights[i] % 1))]
+    taken = []
+    for i, c in zip(rows, chance):
+        taken += [i] * (int(weights[i]) + (c < weights[i] % 1))
+    return taken
 
 
 def split_held_out(examples: Examples, n: int, seed: int) -> tuple[Examples, Examples]:
@@ -1275,17 +1210,19 @@ def advice(report: Report, bias: float) -> list[str]:
     found = []
     for name, what in (("duplicates", "repeat an earlier one"), ("identical responses", "compare a response with itself"),
                        ("conflicts", "say the opposite of another one")):  # fmt: skip
-        option = f"drop_{name.split()[0]}"
-        if report.quality.get(name) and f"{name} ({option})" not in report.dropped:
-            found.append(f"{report.quality[name]} rows {what}: --{option} drops them")
-    if (n := report.cut.get("response cut", 0)) > 0.01 * report.kept:
-        found.append(f"{n} rows have a cut response, which teaches no ending: raise --max_length")
-    if (n := report.cut.get("prompt cut", 0)) > 0.1 * report.kept:
-        found.append(f"{n} prompts have lost their beginning: raise --max_length or --max_prompt_length")
+        if report.quality.get(name):
+            found.append(f"{report.quality[name]} rows {what}: tests/tools/clean.py --{name.split()[0]} drops them")
+    no_ending = report.cut.get("response cut", 0)
+    if no_ending > 0.01 * report.kept:
+        found.append(f"{no_ending} rows have a cut response, which teaches no ending: raise --max_length")
+    no_beginning = report.cut.get("prompt cut", 0)
+    if no_beginning > 0.1 * report.kept:
+        found.append(f"{no_beginning} prompts have lost their beginning: raise --max_length or --max_prompt_length")
     if bias > 0.2:
         found.append("the chosen responses are longer, which sums of log-probs reward: simpo, rdpo or --equal_length 1")
-    if (n := sum(n for reason, n in report.dropped.items() if "(drop_" not in reason)) > 0.01 * report.rows:
-        found.append(f"{n} rows are dropped for the reasons above: mend them, or see --format and --columns")
+    dropped = report.rows - report.kept
+    if dropped > 0.01 * report.rows:
+        found.append(f"{dropped} rows are dropped for the reasons above: mend them, or see --format and --columns")
     return found
 
 
@@ -1294,7 +1231,7 @@ class Counting(Reading):
     """Print lengths with a histogram, length bias, duplicates, conflicts, what is cut or dropped and why."""
 
     model: str = setting(MISSING, "folder or hub name whose tokenizer and chat template to use")
-    dataset: str = setting(MISSING, "sources: files, folders, patterns, -, hub names; see the README")
+    dataset: str = setting(MISSING, "sources: files, folders, patterns, hub names; see the README")
     max_drop_fraction: float = setting(1.0, "more invalid rows than this share is an error")
 
 
@@ -1324,123 +1261,62 @@ def print_rows(s: Showing) -> None:
 
 # ---- progress and command lines, of every file -----------------------------------------------------------------------
 
-LINE_EVERY = 10.0  # seconds
 
-
-class _Lines:
-    """For a file or a pipe: what tqdm would draw over and over, as a whole line now and then."""
-
-    def __init__(self, stream):
-        self.stream, self.next = stream, time.monotonic() + LINE_EVERY
-
-    def write(self, text: str) -> None:
-        if self.stream and text.strip() and time.monotonic() >= self.next:
-            self.stream.write(text.strip() + "\n")
-            self.next = time.monotonic() + LINE_EVERY
-
-    def flush(self) -> None:
-        if self.stream:
-            self.stream.flush()
+def is_watched() -> bool:
+    """Whether messages go to a terminal."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def progress(
     items: Iterable | None, what: str, unit: str, total: int | None = None, initial: int = 0, disable: bool = False
 ) -> tqdm:
-    """`items` with a bar on a terminal; elsewhere with a line every ten seconds, so none for what takes less.
+    """`items` with a bar; where nobody watches, drawn every ten seconds only, so never for what takes less.
 
-    It is tqdm's object: `set_postfix` adds numbers, and without items `update` counts.
+    It is tqdm's object: `set_postfix(…, refresh=False)` adds numbers, and without items `update` counts.
     """
-    how = dict(file=sys.stderr, dynamic_ncols=True)
-    if sys.stderr is None or not sys.stderr.isatty():
-        how = dict(file=_Lines(sys.stderr), bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]")
-    return tqdm(items, what, total, unit=f" {unit}", initial=initial, disable=disable, leave=False, **how)
+    seconds = 0.1 if is_watched() else 10.0
+    disable = disable or sys.stderr is None
+    pace = dict(mininterval=seconds, maxinterval=max(10.0, seconds), delay=0.0 if is_watched() else seconds)
+    return tqdm(items, what, total, unit=f" {unit}", initial=initial, disable=disable, leave=False, dynamic_ncols=True, **pace)
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they are written, and the default of what has one; switches without a value."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        has_default = action.default not in (None, "", argparse.SUPPRESS) and action.default is not False
-        return action.help + " (default: %(default)s)" * has_default
-
-    def _format_args(self, action: argparse.Action, metavar: str) -> str:
-        return "" if action.nargs == "?" else super()._format_args(action, metavar)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        return super()._format_action_invocation(action).rstrip()
-
-
-def _number(kind: type) -> Callable[[str], int | float]:
-    """A reader of an int of 64 bits or a finite float; what it refuses, argparse reports with the setting's name."""
-
-    def convert(text: str) -> int | float:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text[:40]!r}") from None
-        if not (-(2**63) <= value < 2**63 if kind is int else math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text[:40]} is {'too large' if kind is int else 'not finite'}")
-        return value
-
-    return convert
-
-
-READERS = {int: ("N", _number(int)), float: ("X", _number(float))}  # type → (its name in the help, its reader)
-ELSEWHERE = {  # what other trainers call it → setting
-    "learning_rate": "lr", "per_device_train_batch_size": "batch_size", "train_batch_size": "batch_size",
-    "num_train_epochs": "epochs", "output_dir": "out", "model_name_or_path": "model", "loss_type": "objective",
-    "dataset_name": "dataset", "save_steps": "save_every", "eval_steps": "eval_every",
-}  # fmt: skip
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The defaults, and descriptions as they are written."""
 
 
 class _Parser(HfArgumentParser):
-    """Options in groups, each shown in one spelling; what cannot be parsed is a UserError.
-
-    A dataclass may name groups in GROUPS = {title: "its fields"}; those of `Reading` come last, under a title of their own.
-    """
-
-    def _add_dataclass_arguments(self, kind: type) -> None:
-        reading = {"reading rows": " ".join(f.name for f in fields(Reading))} if issubclass(kind, Reading) else {}
-        self.group_of = {}
-        for title, names in (getattr(kind, "GROUPS", {}) | reading).items():
-            self.group_of |= dict.fromkeys(names.split(), self.add_argument_group(title))
-        super()._add_dataclass_arguments(kind)
-
-    def _parse_dataclass_field(self, parser, field) -> None:
-        before = len(self._actions)
-        super()._parse_dataclass_field(self.group_of.get(field.name, parser), field)
-        for action in self._actions[before:]:
-            action.metavar, action.type = READERS.get(action.type, ("TEXT", action.type))
-            short = [option for option in action.option_strings if not option.startswith("--")]
-            action.option_strings = [*short, *action.option_strings][:1]  # the others are accepted and not shown
-
     def error(self, message: str):
-        raise UserError(f"{message}; `python {self.prog} --help` lists all settings")
+        raise UserError(f"{message[:300]}; `python {self.prog} --help` lists all settings")
 
 
-def parse(kind: type, argv: list[str], prog: str, text: str):
+def parse(kind: type, argv: list[str], prog: str, text: str, hints: dict[str, str] | None = None):
     """Command line → an instance of the dataclass `kind`; what comes later wins.
 
-    Leading bare words fill, in order, the fields that have no default. `--a-b` and `--a_b` are the same.
+    Leading bare words fill, in order, the fields that have no default. `--a-b` and `--a_b` are the same. A setting that is not
+    there is a UserError with the sentence that `hints` has for its name, else with the nearest name.
     """
     needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
-    words = list(itertools.takewhile(lambda word: word == "-" or not word.startswith("-"), argv))[: len(needed)]
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))[: len(needed)]
     argv = [f"--{name}={word}" for name, word in zip(needed, words)] + argv[len(words) :]
     usage = " ".join([prog, *map(str.upper, needed), "[options]"])
-    how = dict(prog=prog, usage=usage, description=inspect.cleandoc(text), formatter_class=_HelpFormatter, allow_abbrev=False)
-    parser = _Parser(kind, **how)
-    instance, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+    parser = _Parser(kind, prog=prog, usage=usage, description=text, formatter_class=_Help, allow_abbrev=False)
+    settings, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
     if unknown:
-        name = next((word for word in unknown if word.startswith("-")), "").lstrip("-").partition("=")[0].replace("-", "_")
-        guess = did_you_mean(ELSEWHERE.get(name, name), [f.name for f in fields(kind)])
+        option = next((word for word in unknown if word.startswith("-")), "")
+        name = option.lstrip("-").partition("=")[0].replace("-", "_")
+        hint = (hints or {}).get(name)
+        guess = f"; {hint}" if hint else did_you_mean(name, [f.name for f in fields(kind)])
         parser.error(f"unknown setting {' '.join(unknown)[:200]}{guess}")
-    return instance
+    for name, value in vars(settings).items():
+        if isinstance(value, (int, float)) and not abs(value) < 2**63:  # nan, inf, and what no integer tensor holds
+            parser.error(f"{name} is {str(value)[:40]}; it must be a finite number below 2⁶³")
+    return settings
 
 
 def commands(argv: list[str], prog: str, text: str, table: dict[str, tuple[type, Callable]]):
     """Run the command that argv begins with: its function gets an instance of its dataclass, whose docstring is its help."""
     if argv[:1] in (["-h"], ["--help"]):
-        print(f"usage: {prog} COMMAND [options]\n\n{inspect.cleandoc(text)}\n")
+        print(f"usage: {prog} COMMAND [options]\n\n{text.strip()}\n")
         for name, (kind, _) in table.items():
             print(f"  {name:<10}{inspect.getdoc(kind).splitlines()[0]}")
         print(f"\n`python {prog} COMMAND --help` lists the options of a command.")
@@ -1468,7 +1344,7 @@ def command_line(
     fail: Callable[[Exception], None] = fail,
     stopped: str = "stopped",
 ):
-    """work(argv) as a command line, without a traceback for what its owner can mend; returns what it returns.
+    """work(argv) as a command line, without a traceback for a user error; returns what it returns.
 
     A UserError, an OSError of the system (a place that cannot be written, a full disk) or the end of the GPU's memory goes to
     `fail` as a UserError; `distributed.fail` is the one of several ranks. Ctrl-C prints `stopped` and ends with code 130.
@@ -1485,22 +1361,20 @@ def command_line(
             if sys.stdout is not None:
                 sys.stdout.flush()  # what cannot be written is found here and not on the way out
     except UserError as error:
-        problem = error
+        fail(error)
     except KeyboardInterrupt:
         _say(stopped)
         raise SystemExit(130) from None
     except torch.OutOfMemoryError as error:
-        problem = UserError(f"the GPU's memory is too small; lower --batch_size ({_brief(error)})")
+        fail(UserError(f"the GPU's memory is too small; lower --batch_size ({_brief(error)})"))
     except OSError as error:
-        if error.errno is None:
+        if error.errno is None:  # of a library
             raise
         if error.filename is None:  # most likely the output: the interpreter would try to write it once more
             with contextlib.suppress(OSError, AttributeError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno == errno.EPIPE:
-            return None
-        problem = UserError(f"{str(error.filename or 'the output')[:200]}: {error.strerror}")
-    fail(problem)
+        if error.errno != errno.EPIPE:
+            fail(UserError(f"{str(error.filename or 'the output')[:200]}: {error.strerror}"))
 
 
 def main(argv: list[str] | None = None):

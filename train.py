@@ -96,16 +96,16 @@ def parse_settings(argv: list[str], kind: type[Settings] = Settings, prog: str =
         file = Path(argv[0])
         argv = argv[1:]
     if file is None:
-        s = data.parse(kind, argv, prog, text)
+        s = data.parse(kind, argv, prog, text, hints)
         if s.model is None and s.dataset is None:
             file = DEFAULT
     if file is not None:
         options = options_of(file, kind)
         try:
-            data.parse(kind, options, prog, text)
+            data.parse(kind, options, prog, text, hints)
         except UserError as error:
             raise UserError(f"{file}: {error}") from error
-        s = data.parse(kind, [*options, *argv], prog, text)
+        s = data.parse(kind, [*options, *argv], prog, text, hints)
     check_settings(s)
     return s
 
@@ -905,7 +905,7 @@ class MetricsWriter:
         line["tokens_per_second"] = line["tokens"] / line["seconds"]
         self._record(line)
         headline = {"loss": "loss", "reward_margin": "margin", "reward_accuracy": "accuracy", "tokens_per_second": "tok/s"}
-        self.bar.set_postfix({title: f"{line[name]:.4g}" for name, title in headline.items() if name in line})
+        self.bar.set_postfix({title: f"{line[name]:.4g}" for name, title in headline.items() if name in line}, refresh=False)
 
     def evaluated(self, line: dict, texts: list[str]) -> None:
         """Record an evaluation and the answers to the sample prompts; warn, once each, of what looks like divergence."""
