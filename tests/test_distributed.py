@@ -522,7 +522,7 @@ def test_resume_on_other_numbers_of_ranks(world, uninterrupted, tmp_path):
     s = settings(world, out=str(tmp_path / "o"), save_every=1)
     ranks(2, stopped_after, s, 2)
     s.resume = True
-    ranks(0, stopped_after, s, 2)
+    ranks(0, stopped_after, s, 4)
     assert [p.name for p in dist.complete_checkpoints(tmp_path / "o/checkpoints")] == ["step-000003", "step-000004"]
     one = uninterrupted["packed", 0]
     for resumed in ranks(4, trained, s):
