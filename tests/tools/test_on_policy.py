@@ -17,7 +17,7 @@ from templates import family
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import data
-from data import Reading, UserError, world_tokenizer
+from data import UserError, world_tokenizer
 
 SCORED = {"prompt": "Ask me", "responses": ["Good", "Bad"], "scores": [1, 0]}
 
@@ -396,9 +396,10 @@ def test_pairs_by_hand(tmp_path, chatml):
     assert made(min_margin=0.2)[1] == [("a2", "a3")]
     assert {made(how="correct", seed=seed)[1][0] for seed in range(20)} == {("a2", "a1"), ("a2", "a3")}
     assert {made(how="random", seed=seed)[1][0] for seed in range(30)} == {("a2", "a1"), ("a2", "a3"), ("a1", "a3")}
-    on_policy.pairs(Pairing(scored, out))
-    examples, report = data.load(out, chatml, Reading(min_score_margin=0.5))
-    assert len(examples) == 1 and chatml.decode(examples[0].responses[0]) == "a2<|im_end|>"
+    on_policy.pairs(Pairing(scored, out, min_margin=0.5))
+    examples, _ = data.load(out, chatml)
+    assert [e.margin for e in examples] == [pytest.approx(0.8)]
+    assert chatml.decode(examples[0].responses[0]) == "a2<|im_end|>"
     with pytest.raises(UserError, match="how is 'worst'"):
         on_policy.pairs(Pairing(scored, out, how="worst"))
 
