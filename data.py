@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import fcntl
 import functools
 import glob
 import gzip
@@ -823,21 +824,24 @@ def _outcomes(source: str, tokenizer, how: Reading) -> tuple["Dataset", str]:
     """What becomes of each row of a source, in order, as `_outcome` says it; and the reason for the format."""
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
-    from filelock import FileLock
 
     rows = read(source)
     head = list(itertools.islice(rows, PARALLEL_FROM))
+    if not head:
+        raise UserError(f"{source}: no valid rows, it is empty")
     renamed = _renamed(how.columns)
-    reader, why = _reader(source, head, renamed, how.format)
-    outcome = functools.partial(_outcome, reader=reader, renamed=renamed, tokenizer=tokenizer, how=how)
+    reader, why = reader_of(source, head, renamed, how.format)
+    outcome = functools.partial(_outcome, reader=reader, encode=encode, renamed=renamed, tokenizer=tokenizer, how=how)
     given, made = _features()
     how_to_map = dict(features=made, remove_columns=["row", "problem"], desc="tokenise")
     if len(head) < PARALLEL_FROM:
-        return Dataset.from_list(list(_as_texts(head)), given).map(outcome, new_fingerprint="small", **how_to_map), why
+        small = Dataset.from_list(list(_as_texts(head)), given)
+        return small.map(outcome, new_fingerprint="small", **how_to_map), why  # without a name, all arguments would be hashed
     origin, key = _cache_keys(source, tokenizer, how)
     folder = Path(os.environ.get("PLAINPO_CACHE", "~/.cache/plainpo")).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"{key}.lock"):  # of several processes one makes them and the rest wait
+    with open(folder / f"{key}.lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # of several processes one makes them, the rest wait; no worker inherits this lock
         try:
             texts = functools.partial(_as_texts, itertools.chain(head, rows))
             whole = Dataset.from_generator(texts, given, cache_dir=str(folder), fingerprint=origin)
@@ -846,7 +850,9 @@ def _outcomes(source: str, tokenizer, how: Reading) -> tuple["Dataset", str]:
         return whole.map(outcome, num_proc=os.cpu_count(), new_fingerprint=key, **how_to_map), why
 
 
-def _reader(source: str, rows: list[tuple[str, dict | Exception]], renamed: dict[str, str], name: str):
+def reader_of(
+    source: str, rows: list[tuple[str, dict | Exception]], renamed: dict[str, str], name: str
+) -> tuple[Callable[[dict], Row] | None, str]:
     """(reader, why it was taken) for a source, by the first of these rows that is one."""
     for where, first in rows:
         if isinstance(first, dict):
@@ -880,30 +886,29 @@ def _features() -> tuple["Features", "Features"]:
     return Features(given), Features(made)
 
 
-def _outcome(item: dict, reader, renamed: dict[str, str], tokenizer, how: Reading) -> dict:
+def row_of(raw, reader: Callable, renamed: dict[str, str]) -> Row:
+    """One row as it was read → checked; UserError for what is none."""
+    if isinstance(raw, Exception):
+        raise raw
+    if not isinstance(raw, dict):
+        raise UserError(f"the row is a {type(raw).__name__}, not an object with columns")
+    return reader(raw | {new: raw.get(old) for new, old in renamed.items()})
+
+
+def _outcome(item: dict, reader: Callable, encode: Callable, renamed: dict[str, str], tokenizer, how: Reading) -> dict:
     """What becomes of one row of `_as_texts`: its token ids, or the reason for which it is dropped."""
     found = {"prompt": None, "responses": None, "desirable": None, "margin": None, "dropped": None, "cuts": [], "keys": []}
     try:
-        if item["problem"] is not None:
-            raise UserError(item["problem"])
-        raw = json.loads(item["row"])
-        if not isinstance(raw, dict):
-            raise UserError(f"the row is a {type(raw).__name__}, not an object with columns")
-        row = reader(raw | {new: raw.get(old) for new, old in renamed.items()})
+        raw = json.loads(item["row"]) if item["problem"] is None else UserError(item["problem"])
+        row = row_of(raw, reader, renamed)
         example, cuts = encode(row, tokenizer, how.max_length, how.max_prompt_length, how.control_tokens)
-        equal = to_equal_length(example, how.equal_length, how.seed) if how.equal_length else example
     except UserError as error:
         return found | {"dropped": str(error)}
+    equal = to_equal_length(example, how.equal_length, how.seed) if how.equal_length else example
     if equal != example:
         cuts = [*cuts, "made equally long"]
-    return found | {
-        "prompt": example.prompt,
-        "responses": equal.responses,
-        "desirable": row.desirable,
-        "margin": row.margin,
-        "cuts": cuts,
-        "keys": keys_of(row),
-    }
+    found |= {"prompt": example.prompt, "responses": equal.responses, "desirable": row.desirable, "margin": row.margin}
+    return found | {"cuts": cuts, "keys": keys_of(row)}
 
 
 def _hash(*parts) -> str:
@@ -934,8 +939,10 @@ def _refuse_mixture(parts: list[tuple[str, "Dataset"]]) -> None:
     pairs, singles = [], []
     for source, part in parts:
         for label, problem in zip(part["desirable"][:], part["dropped"][:]):
-            if problem is None:
-                (pairs if label is None else singles).append(source)
+            if problem is None and label is None:
+                pairs.append(source)
+            elif problem is None:
+                singles.append(source)
     if pairs and singles:
         raise UserError(f"{pairs[0]} holds pairs, {singles[0]} single completions with a label: give one kind at a time")
 
@@ -1267,17 +1274,20 @@ def is_watched() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
+DRAWN_EVERY = 10.0  # seconds, where nobody watches
+
+
 def progress(
     items: Iterable | None, what: str, unit: str, total: int | None = None, initial: int = 0, disable: bool = False
 ) -> tqdm:
-    """`items` with a bar; where nobody watches, drawn every ten seconds only, so never for what takes less.
+    """`items` with a bar; where nobody watches, it is drawn every ten seconds only, so never for what takes less.
 
     It is tqdm's object: `set_postfix(…, refresh=False)` adds numbers, and without items `update` counts.
     """
-    seconds = 0.1 if is_watched() else 10.0
-    disable = disable or sys.stderr is None
-    pace = dict(mininterval=seconds, maxinterval=max(10.0, seconds), delay=0.0 if is_watched() else seconds)
-    return tqdm(items, what, total, unit=f" {unit}", initial=initial, disable=disable, leave=False, dynamic_ncols=True, **pace)
+    how = dict(unit=f" {unit}", initial=initial, disable=disable or sys.stderr is None, leave=False, dynamic_ncols=True)
+    if not is_watched():
+        how |= {"mininterval": DRAWN_EVERY, "delay": DRAWN_EVERY}
+    return tqdm(items, what, total, **how)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

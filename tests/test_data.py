@@ -4,6 +4,7 @@ Token ids are compared with those that the raw `tokenizers` object gives to a ha
 independent path, since data.py goes through the chat template. The miniature tokenizers are in templates.py.
 """
 
+import contextlib
 import copy
 import functools
 import gzip
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -32,7 +34,6 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 import data
-import train
 from data import Example, Examples, Reading, Row, UserError, encode
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -202,7 +203,7 @@ def test_the_reason_for_a_format_is_reported(tmp_path, chatml):
         load(path, chatml, format="csv")
     with pytest.raises(UserError, match=r"did you mean unpaired\?"):
         load(path, chatml, format="unpared")
-    for wrong in (dict(seed=-1), dict(min_score_margin=math.nan), dict(max_drop_fraction=2.0), dict(equal_length=math.nan)):
+    for wrong in (dict(seed=-1), dict(max_drop_fraction=2.0), dict(equal_length=math.nan)):
         with pytest.raises(UserError, match=f"^{[*wrong][0]} is "):
             load(path, chatml, **wrong)
 
@@ -320,23 +321,23 @@ def test_patterns_and_json_lines_under_another_name(tmp_path):
     write(tmp_path, "b.jsonl", [5])
     assert all_rows(tmp_path / "a*.json*") == [1, 2, 3, 4]
     assert all_rows(f"{tmp_path}/**/[ab]*.jsonl[1:]") == [2, 5]
-    with pytest.raises(UserError, match="no file matches this pattern"):
+    with pytest.raises(UserError, match="no data file there; looked for .json, "):
         all_rows(tmp_path / "c*.jsonl")
 
 
-def test_standard_input(monkeypatch):
-    lines = "".join(json.dumps({"a": i}) + "\r\n" for i in range(3)) + "{"
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
-    rows = list(data.read("-[1:]"))
-    assert rows[:2] == [("standard input row 2", {"a": 1}), ("standard input row 3", {"a": 2})]
-    assert isinstance(rows[2][1], UserError)
+def test_hidden_files_of_a_folder_are_not_data(tmp_path):
+    write(tmp_path, "a.jsonl", [1])
+    write(tmp_path, ".b.jsonl", [2])
+    for folder in (".ipynb_checkpoints", "sub", "sub/.git"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder, "c.jsonl", [folder])
+    assert all_rows(tmp_path) == all_rows(tmp_path / "**") == [1, "sub"]
+    assert all_rows(tmp_path / ".b.jsonl") == [2]  # named outright
 
 
-def test_standard_input_that_is_not_there(monkeypatch):
-    for stream, said in ((None, "closed"), (Terminal(), "a terminal")):
-        monkeypatch.setattr(sys, "stdin", stream)
-        with pytest.raises(UserError, match=f"standard input is {said}: pipe JSON lines into it"):
-            all_rows("-")
+def test_standard_input_is_no_source():
+    with pytest.raises(UserError, match="^-: no such file or folder"):
+        all_rows("-")
 
 
 def test_pairs_and_single_completions_do_not_mix(tmp_path, chatml):
@@ -431,7 +432,7 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["./x", "/x/y", "runs/x/model", "a b", "", "x" * 300, "a--b"])
 def test_what_cannot_be_a_hub_name_is_refused_without_asking(name, hub):
-    with pytest.raises(UserError, match="no such file or folder$"):
+    with pytest.raises(UserError, match=f"^{name[:200]}: no such file or folder, and no such model"):
         data.reachable(name)
     assert hub.asked == []
 
@@ -455,7 +456,7 @@ def test_offline_is_found_at_once_and_what_is_cached_goes_on(hub, tmp_path, monk
 
     monkeypatch.setattr(data, "HUB_SECONDS", 0.1)
     hub.slow = True
-    with pytest.raises(UserError, match=r"org/x: no such file or folder, and the hub cannot be reached \(offline\?\)"):
+    with pytest.raises(UserError, match=r"org/x: no such file or folder, and the hub cannot be reached \(offline\?\), nor is"):
         data.reachable("org/x")
     assert constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
     for folder in ("models--org--y", "datasets--org--y"):
@@ -819,31 +820,56 @@ def test_cuts_are_counted(tmp_path, chatml):
 # ---- special tokens spelled in messages ------------------------------------------------------------------------------
 
 
+SPELLED = r"its texts spell the special token {} \(--control_tokens takes it as a real one\)"
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_special_token_in_a_message_is_plain_text(families, name):
+@pytest.mark.parametrize("place", ["prompt", "response"])
+def test_a_row_that_spells_a_special_token_is_refused_with_its_name(families, name, place):
     tokenizer, end = families[name], TERMINATOR[name]
-    attack = f"Ask me{end}\n{end} Good {tokenizer.bos_token or '<|im_start|>'}day"
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.unk_token_id}
     clean, _ = encode(Row([user("Ask me")], ["Good day", "Yes"]), tokenizer, 1000, 900)
-    example, cuts = encode(Row([user(attack)], [f"Good {end} day", "Yes"]), tokenizer, 1000, 900)
-    assert cuts == ["with a special token as plain text"]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    control = lambda ids: [i for i in ids if i in special and i != tokenizer.unk_token_id]  # noqa: E731
-    assert control(example.prompt) == control(clean.prompt)  # the control tokens of the prompt are the template's alone
-    assert [control(r) for r in example.responses] == [control(r) for r in clean.responses]
-    assert attack in tokenizer.decode(example.prompt)  # and the text is all there
-    assert f"Good {end} day" in tokenizer.decode(example.responses[0])
-    as_asked, _ = encode(Row([user(attack)], ["Good", "Yes"]), tokenizer, 1000, 900, control_tokens=True)
-    assert len(control(as_asked.prompt)) == len(control(clean.prompt)) + 3
+    attack = f"Ask me{end}\n{end} Good {tokenizer.bos_token or '<|im_start|>'}day"
+    row = Row([user(attack)], ["Good day", "Yes"]) if place == "prompt" else Row([user("Ask me")], ["Good day", attack])
+    with pytest.raises(UserError, match=SPELLED.format("(" + "|".join(map(re.escape, tokenizer.all_special_tokens)) + "|.*)")):
+        encode(row, tokenizer, 1000, 900)
+    example, cuts = encode(row, tokenizer, 1000, 900, control_tokens=True)  # asked for, they are real ones
+    counts = [sum(i in special for i in e.prompt + e.responses[1]) for e in (clean, example)]
+    assert counts[1] == counts[0] + 3 and cuts == []
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_reader_of_plain_text_tokenises_ordinary_text_alike(families, name):
-    # the copy of the tokenizer, with special tokens under other names, must give the same ids for the same rendering
+def test_ordinary_texts_are_not_taken_for_special_tokens(families, name):
     tokenizer = families[name]
-    exchange, reader = data._stand_ins(tokenizer)
-    texts = [p + r for n, _, _, p, r in RENDERED if n == name] + ["  two  spaces\n\nünï ☃ 中 <a|b>", ""]
-    for text in texts:
-        assert reader.encode(exchange(text), add_special_tokens=False).ids == raw_ids(tokenizer, text)
+    for text in ("two  spaces\n\nünï ☃ 中 <a|b>", "<|im_", "im_end|>", "[INST]", "<s", "\ue000 \U000f0000"):
+        assert encode(Row([user(f"Ask {text} me")], [f"Good {text}", text]), tokenizer, 1000, 900)[0].responses
+    if "<unk>" in tokenizer.get_vocab():  # it stands for text
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.unk_token = "<unk>"
+        assert encode(Row([user("Ask <unk> me")], ["Good", "<unk>"]), tokenizer, 1000, 900)[0].responses
+
+
+def test_rows_that_spell_special_tokens_are_counted_by_token(tmp_path, chatml):
+    texts = ["Good", "<|im_end|>", "a <|im_end|> b", "<|endoftext|>", "<|im_start|><|im_end|>"]
+    path = write(tmp_path, "a.jsonl", [{**PAIR, "chosen": text} for text in texts])
+    examples, report = load(path, chatml, max_drop_fraction=0.8)
+    reasons = {reason.split("special token ")[1].split()[0]: n for reason, n in report.dropped.items()}
+    assert len(examples) == 1 and reasons == {"<|im_end|>": 2, "<|endoftext|>": 1, "<|im_start|>": 1}
+    assert report.first[0].startswith(f"{path} row 2: its texts spell the special token <|im_end|>")
+    with pytest.raises(UserError, match="more than 10% of the rows were dropped as invalid"):
+        load(path, chatml)
+    examples, report = load(path, chatml, control_tokens=True)
+    assert report.dropped == {} and chatml.decode(examples[1].responses[0]) == "<|im_end|><|im_end|>"
+
+
+def test_a_template_that_leaves_out_its_own_special_tokens_is_refused(chatml):
+    tokenizer = copy.deepcopy(chatml)
+    tokenizer.chat_template = JOINING.replace(
+        "<|im_end|>{% else %}", "{{ '' if 'x' in m['content'] else '<|im_end|>' }}{% else %}"
+    )
+    assert encode(Row([user("a")], ["b"]), tokenizer, 512, 448)
+    with pytest.raises(UserError, match="writes other special tokens around these texts"):
+        encode(Row([user("a")], ["x"]), tokenizer, 512, 448)
 
 
 JOINING = (  # lets messages touch, and deletes a character
@@ -854,7 +880,7 @@ JOINING = (  # lets messages touch, and deletes a character
 
 @pytest.mark.parametrize("pieces, control", [
     (["hi <|im_", "end|> there"], True), (["hi <|im~_end|> there"], True), (["<|im_start|> and <|im_", "end|>"], True),
-    (["hi <|im", "end|> there"], False), (["hi <|im_end|> there"], False),
+    (["hi <|im_end|> there"], True), (["hi <|im", "end|> there"], False), (["hi <|im_end| > there"], False),
 ])  # fmt: skip
 def test_special_tokens_that_the_template_makes_of_pieces(families, pieces, control):
     """Harmless messages of which the rendered text has an <|im_end|>: refused; as near, but none: encoded."""
@@ -862,125 +888,12 @@ def test_special_tokens_that_the_template_makes_of_pieces(families, pieces, cont
     tokenizer.chat_template = JOINING
     row = Row([{"role": "user", "content": piece} for piece in pieces], ["yes", "no"])
     if control:
-        with pytest.raises(UserError, match="makes special tokens out of its messages"):
+        with pytest.raises(UserError, match=SPELLED.format(r"<\|im_(start|end)\|>")):
             encode(row, tokenizer, 512, 448)
         assert encode(row, tokenizer, 512, 448, control_tokens=True)[0].responses
     else:
         example, _ = encode(row, tokenizer, 512, 448)
         assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in example.prompt
-
-
-def test_private_use_characters_cannot_stand_in_for_a_special_token(chatml):
-    with pytest.raises(UserError, match="spells a special token"):
-        encode(Row([user("a <|im_end|> \U000f0000\U000f0001\U000f0002")], ["Good"]), chatml, 1000, 900)
-    example, _ = encode(Row([user("\U000f0001 \ue000")], ["\ue000"]), chatml, 1000, 900)  # alone they are ordinary text
-    assert "\U000f0001 \ue000<|im_end|>" in chatml.decode(example.prompt)
-    assert chatml.decode(example.responses[0]) == "\ue000<|im_end|>"
-
-
-# ---- the released SimPO rendering ------------------------------------------------------------------------------------
-
-# (family, messages, response) → prompt and response texts by hand: no generation prompt, the assistant's header scored, an
-# empty system turn where the template speaks of "system", BOS in front and EOS at the end where they are missing
-COMPAT = [
-    ("llama3", ASKED, "Good day", f"{L3_USER}Ask me<|eot_id|>", f"{L3_ASSISTANT}Good day<|eot_id|><|end_of_text|>"),
-    ("zephyr", ASKED, "Good day", "<s><|system|>\n</s>\n<|user|>\nAsk me</s>\n", "<|assistant|>\nGood day</s>\n</s>"),
-    ("zephyr", SYSTEM, "Good day", "<s><|system|>\nBe kind</s>\n<|user|>\nAsk me</s>\n", "<|assistant|>\nGood day</s>\n</s>"),
-    (
-        "smollm2",
-        ASKED,
-        "Good day",
-        "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nAsk me<|im_end|>\n",
-        # the template writes its default system turn before a lone assistant turn, and its first token is taken for BOS
-        SMOL.removeprefix("<|im_start|>") + "<|im_start|>assistant\nGood day<|im_end|>\n<|im_end|>",
-    ),
-    ("none", ASKED, "Good day", "<|endoftext|>User: Ask me\n\n", "Assistant: Good day<|endoftext|>\n\n<|endoftext|>"),
-]
-
-
-@pytest.mark.parametrize("name, prompt, response, prompt_text, response_text", COMPAT)
-def test_compat_simpo_token_by_token(families, name, prompt, response, prompt_text, response_text):
-    tokenizer = families[name]
-    if name == "zephyr":  # BOS is put in front of the ids, so the text after it is still the first word for ▁
-        ids = lambda text: [tokenizer.bos_token_id] * text.startswith("<s>") + raw_ids(tokenizer, text.removeprefix("<s>"))  # noqa: E731
-    else:
-        ids = functools.partial(raw_ids, tokenizer)
-    example, cuts = data.encode_simpo(Row(prompt, [response, "Yes"]), tokenizer, 1000, 900)
-    assert example.prompt == ids(prompt_text) and cuts == []
-    assert example.prompt + example.responses[0] == ids(prompt_text + response_text)
-
-
-def test_compat_simpo_truncation_by_hand(families):
-    tokenizer = families["llama3"]
-    both = Row([user("Ask me")], ["Good day to you", "Yes"])
-    prompt, (chosen, rejected) = data.encode_simpo(both, tokenizer, 1000, 900)[0][:2]
-    p, n = len(prompt), len(chosen)
-    assert n > len(rejected) > 6 and p > 4
-    assert data.encode_simpo(both, tokenizer, p + n, 3)[0][:2] == (prompt, [chosen, rejected])  # it just fits
-    # too long by one: the prompt is cut to its last p − 1 tokens, which suffices
-    found, cuts = data.encode_simpo(both, tokenizer, p + n - 1, p - 1)
-    assert found[:2] == (prompt[1:], [chosen, rejected]) and cuts == ["prompt cut"]
-    # cut to 3, still too long by one: both responses are cut to max_length − 3
-    found, cuts = data.encode_simpo(both, tokenizer, 3 + n - 1, 3)
-    assert found[:2] == (prompt[-3:], [chosen[: n - 1], rejected]) and cuts == ["prompt cut", "response cut"]
-    # a prompt shorter than its limit stays, and the responses get max_length − limit all the same
-    found, cuts = data.encode_simpo(both, tokenizer, p + 7, p + 4)
-    assert found[:2] == (prompt, [chosen[:3], rejected[:3]]) and cuts == ["response cut"]
-
-
-def test_compat_simpo_keeps_1800_of_2048_prompt_tokens(tmp_path, families):
-    tokenizer = families["llama3"]
-    path = write(tmp_path, "a.jsonl", [{"prompt": "x " * 3000, "chosen": "y " * 500, "rejected": "Bad"}])
-    (example,), report = load(path, tokenizer, compat="simpo")
-    whole = raw_ids(tokenizer, f"{L3_USER}{('x ' * 3000).strip()}<|eot_id|>")
-    answer = raw_ids(tokenizer, L3_ASSISTANT + ("y " * 500).strip())
-    assert len(whole) > 1800 and len(answer) > 248
-    assert example.prompt == whole[-1800:] and example.responses[0] == answer[:248]
-    assert report.cut == {"prompt cut": 1, "response cut": 1}
-    assert len(load(path, tokenizer)[0][0].prompt) == 1792  # our own limit: seven eighths
-    for lengths in (dict(max_length=1), dict(max_prompt_length=0), dict(max_prompt_length=2048)):
-        with pytest.raises(UserError, match="leaves no room"):
-            load(path, tokenizer, **lengths)
-
-
-# the templates that the released Mistral and Gemma configurations bring along, as they render a prompt and a lone answer
-JOINED = (  # a system turn becomes the beginning of the first user turn
-    "{% set ns = namespace(system='') %}{% for m in messages %}{% if m['role'] == 'system' %}{% set ns.system = m['content'] %}"
-    "{% else %}{% set content = (ns.system + '\n\n' + m['content'] if ns.system else m['content']) | trim %}"
-)
-RELEASED = {
-    "mistral": JOINED + "{% if m['role'] == 'user' %}[INST] {{ content }} [/INST]"
-    "{% else %}{{ ' ' + content + ' ' + eos_token }}{% endif %}{% set ns.system = '' %}{% endif %}{% endfor %}",
-    "gemma2": "{{ bos_token }}" + JOINED + "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else 'user') + '\n' }}"
-    "{{ content + '<end_of_turn>\n' }}{% set ns.system = '' %}{% endif %}{% endfor %}",
-}
-
-
-@pytest.mark.parametrize(
-    "name, prompt, prompt_text, response_text",
-    [
-        ("mistral", ASKED, "<s>[INST] Ask me [/INST]", " Good day </s>"),
-        ("mistral", SYSTEM, "<s>[INST] Be kind\n\nAsk me [/INST]", " Good day </s>"),
-        ("gemma2", ASKED, "<bos><start_of_turn>user\nAsk me<end_of_turn>\n",
-         "<start_of_turn>model\nGood day<end_of_turn>\n<eos>"),
-    ],
-)  # fmt: skip
-def test_compat_simpo_with_the_released_templates(name, prompt, prompt_text, response_text):
-    tokenizer = family(name)
-    tokenizer.chat_template = RELEASED[name]
-    example, _ = data.encode_simpo(Row(prompt, ["Good day", "Yes"]), tokenizer, 1000, 900)
-    bos = [tokenizer.bos_token_id]  # put in front of the ids, or written by the template: one either way
-    ids = lambda text: bos + raw_ids(tokenizer, text.removeprefix(tokenizer.bos_token))  # noqa: E731
-    assert example.prompt == ids(prompt_text)
-    assert example.prompt + example.responses[0] == ids(prompt_text + response_text)
-
-
-def test_compat_is_a_setting(tmp_path, families):
-    path = write(tmp_path, "a.jsonl", [PAIR])
-    (example,), _ = load(path, families["llama3"], compat="simpo")
-    assert example[:2] == data.encode_simpo(data.from_pair(PAIR), families["llama3"], 2048, 1800)[0][:2]
-    with pytest.raises(UserError, match="compat is 'trl'"):
-        load(path, families["llama3"], compat="trl")
 
 
 # ---- equal length ----------------------------------------------------------------------------------------------------
@@ -1024,7 +937,8 @@ def test_equal_length_is_a_setting_and_applies_after_the_cuts(tmp_path, chatml):
 # ---- quality ---------------------------------------------------------------------------------------------------------
 
 
-def test_quality_is_reported_always_and_dropped_when_asked(tmp_path, chatml):
+def test_quality_is_always_reported(tmp_path, chatml):
+    """What drops such rows is tests/tools/clean.py."""
     rows = [
         PAIR,
         {**PAIR, "id": 1},  # the same again
@@ -1033,18 +947,9 @@ def test_quality_is_reported_always_and_dropped_when_asked(tmp_path, chatml):
         {"prompt": "Ask him", "chosen": "Bad", "rejected": "Good"},  # another prompt: no conflict
         {"prompt": "Ask her", "chosen": "", "rejected": "Good"},
     ]
-    path = write(tmp_path, "a.jsonl", rows)
-    kept = lambda **switches: [int(e.where.split()[-1]) for e in load(path, chatml, max_drop_fraction=0.5, **switches)[0]]  # noqa: E731
-    _, report = load(path, chatml, max_drop_fraction=0.5)
+    examples, report = load(write(tmp_path, "a.jsonl", rows), chatml, max_drop_fraction=0.5)
     assert report.quality == {"duplicates": 1, "identical responses": 1, "conflicts": 3}
-    assert "1 duplicates" in str(report) and "3 conflicts" in str(report)
-    assert kept() == [1, 2, 3, 4, 5]
-    assert kept(drop_duplicates=True) == [1, 3, 4, 5]
-    assert kept(drop_identical=True) == [1, 2, 3, 5]
-    assert kept(drop_conflicts=True) == [4, 5]
-    assert kept(drop_duplicates=True, drop_identical=True, drop_conflicts=True) == [5]
-    _, report = load(path, chatml, max_drop_fraction=0.2, drop_conflicts=True)  # what is dropped on purpose is not invalid
-    assert report.dropped == {"conflicts (drop_conflicts)": 3, "chosen is empty": 1} and report.kept == 2
+    assert "1 duplicates" in str(report) and "3 conflicts" in str(report) and len(examples) == 5
 
 
 def test_quality_of_unpaired_rows(tmp_path, chatml):
@@ -1054,66 +959,73 @@ def test_quality_of_unpaired_rows(tmp_path, chatml):
     assert report.quality == {"duplicates": 1, "identical responses": 0, "conflicts": 3}
 
 
-def test_minimum_score_margin(tmp_path, chatml):
-    rows = [{**PAIR, "score_chosen": c, "score_rejected": 1} for c in (1, 1.5, 2, None)]
-    path = write(tmp_path, "a.jsonl", rows)
-    examples, report = load(path, chatml, min_score_margin=0.5)
-    assert [e.where[-1] for e in examples] == ["2", "3", "4"]  # a row without scores stays
-    assert report.dropped == {"score margin below 0.5": 1}
-    with pytest.raises(UserError, match="no row has any"):
-        load(write(tmp_path, "b.jsonl", [PAIR]), chatml, min_score_margin=0.5)
-
-
 # ---- large data ------------------------------------------------------------------------------------------------------
 
 
 def test_large_data_is_tokenised_in_parallel_cached_and_equal(tmp_path, chatml, monkeypatch):
     rows = [{**PAIR, "prompt": f"Ask {i}"} for i in range(300)] + [{**PAIR, "chosen": ""}, {**PAIR, "prompt": "Ask 7"}]
     path = write(tmp_path, "a.jsonl", rows)
-    options = dict(equal_length=0.5, drop_duplicates=True, max_drop_fraction=0.5)
+    options = dict(equal_length=0.5, max_drop_fraction=0.5)
     small, small_report = load(path, chatml, **options)
     monkeypatch.setenv("PLAINPO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(data, "PARALLEL_FROM", 64)
     large, report = load(path, chatml, **options)
     assert not small.dataset.cache_files and large.dataset.cache_files  # one in memory, the other mapped from a file
     small = list(small)
-    assert list(large) == small and report == small_report and len(large) == 300
+    assert list(large) == small and report == small_report and len(large) == 301
     assert list(large[10:12]) == small[10:12] and large[-1] == small[-1]
-    files = lambda: {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").rglob("*.arrow")}  # noqa: E731
-    (once,) = before = files()
-    assert list(load(path, chatml, **options)[0]) == small and files() == before  # read back, not written again
-    assert len(load(path, chatml, **options | {"drop_duplicates": False})[0]) == 301 and files() == before
+    assert {Path(file["filename"]).parents[3] for file in large.dataset.cache_files} == {tmp_path / "cache"}
+
+    def made():
+        """{file of token ids: when it was written}; a name ends in the number of its part, _00001_of_00002."""
+        return {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").rglob("cache-*.arrow")}
+
+    def tables(files):
+        return {f.name.split("_")[0] for f in files}
+
+    once = made()
+    assert len(tables(once)) == 1
+    assert list(load(path, chatml, **options)[0]) == small and made() == once  # read back, not written again
+    load(path, chatml, **options | {"max_drop_fraction": 1.0})
+    assert made() == once
     load(path, chatml, max_length=100, **options)
     load(path, family("qwen2.5"), **options)
-    assert len(files()) == 3  # other settings, other tokenizer: another table
+    assert len(tables(made())) == 3  # other settings, other tokenizer: another table
+    assert len(list((tmp_path / "cache").rglob("generator-train.arrow"))) == 1  # of the same rows
     write(tmp_path, "a.jsonl", rows[:200])
-    assert len(load(path, chatml, **options)[0]) == 200 and len(files()) == 4  # other content
+    assert len(load(path, chatml, **options)[0]) == 200 and len(tables(made())) == 4  # other content
     mixed, _ = load(f"{path}@2, {write(tmp_path, 'b.jsonl', rows[:2])}", chatml)
     assert len(mixed) == 402 and mixed[0] == mixed[1] and mixed[401].where.endswith("b.jsonl row 2")
     train, held_out = data.split_held_out(mixed, 10, 0)
     assert not {e.where for e in train} & {e.where for e in held_out}
 
 
-def test_the_cache_key_holds_everything_that_an_outcome_depends_on(tmp_path, chatml):
+def test_the_cache_key_holds_everything_that_an_outcome_depends_on(tmp_path, chatml, monkeypatch):
     path = write(tmp_path, "a.jsonl", [PAIR])
-    key = lambda source=path, tokenizer=chatml, **more: data._cache_key(source, tokenizer, Reading(**more))  # noqa: E731
+
+    def key(source=path, tokenizer=chatml, **more):
+        return data._cache_keys(source, tokenizer, Reading(**more))[1]
+
     other_words, other_template = copy.deepcopy(chatml), copy.deepcopy(chatml)
     other_words.backend_tokenizer.normalizer = normalizers.Lowercase()
     other_template.chat_template += " "
-    keys = [key(), key(path + "[:1]"), key(tokenizer=other_words), key(tokenizer=other_template), key("-"), key("-")]
+    keys = [key(), key(path + "[:1]"), key(tokenizer=other_words), key(tokenizer=other_template)]
     changed = dict(
-        max_length=9, max_prompt_length=9, format="pairs", columns="a=b", compat="simpo", control_tokens=True, equal_length=0.5,
-        seed=1,
-    )  # fmt: skip
+        max_length=9, max_prompt_length=9, format="pairs", columns="a=b", control_tokens=True, equal_length=0.5, seed=1
+    )
     keys += [key(**{name: value}) for name, value in changed.items()]
-    assert len(set(keys)) == len(keys) == 6 + 8
-    later = dict(drop_duplicates=True, drop_identical=True, drop_conflicts=True, min_score_margin=0.5, max_drop_fraction=0.5)
-    assert key(**later) == key() and set(changed) | set(later) == {f.name for f in fields(Reading)}
+    assert key(max_drop_fraction=0.5) == key() and {*changed, "max_drop_fraction"} == {f.name for f in fields(Reading)}
+    monkeypatch.setattr(data, "encode", byte_level)  # a function of another file
+    assert len({*keys, key()}) == len(keys) + 1 == 4 + 7 + 1
+    rows = data._cache_keys(path, chatml, Reading())[0]
+    assert rows == data._cache_keys(path, other_words, Reading(seed=1))[0] not in keys
+    os.utime(path, ns=(1, 1))
+    assert data._cache_keys(path, chatml, Reading())[0] != rows
 
 
 def test_a_small_source_starts_no_process_and_writes_no_cache(tmp_path, chatml, monkeypatch):
     monkeypatch.setenv("PLAINPO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data.multiprocessing, "Pool", None)
+    monkeypatch.setattr("multiprocess.Pool", None)  # that of datasets
     examples, _ = load(write(tmp_path, "a.jsonl", [PAIR] * 200), chatml)
     assert len(examples) == 200 and not (tmp_path / "cache").exists()
 
@@ -1144,13 +1056,17 @@ import data
 from templates import family
 
 data.PARALLEL_FROM, outcome, how = 64, data._outcome, sys.argv[2]
+os.cpu_count = lambda: 2
 signal.signal(signal.SIGTERM, lambda *_: None)  # as a trainer that finishes its step first
 
 
 def slow(item, **more):
-    open(os.environ["MADE"], "a").write(item[0] + "\\n")
-    if how == "killed" and item[0].endswith("row 250"):
-        os.kill(os.getppid(), signal.SIGKILL)
+    open(os.environ["MADE"], "a").write(item["where"] + "\\n")
+    if item["where"].endswith("row 250"):
+        if how == "parent":
+            os.kill(os.getppid(), signal.SIGKILL)
+        if how == "all":
+            os.killpg(0, signal.SIGKILL)
     return outcome(item, **more)
 
 
@@ -1161,26 +1077,35 @@ print(len(examples), examples[299].where)
 
 
 def loading(path, how, tmp_path):
-    """A process that loads 300 rows, 64 at a time, with a line in `made` for every row that a worker has seen."""
+    """A process, with a group of its own, that loads 300 rows; a line in `made` for every row that a worker has seen."""
     (tmp_path / "loads.py").write_text(LOADS)
     paths = os.pathsep.join([str(Path(data.__file__).parent), str(Path(__file__).parent)])
     env = os.environ | {"PYTHONPATH": paths, "PLAINPO_CACHE": str(tmp_path / "cache"), "MADE": str(tmp_path / "made")}
     command = [sys.executable, str(tmp_path / "loads.py"), path, how]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=env, start_new_session=True, **streams)
 
 
-def test_a_killed_build_is_not_believed_and_two_processes_build_once(tmp_path):
-    """The trainer's SIGTERM handler, inherited by the workers, keeps none of them alive."""
+@pytest.mark.parametrize("killed", ["all", "parent"])
+def test_a_killed_build_is_not_believed_and_two_processes_build_once(killed, tmp_path):
+    """Workers that outlive their parent end their part and hold no lock; a SIGTERM handler that they inherit stops none."""
     path = write(tmp_path, "a.jsonl", [{**PAIR, "prompt": f"Ask {i}"} for i in range(300)])
-    killed = loading(path, "killed", tmp_path)
-    killed.communicate(timeout=120)
-    assert killed.returncode == -signal.SIGKILL
-    (tmp_path / "made").unlink()
-    both = [loading(path, "whole", tmp_path) for _ in range(2)]
-    said = [process.communicate(timeout=120) for process in both]
+    first = loading(path, killed, tmp_path)
+    assert first.wait(timeout=120) == -signal.SIGKILL
+    both = []
+    try:
+        (tmp_path / "made").unlink()
+        both = [loading(path, "whole", tmp_path) for _ in range(2)]
+        said = [process.communicate(timeout=120) for process in both]
+    finally:
+        for process in (first, *both):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     assert [out for out, _ in said] == [f"300 {path} row 300\n"] * 2, said
-    made = (tmp_path / "made").read_text().splitlines()
-    assert sorted(made) == sorted(f"{path} row {i}" for i in range(1, 301))  # each row once
+    if killed == "all":  # else a worker that was left may have made them
+        made = (tmp_path / "made").read_text().splitlines()
+        assert len(set(made)) == len(made)  # no row twice
+        assert set(made) >= {f"{path} row {i}" for i in range(151, 301)}  # the other half may have been complete
 
 
 # ---- step plan, microbatches, layouts --------------------------------------------------------------------------------
@@ -1359,17 +1284,18 @@ def test_stats_by_hand():
 
 def test_stats_end_with_what_to_do():
     report = data.Report(
-        100, 80, {"duplicates (drop_duplicates)": 18, "chosen is empty": 2}, [], {"response cut": 5, "prompt cut": 9}, [],
+        82, 80, {"chosen is empty": 2}, [], {"response cut": 5, "prompt cut": 9}, [],
         {"duplicates": 18, "identical responses": 3, "conflicts": 4},
     )  # fmt: skip
     said = data.advice(report, bias=0.5)
     assert [line.split(": ")[-1] for line in said] == [
-        "--drop_identical drops them", "--drop_conflicts drops them", "raise --max_length",
+        "tests/tools/clean.py --duplicates drops them", "tests/tools/clean.py --identical drops them",
+        "tests/tools/clean.py --conflicts drops them", "raise --max_length",
         "raise --max_length or --max_prompt_length", "simpo, rdpo or --equal_length 1",
         "mend them, or see --format and --columns",
     ]  # fmt: skip
-    assert data.advice(report._replace(dropped={}, cut={"prompt cut": 8}, quality={}), bias=-0.5) == []
-    assert len(data.advice(report._replace(dropped={}, cut={"prompt cut": 9}), bias=0.0)) == 4  # three of quality, one cut
+    assert data.advice(report._replace(rows=80, cut={"prompt cut": 8}, quality={}), bias=-0.5) == []
+    assert len(data.advice(report._replace(rows=80, cut={"prompt cut": 9}), bias=0.0)) == 4  # three of quality, one cut
     pairs = [Example([1], [[1, 2], [1]])] * 4
     assert data.stats(pairs, report).endswith(
         "see --format and --columns"
@@ -1393,9 +1319,12 @@ def test_devices(monkeypatch):
 def test_the_other_commands(tmp_path, chatml, capsys):
     chatml.save_pretrained(tmp_path / "model")
     scored = write(tmp_path, "s.jsonl", [SCORED, SCORED, {**SCORED, "prompt": "Beg", "scores": [1, 1]}])
-    data.main(["stats", "--model", str(tmp_path / "model"), "--dataset", scored, "--drop-duplicates"])
+    data.main(["stats", "--model", str(tmp_path / "model"), "--dataset", scored])
     printed = capsys.readouterr().out
-    assert "1 of 3 rows kept" in printed and "format scored" in printed and "dropped 1: duplicates (drop_duplicates)" in printed
+    assert "2 of 3 rows kept" in printed and "format scored" in printed and f"dropped 1: {data.TIE}" in printed
+    assert (
+        "1 duplicates" in printed and "→ 1 rows repeat an earlier one: tests/tools/clean.py --duplicates drops them" in printed
+    )
     with pytest.raises(SystemExit) as error:
         data.main(["show", "--model", str(tmp_path), "--dataset", scored])
     assert error.value.code == 2 and capsys.readouterr().err.startswith("error: ")
@@ -1458,8 +1387,6 @@ def test_command_line_hands_on_what_is_no_mistake_of_its_owner(tmp_path, capsys)
 
 def test_did_you_mean():
     assert data.did_you_mean("Simp", ["dpo", "simpo"]) == "; did you mean simpo?" and data.did_you_mean("zzz", ["dpo"]) == ""
-    for name, setting in data.ELSEWHERE.items():
-        assert setting in [f.name for f in fields(train.Settings)] and name not in [f.name for f in fields(train.Settings)]
 
 
 # ---- progress and command lines --------------------------------------------------------------------------------------
@@ -1477,7 +1404,8 @@ class Work:
 
 
 def work(argv):
-    return data.parse(Work, argv, "work.py", "Works.\n\n    python work.py a b\n    as typed")
+    hints = {"speed": "rate is its name here", "batch": "batches are counted in rows"}
+    return data.parse(Work, argv, "work.py", "Works.\n\n    python work.py a b\n    as typed", hints)
 
 
 def test_leading_words_fill_what_has_no_default():
@@ -1489,17 +1417,19 @@ def test_leading_words_fill_what_has_no_default():
 def test_what_cannot_be_parsed():
     for argv, said in (
         (["a", "b", "c", "--fats", "1"], r"unknown setting c --fats 1; did you mean fast\?"),
-        (["a", "b", "--batch", "1"], r"unknown setting --batch 1; did you mean batch_size\?"),
+        (["a", "b", "--batch", "1"], "unknown setting --batch 1; batches are counted in rows"),  # a hint before a guess
+        (["a", "b", "--speed=9"], "unknown setting --speed=9; rate is its name here"),
         (["a", "b", "--train-batch-size=1"], r"unknown setting --train-batch-size=1; did you mean batch_size\?"),
         (["a", "b", "--zzz"], "unknown setting --zzz"),
-        (["a", "b", "--batch-size", "9" * 5000], f"--batch_size: invalid int value: '{'9' * 40}'"),
-        (["a", "b", "--batch-size", str(2**63)], f"--batch_size: {2**63} is too large"),
-        (["a", "b", "-r", "nan"], "argument -r: nan is not finite"),
-        (["a", "b", "-r", "1e999"], "argument -r: 1e999 is not finite"),
+        (["a", "b", "--batch-size", "9" * 5000], "batch-size: invalid int value: '9{200,300}"),
+        (["a", "b", "--batch-size", str(2**63)], f"batch_size is {2**63}; it must be a finite number below 2⁶³"),
+        (["a", "b", "-r", "nan"], "rate is nan; it must be a finite number"),
+        (["a", "b", "-r", "1e999"], "rate is inf; it must be a finite number"),
         (["a"], "required: --out"),
         (["a", "b", "-r", "hot"], "invalid float value: 'hot'"),
+        (["a", "b", "--fast", "perhaps"], "perhaps"),
     ):
-        with pytest.raises(UserError, match=f"{said}; `python work.py --help` lists all settings"):
+        with pytest.raises(UserError, match=f"{said}(.|\n)*; `python work.py --help` lists all settings"):
             work(argv)
 
 
@@ -1507,29 +1437,9 @@ def test_help_shows_texts_and_defaults(capsys):
     with pytest.raises(SystemExit) as stop:
         work(["--help"])
     said = capsys.readouterr().out
-    assert stop.value.code == 0 and "Works.\n\npython work.py a b\nas typed" in said and "usage: work.py" in said
-    assert "rows, 8 % of all (default: 8)" in said and "--batch_size" in said and "--batch-size" not in said
-    assert "what to read\n" in said  # no default is shown of what has none
-
-
-@dataclass
-class Grouped(Reading):
-    """What to do."""
-
-    source: str = data.setting("a", "what to read")
-    out: str = data.setting("b", "what to write")
-    GROUPS = {"writing": "out"}
-
-
-def test_help_is_in_groups_and_reading_comes_last(capsys):
-    with pytest.raises(SystemExit):
-        data.parse(Grouped, ["--help"], "work.py", "")
-    said = capsys.readouterr().out
-    order = ["options:", "--source", "writing:", "--out", "reading rows:", "--max_length", "--seed"]
-    places = [said.index(word) for word in order]
-    assert places == sorted(places)
-    for kind in (train.Settings, data.Counting):  # every field of a group is one of the dataclass
-        assert not {n for names in getattr(kind, "GROUPS", {}).values() for n in names.split()} - {f.name for f in fields(kind)}
+    assert stop.value.code == 0 and "Works.\n\n    python work.py a b\n    as typed" in said
+    assert "usage: work.py SOURCE OUT [options]" in said
+    assert "rows, 8 % of all (default: 8)" in said and "--batch_size" in said and "--batch-size" in said
 
 
 def test_commands(capsys):
@@ -1572,23 +1482,22 @@ def test_progress_on_a_terminal_is_a_bar_that_goes_away(monkeypatch):
     assert sys.stderr.getvalue().endswith("\r") and "\n" not in sys.stderr.getvalue()
 
 
-def test_progress_elsewhere_is_a_line_now_and_then(monkeypatch):
+def test_progress_elsewhere_is_drawn_now_and_then(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    monkeypatch.setattr(data, "LINE_EVERY", 0.2)
+    monkeypatch.setattr(data, "DRAWN_EVERY", 0.2)
     start = time.monotonic()
     for i in (bar := data.progress(range(100), "work", "rows")):
         time.sleep(0.006)
-        bar.set_postfix(loss=i)
-    said, longest = sys.stderr.getvalue(), (time.monotonic() - start) / 0.2
-    assert "\r" not in said and "|" not in said and said.endswith("\n")
-    lines = said.splitlines()
-    assert 2 <= len(lines) <= longest and all("work:" in line and "/100" in line and "loss=" in line for line in lines)
+        bar.set_postfix(loss=i, refresh=False)
+    longest = (time.monotonic() - start) / 0.2
+    drawn = [text for text in sys.stderr.getvalue().split("\r") if text.strip()]
+    assert 2 <= len(drawn) <= longest and all("work:" in text and "/100" in text and "loss=" in text for text in drawn)
 
 
 def test_progress_of_short_work_says_nothing_elsewhere(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     for i in (bar := data.progress(range(1000), "work", "rows")):
-        bar.set_postfix(loss=i)
+        bar.set_postfix(loss=i, refresh=False)
     assert sys.stderr.getvalue() == ""
 
 
@@ -1596,6 +1505,8 @@ def test_progress_can_be_switched_off(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert list(data.progress([1, 2], "work", "rows", disable=True)) == [1, 2]
     assert sys.stderr.getvalue() == ""
+    monkeypatch.setattr(sys, "stderr", None)  # a process without one
+    assert list(data.progress([1, 2], "work", "rows")) == [1, 2]
 
 
 # ---- the shared sets, where they are at hand -------------------------------------------------------------------------
