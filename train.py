@@ -861,8 +861,10 @@ def answers(run: Run) -> list[str]:
 
 
 def say(text: str) -> None:
-    if dist.is_rank_0():
+    if dist.is_rank_0() and data.is_watched():  # a bar may be on the terminal
         tqdm.write(text, file=sys.stderr)
+    elif dist.is_rank_0():
+        print(text, file=sys.stderr, flush=True)
 
 
 FEW = 50  # held-out rows: the standard error of an accuracy is then above 0.05

@@ -29,7 +29,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -48,9 +47,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import numpy as np  # noqa: E402
 import on_policy  # noqa: E402
 import torch  # noqa: E402
+import toy  # noqa: E402
 from claims import verdict  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from miniature import job_key, markdown, mean_and_error, run_jobs  # noqa: E402
+from miniature import job_key, markdown, mean_and_error, refuse_own_data, run_jobs  # noqa: E402
 from on_policy import Sampling, prompt_ids, quiet, say  # noqa: E402
 
 import data  # noqa: E402
@@ -560,7 +560,7 @@ def build_world(job: dict) -> dict:
 
 
 def make_world(folder: Path, job: dict) -> dict:
-    seed, tokenizer = job["seed"], data.world_tokenizer(WORDS)
+    seed, tokenizer = job["seed"], toy.word_tokenizer(WORDS)
     rng, prompts = np.random.default_rng(seed), problems(seed, HELD_OUT + job["prompts"] + 4096)
     held_out, asked, shown = prompts[:HELD_OUT], prompts[HELD_OUT:-4096], prompts[-4096:]
     rows = []
@@ -568,7 +568,7 @@ def make_world(folder: Path, job: dict) -> dict:
         approach = str(rng.choice(APPROACHES, p=[0.8, 0.2]))
         named = f"{prompt} by {approach}" if rng.random() < 0.4 else str(prompt)
         rows.append(data.Row([{"role": "user", "content": named}], [demonstration(prompt, approach, rng)]))
-    train.supervised_start(rows, tokenizer, seed, job["steps"]).save_pretrained(folder / "model")
+    toy.initial_model(rows, tokenizer, seed, job["steps"]).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     for name, some in (("held_out", held_out), ("asked", asked)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in some))
@@ -727,8 +727,7 @@ class Study(train.Settings):
 def study(s: Study) -> dict:
     if min(s.seeds, s.prompts, s.demonstrations, s.supervised_steps) < 1:
         raise UserError("seeds, prompts, demonstrations and supervised_steps are at least 1")
-    if s.model != "tiny" or s.recipe or "RANK" in os.environ:
-        raise UserError("the study runs in a world of its own, without --model, --recipe and torchrun")
+    refuse_own_data(s)
     started, out = time.time(), train.prepare_out(s)
     train.write_whole(out / train.MARKER, json.dumps({"plainpo": {"study": "diversify"}}))
     train.write_whole(out / "settings.json", json.dumps(asdict(s), indent=2) + "\n")

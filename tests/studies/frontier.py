@@ -141,7 +141,8 @@ def compound(row: dict, response: str) -> float:
 def make_pairs(s: Study, out: Path) -> None:
     """pairs.jsonl: the start's answers to the training prompts (temperature 1, finished ones only), best against worst."""
     asked = sorted(prompts(s.seed)[0][: s.prompts], key=len)  # a batch's prompts are padded to the longest
-    train.write_lines(out / "prompts.jsonl", [{"prompt": text} for text in asked])
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in asked]
+    train.write_whole(out / "prompts.jsonl", "".join(lines))
     sampled, scored = str(out / "samples.jsonl"), str(out / "scored.jsonl")
     how = dict(n=SAMPLES, temperature=1.0, top_p=1.0, max_tokens=s.tokens, batch_size=AT_ONCE, seed=s.seed)
     on_policy.sample(on_policy.Sampling(s.model, str(out / "prompts.jsonl"), sampled, **how), say=train.say)

@@ -7,6 +7,7 @@ import diversify
 import numpy as np
 import on_policy
 import pytest
+import toy
 from diversify import Step, Steps, Strategies, Tree, first_error, problem, problems, values
 from templates import FAMILIES, family
 
@@ -482,7 +483,7 @@ TREE = [node(None, "", 0.0), node(0, "1 + 2 = 3 ;", 0.5), node(0, "1 + 2 = 4 ;",
 
 def test_sets_are_cut_at_the_same_tokens_and_measured_by_hand(tmp_path):
     ask = [{"role": "user", "content": "1 plus 2"}]
-    tokenizer = data.world_tokenizer(diversify.WORDS)
+    tokenizer = toy.word_tokenizer(diversify.WORDS)
     tokenizer.save_pretrained(tmp_path / "model")
     row = {"prompt": ask, "responses": ["1 + 2 = 3 ; answer 3", "1 + 2 = 4 ; answer 4"], "tokens": 40, "tree": TREE}
     row["model"] = str(tmp_path / "model")

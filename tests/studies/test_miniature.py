@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict, fields
 
+import lorr
 import miniature
 import pytest
 import torch
@@ -133,7 +134,8 @@ def test_every_call_of_the_grid_and_the_sweeps_is_understood():
         for change in series.values():
             for x in values:
                 of_trainer = {k: v for k, v in change(x).items() if k not in miniature.OF_THE_TASK}
-                s = train.Settings(**{"model": "m", "dataset": "d", "lr": 1e-4, **of_trainer})
+                kind = lorr.Settings if "replays" in of_trainer else train.Settings
+                s = kind(**{"model": "m", "dataset": "d", "lr": 1e-4, **of_trainer})
                 train.check_settings(s)
                 train.try_objective(train.parse_objective(s.objective))
 

@@ -7,10 +7,10 @@ import answers
 import on_policy
 import pytest
 import torch
+import toy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import data
-from data import world_tokenizer
 
 
 def user(text):
@@ -25,7 +25,7 @@ QUESTIONS += QUESTIONS[:1]  # six different prompts of the world, and the first 
 def speaker(tmp_path_factory) -> Path:
     """A model with weights so large that its greedy answers differ from prompt to prompt, and that ends some of them."""
     folder = tmp_path_factory.mktemp("speaker") / "run-7" / "model"
-    tokenizer = world_tokenizer()
+    tokenizer = toy.word_tokenizer()
     small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, tie_word_embeddings=True)
     config = LlamaConfig(vocab_size=len(tokenizer), **small, eos_token_id=3, pad_token_id=3, bos_token_id=None)
     torch.manual_seed(3)

@@ -11,13 +11,14 @@ import on_policy
 import pyarrow
 import pytest
 import torch
+import toy
 from on_policy import Pairing, Sampling, Scoring
 from pyarrow import parquet
 from templates import family
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import data
-from data import UserError, world_tokenizer
+from data import UserError
 
 SCORED = {"prompt": "Ask me", "responses": ["Good", "Bad"], "scores": [1, 0]}
 
@@ -45,7 +46,7 @@ def lines_of(path):
 def world_model(tmp_path_factory):
     """A folder with an untrained model of the embedded world, which ends a response about once in 70 tokens."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = world_tokenizer()
+    tokenizer = toy.word_tokenizer()
     torch.manual_seed(0)
     small = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     LlamaForCausalLM(LlamaConfig(**small, eos_token_id=3, pad_token_id=3, bos_token_id=None)).save_pretrained(folder)
@@ -157,7 +158,7 @@ def test_score_by_a_rule_and_by_a_model(sampled, world_model, tmp_path):
     rows = lines_of(by_rule)
     assert [row["scores"] for row in rows] == [[len(x.split()) for x in row["responses"]] for row in lines_of(out)]
     on_policy.score(Scoring(out, by_model, reward_model=f"{world_model}/judge"))
-    judge, tokenizer = LlamaForSequenceClassification.from_pretrained(f"{world_model}/judge"), world_tokenizer()
+    judge, tokenizer = LlamaForSequenceClassification.from_pretrained(f"{world_model}/judge"), toy.word_tokenizer()
     for row in lines_of(by_model):  # the rendering by hand
         for text, value in zip(row["responses"], row["scores"]):
             ids = tokenizer(f"<user> {row['prompt'][0]['content']} <assistant> {text} <end>", return_tensors="pt")["input_ids"]
@@ -296,7 +297,7 @@ def test_models_without_finite_weights_are_named(world_model, tmp_path):
     model = LlamaForCausalLM.from_pretrained(world_model)
     model.lm_head.weight.data.fill_(math.nan)
     model.save_pretrained(tmp_path / "m")
-    world_tokenizer().save_pretrained(tmp_path / "m")
+    toy.word_tokenizer().save_pretrained(tmp_path / "m")
     source = write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
     with pytest.raises(UserError, match="its probabilities are not finite numbers"):
         on_policy.sample(Sampling(str(tmp_path / "m"), source, str(tmp_path / "out")))
@@ -306,7 +307,7 @@ def test_padding_of_a_reward_model_without_a_padding_token(world_model, tmp_path
     judge = LlamaForSequenceClassification.from_pretrained(f"{world_model}/judge")
     judge.config.pad_token_id = None
     judge.save_pretrained(tmp_path / "judge")
-    world_tokenizer().save_pretrained(tmp_path / "judge")
+    toy.word_tokenizer().save_pretrained(tmp_path / "judge")
     source = write(
         tmp_path, "s.jsonl", [{"prompt": "name two fruits", "responses": ["fig", "fig , plum and pear", "fig , plum"]}]
     )
@@ -429,7 +430,7 @@ def test_sample_keeps_unfinished_when_asked(sampled, world_model, tmp_path):
 
 def test_prompts_that_the_template_refuses_are_left_out(world_model, tmp_path, capsys):
     """Named on stderr; an output of nothing else is an error."""
-    tokenizer = world_tokenizer()
+    tokenizer = toy.word_tokenizer()
     tokenizer.chat_template = "{% if 'bad' in messages[0]['content'] %}{{ raise_exception('no') }}{% endif %}" + (
         tokenizer.chat_template
     )

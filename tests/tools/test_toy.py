@@ -246,7 +246,7 @@ BAD = {
     "an out that holds files": (["build", "--out", "OUT"], ["already holds files"]),
     "an out that is a file": (["build", "--out", "OUT/letter.txt"], ["already holds files"]),
     "negative noise": (["build", "--noise", "-1", "--out", "NEW"], ["noise is -1", "not be negative"]),
-    "noise nan": (["build", "--noise", "nan", "--out", "NEW"], ["noise", "not finite"]),
+    "noise nan": (["build", "--noise", "nan", "--out", "NEW"], ["noise is nan", "finite"]),
     "an unknown world": (["build", "--world", "stok", "--out", "NEW"], ["world is 'stok'; accepted are plain, stock"]),
 }
 
