@@ -146,7 +146,7 @@ BAD = {
         ["--compare", "dpo", "--model", "m", "--dataset", "d"],
         ["trains on tasks that it builds, without --model"],
     ),
-    "a real dataset": (["--compare", "dpo", "--dataset", "d"], ["model missing"]),
+    "a real dataset": (["--compare", "dpo", "--dataset", "d"], ["model is missing"]),
     "unknown paper": (["--paper", "x"], ["paper", "'x'", "alpha_dpo"]),
     "unknown sweep": (["--sweeps", "x"], ["unknown sweep 'x'", "alpha, gamma, length"]),
     "unknown objective": (["--compare", "dpo", "simp"], ["unknown objective 'simp'", "simpo"]),
