@@ -70,7 +70,9 @@ def test_all_texts_and_columns_stay_as_they_are(tmp_path, capsys):
     main([str(tmp_path / "a.jsonl"), str(tmp_path / "out.jsonl"), "--columns", columns])
     assert (tmp_path / "out.jsonl").read_bytes() == lines[1].encode()
     said = capsys.readouterr().out
-    assert f"1 of 3 rows in {tmp_path}/out.jsonl" in said and "dropped 1: rejected is empty" in said and "not valid JSON" in said
+    assert (
+        f"1 of 3 rows in {tmp_path}/out.jsonl" in said and "dropped 1: rejected is empty" in said and "not valid JSON" in said
+    )
 
 
 def test_what_is_refused(tmp_path, capsys):
