@@ -100,8 +100,10 @@ def damage(out: Path, draw: random.Random) -> str | None:
     file = draw.choice(sorted(path for path in found[-1].iterdir() if path.name != "complete"))
     content = bytearray(file.read_bytes())
     at = draw.randrange(len(content))
-    if draw.random() < 0.5:
-        content[at] ^= 1 << draw.randrange(8)
+    flip = draw.random() < 0.5
+    bit = 1 << draw.randrange(8)
+    if flip:
+        content[at] ^= bit
         file.write_bytes(content)
         return f"{file.name} flipped at {at}"
     file.write_bytes(content[:at])
@@ -253,9 +255,9 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         place = args.out or Path(scratch) / "kills"
         os.environ["PLAINPO_CACHE"] = str(place / "tokens")
-        told = list(data.progress(lives(place, args.runs, args.seed), "kills", "runs", args.runs))
-    duration = told[0][0]
-    found = [life for _, life in told]
+        timed = list(data.progress(lives(place, args.runs, args.seed), "kills", "runs", args.runs))
+    duration = timed[0][0]
+    found = [life for _, life in timed]
     print(table(found) + "\n")
     for index, x in enumerate(found):
         if x.verdict != "equal":
@@ -265,9 +267,8 @@ def main(argv: list[str] | None = None) -> int:
     signals = Counter(signal.Signals(kill.number).name for kill in kills)
     by_signal = ", ".join(f"{n} {name}" for name, n in sorted(signals.items()))
     ends = ", ".join(f"{counts[v]} {v}" for v in VERDICTS)
-    print(
-        f"{len(found)} runs, {len(kills)} kills ({by_signal}): {ends}; an unbroken run takes {duration:.1f} s, seed {args.seed}"
-    )
+    told = f"{len(found)} runs, {len(kills)} kills ({by_signal}): {ends}"
+    print(f"{told}; an unbroken run takes {duration:.1f} s, seed {args.seed}")
     if args.picture:
         picture(found, args.picture)
     return 0 if counts["equal"] == len(found) else 1
