@@ -3,7 +3,7 @@
     python tests/studies/kills.py                                   # 40 runs
     python tests/studies/kills.py --runs 200 --seed 1 --out runs/kills --picture kills.png
 
-The run: 12 steps on 40 pairs of the embedded world, a checkpoint every second step, reference log-probs cached. Half of the
+The run: 12 steps on 40 pairs of the toy task, a checkpoint every second step, reference log-probs cached. Half of the
 moments are drawn uniformly over the time that an unbroken run takes (the shortest of three, which must be equal), half are up
 to 0.1 s after a step that is drawn. Every fourth kill is SIGTERM, which asks the run to stop, the others SIGKILL. A run that
 goes on may be killed again (probability ½). Of every third run the newest checkpoint is damaged after each kill: a bit
@@ -77,11 +77,12 @@ def last_step(out: Path) -> int:
 
 def place_of(out: Path) -> str:
     """How far a run had come, by what it left."""
-    folders, step = list((out / "checkpoints").glob("step-*")), last_step(out)
+    step = last_step(out)
     if step == 0:
         return "before the first step"
-    if any(folder.suffix == ".part" or not (folder / "complete").exists() for folder in folders):
-        return "while a checkpoint is written"
+    for folder in (out / "checkpoints").glob("step-*"):
+        if folder.suffix == ".part" or not (folder / "complete").exists():
+            return "while a checkpoint is written"
     if (out / "summary.json").exists():
         return "after the end"
     return "at the export" if step == STEPS else "between checkpoints"
@@ -93,14 +94,20 @@ def whole_checkpoints(out: Path) -> list[Path]:
 
 def damage(out: Path, draw: random.Random) -> str | None:
     """Flip a bit of the newest checkpoint's files, or cut one; returns what was done, None if there is none."""
-    if not (found := whole_checkpoints(out)):
+    found = whole_checkpoints(out)
+    if not found:
         return None
     file = draw.choice(sorted(path for path in found[-1].iterdir() if path.name != "complete"))
-    content, at = bytearray(file.read_bytes()), draw.randrange(file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    at = draw.randrange(len(content))
     flip = draw.random() < 0.5
-    content[at] ^= 1 << draw.randrange(8)
-    file.write_bytes(content if flip else content[:at])
-    return f"{file.name} {'flipped' if flip else 'cut'} at {at}"
+    bit = 1 << draw.randrange(8)
+    if flip:
+        content[at] ^= bit
+        file.write_bytes(content)
+        return f"{file.name} flipped at {at}"
+    file.write_bytes(content[:at])
+    return f"{file.name} cut at {at}"
 
 
 def start(folder: Path, more: str = "") -> int:
@@ -114,10 +121,12 @@ def said(folder: Path) -> str:
 
 def wait_for_moment(out: Path, duration: float, draw: random.Random) -> None:
     """Until a random moment of a run that has just been started: of its time, or after one of the steps that it has to do."""
-    begun, done = time.monotonic(), last_step(out)
+    begun = time.monotonic()
+    done = last_step(out)
     if draw.random() < 0.5 or done == STEPS:
         return time.sleep(draw.uniform(0, duration))
-    step, pause = draw.randint(done + 1, STEPS), draw.uniform(0, 0.1)
+    step = draw.randint(done + 1, STEPS)
+    pause = draw.uniform(0, 0.1)
     while last_step(out) < step and time.monotonic() < begun + SECONDS:
         time.sleep(0.002)
     time.sleep(pause)
@@ -125,42 +134,47 @@ def wait_for_moment(out: Path, duration: float, draw: random.Random) -> None:
 
 def killed(folder: Path, process: int, duration: float, number: int, draw: random.Random, harm: bool) -> Kill:
     """Kill a run at a moment of its own, and perhaps damage what it left."""
+    out = folder / "out"
     tick = time.monotonic()
-    wait_for_moment(folder / "out", duration, draw)
+    wait_for_moment(out, duration, draw)
     processes.kill(process, number)
-    moment, code = time.monotonic() - tick, processes.wait(process, SECONDS)
+    moment = time.monotonic() - tick
+    code = processes.wait(process, SECONDS)
     if code not in (-number, 0):  # 0: asked to stop, or the end came first
         raise RuntimeError(f"exit code {code} when killed: {said(folder)}")
-    return Kill(moment, number, place_of(folder / "out"), damage(folder / "out", draw) if harm else None)
+    place = place_of(out)
+    return Kill(moment, number, place, damage(out, draw) if harm else None)
 
 
 def go_on(folder: Path) -> int:
     """Start with --resume, or, where that finds no run, as at first."""
     if (folder / "out" / "settings.json").exists():
         return start(folder, "--resume")
-    process = start(folder, "--resume")
-    if (code := processes.wait(process, SECONDS)) != 2:
+    code = processes.wait(start(folder, "--resume"), SECONDS)
+    if code != 2:
         raise RuntimeError(f"--resume without a run ended with {code}: {said(folder)}")
     return start(folder)
 
 
 def life(folder: Path, index: int, duration: float, expected: dict, draw: random.Random) -> Life:
     """One run, killed once or more often, to its end."""
-    kills, out = [], folder / "out"
+    kills = []
+    out = folder / "out"
     try:
         process = start(folder)
-        while True:
+        again = True
+        while again:
             number = signal.SIGTERM if draw.randrange(4) == 0 else signal.SIGKILL
-            kills.append(killed(folder, process, duration, number, draw, index % 3 == 2))
-            whole = len(whole_checkpoints(out)) - (kills[-1].damage is not None)
+            kill = killed(folder, process, duration, number, draw, index % 3 == 2)
+            kills.append(kill)
+            whole = len(whole_checkpoints(out)) - (kill.damage is not None)
             (folder / "log.err").write_text("")
             process = go_on(folder)
-            if len(kills) < 6 and draw.random() < 0.5:
-                continue
-            finished = kills[-1].place == "after the end"  # there --resume may say so and leave it at that
-            if (code := processes.wait(process, SECONDS)) != 0 and not (finished and code == 2):
-                return Life(kills, "error", f"exit code {code}: {said(folder)}")
-            break
+            again = len(kills) < 6 and draw.random() < 0.5
+        finished = kill.place == "after the end"  # there --resume may say so and leave it at that
+        code = processes.wait(process, SECONDS)
+        if code != 0 and not (finished and code == 2):
+            return Life(kills, "error", f"exit code {code}: {said(folder)}")
         if whole > 0 and not finished and "resumed after step" not in (folder / "log.err").read_text():
             return Life(kills, "lost", f"{whole} whole checkpoints, but: {said(folder)}")
         found = end_of(out)
@@ -172,22 +186,27 @@ def life(folder: Path, index: int, duration: float, expected: dict, draw: random
 
 def lives(place: Path, runs: int, seed: int) -> Iterator[tuple[float, Life]]:
     """(duration of the unbroken run, a run that was killed), one after the other."""
-    (given := place / "given").mkdir(parents=True)
+    given = place / "given"
+    given.mkdir(parents=True)
     processes.small_world(given)
-    durations, ends = [], []
+    durations = []
+    ends = []
     for again in range(min(3, runs)):
-        shutil.copytree(given, unbroken := place / f"unbroken-{again}")
+        unbroken = place / f"unbroken-{again}"
+        shutil.copytree(given, unbroken)
         tick = time.monotonic()
-        if (code := processes.wait(start(unbroken), SECONDS)) != 0:
+        code = processes.wait(start(unbroken), SECONDS)
+        if code != 0:
             sys.exit(f"the unbroken run ended with {code}: {said(unbroken)}")
         durations.append(time.monotonic() - tick)
         ends.append(end_of(unbroken / "out"))
     if any(end != ends[0] for end in ends):
         sys.exit("unbroken runs differ among themselves: there is nothing to compare with")
-    duration, expected = min(durations), ends[0]
+    duration = min(durations)
     for index in range(runs):
-        shutil.copytree(given, folder := place / f"run-{index:03d}")
-        found = life(folder, index, duration, expected, random.Random(f"{seed} {index}"))
+        folder = place / f"run-{index:03d}"
+        shutil.copytree(given, folder)
+        found = life(folder, index, duration, ends[0], random.Random(f"{seed} {index}"))
         yield duration, found
         if found.verdict == "equal":
             shutil.rmtree(folder)
@@ -202,6 +221,11 @@ def table(found: list[Life]) -> str:
             cells = [place, "yes" if harmed else "–", len(same), *map(same.count, VERDICTS)]
             lines += [f"| {' | '.join(map(str, cells))} |"] if same else []
     return "\n".join(lines)
+
+
+def story(kill: Kill) -> str:
+    harm = f", {kill.damage}" if kill.damage else ""
+    return f"{signal.Signals(kill.number).name} {kill.place}{harm}"
 
 
 def picture(found: list[Life], path: str) -> None:
@@ -231,20 +255,20 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         place = args.out or Path(scratch) / "kills"
         os.environ["PLAINPO_CACHE"] = str(place / "tokens")
-        found = list(data.progress(lives(place, args.runs, args.seed), "kills", "runs", args.runs))
-    duration, found = found[0][0], [x for _, x in found]
+        timed = list(data.progress(lives(place, args.runs, args.seed), "kills", "runs", args.runs))
+    duration = timed[0][0]
+    found = [life for _, life in timed]
     print(table(found) + "\n")
     for index, x in enumerate(found):
         if x.verdict != "equal":
-            story = "; ".join(
-                f"{signal.Signals(k.number).name} {k.place}{f', {k.damage}' if k.damage else ''}" for k in x.kills
-            )
-            print(f"run-{index:03d} {x.verdict}: {x.why} ({story})")
-    kills, counts = [kill for x in found for kill in x.kills], Counter(x.verdict for x in found)
+            print(f"run-{index:03d} {x.verdict}: {x.why} ({'; '.join(map(story, x.kills))})")
+    kills = [kill for x in found for kill in x.kills]
+    counts = Counter(x.verdict for x in found)
     signals = Counter(signal.Signals(kill.number).name for kill in kills)
-    told = f"{len(kills)} kills ({', '.join(f'{n} {name}' for name, n in sorted(signals.items()))})"
+    by_signal = ", ".join(f"{n} {name}" for name, n in sorted(signals.items()))
     ends = ", ".join(f"{counts[v]} {v}" for v in VERDICTS)
-    print(f"{len(found)} runs, {told}: {ends}; an unbroken run takes {duration:.1f} s, seed {args.seed}")
+    told = f"{len(found)} runs, {len(kills)} kills ({by_signal}): {ends}"
+    print(f"{told}; an unbroken run takes {duration:.1f} s, seed {args.seed}")
     if args.picture:
         picture(found, args.picture)
     return 0 if counts["equal"] == len(found) else 1
