@@ -187,11 +187,6 @@ def _files(name: str) -> list[Path] | None:
     return None
 
 
-def files_of(dataset: str) -> list[Path]:
-    """The files that all sources of a dataset read; a hub name has none."""
-    return [file for name, _ in _sources(dataset) for file in _files(_cut(name)[0]) or ()]
-
-
 def _read_file(file: Path) -> Iterator[tuple[str, dict | Exception]]:
     if not file.name.endswith(SUFFIXES):
         raise UserError(f"{file}: unknown kind of file; accepted are {', '.join(SUFFIXES)}")
