@@ -411,6 +411,10 @@ def commands() -> Iterator[Case]:
     yield Case(name("no command"), "data.py", "command")
     yield Case(name("an unknown command"), "data.py shwo", "shwo")
     yield Case(name("show without model"), "data.py show --dataset pairs.jsonl", "model")
+
+
+def tools() -> Iterator[Case]:
+    name, study, judges = "on_policy.py: {}".format, "diversify.py: {}".format, "answers.py: {}".format
     yield Case(name("sample of nothing"), "tests/tools/on_policy.py sample", "model|prompts")
     for option, value, word in (
         ("temperature", "nan", "temperature"), ("temperature", "inf", "temperature"), ("temperature", "-1", "temperature"),
@@ -422,16 +426,16 @@ def commands() -> Iterator[Case]:
     ):  # fmt: skip
         yield Case(name(f"sample --{option} {value[:20]}"), f"{SAMPLE} --{option} {value}", word)
     tree = f"{TREE} --strategy mcts --rule rules.py:words"
-    yield Case(name("sample by no strategy"), f"{TREE} --strategy mad", "mad")
-    yield Case(name("sample by mcts without a rule"), f"{TREE} --strategy mcts", "rule")
-    yield Case(name("sample by plain with a rule"), f"{TREE} --rule rules.py:words", "rule|mcts")
+    yield Case(study("sample by no strategy"), f"{TREE} --strategy mad", "mad")
+    yield Case(study("sample by mcts without a rule"), f"{TREE} --strategy mcts", "rule")
+    yield Case(study("sample by plain with a rule"), f"{TREE} --rule rules.py:words", "rule|mcts")
     for rule in ("nowhere.py:f", "rules.py:NUMBER", "rules.py:raises", "rules.py:text", "rules.py:one"):
         yield Case(
-            name(f"sample by mcts --rule {rule}"), f"{TREE} --max-tokens 64 --strategy mcts --rule {rule}", re.escape(rule)
+            study(f"sample by mcts --rule {rule}"), f"{TREE} --max-tokens 64 --strategy mcts --rule {rule}", re.escape(rule)
         )
     for option, value in (("iterations", "0"), ("iterations", LONG), ("exploration", "-1"), ("exploration", "nan"),
                           ("step-end", "''")):  # fmt: skip
-        yield Case(name(f"sample by mcts --{option} {value[:20]}"), f"{tree} --{option} {value}", option.replace("-", "."))
+        yield Case(study(f"sample by mcts --{option} {value[:20]}"), f"{tree} --{option} {value}", option.replace("-", "."))
     yield Case(name("sample, out is prompts"), f"{SAMPLE} --out prompts.jsonl", "prompts.jsonl")
     yield Case(name("sample, out of other settings"), f"{SAMPLE} --out sampled.jsonl --temperature 0.5", "temperature")
     yield Case(name("sample, out is no JSON"), f"{SAMPLE} --out rules.py", "rules.py")
@@ -460,17 +464,17 @@ def commands() -> Iterator[Case]:
     yield Case(name("pairs, how is nonsense"), f"{PAIRS} --how nonsense", "nonsense")
     yield Case(name("pairs, no scores"), f"{PAIRS} --scored sampled.jsonl", "scores")
     steps = "tests/studies/diversify.py steps --model model --sampled scored.jsonl --out new.jsonl"
-    yield Case(name("steps without a tree"), steps, "mcts")
-    yield Case(name("steps, min_visits 0"), f"{steps} --min-visits 0", "min.visits")
+    yield Case(study("steps without a tree"), steps, "mcts")
+    yield Case(study("steps, min_visits 0"), f"{steps} --min-visits 0", "min.visits")
     training = TRAIN.replace("train.py", "tests/studies/diversify.py train")
-    yield Case(name("training on steps that are none"), training, "not a pair of steps")
+    yield Case(study("training on steps that are none"), training, "not a pair of steps")
     yield Case(name("pairs, min_margin nan"), f"{PAIRS} --min-margin nan", "min.margin")
     yield Case(name("pairs, out is a folder"), f"{PAIRS} --out model", "model")
     yield Case(name("pairs, out under a file"), f"{PAIRS} --out rules.py/new.jsonl", "rules.py")
-    yield Case(name("answers, out is there"), f"{ANSWERS} --out scored.jsonl", "scored.jsonl")
+    yield Case(judges("out is there"), f"{ANSWERS} --out scored.jsonl", "scored.jsonl")
     for option, value in (("style", "nonsense"), ("decoding", "nonsense"), ("temperature", "nan"), ("max-new-tokens", "0"),
                           ("device", "gpu"), ("model", "nowhere"), ("prompts", "nowhere.jsonl")):  # fmt: skip
-        yield Case(name(f"answers --{option} {value}"), f"{ANSWERS} --{option} {value}", f"{option.replace('-', '.')}|nowhere")
+        yield Case(judges(f"--{option} {value}"), f"{ANSWERS} --{option} {value}", f"{option.replace('-', '.')}|nowhere")
 
 
 def plans_and_exports() -> Iterator[Case]:
@@ -590,8 +594,8 @@ def checkpoints() -> Iterator[Case]:
         yield Case(f"checkpoint: {what}", STOPPED, word, before, (0, 2), **going_on)
 
 
-GROUPS = (overwriting, resuming, models, settings, settings_files, objectives, datasets, commands, plans_and_exports, outputs,
-          checkpoints)  # fmt: skip
+GROUPS = (overwriting, resuming, models, settings, settings_files, objectives, datasets, commands, tools,
+          plans_and_exports, outputs, checkpoints)  # fmt: skip
 
 
 def all_cases() -> list[Case]:

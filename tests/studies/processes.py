@@ -69,6 +69,7 @@ def start(command: list[str] | str, folder: Path, output: Path, fresh: bool = Fa
 def _run(argv: list[str]) -> None:
     """What the interpreter does with a script, up to its exit code."""
     sys.argv, sys.stdin = argv, open(0)
+    sys.path.insert(0, str(Path(argv[0]).parent))
     sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), encoding="utf-8")
     sys.stderr = io.TextIOWrapper(open(2, "wb", 0, closefd=False), "utf-8", "backslashreplace", write_through=True)
     code = 0

@@ -17,7 +17,7 @@ from templates import family
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import data
-from data import Reading, UserError, world_tokenizer
+from data import UserError, world_tokenizer
 
 SCORED = {"prompt": "Ask me", "responses": ["Good", "Bad"], "scores": [1, 0]}
 
@@ -213,7 +213,10 @@ def test_what_scoring_and_pairing_say(tmp_path):
     """By hand: scores 1 3, 2 2, 4: mean 2.4, variance (34 − 5·2.4²)/5 = 1.04; pairs of margin 2 and 1, longer in one."""
     rows = [{"prompt": p, "responses": r} for p, r in (("A", ["a", "aaa"]), ("B", ["bb", "bb"]), ("C", ["cccc"]))]
     source, out, said = write(tmp_path, "s.jsonl", rows), str(tmp_path / "o.jsonl"), []
-    score = lambda: on_policy.score(Scoring(source, out, rule=lambda row, text: len(text)), say=said.append)  # noqa: E731
+
+    def score():
+        on_policy.score(Scoring(source, out, rule=lambda row, text: len(text)), say=said.append)
+
     score()
     end = "3 rows, 5 scores: mean 2.4, standard deviation 1.02, 1 to 4; 2 rows have no two different scores, so no pair"
     assert said[1] == end and "already" not in said[0]
@@ -278,10 +281,13 @@ def test_outputs_that_cannot_be_written(world_model, tmp_path):
         (f"{tmp_path}/file/out", "File exists|Not a directory"),
         ("x" * 300, "too long"),
     ):
-        for call in (lambda: on_policy.sample(Sampling("org/none", source, out)),  # noqa: B023
-                     lambda: on_policy.score(Scoring(source, out, rule=len)), lambda: on_policy.pairs(Pairing(source, out))):  # noqa: B023 # fmt: skip
+        for work, settings in (
+            (on_policy.sample, Sampling("org/none", source, out)),
+            (on_policy.score, Scoring(source, out, rule=len)),
+            (on_policy.pairs, Pairing(source, out)),
+        ):
             with pytest.raises(UserError, match=f"cannot be written .*({why})"):
-                call()
+                work(settings)
     with pytest.raises(UserError, match="no file that could be continued"):
         on_policy.sample(Sampling("org/none", source, "/dev/null"))
 
@@ -390,9 +396,10 @@ def test_pairs_by_hand(tmp_path, chatml):
     assert made(min_margin=0.2)[1] == [("a2", "a3")]
     assert {made(how="correct", seed=seed)[1][0] for seed in range(20)} == {("a2", "a1"), ("a2", "a3")}
     assert {made(how="random", seed=seed)[1][0] for seed in range(30)} == {("a2", "a1"), ("a2", "a3"), ("a1", "a3")}
-    on_policy.pairs(Pairing(scored, out))
-    examples, report = data.load(out, chatml, Reading(min_score_margin=0.5))
-    assert len(examples) == 1 and chatml.decode(examples[0].responses[0]) == "a2<|im_end|>"
+    on_policy.pairs(Pairing(scored, out, min_margin=0.5))
+    examples, _ = data.load(out, chatml)
+    assert [e.margin for e in examples] == [pytest.approx(0.8)]
+    assert chatml.decode(examples[0].responses[0]) == "a2<|im_end|>"
     with pytest.raises(UserError, match="how is 'worst'"):
         on_policy.pairs(Pairing(scored, out, how="worst"))
 
