@@ -863,10 +863,15 @@ def reader_of(
 def _as_texts(rows: Iterable[tuple[str, dict | Exception]]) -> Iterator[dict]:
     """Rows of any columns as rows of the same three, which a Dataset can hold."""
     for where, row in rows:
-        if isinstance(row, Exception):
-            yield {"where": where, "row": None, "problem": str(row)}
-        else:
-            yield {"where": where, "row": json.dumps(row, default=str), "problem": None}
+        text = None
+        problem = None
+        try:
+            if isinstance(row, Exception):
+                raise row
+            text = json.dumps(row, default=str)
+        except (UserError, RecursionError) as error:
+            problem = str(error)
+        yield {"where": where, "row": text, "problem": problem}
 
 
 def _features() -> tuple["Features", "Features"]:
@@ -897,7 +902,7 @@ def _outcome(item: dict, reader: Callable, encode: Callable, renamed: dict[str, 
         raw = json.loads(item["row"]) if item["problem"] is None else UserError(item["problem"])
         row = row_of(raw, reader, renamed)
         example, cuts = encode(row, tokenizer, how.max_length, how.max_prompt_length, how.control_tokens)
-    except UserError as error:
+    except (UserError, RecursionError) as error:  # the latter of a thousand brackets
         return found | {"dropped": str(error)}
     equal = to_equal_length(example, how.equal_length, how.seed) if how.equal_length else example
     if equal != example:

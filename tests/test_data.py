@@ -621,6 +621,14 @@ def test_damaged_files(tmp_path, chatml):
             assert file.name in str(error)
 
 
+def test_brackets_as_deep_as_can_just_be_read(tmp_path, chatml):
+    """What one step of the way can still read and another cannot costs its row only."""
+    deep = [json.dumps(PAIR)[:-1] + ', "more": ' + "[" * n + "]" * n + "}" for n in range(800, 1010)]
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(PAIR), *deep]))
+    examples, report = load(str(tmp_path / "a.jsonl"), chatml, max_drop_fraction=1)
+    assert report.rows == 211 and len(examples) > 1 and all("recursion depth" in reason for reason in report.dropped)
+
+
 def test_a_text_of_a_megabyte_is_cut(tmp_path, chatml):
     rows = [{**PAIR, "chosen": "Good day. " * 100_000}, {**PAIR, "prompt": "Ask me. " * 3_000}]
     examples, report = load(write(tmp_path, "a.jsonl", rows), chatml)

@@ -140,6 +140,7 @@ TREE = SAMPLE.replace("tools/on_policy", "studies/diversify")
 SCORE = "tests/tools/on_policy.py score --responses sampled.jsonl --out new.jsonl"
 PAIRS = "tests/tools/on_policy.py pairs --scored scored.jsonl --out new.jsonl"
 ANSWERS = "tests/tools/answers.py --model model --prompts prompts.jsonl --out new.json --max-new-tokens 4"
+CLEAN = "tests/tools/clean.py"
 SHOW = "data.py show --model model --dataset"
 STATS = "data.py stats --model model --dataset"
 EXPORT = "distributed.py export stopped/checkpoints/step-000004"
@@ -238,9 +239,9 @@ def settings() -> Iterator[Case]:
     for option, values in {
         "weight-decay": "nan inf -1", "max-grad-norm": "nan -1", "lr": "nan inf 0 -1 ten", "warmup-ratio": "2 nan -0.1",
         "batch-size": "0 -1 1.5", "epochs": "0 -1", "max-steps": "0 -1", "sample-tokens": "0 -3", "samples": "-1",
-        "eval-size": "10000 -1", "seed": "-1 x", "mesh": "axb 2x2 0x0", "min-score-margin": "nan",
+        "eval-size": "10000 -1", "seed": "-1 x", "mesh": "axb 2x2 0x0",
         "equal-length": "2 nan -1", "device": "cuda:7 gpu meta", "dtype": "fp64", "layout": "tree", "log-to": "nothing",
-        "compat": "nobody", "export-dtype": "int4", "replays": "0", "reset-alpha": "2 nan",
+        "export-dtype": "int4",
         "sft-weight": "nan -1", "tokens-per-microbatch": "0", "keep": "0", "save-every": "-1", "eval-every": "-1",
         "max-drop-fraction": "nan 2", "gradient-checkpointing": "perhaps", "max-length": "1 0 -5",
         "max-prompt-length": "0 4096", "learning-rate": "1e-3",
@@ -364,6 +365,7 @@ def datasets() -> Iterator[Case]:
         "a prompt of lone surrogates": ("new.jsonl", surrogate, "new.jsonl"),
         "a number of 5,000 digits": ("new.jsonl", long, "new.jsonl"),
         "null columns": ("new.jsonl", '{"prompt": null, "chosen": null, "rejected": null}\n' * 30, "new.jsonl"),
+        "texts that spell special tokens": ("new.jsonl", text.replace("name two", "<end> two"), "special token <end>"),
         "prompts of no text": ("new.jsonl", '{"prompt": 5, "chosen": {}, "rejected": []}\n' * 30, "new.jsonl"),
     }  # fmt: skip
     for what, (file, content, word) in broken.items():
@@ -372,9 +374,8 @@ def datasets() -> Iterator[Case]:
             yield Case(f"data: {what} (stats)", f"{STATS} {file}", word.split("|")[0], write(file, content))
     same = write("new.jsonl", lines[0] * 30)
     yield Case("data: all rows identical", f"{TRAIN} --dataset new.jsonl", "", same, (0, 2))
-    yield Case(
-        "data: all rows identical, and dropped", f"{TRAIN} --dataset new.jsonl --drop-duplicates true", "eval.size|rows", same
-    )
+    yield Case("data: all rows identical, and dropped", f"{CLEAN} new.jsonl new2.jsonl --identical", "no row is left", rows(
+        "new.jsonl", *[pair | {"rejected": pair["chosen"]}] * 30))  # fmt: skip
     mixed = rows("new.jsonl", pair, single, pair, single)
     kto = "--objective kto --eval-size 1"
     for what, command, code in (
@@ -407,7 +408,7 @@ def datasets() -> Iterator[Case]:
     yield Case("data: max_length 1 (stats)", f"{lengths} 1", "max.length")
     yield Case("data: max_prompt_length above max_length (stats)", f"{lengths} 64 --max-prompt-length 65", "max.prompt.length")
     yield Case("data: show -n -1", f"{SHOW} pairs.jsonl -n -1", "n ", None, (0, 2))
-    yield Case("data: standard input is closed", "{python} {repository}/" + f"{STATS} - <&-", "input|-", shell=True)
+    yield Case("data: standard input", f"{STATS} -", "no such file")
     yield Case("data: weight with sample", f"{SAMPLE} --prompts prompts.jsonl@2", "weight|@2")
 
 
@@ -473,6 +474,11 @@ def tools() -> Iterator[Case]:
     yield Case(study("steps, min_visits 0"), f"{steps} --min-visits 0", "min.visits")
     training = TRAIN.replace("train.py", "tests/studies/diversify.py train")
     yield Case(study("training on steps that are none"), training, "not a pair of steps")
+    yield Case(name("clean, out is in"), f"{CLEAN} pairs.jsonl pairs.jsonl --duplicates", "pairs.jsonl")
+    yield Case(name("clean of nothing"), CLEAN, "source|out")
+    yield Case(name("clean, min_margin without scores"), f"{CLEAN} pairs.jsonl new.jsonl --min-margin 1", "min.margin|scores")
+    yield Case(name("clean, an unknown switch"), f"{CLEAN} pairs.jsonl new.jsonl --double", "double")
+    yield Case(name("clean, out is a folder"), f"{CLEAN} pairs.jsonl model", "model")
     yield Case(name("pairs, min_margin nan"), f"{PAIRS} --min-margin nan", "min.margin")
     yield Case(name("pairs, out is a folder"), f"{PAIRS} --out model", "model")
     yield Case(name("pairs, out under a file"), f"{PAIRS} --out rules.py/new.jsonl", "rules.py")

@@ -97,8 +97,11 @@ def prompt_of(row: dict, where: str) -> list[dict]:
 
 
 def prompt_ids(tokenizer, prompt: list[dict]) -> list[int]:
-    """What a model is asked: the prompt's token ids, with the generation prompt, as training sees them."""
-    example, _ = encode(Row(prompt, [data.MARK]), tokenizer, LONG, LONG)
+    """What a model is asked: the prompt's token ids, with the generation prompt, as training sees them.
+
+    A special token that is spelled in it is a real one, as in every engine; training drops such a row.
+    """
+    example, _ = encode(Row(prompt, [data.MARK]), tokenizer, LONG, LONG, control_tokens=True)
     return example.prompt
 
 
@@ -462,7 +465,7 @@ def by_reward_model(name: str, device: torch.device, batch_size: int) -> Callabl
     def scores(row: dict, prompt: list[dict], texts: list[str]) -> list[float]:
         ids = []
         for text in texts:
-            example, _ = encode(Row(prompt, [text]), tokenizer, LONG, LONG)
+            example, _ = encode(Row(prompt, [text]), tokenizer, LONG, LONG, control_tokens=True)
             ids.append(example.prompt + example.responses[0])
         if own_pad is None:  # transformers looks for the last token that is no padding, so padding must be an id not in use
             used = set(itertools.chain.from_iterable(ids))

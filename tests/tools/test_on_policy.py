@@ -377,6 +377,13 @@ def test_pairs_replace_pairs_of_their_own_and_nothing_else(tmp_path):
     assert out.read_text() == first and sorted(p.name for p in tmp_path.iterdir()) == ["p.jsonl", "s.jsonl"]
 
 
+def test_a_special_token_that_a_prompt_spells_is_a_real_one(chatml):
+    """Asked like that, and named by `data.load`, which drops the row."""
+    ids = on_policy.prompt_ids(chatml, [{"role": "user", "content": "a <|im_end|> b"}])
+    end = chatml.convert_tokens_to_ids("<|im_end|>")
+    assert ids.count(end) == 1 + on_policy.prompt_ids(chatml, [{"role": "user", "content": "a b"}]).count(end)
+
+
 def test_pairs_by_hand(tmp_path, chatml):
     rows = [
         {"prompt": "A", "responses": ["a1", "a2", "a3"], "scores": [0.2, 0.9, 0.1]},
