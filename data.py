@@ -1,44 +1,35 @@
-"""Preference data: reads pairs, then makes pairs.
+"""Preference data.
 
-Reading: rows → checks → token ids → step plan → padded or packed microbatches. A row of any accepted format becomes prompt
+Rows → checks → token ids → step plan → padded or packed microbatches. A row of any accepted format becomes prompt
 messages and one or more responses (`Row`), then token ids (`Example`): the prompt as the chat template renders it with the
 generation prompt, and for each response exactly the ids that generation would have to produce after it, terminator included.
 What does not fit is dropped, counted and reported with its file and row number.
 
-Making: sample → score → pairs, of a model's own responses; and its answers to a benchmark's prompts, as outside judges read
-them.
-
     python data.py show  --model MODEL --dataset FILE -n 3      # rows in colour
     python data.py stats --model MODEL --dataset FILE           # lengths, length bias, duplicates, what is dropped and why
-    python data.py sample | score | pairs | answers --help      # make pairs of a model's own responses, and answers
 
 Shape letters: B examples · R responses · T tokens of a batch · N scored tokens.
 """
 
 import argparse
-import bisect
 import contextlib
 import difflib
 import errno
+import fcntl
 import functools
 import glob
 import gzip
 import hashlib
 import heapq
-import importlib.util
 import inspect
 import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
-import signal
 import sys
-import threading
-import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,7 +39,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -56,7 +46,7 @@ from transformers import HfArgumentParser
 from logprobs import to_device
 
 if TYPE_CHECKING:  # pyarrow, datasets and transformers' models are imported where they are used: --help comes at once
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 
 class UserError(Exception):
@@ -84,37 +74,42 @@ def device_named(name: str) -> torch.device:
     return torch.device(("cuda" if count else "cpu") if name == "auto" else name)
 
 
+def bf16_in_hardware(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 itself; where it is emulated, fp32 is many times faster."""
+    if device.type == "cpu":
+        flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 HUB_SECONDS = 5.0  # that the hub has for its first answer
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def reachable(name: str, kind: str = "model") -> None:
-    """UserError within seconds where a name (of a "model" or "dataset") is neither here nor on the hub.
+    """UserError within seconds where a name (of a "model" or "dataset") is neither a path nor on the hub nor in its cache.
 
-    The hub is asked once and briefly; its own client would try for a minute. Where it does not answer, what is in its cache
-    goes on without it, for the rest of the process.
+    The hub is asked once, with HUB_SECONDS to answer; its own client would try for a minute. Where it does not answer, the
+    process goes on offline.
     """
     from huggingface_hub import HfApi, constants, errors
-    from huggingface_hub.utils import validate_repo_id
 
     if os.path.exists(os.path.expanduser(name)):
         return
-    try:
-        validate_repo_id(name)
-    except errors.HFValidationError:  # such as ./x, /x, a/b/c
-        raise UserError(f"{name[:200] or f'a {kind} without a name'}: no such file or folder") from None
+    absent = f"{name[:200]}: no such file or folder, and"
     if not constants.HF_HUB_OFFLINE:
         try:
             HfApi(endpoint=constants.ENDPOINT).repo_info(name, repo_type=kind, timeout=HUB_SECONDS)
             return
-        except errors.RepositoryNotFoundError:
-            raise UserError(f"{name}: no such file or folder, and no such {kind} on the hub (or a private one)") from None
+        except (errors.RepositoryNotFoundError, errors.HFValidationError):  # the latter without asking: ./x, a/b/c
+            raise UserError(f"{absent} no such {kind} on the hub (or a private one)") from None
         except errors.HfHubHTTPError:  # it is there and says something else, which the loader will report
             return
         except Exception:  # the HTTP client raises many kinds; all mean that there was no answer
-            os.environ["HF_HUB_OFFLINE"], constants.HF_HUB_OFFLINE = "1", True
+            constants.HF_HUB_OFFLINE = True
+            os.environ["HF_HUB_OFFLINE"] = "1"
     if not Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}").is_dir():
-        raise UserError(f"{name}: no such file or folder, and the hub cannot be reached (offline?)")
+        raise UserError(f"{absent} the hub cannot be reached (offline?), nor is such a {kind} in its cache")
 
 
 def setting(default, text: str, **more):
@@ -133,7 +128,6 @@ class Row(NamedTuple):
     responses: list[str]
     desirable: bool | None = None  # None for pairs
     margin: float | None = None  # score of chosen less score of rejected, where the data has scores
-    ends: list[bool] | None = None  # of steps: whether each ends the assistant's turn; None: every response does
 
 
 class Example(NamedTuple):
@@ -157,14 +151,14 @@ def read(dataset: str) -> Iterator[tuple[str, dict | Exception]]:
 
     Args:
         dataset: a path ending in .json, .jsonl, either with .gz, or .parquet; a folder of such files; a pattern,
-            "data/*.jsonl"; "-" for JSON lines on standard input; or a hub name, "org/name", "org/name:split" or
-            "org/name:config:split" (the split is train if not given). A slice takes some of the rows: "pairs.jsonl[:1000]".
+            "data/*.jsonl"; or a hub name, "org/name", "org/name:split" or "org/name:config:split" (the split is train if not
+            given). A slice takes some of the rows: "pairs.jsonl[:1000]".
     Raises:
         UserError: nothing there, or a file that cannot be read at all.
     """
     name, cut = _cut(dataset)
     files = _files(name)
-    rows = _read_hub(name) if files is None else itertools.chain.from_iterable(map(_read_file, files))
+    rows = _numbered(name, _hub(name)) if files is None else itertools.chain.from_iterable(map(_read_file, files))
     if cut is None:
         return rows
     first, last = (int(x[:18]) if x else None for x in cut[1:-1].split(":"))  # no file has 10¹⁸ rows
@@ -178,87 +172,80 @@ def _cut(dataset: str) -> tuple[str, str | None]:
 
 
 def _files(name: str) -> list[Path] | None:
-    """The files that a name stands for, or None if it can only be a hub name."""
-    path = Path(name).expanduser()
-    try:
-        if name == "-" or path.is_file():
-            return [Path(name) if name == "-" else path]
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
-            if not files:
-                raise UserError(f"{path}: no data file in this folder; looked for {', '.join(SUFFIXES)}")
-            return files
-        if glob.has_magic(name):
-            files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-            if not files:
-                raise UserError(f"{name}: no file matches this pattern")
-            return files
-    except (OSError, ValueError) as error:  # a name that no file can have
-        raise UserError(f"{name[:200]}: no such file or folder ({getattr(error, 'strerror', error)})") from error
+    """The files that a name stands for, or None if it can only be a hub name. Hidden files of a folder are not data."""
+    path = os.path.expanduser(name)
+    if os.path.isfile(path):
+        return [Path(path)]
+    pattern = os.path.join(glob.escape(path), "**") if os.path.isdir(path) else path
+    if glob.has_magic(pattern):
+        found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if p.endswith(SUFFIXES) and os.path.isfile(p))
+        if not found:
+            raise UserError(f"{name[:200]}: no data file there; looked for {', '.join(SUFFIXES)}")
+        return found
     if name.startswith((".", "/", "~")) or name.endswith(SUFFIXES):
-        raise UserError(f"{name}: no such file or folder")
+        raise UserError(f"{name[:200]}: no such file or folder")
     return None
 
 
-def files_of(dataset: str) -> list[Path]:
-    """The files that all sources of a dataset read; a hub name has none."""
-    return [file for name, _ in _sources(dataset) for file in _files(_cut(name)[0]) or ()]
-
-
 def _read_file(file: Path) -> Iterator[tuple[str, dict | Exception]]:
-    if str(file) != "-" and not file.name.endswith(SUFFIXES):
+    if not file.name.endswith(SUFFIXES):
         raise UserError(f"{file}: unknown kind of file; accepted are {', '.join(SUFFIXES)}")
     return _read_parquet(file) if file.suffix == ".parquet" else _read_json(file)
 
 
+def _numbered(name: str | Path, rows: Iterable) -> Iterator[tuple[str, dict | Exception]]:
+    return ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
+
+
 def _read_parquet(file: Path):
-    from pyarrow import ArrowException, parquet
+    from datasets import load_dataset
 
     try:
-        batches = parquet.ParquetFile(file).iter_batches()
-        rows = (row for batch in batches for row in batch.to_pylist())
-        for number, row in enumerate(rows, 1):
-            yield f"{file} row {number}", row
-    except (OSError, ValueError, ArrowException) as error:
+        yield from _numbered(file, load_dataset("parquet", data_files=str(file), split="train", streaming=True))
+    except Exception as error:  # datasets and pyarrow raise many kinds; all mean that the file gives no rows
         raise UserError(f"{file}: not a readable parquet file ({_brief(error)})") from error
 
 
-def _open(file: Path):
-    # bytes that are not UTF-8 become lone surrogates, which _text reports for the row that holds them
-    how = dict(mode="rt", encoding="utf-8-sig", errors="surrogateescape")
-    if str(file) == "-":
-        if sys.stdin is None or sys.stdin.isatty():
-            where = "closed" if sys.stdin is None else "a terminal"
-            raise UserError(f"standard input is {where}: pipe JSON lines into it, or name a file")
-        return io.TextIOWrapper(sys.stdin.buffer, encoding=how["encoding"], errors=how["errors"])
-    return gzip.open(file, **how) if file.suffix == ".gz" else open(file, **how)
-
-
 def _read_json(file: Path):
-    name, number = "standard input" if str(file) == "-" else str(file), 0
+    """A list of rows, or a row a line: then a bad line costs that row only."""
+    opened = gzip.open if file.suffix == ".gz" else open
+    number = 0
     try:
-        with _open(file) as lines:
+        # bytes that are not UTF-8 become lone surrogates, which _text reports for the row that holds them
+        with opened(file, "rt", encoding="utf-8-sig", errors="surrogateescape") as lines:
             if ".json" in file.suffixes:
                 text = lines.read()
-                try:
-                    rows = json.loads(text)
-                except json.JSONDecodeError as error:
-                    if not error.msg.startswith("Extra data"):
-                        raise
-                    lines = io.StringIO(text)  # JSON lines under another name
-                else:
-                    if not isinstance(rows, list):
-                        raise UserError(f"{name}: holds a JSON {type(rows).__name__}, not a list of rows")
-                    yield from ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
+                rows = _json_list(file, text)
+                if rows is not None:
+                    yield from _numbered(file, rows)
                     return
+                lines = io.StringIO(text)
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    try:
-                        yield f"{name} row {number}", json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        yield f"{name} row {number}", UserError(f"not valid JSON ({error})")
+                    yield f"{file} row {number}", _json_line(line)
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        raise UserError(f"{name}: cannot be read{f' after row {number}' if number else ''} ({error})") from error
+        after = f" after row {number}" if number else ""
+        raise UserError(f"{file}: cannot be read{after} ({error})") from error
+
+
+def _json_list(file: Path, text: str) -> list | None:
+    """The rows of a JSON list; None for JSON lines under another name."""
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg.startswith("Extra data"):
+            return None
+        raise
+    if not isinstance(rows, list):
+        raise UserError(f"{file}: holds a JSON {type(rows).__name__}, not a list of rows")
+    return rows
+
+
+def _json_line(line: str) -> dict | UserError:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return UserError(f"not valid JSON ({error})")
 
 
 @functools.lru_cache(maxsize=8)
@@ -268,18 +255,14 @@ def _hub(name: str):
     from huggingface_hub import constants
 
     path, *rest = name.split(":")
-    config, split = ([None] + rest)[-2:] if rest else (None, "train")
+    config = rest[0] if len(rest) == 2 else None
+    split = rest[-1] if rest else ""
     reachable(path, "dataset")
     settings.HF_HUB_OFFLINE |= constants.HF_HUB_OFFLINE  # found out just now
     try:
         return load_dataset(path, config, split=split or "train")
     except Exception as error:  # the hub client raises many kinds; all mean that the name gives no rows
         raise UserError(f"{name}: no such file or folder, and not loadable from the hub ({_brief(error)})") from error
-
-
-def _read_hub(name: str):
-    for number, row in enumerate(_hub(name), 1):
-        yield f"{name} row {number}", row
 
 
 def _sources(dataset: str) -> list[tuple[str, float]]:
@@ -349,10 +332,7 @@ def _response(value, what: str) -> str:
 
 def _row(prompt: list[dict], responses: list[str], **more) -> Row:
     if prompt[-1]["role"] == "assistant":
-        raise UserError(
-            "the prompt ends with an assistant turn, so there is nothing to answer (pairs of steps that continue it have "
-            "columns chosen_ends and rejected_ends)"
-        )
+        raise UserError("the prompt ends with an assistant turn, so there is nothing to answer")
     return Row(prompt, responses, **more)
 
 
@@ -360,10 +340,11 @@ def _hh_messages(text: str, what: str) -> list[dict]:
     parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + _text(text, what).lstrip())
     if parts[0].strip() or len(parts) < 3:
         raise UserError(f'{what} is not a transcript of "\\n\\nHuman:" and "\\n\\nAssistant:" turns')
-    return [
-        {"role": "user" if who == "Human" else "assistant", "content": _text(said.strip(), f"{what} turn {i}")}
-        for i, (who, said) in enumerate(zip(parts[1::2], parts[2::2]), 1)
-    ]
+    messages = []
+    for who, said in zip(parts[1::2], parts[2::2]):
+        content = _text(said.strip(), f"{what} turn {len(messages) + 1}")
+        messages.append({"role": "user" if who == "Human" else "assistant", "content": content})
+    return messages
 
 
 def _last_turns(chosen: list[dict], rejected: list[dict], **more) -> Row:
@@ -403,36 +384,39 @@ def _margin(row: dict) -> float | None:
     return None
 
 
+def _is_conversation(value) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 1
+
+
 def from_pair(row: dict) -> Row:
     """{prompt, chosen, rejected}: text or messages; responses may repeat the whole conversation (UltraFeedback, SimPO's sets).
 
     Scores, if there, give the margin: {score_chosen, score_rejected}, or {all_rm_scores} of which these are best and worst.
     """
-    sides, margin = [row.get("chosen"), row.get("rejected")], _margin(row)
-    if all(isinstance(s, (list, tuple)) and len(s) > 1 for s in sides):
-        sides, prompt = [_messages(s, w) for s, w in zip(sides, ("chosen", "rejected"))], row.get("prompt")
-        if sides[0][0]["role"] == "assistant" or prompt is not None and not isinstance(prompt, str):
-            prompt = _messages(prompt, "prompt")
-            sides = [s if s[: len(prompt)] == prompt else prompt + s for s in sides]  # responses of several turns
-        return _last_turns(*sides, margin=margin)
-    prompt = _messages(row.get("prompt"), "prompt")
-    return _row(prompt, [_response(s, w) for s, w in zip(sides, ("chosen", "rejected"))], margin=margin)
+    margin = _margin(row)
+    prompt = row.get("prompt")
+    chosen = row.get("chosen")
+    rejected = row.get("rejected")
+    if not (_is_conversation(chosen) and _is_conversation(rejected)):
+        prompt = _messages(prompt, "prompt")
+        return _row(prompt, [_response(chosen, "chosen"), _response(rejected, "rejected")], margin=margin)
+    chosen = _messages(chosen, "chosen")
+    rejected = _messages(rejected, "rejected")
+    if chosen[0]["role"] == "assistant" or not (prompt is None or isinstance(prompt, str)):
+        prompt = _messages(prompt, "prompt")
+        chosen = _after(prompt, chosen)
+        rejected = _after(prompt, rejected)
+    return _last_turns(chosen, rejected, margin=margin)
 
 
-def from_steps(row: dict) -> Row:
-    """{prompt, chosen, rejected, chosen_ends, rejected_ends}: two next steps of an answer, as `pairs --how step` writes them.
-
-    A prompt that ends in an assistant turn is the answer so far: it and a step are one text, with nothing in between. The
-    terminator follows, and is scored, where `…_ends` says true: a step that is not the answer's last has none.
-    """
-    sides = ("chosen", "rejected")
-    steps, ends = [_text(row.get(x), x) for x in sides], [_label(row.get(f"{x}_ends"), f"{x}_ends") for x in sides]
-    return Row(_messages(row.get("prompt"), "prompt"), steps, margin=_margin(row), ends=ends)
+def _after(prompt: list[dict], messages: list[dict]) -> list[dict]:
+    """The whole conversation of a response of several turns, which repeats the prompt or goes on from it."""
+    return messages if messages[: len(prompt)] == prompt else prompt + messages
 
 
 def from_hh(row: dict) -> Row:
     """{chosen, rejected}: Anthropic-HH transcripts of "Human:" and "Assistant:" turns that share all but the last."""
-    return _last_turns(*(_hh_messages(row.get(side), side) for side in ("chosen", "rejected")))
+    return _last_turns(_hh_messages(row.get("chosen"), "chosen"), _hh_messages(row.get("rejected"), "rejected"))
 
 
 def from_implied(row: dict) -> Row:
@@ -459,17 +443,20 @@ def from_sharegpt(row: dict) -> Row:
     prompt = _messages(row.get("conversations"), "conversations")
     if row.get("system") not in (None, ""):
         prompt = [{"role": "system", "content": _text(row["system"], "system")}] + prompt
-    return _row(prompt, [_response(row.get(side), side) for side in ("chosen", "rejected")], margin=_margin(row))
+    responses = [_response(row.get("chosen"), "chosen"), _response(row.get("rejected"), "rejected")]
+    return _row(prompt, responses, margin=_margin(row))
 
 
 def from_scored(row: dict) -> Row:
     """{prompt, responses, scores}, or SimPO's {prompt, all_generated_responses, all_rm_scores}: best against worst."""
-    texts, scores = ("responses", "scores") if "responses" in row else ("all_generated_responses", "all_rm_scores")
+    texts = "responses" if "responses" in row else "all_generated_responses"
+    scores = "scores" if "responses" in row else "all_rm_scores"
     if not isinstance(row.get(texts), (list, tuple)) or len(row[texts]) < 2:
         raise UserError(f"{texts} is not a list of two or more responses")
     responses = [_response(r, f"{texts} {i}") for i, r in enumerate(row[texts], 1)]
     values = _scores(row.get(scores), scores, len(responses))
-    best, worst = values.index(max(values)), values.index(min(values))
+    best = values.index(max(values))
+    worst = values.index(min(values))
     if best == worst:
         raise UserError(TIE)
     prompt = _messages(row.get("prompt"), "prompt")
@@ -484,7 +471,8 @@ def _label(value, what: str = "label") -> bool:
 
 def from_unpaired(row: dict) -> Row:
     """{prompt, completion, label}."""
-    prompt, completion = _messages(row.get("prompt"), "prompt"), _response(row.get("completion"), "completion")
+    prompt = _messages(row.get("prompt"), "prompt")
+    completion = _response(row.get("completion"), "completion")
     return _row(prompt, [completion], desirable=_label(row.get("label")))
 
 
@@ -503,7 +491,6 @@ def _is_hh(row: dict) -> bool:
 TIE = "a tie: every response has the same score"
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict], Row]]] = {  # the first that fits the first row is taken
     "sharegpt": (("conversations", "chosen", "rejected"), from_sharegpt),
-    "steps": (("prompt", "chosen", "rejected", "chosen_ends", "rejected_ends"), from_steps),
     "pairs": (("prompt", "chosen", "rejected"), from_pair),
     "hh": (("chosen", "rejected"), from_hh),
     "implied": (("chosen", "rejected"), from_implied),
@@ -540,7 +527,6 @@ PLAIN_TEMPLATE = (  # for tokenizers without a chat template; saved with the exp
 )
 
 
-PRIVATE = re.compile("[\U000f0000-\U000ffffd]")
 MARK = "\ue000"  # a private-use character: stands for a response to see what a template writes after it
 
 
@@ -576,45 +562,6 @@ def _ids(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _any_of(words) -> re.Pattern:
-    # the longest first; of no words, a pattern that never matches
-    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
-
-
-@functools.lru_cache(maxsize=4)
-def _special(tokenizer) -> tuple[dict[str, str], re.Pattern]:
-    """(special token → a private-use character, pattern that finds special tokens)."""
-    special = sorted(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
-    return {token: chr(0xF0000 + i) for i, token in enumerate(special)}, _any_of(special)
-
-
-@functools.lru_cache(maxsize=4)
-def _stand_ins(tokenizer) -> tuple[Callable[[str], str], Tokenizer | None]:
-    """For text that spells a special token: (exchange of each with its private-use character and back, reader of the latter).
-
-    The reader is a copy of the tokenizer in which every special token goes by its private-use character, so that its old name
-    is ordinary text. None where no such copy can be made.
-    """
-    names, _ = _special(tokenizer)
-    swap = names | {char: token for token, char in names.items()}
-    exchange = functools.partial(_any_of(swap).sub, lambda match: swap[match[0]])
-    if not getattr(tokenizer, "is_fast", False):
-        return exchange, None
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    for token in state["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
-    model, vocab = state["model"], state["model"]["vocab"]
-    by_name = isinstance(vocab, dict)
-    model["vocab"] = {names.get(k, k): v for k, v in vocab.items()} if by_name else [[names.get(k, k), v] for k, v in vocab]
-    if model.get("unk_token") in names:
-        model["unk_token"] = names[model["unk_token"]]
-    state["post_processor"] = None
-    try:
-        return exchange, Tokenizer.from_str(json.dumps(state))
-    except Exception:  # a vocabulary that builds its special tokens from ordinary pieces
-        return exchange, None
-
-
 def _controls(tokenizer, ids: list[int]) -> list[int]:
     """The special tokens among ids, in order; the unknown token stands for text."""
     special = _special_ids(tokenizer)
@@ -627,20 +574,32 @@ def _special_ids(tokenizer) -> set[int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _own_controls(tokenizer, roles: tuple[str, ...], ends: bool) -> list[int]:
+def _own_controls(tokenizer, roles: tuple[str, ...]) -> list[int]:
     """The special tokens that a template writes itself around messages of these roles and a response."""
-    row = Row([{"role": role, "content": MARK} for role in roles], [MARK], ends=[ends])
-    prompt, (response,) = _prompt_and_responses(row, tokenizer, functools.partial(_ids, tokenizer))
-    return _controls(tokenizer, prompt + response)
+    row = Row([{"role": role, "content": MARK} for role in roles], [MARK])
+    prompt, responses = _prompt_and_responses(row, tokenizer)
+    return _controls(tokenizer, prompt + responses[0])
 
 
-def _texts(row: Row) -> list[str]:
-    return [m["content"] for m in row.prompt] + row.responses
+def _refuse_spelled(tokenizer, ids: list[int], own: list[int]) -> None:
+    """UserError unless the special tokens among ids are those that the template writes itself, whatever way others came in."""
+    found = _controls(tokenizer, ids)
+    spelled = Counter(found) - Counter(own)
+    if spelled:
+        token = tokenizer.convert_ids_to_tokens(min(spelled))
+        raise UserError(f"its texts spell the special token {token} (--control_tokens takes it as a real one)")
+    if found != own:
+        raise UserError("the chat template writes other special tokens around these texts than around others")
 
 
 def _common(a: list[int], b: list[int]) -> int:
     """How many ids two lists share at the beginning."""
-    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    shared = 0
+    for x, y in zip(a, b):
+        if x != y:
+            break
+        shared += 1
+    return shared
 
 
 def encode(
@@ -653,112 +612,55 @@ def encode(
     prefix that it shares with `prompt`; where the tokenizer merges across the boundary, the merged token is the response's
     and the stored prompt ends before it, for all responses of the row alike.
 
-    A prompt that ends in an assistant turn is the beginning of that turn, as it stands: `prompt` is then the rendering up to
-    its last character and `whole` that of one turn, beginning + response. A response that does not end the turn (`ends` false,
-    a step) goes up to its own last character: no terminator, nothing of the template after it. Prompt + response are always
-    the ids of the conversation's text up to there; those of the next step begin with the same ids, unless the tokenizer merges
-    across the step's end.
-
-    A special token that is spelled in a message ("<|im_end|>" typed by a user) is encoded as the text it is and cannot end
-    a turn, unless `control_tokens`.
+    Special tokens: those among the ids must be the ones that the template writes itself around messages of these roles. A row
+    that spells another ("<|im_end|>" typed by a user), in whatever way, is refused, unless `control_tokens`.
 
     Lengths: a prompt above `max_prompt_length` loses its oldest tokens; a response is then cut so that prompt + response ≤
     `max_length`, and a cut response has no terminator. Both cuts are named in the second value.
 
     Raises:
-        UserError: the template refuses the row, or its prompt is not a prefix of the whole, or there is no room.
+        UserError: the template refuses the row, or its prompt is not a prefix of the whole, or a special token is spelled, or
+            there is no room.
     """
-    ids, cuts = functools.partial(_ids, tokenizer), []
-    roles = tuple(m["role"] for m in row.prompt)
-    if not control_tokens and any(map(_special(tokenizer)[1].search, _texts(row))):
-        row, ids = _with_stand_ins(row, tokenizer)
-        cuts.append("with a special token as plain text")
-    prompt, responses = _prompt_and_responses(row, tokenizer, ids)
-    own = [_own_controls(tokenizer, roles, ends) for ends in row.ends or [True] * len(responses)]
-    if not control_tokens and any(_controls(tokenizer, prompt + r) != o for r, o in zip(responses, own)):
-        raise UserError("the chat template makes special tokens out of its messages")
+    cuts = []
+    prompt, responses = _prompt_and_responses(row, tokenizer)
+    if not control_tokens:
+        own = _own_controls(tokenizer, tuple(m["role"] for m in row.prompt))
+        for response in responses:
+            _refuse_spelled(tokenizer, prompt + response, own)
     if len(prompt) > max_prompt_length:
-        prompt, cuts = prompt[-max_prompt_length:], [*cuts, "prompt cut"]
+        prompt = prompt[-max_prompt_length:]
+        cuts.append("prompt cut")
     room = max_length - len(prompt)
     if room < 1 or not all(responses):
         raise UserError(f"no response token is left within max_length {max_length}")
     if any(len(r) > room for r in responses):
-        responses, cuts = [r[:room] for r in responses], [*cuts, "response cut"]
+        responses = [r[:room] for r in responses]
+        cuts.append("response cut")
     return Example(prompt, responses, row.desirable), cuts
 
 
-def _with_stand_ins(row: Row, tokenizer) -> tuple[Row, Callable[[str], list[int]]]:
-    """The row with special tokens exchanged for their private-use characters, and what then turns text into ids."""
-    exchange, reader = _stand_ins(tokenizer)
-    if reader is None or any(PRIVATE.search(x) for x in _texts(row)):
-        raise UserError("it spells a special token, which cannot be told from a real one here")
-    prompt = [{**m, "content": exchange(m["content"])} for m in row.prompt]
-    ids = lambda text: reader.encode(exchange(text), add_special_tokens=False).ids  # noqa: E731
-    return row._replace(prompt=prompt, responses=list(map(exchange, row.responses))), ids
-
-
-def _up_to_mark(text: str) -> str:
-    """What a template writes before the last MARK: a turn that is not over."""
-    if MARK not in text:
-        raise UserError("the chat template does not write an assistant's text as it is, so a turn cannot be continued")
-    return text.rpartition(MARK)[0]
-
-
-def _prompt_and_responses(row: Row, tokenizer, ids: Callable[[str], list[int]]) -> tuple[list[int], list[list[int]]]:
+def _prompt_and_responses(row: Row, tokenizer) -> tuple[list[int], list[list[int]]]:
     """The prompt's ids up to where they go on alike in all responses, and what each response has after them."""
-    begun, wholes = row.prompt[-1]["content"] if row.prompt[-1]["role"] == "assistant" else "", []
-    before = row.prompt[:-1] if begun else row.prompt
-    answered = lambda text: _render(tokenizer, [*before, {"role": "assistant", "content": text}])  # noqa: E731
-    prompt_text = _up_to_mark(answered(begun + MARK)) if begun else _render(tokenizer, before, generation_prompt=True)
+
+    def answered(response: str) -> str:
+        return _render(tokenizer, [*row.prompt, {"role": "assistant", "content": response}])
+
+    prompt_text = _render(tokenizer, row.prompt, generation_prompt=True)
     after = answered(MARK).rpartition(MARK)[2]
-    for response, ends in zip(row.responses, row.ends or itertools.repeat(True)):
-        text = answered(begun + response) if ends else _up_to_mark(answered(begun + response + MARK))
+    wholes = []
+    for response in row.responses:
+        text = answered(response)
         if not text.startswith(prompt_text.rstrip()):
             raise UserError("the chat template renders the prompt differently once a response follows")
-        if ends and after.strip() and text.endswith(after):
+        if after.strip() and text.endswith(after):
             text = text[: len(text) - len(after) + len(after.rstrip())]
-        wholes.append(ids(text))
-    prompt = ids(prompt_text)
+        wholes.append(_ids(tokenizer, text))
+    prompt = _ids(tokenizer, prompt_text)
     shared = min(_common(prompt, whole) for whole in wholes)
     if shared == 0:
         raise UserError("the prompt has no token from which the first response token could be predicted")
     return prompt[:shared], [whole[shared:] for whole in wholes]
-
-
-def encode_simpo(row: Row, tokenizer, max_length: int, max_prompt_length: int) -> tuple[Example, list[str]]:
-    """Row → token ids as the released SimPO code builds them, to reproduce published numbers; our own rule is `encode`.
-
-    The prompt is rendered without the generation prompt and the assistant's turn alone, less a BOS text, so the assistant's
-    header is scored as part of the response. A template that speaks of "system" gets an empty system turn if there is none. A
-    BOS id goes in front and an EOS id at the end where they are missing. If prompt + longest response > max_length, the prompt
-    keeps its last max_prompt_length tokens (published: 1800 of 2048); if that is not enough, both responses are cut to
-    max_length − max_prompt_length tokens, however short the prompt is. (For Mistral the code also replaces the chat template;
-    give the tokenizer that template.)
-    """
-    prompt, bos, eos = row.prompt, tokenizer.bos_token, tokenizer.eos_token_id
-    if row.ends is not None:
-        raise UserError("compat simpo knows no steps of an answer (chosen_ends, rejected_ends)")
-    if prompt[0]["role"] != "system" and re.search(r"system|<\|im_start\|>", tokenizer.chat_template):
-        prompt = [{"role": "system", "content": ""}, *prompt]
-    prompt_text, wholes = _render(tokenizer, prompt), []
-    for response in row.responses:
-        text = _render(tokenizer, [{"role": "assistant", "content": response}])
-        wholes.append(_ids(tokenizer, prompt_text + (text.removeprefix(bos) if bos else text)))
-    ids = _ids(tokenizer, prompt_text)
-    shared = min(_common(ids, whole) for whole in wholes)
-    prompt, responses, cuts = ids[:shared], [whole[shared:] for whole in wholes], []
-    if bos and prompt[:1] != [tokenizer.bos_token_id]:
-        prompt = [tokenizer.bos_token_id, *prompt]
-    responses = [r if eos is None or r[-1:] == [eos] else [*r, eos] for r in responses]
-    longest = max(map(len, responses))
-    if len(prompt) + longest > max_length:
-        if len(prompt) > max_prompt_length:
-            prompt, cuts = prompt[-max_prompt_length:], ["prompt cut"]
-        if len(prompt) + longest > max_length:
-            responses, cuts = [r[: max_length - max_prompt_length] for r in responses], [*cuts, "response cut"]
-    if not prompt or not all(responses):
-        raise UserError(f"no response token is left within max_length {max_length}")
-    return Example(prompt, responses, row.desirable), cuts
 
 
 def to_equal_length(example: Example, fraction: float = 1.0, seed: int = 0) -> Example:
@@ -775,43 +677,25 @@ def to_equal_length(example: Example, fraction: float = 1.0, seed: int = 0) -> E
 # ---- a dataset -------------------------------------------------------------------------------------------------------
 
 
+PROMPT_SHARE = 7 / 8  # of max_length, where max_prompt_length is not given
+
+
 @dataclass
 class Reading:
     """How rows become examples; the trainer's settings inherit these."""
 
     max_length: int = setting(2048, "tokens of prompt + response; a longer response is cut")
-    max_prompt_length: int | None = setting(
-        None, "longer prompts lose their oldest tokens; without it 7/8 of max_length, with compat 1800/2048"
-    )
+    max_prompt_length: int | None = setting(None, "longer prompts lose their oldest tokens; without it 7/8 of max_length")
     format: str = setting("auto", f"of the rows: auto (by the columns of the first), or one of {', '.join(FORMATS)}")
     columns: str = setting("", "columns to rename, new=old, before anything else: prompt=question,chosen=good")
-    compat: str | None = setting(None, "simpo: tokenise and cut as the released SimPO code does")
-    control_tokens: bool = setting(False, "special tokens spelled in messages become real ones")
+    control_tokens: bool = setting(False, "special tokens spelled in texts are real ones; without it such rows are dropped")
     equal_length: float = setting(0.0, "share of the pairs whose responses are cut to the same length (POET)")
-    drop_duplicates: bool = setting(False, "keep only the first of rows with the same texts")
-    drop_identical: bool = setting(False, "drop pairs whose responses are the same")
-    drop_conflicts: bool = setting(False, "drop rows that say the opposite of another row, both")
-    min_score_margin: float = setting(0.0, "drop pairs whose scores differ by less")
-    max_drop_fraction: float = setting(0.1, "more invalid rows than this share is an error; ties and drops by choice are valid")
+    max_drop_fraction: float = setting(0.1, "more invalid rows than this share is an error; ties are valid")
     seed: int = setting(0, "for everything random")
 
 
-# Options that choose among tokenised rows; what is kept in the cache does not depend on them.
-AFTERWARDS = ("drop_duplicates", "drop_identical", "drop_conflicts", "min_score_margin", "max_drop_fraction")
 PARALLEL_FROM = 20_000  # rows
 LABELS = {True: "desirable", False: "undesirable"}  # in the place of a second response
-
-
-@functools.cache
-def _schema():
-    """The columns of an outcome: an example's, and what became of its row."""
-    import pyarrow as pa
-
-    ids = pa.list_(pa.int32())
-    return pa.schema({
-        "where": pa.string(), "prompt": ids, "responses": pa.list_(ids), "desirable": pa.bool_(), "margin": pa.float64(),
-        "dropped": pa.string(), "cuts": pa.list_(pa.string()), "keys": pa.list_(pa.int64()),
-    })  # fmt: skip
 
 
 class Report(NamedTuple):
@@ -856,7 +740,7 @@ class Examples(Sequence):
 
     def without_margin(self) -> str | None:
         """Where the first example is that has no scores."""
-        margins = _column(self.dataset, "margin")
+        margins = self.dataset["margin"][:]
         return next((self[i].where for i, row in enumerate(self.rows) if margins[row] is None), None)
 
     def mapped(self, change: Callable[[Example], Example]) -> "Examples":
@@ -877,36 +761,30 @@ def load(dataset: str, tokenizer, how: Reading | None = None) -> tuple[Examples,
     Raises:
         UserError: unreadable source, unknown columns, no valid rows, too many dropped, or a setting that does not fit.
     """
-    from datasets import concatenate_datasets
+    from datasets import concatenate_datasets, disable_progress_bars
 
+    if not is_watched():
+        disable_progress_bars()
     how = _completed(how or Reading())
-    parts, formats, weights, kinds = [], [], [], {}
+    parts, formats, weights = [], [], []
     for source, weight in _sources(dataset):
         part, why = _outcomes(source, tokenizer, how)
-        parts.append(part)
-        labels = zip(_column(part, "desirable"), _column(part, "dropped"))
-        kinds |= {label is None: source for label, problem in labels if problem is None}
-        formats.append(f"{source}{f' × {weight:g}' if weight != 1 else ''}: {why}")
+        parts.append((source, part))
+        times = f" × {weight:g}" if weight != 1 else ""
+        formats.append(f"{source}{times}: {why}")
         weights += [weight] * len(part)
-    if len(kinds) == 2:
-        raise UserError(f"{kinds[True]} holds pairs, {kinds[False]} single completions with a label: give one kind at a time")
-    outcomes = concatenate_datasets(parts)
-    problems = _column(outcomes, "dropped")
-    invalid = sum(p not in (None, TIE) for p in problems)
-    quality = _quality(_column(outcomes, "keys"), problems)
-    _drop_by_choice(problems, quality, _column(outcomes, "margin"), dataset, how)
-    kept = [i for i, problem in enumerate(problems) if problem is None]
-    dropped = Counter(p for p in problems if p is not None)
-    first = [f"{where}: {p}" for where, p in zip(_column(outcomes, "where"), problems) if p is not None][:5]
-    cut = Counter(itertools.chain.from_iterable(_column(outcomes, "cuts")))
-    counts = {name: len(rows) for name, rows in quality.items()}
-    report = Report(len(problems), len(kept), dict(dropped.most_common()), first, dict(cut), formats, counts)
-    if not kept:
+    _refuse_mixture(parts)
+    outcomes = concatenate_datasets([part for _, part in parts])
+    report = _report(outcomes, formats)
+    if report.kept == 0:
         raise UserError(f"{dataset}: no valid rows\n{report}")
-    if invalid > how.max_drop_fraction * len(problems):
+    invalid = report.rows - report.kept - report.dropped.get(TIE, 0)
+    if invalid > how.max_drop_fraction * report.rows:
         share = f"{how.max_drop_fraction:.0%}"
         raise UserError(f"{dataset}: more than {share} of the rows were dropped as invalid (--max_drop_fraction)\n{report}")
-    rows = kept if set(weights) == {1} else _weighted(kept, weights, how.seed)
+    rows = [i for i, problem in enumerate(outcomes["dropped"][:]) if problem is None]
+    if set(weights) != {1}:
+        rows = _weighted(rows, weights, how.seed)
     if not rows:
         raise UserError(f"{dataset}: no row is left by the weights (@)\n{report}")
     return Examples(outcomes.select_columns(list(Example._fields)), np.array(rows)), report
@@ -914,16 +792,14 @@ def load(dataset: str, tokenizer, how: Reading | None = None) -> tuple[Examples,
 
 def _completed(how: Reading) -> Reading:
     """The reading options alone, checked, with the prompt's length limit filled in."""
-    refuse_unless_known("compat", how.compat or "simpo", ["simpo"])
     for name in ("equal_length", "max_drop_fraction"):
         if not 0 <= getattr(how, name) <= 1:
             raise UserError(f"{name} is {getattr(how, name)}; it is a share between 0 and 1")
-    for name in ("min_score_margin", "seed"):
-        if not 0 <= getattr(how, name) < math.inf:
-            raise UserError(f"{name} is {getattr(how, name)}; it must not be negative")
+    if how.seed < 0:
+        raise UserError(f"seed is {how.seed}; it must not be negative")
     longest = how.max_prompt_length
     if longest is None:
-        longest = how.max_length * (225 if how.compat else 224) // 256  # released SimPO: 1800 of 2048; else seven eighths
+        longest = int(how.max_length * PROMPT_SHARE)
     if not 1 <= longest < how.max_length:
         raise UserError(
             f"max_length {how.max_length} with max_prompt_length {longest} leaves no room for a prompt and a response; "
@@ -940,116 +816,163 @@ def _renamed(columns: str) -> dict[str, str]:
 
 
 def _outcomes(source: str, tokenizer, how: Reading) -> tuple["Dataset", str]:
-    """What becomes of each row of a source, in order, as rows of `_schema`; and the reason for the format."""
-    import pyarrow as pa
+    """What becomes of each row of a source, in order, as `_outcome` says it; and the reason for the format."""
     from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
 
-    rows, renamed = read(source), _renamed(how.columns)
+    rows = read(source)
     head = list(itertools.islice(rows, PARALLEL_FROM))
-    where, first = next(((w, raw) for w, raw in head if isinstance(raw, dict)), (source, None))
-    reader, why = None, "no row"
-    if first is not None:
-        if missing := [old for old in renamed.values() if old not in first]:
-            columns = sorted(map(str, first))
-            guess = did_you_mean(missing[0], columns)
-            raise UserError(f"{where}: --columns names {', '.join(missing)}, but its columns are {columns}{guess}")
-        reader, why = format_of(first | {new: first[old] for new, old in renamed.items()}, where, how.format)
-    outcome = functools.partial(_outcome, reader=reader, renamed=renamed, tokenizer=tokenizer, how=how)
-    rows = progress(itertools.chain(head, rows), "tokenise", "rows")
+    if not head:
+        raise UserError(f"{source}: no valid rows, it is empty")
+    renamed = _renamed(how.columns)
+    reader, why = reader_of(source, head, renamed, how.format)
+    outcome = functools.partial(_outcome, reader=reader, encode=encode, renamed=renamed, tokenizer=tokenizer, how=how)
+    given, made = _features()
+    how_to_map = dict(features=made, remove_columns=["row", "problem"], desc="tokenise")
     if len(head) < PARALLEL_FROM:
-        return Dataset(pa.Table.from_pylist(list(map(outcome, rows)), _schema())), why
-    return _cached(rows, outcome, _cache_key(source, tokenizer, how)), why
+        small = Dataset.from_list(list(_as_texts(head)), given)
+        return small.map(outcome, new_fingerprint="small", **how_to_map), why  # without a name, all arguments would be hashed
+    origin, key = _cache_keys(source, tokenizer, how)
+    folder = Path(os.environ.get("PLAINPO_CACHE", "~/.cache/plainpo")).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{key}.lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # of several processes one makes them, the rest wait; no worker inherits this lock
+        try:
+            texts = functools.partial(_as_texts, itertools.chain(head, rows))
+            whole = Dataset.from_generator(texts, given, cache_dir=str(folder), fingerprint=origin)
+        except DatasetGenerationError as error:
+            raise error.__cause__ or error from None
+        return whole.map(outcome, num_proc=os.cpu_count(), new_fingerprint=key, **how_to_map), why
 
 
-def _outcome(item: tuple[str, dict | Exception], reader, renamed: dict[str, str], tokenizer, how: Reading) -> dict:
-    """What becomes of one row: its token ids, or the reason for which it is dropped; a row of `_schema`."""
-    where, raw = item
-    nothing = dict.fromkeys(_schema().names) | {"where": where, "cuts": [], "keys": []}
-    try:
-        if isinstance(raw, Exception):
-            raise raw
-        if not isinstance(raw, dict):
-            raise UserError(f"the row is a {type(raw).__name__}, not an object with columns")
-        row = reader(raw | {new: raw.get(old) for new, old in renamed.items()})
-        if how.compat:
-            example, cuts = encode_simpo(row, tokenizer, how.max_length, how.max_prompt_length)
+def reader_of(
+    source: str, rows: list[tuple[str, dict | Exception]], renamed: dict[str, str], name: str
+) -> tuple[Callable[[dict], Row] | None, str]:
+    """(reader, why it was taken) for a source, by the first of these rows that is one."""
+    for where, first in rows:
+        if isinstance(first, dict):
+            missing = [old for old in renamed.values() if old not in first]
+            if missing:
+                columns = sorted(map(str, first))
+                guess = did_you_mean(missing[0], columns)
+                raise UserError(f"{where}: --columns names {', '.join(missing)}, but its columns are {columns}{guess}")
+            return format_of(first | {new: first[old] for new, old in renamed.items()}, where, name)
+    return None, "no row"
+
+
+def _as_texts(rows: Iterable[tuple[str, dict | Exception]]) -> Iterator[dict]:
+    """Rows of any columns as rows of the same three, which a Dataset can hold."""
+    for where, row in rows:
+        if isinstance(row, Exception):
+            yield {"where": where, "row": None, "problem": str(row)}
         else:
-            example, cuts = encode(row, tokenizer, how.max_length, how.max_prompt_length, how.control_tokens)
-        equal = to_equal_length(example, how.equal_length, how.seed) if how.equal_length else example
+            yield {"where": where, "row": json.dumps(row, default=str), "problem": None}
+
+
+def _features() -> tuple["Features", "Features"]:
+    """The columns of `_as_texts` and of `_outcome`: an example's, and what became of its row."""
+    from datasets import Features, List, Value
+
+    text = Value("string")
+    ids = List(Value("int32"))
+    given = {"where": text, "row": text, "problem": text}
+    made = {"where": text, "prompt": ids, "responses": List(ids), "desirable": Value("bool"), "margin": Value("float64")}
+    made |= {"dropped": text, "cuts": List(text), "keys": List(Value("int64"))}
+    return Features(given), Features(made)
+
+
+def row_of(raw, reader: Callable, renamed: dict[str, str]) -> Row:
+    """One row as it was read → checked; UserError for what is none."""
+    if isinstance(raw, Exception):
+        raise raw
+    if not isinstance(raw, dict):
+        raise UserError(f"the row is a {type(raw).__name__}, not an object with columns")
+    return reader(raw | {new: raw.get(old) for new, old in renamed.items()})
+
+
+def _outcome(item: dict, reader: Callable, encode: Callable, renamed: dict[str, str], tokenizer, how: Reading) -> dict:
+    """What becomes of one row of `_as_texts`: its token ids, or the reason for which it is dropped."""
+    found = {"prompt": None, "responses": None, "desirable": None, "margin": None, "dropped": None, "cuts": [], "keys": []}
+    try:
+        raw = json.loads(item["row"]) if item["problem"] is None else UserError(item["problem"])
+        row = row_of(raw, reader, renamed)
+        example, cuts = encode(row, tokenizer, how.max_length, how.max_prompt_length, how.control_tokens)
     except UserError as error:
-        return nothing | {"dropped": str(error)}
-    said = [json.dumps(row.prompt), *row.responses, *([] if row.desirable is None else [LABELS[row.desirable]])]
-    return nothing | {
-        "prompt": example.prompt,
-        "responses": equal.responses,
-        "desirable": row.desirable,
-        "margin": row.margin,
-        "cuts": cuts + ["made equally long"] * (equal != example),
-        "keys": [_key(text) for text in said],
-    }
+        return found | {"dropped": str(error)}
+    equal = to_equal_length(example, how.equal_length, how.seed) if how.equal_length else example
+    if equal != example:
+        cuts = [*cuts, "made equally long"]
+    found |= {"prompt": example.prompt, "responses": equal.responses, "desirable": row.desirable, "margin": row.margin}
+    return found | {"cuts": cuts, "keys": keys_of(row)}
+
+
+def _hash(*parts) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _cache_keys(source: str, tokenizer, how: Reading) -> tuple[str, str]:
+    """Hashes of everything that the rows of a source, and what becomes of them, depend on.
+
+    The rows: files, this file. The outcomes: also tokenizer, template, settings, and the file of `encode`.
+    """
+    name, _ = _cut(source)
+    files = _files(name)
+    if files is None:
+        state = _hub(name)._fingerprint
+    else:
+        state = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    origin = _hash(source, state, Path(__file__).read_text())
+    spelling = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
+    settings = asdict(how)
+    del settings["max_drop_fraction"]  # which chooses nothing
+    code = Path(inspect.getsourcefile(encode)).read_text()
+    return origin, _hash(origin, spelling, tokenizer.chat_template, settings, code)
+
+
+def _refuse_mixture(parts: list[tuple[str, "Dataset"]]) -> None:
+    """UserError where some sources hold pairs and others single completions."""
+    pairs, singles = [], []
+    for source, part in parts:
+        for label, problem in zip(part["desirable"][:], part["dropped"][:]):
+            if problem is None and label is None:
+                pairs.append(source)
+            elif problem is None:
+                singles.append(source)
+    if pairs and singles:
+        raise UserError(f"{pairs[0]} holds pairs, {singles[0]} single completions with a label: give one kind at a time")
+
+
+def _report(outcomes: "Dataset", formats: list[str]) -> Report:
+    problems = outcomes["dropped"][:]
+    dropped = [(where, problem) for where, problem in zip(outcomes["where"][:], problems) if problem is not None]
+    reasons = Counter(problem for _, problem in dropped)
+    first = [f"{where}: {problem}" for where, problem in dropped[:5]]
+    cut = Counter(itertools.chain.from_iterable(outcomes["cuts"][:]))
+    valid = [tuple(keys) for keys, problem in zip(outcomes["keys"][:], problems) if problem is None]
+    counts = {name: len(rows) for name, rows in quality(valid).items()}
+    return Report(len(problems), len(valid), dict(reasons.most_common()), first, dict(cut), formats, counts)
+
+
+def keys_of(row: Row) -> tuple[int, int, int]:
+    """Hashes of a row's prompt and its two responses, or its response and label: equal where two rows say the same."""
+    second = row.responses[1] if row.desirable is None else LABELS[row.desirable]
+    return _key(json.dumps(row.prompt)), _key(row.responses[0]), _key(second)
 
 
 def _key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _cache_key(source: str, tokenizer, how: Reading) -> str:
-    """A hash of everything that the outcomes of a source depend on: its files, tokenizer, template, settings, this file."""
-    name, _ = _cut(source)
-    files = _files(name)
-    if files is None:
-        origin = [_hub(name)._fingerprint]
-    else:
-        origin = [os.urandom(8) if name == "-" else (str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    spelling = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
-    settings = {name: value for name, value in asdict(how).items() if name not in AFTERWARDS}
-    key = repr((source, origin, spelling, tokenizer.chat_template, settings, Path(__file__).read_text()))
-    return hashlib.sha256(key.encode()).hexdigest()[:32]
-
-
-def _cached(rows: Iterable, outcome: Callable, key: str) -> "Dataset":
-    """The outcomes kept under `key`, made first by all cores if they are not there; of several processes one makes them and
-    the rest wait."""
-    from datasets import Dataset, Features, disable_progress_bars, enable_progress_bars
-    from datasets.exceptions import DatasetGenerationError
-
-    def made():
-        with multiprocessing.Pool(initializer=_start_worker, initargs=(outcome,)) as pool:
-            while part := list(itertools.islice(rows, PARALLEL_FROM)):
-                yield from pool.map(_work, part, chunksize=256)
-
-    rows, folder = iter(rows), Path(os.environ.get("PLAINPO_CACHE", "~/.cache/plainpo")).expanduser()
-    disable_progress_bars()  # ours counts rows as they are read
-    try:
-        return Dataset.from_generator(made, Features.from_arrow_schema(_schema()), cache_dir=str(folder), fingerprint=key)
-    except DatasetGenerationError as error:
-        raise error.__cause__ or error from None
-    finally:
-        enable_progress_bars()
-
-
-def _start_worker(outcome: Callable) -> None:
-    """In a new process: it ends with the one that started it, also where that one is killed."""
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a trainer's handler, inherited, would keep the pool from ending it
-    _work.outcome = outcome
-
-
-def _work(item: tuple[str, dict | Exception]) -> dict:
-    return _work.outcome(item)
-
-
-def _column(outcomes: "Dataset", name: str) -> list:
-    return outcomes.data.column(name).to_pylist()
-
-
-def _quality(keys: list[list[int]], problems: list[str | None]) -> dict[str, list[int]]:
-    """Valid rows that say the same as an earlier one, compare a response with itself, or say the opposite of another row."""
-    valid = [(i, tuple(k)) for i, (k, problem) in enumerate(zip(keys, problems)) if problem is None]
-    said, seen = {k for _, k in valid}, set()
-    opposite_label = {_key(LABELS[True]): _key(LABELS[False]), _key(LABELS[False]): _key(LABELS[True])}
+def quality(rows: list[tuple[int, int, int]]) -> dict[str, list[int]]:
+    """Which of rows, given as `keys_of`, say the same as an earlier one, compare a response with itself, or say the opposite of
+    another row."""
+    said = set(rows)
+    seen = set()
+    good = _key(LABELS[True])
+    bad = _key(LABELS[False])
+    opposite_label = {good: bad, bad: good}
     duplicates, identical, conflicts = [], [], []
-    for i, (prompt, first, second) in valid:
+    for i, (prompt, first, second) in enumerate(rows):
         unpaired = second in opposite_label
         opposite = (prompt, first, opposite_label[second]) if unpaired else (prompt, second, first)
         if (prompt, first, second) in seen:
@@ -1062,26 +985,13 @@ def _quality(keys: list[list[int]], problems: list[str | None]) -> dict[str, lis
     return {"duplicates": duplicates, "identical responses": identical, "conflicts": conflicts}
 
 
-def _drop_by_choice(
-    problems: list[str | None], quality: dict[str, list[int]], margins: list[float | None], dataset: str, how: Reading
-) -> None:
-    """Give valid rows that the options exclude a reason in `problems`."""
-    chosen = (how.drop_duplicates, how.drop_identical, how.drop_conflicts)
-    for (name, rows), drop in zip(quality.items(), chosen):
-        for i in rows if drop else []:
-            problems[i] = problems[i] or f"{name} (drop_{name.split()[0]})"
-    if how.min_score_margin > 0:
-        if all(m is None for m in margins):
-            raise UserError(f"{dataset}: min_score_margin needs scores, and no row has any")
-        for i, margin in enumerate(margins):
-            if margin is not None and margin < how.min_score_margin:
-                problems[i] = problems[i] or f"score margin below {how.min_score_margin:g}"
-
-
 def _weighted(rows: list[int], weights: list[float], seed: int) -> list[int]:
     """Every row as often as its weight says; the fraction is a chance, drawn with the seed."""
     chance = np.random.default_rng([seed, 2**31 + 1]).random(len(rows))
-    return [i for i, c in zip(rows, chance) for _ in range(int(weights[i]) + (c < weights[i] % 1))]
+    taken = []
+    for i, c in zip(rows, chance):
+        taken += [i] * (int(weights[i]) + (c < weights[i] % 1))
+    return taken
 
 
 def split_held_out(examples: Examples, n: int, seed: int) -> tuple[Examples, Examples]:
@@ -1122,19 +1032,24 @@ def split_by_tokens(sizes: list[int], budget: int, ranks: int = 1) -> list[list[
     Longest first, each into the lightest group. The number of groups is a multiple of `ranks` (rank r takes groups r::ranks);
     some groups may be empty. An item above the budget gets a group of its own. Nothing is dropped or repeated.
     """
-    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
-    count = max(1, min(len(sizes), -(-sum(sizes) // budget)))
+    fewest = -(-sum(sizes) // budget)  # rounded up
+    count = max(1, min(len(sizes), fewest))
     count = -(-count // ranks) * ranks
     while True:
-        heap, groups, load = [(0, g) for g in range(count)], [[] for _ in range(count)], [0] * count
-        for i in order:
-            weight, g = heapq.heappop(heap)
-            groups[g].append(i)
-            load[g] = weight + sizes[i]
-            heapq.heappush(heap, (load[g], g))
-        if all(weight <= budget or len(group) == 1 for weight, group in zip(load, groups)):
+        groups = _longest_into_lightest(sizes, count)
+        if all(len(group) == 1 or sum(sizes[i] for i in group) <= budget for group in groups):
             return groups
         count += ranks
+
+
+def _longest_into_lightest(sizes: list[int], count: int) -> list[list[int]]:
+    groups = [[] for _ in range(count)]
+    lightest = [(0, g) for g in range(count)]  # a heap of (tokens, group)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        tokens, g = heapq.heappop(lightest)
+        groups[g].append(i)
+        heapq.heappush(lightest, (tokens + sizes[i], g))
+    return groups
 
 
 class Batch(NamedTuple):
@@ -1145,943 +1060,80 @@ class Batch(NamedTuple):
     index: Tensor  # (N,) flat positions, in rows × T, that predict a response token
     targets: Tensor  # (N,) that token
     response: Tensor  # (N,) the response it belongs to, 0 … R−1: example by example, chosen before rejected
-    head: Tensor  # (N,) bool: the first k tokens of a response, k the length of its example's shortest
+    in_prefix: Tensor  # (N,) bool: the first k tokens of a response, k the length of its example's shortest
     lengths: Tensor  # (R,) scored tokens
     responses: int  # R
-    tree: list[tuple[int, list[int]]] | None  # packed: (prompt length, response lengths) per example
+    pairs: list[tuple[int, list[int]]] | None  # packed: (prompt length, response lengths) per example
 
     def to(self, device) -> "Batch":
-        return self._replace(**{k: to_device(v, device) for k, v in self._asdict().items() if isinstance(v, Tensor)})
+        tensors = {name: x for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**{name: to_device(x, device) for name, x in tensors.items()})
 
 
-def _batch(examples: list[Example], ids, positions, index, tree) -> Batch:
-    flat = [(r, min(map(len, e.responses))) for e in examples for r in e.responses]
-    as_tensor = lambda x, dtype=np.int64: torch.from_numpy(np.concatenate([np.zeros(0, dtype), *x]))  # noqa: E731
-    targets, response = as_tensor(np.array(r) for r, _ in flat), as_tensor(np.full(len(r), i) for i, (r, _) in enumerate(flat))
-    head, lengths = as_tensor((np.arange(len(r)) < k for r, k in flat), bool), torch.tensor([len(r) for r, _ in flat])
-    return Batch(ids, positions, as_tensor(index), targets, response, head, lengths.long(), len(flat), tree)
+def _joined(arrays: list[np.ndarray], dtype=np.int64) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.zeros(0, dtype), *arrays]))
+
+
+def _batch(examples: list[Example], ids: Tensor, positions: Tensor, index: list[np.ndarray], pairs: list | None) -> Batch:
+    targets, response, in_prefix, lengths = [], [], [], []  # an entry per response
+    for example in examples:
+        shortest = min(len(tokens) for tokens in example.responses)
+        for tokens in example.responses:
+            targets.append(np.array(tokens))
+            response.append(np.full(len(tokens), len(lengths)))
+            in_prefix.append(np.arange(len(tokens)) < shortest)
+            lengths.append(len(tokens))
+    return Batch(
+        input_ids=ids,
+        position_ids=positions,
+        index=_joined(index),
+        targets=_joined(targets),
+        response=_joined(response),
+        in_prefix=_joined(in_prefix, bool),
+        lengths=torch.tensor(lengths, dtype=torch.int64),
+        responses=len(lengths),
+        pairs=pairs,
+    )
 
 
 def padded_batch(examples: list[Example]) -> Batch:
     """The textbook layout: a row prompt + response per response, padded on the right."""
     rows = [(e.prompt, r) for e in examples for r in e.responses]
-    width = max((len(p) + len(r) for p, r in rows), default=1)
+    width = max((len(prompt) + len(response) for prompt, response in rows), default=1)
     ids = np.zeros((max(1, len(rows)), width), dtype=np.int64)
     index = []
-    for i, (p, r) in enumerate(rows):
-        ids[i, : len(p) + len(r)] = p + r
-        index.append(i * width + len(p) - 1 + np.arange(len(r)))  # the prompt's last position predicts the first token
+    for i, (prompt, response) in enumerate(rows):
+        ids[i, : len(prompt) + len(response)] = prompt + response
+        first = i * width + len(prompt) - 1  # the prompt's last position predicts the first token
+        index.append(first + np.arange(len(response)))
     positions = torch.arange(width).expand(len(ids), width)
     return _batch(examples, torch.from_numpy(ids), positions, index, None)
 
 
 def packed_batch(examples: list[Example]) -> Batch:
     """One row of tokens: prompt₁ chosen₁ rejected₁ prompt₂ …; each response's positions go on from the end of its prompt."""
-    ids, positions, index, tree, start = [], [], [], [], 0
-    for e in examples:
-        ids.append(np.array(e.prompt))
-        positions.append(np.arange(len(e.prompt)))
-        last, at = start + len(e.prompt) - 1, start + len(e.prompt)
-        for r in e.responses:
-            ids.append(np.array(r))
-            positions.append(len(e.prompt) + np.arange(len(r)))
-            index.append(np.concatenate([[last], np.arange(at, at + len(r) - 1)]))
-            at += len(r)
-        tree.append((len(e.prompt), [len(r) for r in e.responses]))
-        start = at
+    ids, positions, index, pairs = [], [], [], []
+    start = 0
+    for example in examples:
+        prompt = len(example.prompt)
+        ids.append(np.array(example.prompt))
+        positions.append(np.arange(prompt))
+        start += prompt
+        last_of_prompt = start - 1
+        for response in example.responses:
+            ids.append(np.array(response))
+            positions.append(prompt + np.arange(len(response)))
+            index.append(np.array([last_of_prompt, *range(start, start + len(response) - 1)]))
+            start += len(response)
+        pairs.append((prompt, [len(response) for response in example.responses]))
     if not examples:  # a rank without work still takes part in every collective: one token, nothing scored
-        ids, positions, tree = [np.zeros(1, dtype=np.int64)], [np.zeros(1, dtype=np.int64)], [(0, [1])]
-    row = lambda x: torch.from_numpy(np.concatenate(x))[None]  # noqa: E731
-    return _batch(examples, row(ids), row(positions), index, tree)
+        ids = [np.zeros(1, dtype=np.int64)]
+        positions = [np.zeros(1, dtype=np.int64)]
+        pairs = [(0, [1])]
+    return _batch(examples, _joined(ids)[None], _joined(positions)[None], index, pairs)
 
 
 LAYOUTS = {"packed": packed_batch, "padded": padded_batch}
-
-
-# ---- the embedded world ----------------------------------------------------------------------------------------------
-
-KINDS = {
-    "animals": "cat dog cow horse goat sheep pig duck",
-    "fruits": "apple pear plum lemon peach mango cherry fig",
-    "colors": "red blue green white black brown pink gray",
-    "tools": "hammer saw drill wrench file axe rake shovel",
-    "metals": "iron gold tin zinc lead silver copper nickel",
-    "trees": "oak pine elm ash birch maple cedar willow",
-    "foods": "bread rice soup cheese pasta salad cake stew",
-    "clothes": "hat coat shirt scarf glove boot belt sock",
-}
-NUMBERS = {"two": 2, "three": 3, "four": 4}
-ASKS = ("name", "list", "write", "give", "say", "show")
-IDLE = ("well", "so", "maybe", "sure", "really")
-STOCK = ("well", "sure", "so")  # always these, in this order
-HELD_OUT_PROMPTS = 512  # the first of an order: never demonstrated, never in a pair
-KIND_OF = {word: kind for kind, words in KINDS.items() for word in words.split()}
-
-
-def world_tokenizer(words: Iterable[str] = (*ASKS, *NUMBERS, *KINDS, *KIND_OF, *IDLE, "and")):
-    """A word-level tokenizer with a chat template for the embedded world: one token a word."""
-    from tokenizers import models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<unk>", "<user>", "<assistant>", "<end>"]
-    words = [*special, *words]
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="<unk>", eos_token="<end>", pad_token="<end>", additional_special_tokens=special[1:3]
-    )
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} "
-        "{% if m['role'] == 'assistant' %}<end>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    return tokenizer
-
-
-def world_prompts(seed: int = 0) -> list[str]:
-    """All 3,168 prompts, "name three fruits" or "list two metals and four tools", each once, in an order of the seed's."""
-    single = [f"{number} {kind}" for number in NUMBERS for kind in KINDS]
-    double = [f"{a} and {b}" for a, b in itertools.product(single, single) if a.split()[1] != b.split()[1]]
-    prompts = [f"{ask} {what}" for ask in ASKS for what in single + double]
-    return [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))]
-
-
-def _wanted(prompt: str) -> dict[str, int]:
-    """ "list two metals and four tools" → {"metals": 2, "tools": 4}."""
-    words = prompt.split()
-    return {kind: NUMBERS[number] for number, kind in zip(words[1::3], words[2::3])}
-
-
-class Demonstrator(NamedTuple):
-    """How careless the person is who answers: probabilities."""
-
-    wrong: float = 0.1  # that an item is any of all kinds
-    repeated: float = 0.1  # that an item, not the first, is the one before once more
-    confused: float = 0.0  # that an item is of the kind after its own in KINDS, at the same place of the customary order
-    stock: float = 0.0  # that an answer opens with STOCK in place of idle words
-
-
-WORLDS = {  # what --world names. In "stock" the careless answer is the likely one: average log-prob ranks most pairs wrong
-    "plain": Demonstrator(),
-    "stock": Demonstrator(wrong=0.02, repeated=0.35, confused=0.4, stock=0.5),
-}
-
-
-def world_demonstration(prompt: str, rng: np.random.Generator, who: Demonstrator = WORLDS["plain"]) -> str:
-    """What a careless person would answer: idle words, then items of which some are wrong, repeated, missing or too many."""
-    parts, kinds = [], list(KINDS)
-    for kind, number in _wanted(prompt).items():
-        own, start = KINDS[kind].split(), rng.integers(8)
-        taken_for = KINDS[kinds[(kinds.index(kind) + 1) % 8]].split()
-        items = [own[(start + i) % 8] for i in range(number + rng.choice([-1, 0, 0, 0, 1, 2]))]  # the customary order
-        for i in range(len(items)):
-            if rng.random() < who.wrong:
-                items[i] = rng.choice(list(KIND_OF))
-            elif i and rng.random() < who.repeated:
-                items[i] = items[i - 1]
-            elif who.confused and rng.random() < who.confused:
-                items[i] = taken_for[(start + i) % 8]
-        parts.append(" ".join(items))
-    if who.stock and rng.random() < who.stock:
-        return " ".join([*STOCK, " and ".join(parts)])
-    idle = [rng.choice(IDLE) for _ in range(rng.integers(0, 3))]
-    return " ".join([*idle, " and ".join(parts)])
-
-
-def world_quality(prompt: str, response: str) -> float:
-    """True quality of a response, at most 1: the share of the asked items given, less ½ share per wrong, repeated or surplus
-    item and 0.1 per idle word."""
-    words = response.split()
-    items, idle = [w for w in words if w in KIND_OF], sum(w in IDLE for w in words)
-    n = sum(_wanted(prompt).values())
-    right = sum(min(number, len({w for w in items if KIND_OF[w] == kind})) for kind, number in _wanted(prompt).items())
-    return right / n - 0.5 * (len(items) - right) / n - 0.1 * idle
-
-
-def world_repetition(response: str) -> float:
-    """Share of the items that were named before in the same response."""
-    items = [w for w in response.split() if w in KIND_OF]
-    return 1 - len(set(items)) / len(items) if items else 0.0
-
-
-class Annotator(NamedTuple):
-    """Prefers by true quality, as far as it can see: a score is quality + noise · N(0, 1) + length_bias · words.
-
-    The noise of a (prompt, response) is drawn from seed and texts, so a response scored twice has one score.
-    """
-
-    noise: float = 0.0
-    length_bias: float = 0.0
-    seed: int = 0
-
-    def __call__(self, row: dict, response: str) -> float:
-        prompt = row["prompt"][-1]["content"]
-        drawn = random.Random(f"{self.seed} {prompt} {response}").gauss(0.0, self.noise)
-        return world_quality(prompt, response) + drawn + self.length_bias * len(response.split())
-
-
-def tiny_world(seed: int = 0, demonstrations: int = 4096, world: str = "plain") -> tuple:
-    """(tokenizer, demonstration rows): data in the same form as real data, with a known true quality."""
-    rng, prompts = np.random.default_rng(seed), world_prompts(seed)[HELD_OUT_PROMPTS:]
-    shown = []
-    for prompt in rng.choice(prompts, demonstrations):
-        shown.append(Row([{"role": "user", "content": str(prompt)}], [world_demonstration(prompt, rng, WORLDS[world])]))
-    return world_tokenizer(), shown
-
-
-# ---- making pairs on policy: sample → score → pairs ------------------------------------------------------------------
-#
-# Every step reads and writes JSON lines, so another engine can take its place:
-#   sample  {prompt} or any row with a prompt  → {id, prompt: [messages], responses: [text], strategies, unfinished, tokens,
-#                                                 …settings}, and of mcts: rewards, sampled, tree
-#   score   {prompt, responses}                → the same with scores: [number]
-#   pairs   {prompt, responses, scores}        → {id, prompt, chosen, rejected, score_chosen, score_rejected}
-#   pairs --how step      {prompt, tree}       → the same with chosen_ends, rejected_ends
-
-
-@dataclass
-class Sampling:
-    """Sample n responses to every prompt and add them to out, which is continued if it is there.
-
-    The prompt that is written is the one that was given; beside it stand the row's own texts and numbers that no format reads,
-    such as a right answer. Equal responses are kept once; one that did not end within max_tokens is counted and left out, since
-    no terminator followed it. `tokens` counts all that were generated for a prompt, whatever became of them. Prompts go in
-    fixed batches with a seed of their own, so a continued run writes what an unbroken one would have written.
-
-    mcts searches a tree of steps (text up to step_end): each iteration goes down it by W/N + c√(ln N_parent/N), samples n
-    answers from there on and adds the first step of each, equal ones once; an answer's reward is 1 where the rule gives above
-    ½ (or true), else −1, also where it did not end. Published uses differ: the diversification paper's mcts is OptiLLM's, over
-    whole turns of a dialogue, 22 generations for one answer; MCTS-DPO searches steps as here, but by PUCT, with the model's
-    own evaluation.
-    """
-
-    model: str = setting(MISSING, "folder or hub name of a causal language model")
-    prompts: str = setting(MISSING, "sources of rows with a prompt")
-    out: str = setting(MISSING, "JSON lines to write")
-    n: int = setting(5, "responses per prompt and strategy", aliases="-n")
-    strategy: str = setting(
-        "plain",
-        "plain, cot (think step by step), dts (n approaches, then an answer by each), mcts (a tree of steps, needs rule), or "
-        "several with commas",
-    )
-    rule: str = setting("", "mcts: file.py:function of (row, response); a number, or true and false")  # or the function itself
-    iterations: int = setting(8, "mcts: steps of the tree from which n answers each are sampled")
-    exploration: float = setting(1.4, "mcts: c, how much rarely visited steps are preferred")
-    step_end: str = setting(r"\n", r"mcts: what ends a step, such as \n or ;")
-    temperature: float = setting(0.8, "of sampling; 0 is greedy")
-    top_p: float = setting(0.95, "share of the probability that is sampled from")
-    max_tokens: int = setting(512, "longer responses are left out")
-    batch_size: int = setting(8, "prompts at a time")
-    columns: str = setting("", "columns to rename, new=old")
-    seed: int = setting(0, "for everything random")
-    device: str = setting("auto", "cpu, cuda or auto")
-    keep_unfinished: bool = setting(False, "keep unfinished responses, and empty ones, as a judge needs them")
-
-
-@dataclass
-class Scoring:
-    """Add scores to rows of {prompt, responses} and write them to out, which is continued if it is there.
-
-    By a reward model, which reads prompt and response through its own chat template, or by a rule, a Python function of
-    (row, response) that gives a number, or true and false.
-    """
-
-    responses: str = setting(MISSING, "sources of rows with a prompt and responses")
-    out: str = setting(MISSING, "JSON lines to write")
-    reward_model: str = setting("", "folder or hub name of a sequence-classification model with one output")
-    rule: str = setting("", "file.py:function or module:function")  # in Python also the function itself
-    batch_size: int = setting(8, "responses at a time")
-    device: str = setting("auto", "cpu, cuda or auto")
-
-
-@dataclass
-class Pairing:
-    """Make preference pairs of scored responses; responses of several rows with the same prompt are taken together."""
-
-    scored: str = setting(MISSING, "sources of rows with a prompt, responses and scores")
-    out: str = setting(MISSING, "JSON lines to write")
-    how: str = setting(
-        "best_worst",
-        "best_worst, random (two of different score), correct (a random one above ½ against one at most ½) or step (of mcts: "
-        "next steps of the same answer, highest against lowest mean reward; needs no scores)",
-    )
-    min_margin: float = setting(0.0, "least difference of scores, or of mean rewards, of a pair")
-    min_visits: int = setting(2, "step: visits (N) of each of the two steps, at least")
-    seed: int = setting(0, "for everything random")
-
-
-def _prompt(row: dict, where: str) -> list[dict]:
-    """The prompt of a row: a prompt column, AlpacaEval's instruction, Arena-Hard's one turn, or that of any pair format."""
-    turns = row.get("turns")
-    if "prompt" in row or "instruction" in row:
-        return _row(_messages(row.get("prompt", row.get("instruction")), "prompt"), []).prompt
-    if turns is None:
-        return format_of(row, where)[0](row).prompt
-    if not isinstance(turns, list) or len(turns) != 1 or not isinstance(turns[0], dict):
-        raise UserError("turns is not a list of one turn {content}")
-    return _messages(turns[0].get("content"), "turns")
-
-
-def prompts_of(source: str, columns: str = "") -> Iterator[tuple[str, dict, list[dict]]]:
-    """(where, row with an id, prompt messages) of every usable row of all sources; what is left out is named on stderr."""
-    renamed, used, left_out = _renamed(columns), 0, 0
-    if any(weight != 1 for _, weight in _sources(source)):
-        raise UserError(f"{source}: a weight (@) says how often to train on a row; here it has no meaning")
-    for where, raw in itertools.chain.from_iterable(read(name) for name, _ in _sources(source)):
-        try:
-            if not isinstance(raw, dict):
-                raise raw if isinstance(raw, UserError) else UserError("the row is not an object with columns")
-            row = raw | {new: raw.get(old) for new, old in renamed.items()}
-            prompt = _prompt(row, where)
-        except UserError as error:
-            left_out += 1
-            if left_out <= 5:
-                print(f"{where}: left out ({str(error).removeprefix(f'{where}: ')})", file=sys.stderr)
-            continue
-        used += 1
-        yield where, {**row, "id": hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16]}, prompt
-    if left_out > 5:
-        print(f"{source}: {left_out} rows left out in all", file=sys.stderr)
-    if not used:
-        raise UserError(f"{source}: no row with a usable prompt")
-
-
-def _resumed(source: str, out: str) -> list[dict]:
-    """The rows of an unfinished output; a line cut short by a kill is taken off."""
-    path = Path(out)
-    _keep_apart(source, out)
-    _writable(out)
-    if not path.exists():
-        return []
-    if not path.is_file():
-        raise UserError(f"{out}: is no file that could be continued")
-    try:
-        text = path.read_text(encoding="utf-8")
-        complete = text[: text.rfind("\n") + 1]
-        rows = [json.loads(line) for line in complete.split("\n") if line]
-        if not all(isinstance(row["id"], str) and isinstance(row["responses"], list) for row in rows):
-            raise ValueError
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{out}: not the output of an earlier run of this command, so it cannot be continued") from error
-    if complete != text:
-        path.write_text(complete, encoding="utf-8")
-    return rows
-
-
-def _writable(out: str) -> None:
-    """Make the folder of a file to write; a file that cannot be written is refused now and not after hours."""
-    path = Path(out)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            path.touch()
-            path.unlink()
-        elif not os.access(path, os.W_OK) or path.is_dir():
-            raise UserError(f"{out}: cannot be written ({'a folder' if path.is_dir() else 'not permitted'})")
-    except OSError as error:
-        raise UserError(f"{out[:200]}: cannot be written ({error.strerror})") from error
-
-
-def _keep_apart(source: str, out: str) -> None:
-    if any(os.path.exists(name) and os.path.exists(out) and os.path.samefile(name, out) for name, _ in _sources(source)):
-        raise UserError(f"{out}: is read and written at once; give another --out")
-
-
-def _write(out: str, rows: list[dict], mode: str = "a") -> None:
-    # a lone surrogate becomes its escape, which is JSON again; what JSON has no form for, such as a date, its text
-    with open(out, mode, encoding="utf-8", errors="backslashreplace") as f:
-        f.write("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
-
-
-def _quiet(text: str) -> None: ...
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def bf16_in_hardware(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 itself; where it is emulated, fp32 is many times faster."""
-    if device.type == "cpu":
-        flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def _load_model(name: str, kind: str, device: torch.device):
-    """In the dtype that it was saved in; one in bf16, on a CPU that only emulates it, in fp32."""
-    import transformers
-
-    try:
-        auto = getattr(transformers, f"AutoModelFor{kind}")
-        model, info = auto.from_pretrained(name, dtype="auto", use_safetensors=True, output_loading_info=True)
-    except Exception as error:  # transformers raises many kinds; all mean that there is no such model
-        raise UserError(f"{name}: no loadable {kind} model there ({_brief(error)})") from error
-    if info["missing_keys"]:  # transformers would fill them with noise
-        raise UserError(f"{name}: is another kind of model, it lacks {', '.join(sorted(info['missing_keys'])[:3])}")
-    if device.type == "cpu" and model.dtype == torch.bfloat16 and not bf16_in_hardware(device):
-        model = model.float()
-    return model.to(device).train(False)
-
-
-def _continued(model, tokenizer, ids: list[list[int]], s: Sampling, max_tokens: int) -> tuple[list[list[int]], list[bool]]:
-    """Token ids that follow each, without the terminator, and whether one came."""
-    from logprobs import continuations
-
-    if not (model.generation_config.eos_token_id or tokenizer.eos_token_id):
-        raise UserError("the model has no token that ends a response (eos_token_id of its generation config)")
-    try:
-        answers, ended = continuations(model, tokenizer, ids, max_tokens, s.temperature, s.top_p)
-    except RuntimeError as error:
-        if "probability tensor" not in str(error):
-            raise
-        raise UserError(f"{s.model}: its probabilities are not finite numbers; are its weights?") from error
-    return [answer[: len(answer) - end] for answer, end in zip(answers, ended)], ended
-
-
-def _asked(tokenizer, prompt: list[dict]) -> list[int]:
-    return encode(Row(prompt, [MARK]), tokenizer, 2**31, 2**31)[0].prompt
-
-
-def _answers(model, tokenizer, prompts: list[list[dict]], s: Sampling, seed: int) -> tuple[list[str], list[bool], list[int]]:
-    """One answer to each prompt, whether it ended within max_tokens, and its tokens with the terminator."""
-    ids = [_asked(tokenizer, p) for p in prompts]
-    torch.manual_seed(seed)
-    answers, ended = _continued(model, tokenizer, ids, s, s.max_tokens)
-    texts = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
-    return texts, ended, [len(a) + e for a, e in zip(answers, ended)]
-
-
-STRATEGIES = ("plain", "cot", "dts", "mcts")
-STEP_BY_STEP = "\n\nThink step by step, then give the final answer."
-APPROACHES = "\n\nName {n} clearly different approaches to this, one per line, numbered. Do not carry them out yet."
-BY_APPROACH = "\n\nAnswer by this approach: {approach}"
-
-
-def _with(prompt: list[dict], addition: str) -> list[dict]:
-    return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + addition}]
-
-
-def _questions(
-    strategy: str, prompts: list[list[dict]], n: int, answer: Callable
-) -> tuple[list[list[dict]], list[int]]:  # fmt: skip
-    """The n questions that a strategy puts for each prompt, prompt by prompt, and the tokens that finding them took, for each
-    prompt: dts asks `answer` for approaches first."""
-    if strategy == "plain":
-        return [p for p in prompts for _ in range(n)], [0] * len(prompts)
-    if strategy == "cot":
-        return [_with(p, STEP_BY_STEP) for p in prompts for _ in range(n)], [0] * len(prompts)
-    plans, _, tokens = answer([_with(p, APPROACHES.format(n=n)) for p in prompts])
-    questions = []
-    for prompt, plan in zip(prompts, plans):
-        approaches = re.findall(r"^\s*\d+[.):]\s*(.+)$", plan, re.MULTILINE)[:n]
-        questions += [_with(prompt, BY_APPROACH.format(approach=a)) for a in approaches]
-        questions += [prompt] * (n - len(approaches))  # too few approaches: the rest is sampled plainly
-    return questions, tokens
-
-
-@dataclass
-class Step:
-    """A node of a search tree: an answer up to the end of a step, and what became of the answers that went through it."""
-
-    ids: list[int]  # of the answer from its beginning
-    text: str = ""  # of these
-    parent: "Step | None" = None
-    ended: bool = False  # whether the answer ends here
-    n: int = 0  # visits: answers through it, and repeats of one that ended with it
-    w: float = 0.0  # sum of their rewards
-    children: dict[tuple[str, bool], "Step"] = field(default_factory=dict)  # by text and ended
-
-
-def _ucb(step: Step, c: float) -> float:
-    return step.w / step.n + c * math.sqrt(math.log(step.parent.n) / step.n)
-
-
-def _leaf(step: Step, c: float) -> Step:
-    """Down from a step, always to the child of the highest `_ucb`; none is unvisited, as each is made by an answer."""
-    while step.children:
-        step = max(step.children.values(), key=functools.partial(_ucb, c=c))
-    return step
-
-
-def _back_up(step: Step | None, reward: float) -> None:
-    while step is not None:
-        step.n += 1
-        step.w += reward
-        step = step.parent
-
-
-def _next_step(leaf: Step, new: list[int], ended: bool, text_of: Callable[[list[int]], str], s: Sampling) -> Step:
-    """The child of a leaf that an answer, leaf.ids + new, goes through, made if it is not there; the leaf itself for an answer
-    that was cut off within its next step.
-
-    A step is whole tokens: up to the first after which its text, less leading whitespace, has step_end in it.
-    """
-    whole, start, end = leaf.ids + new, len(leaf.ids), s.step_end.replace(r"\n", "\n")
-    has_end = lambda i: end in text_of(whole[:i])[len(leaf.text) :].lstrip()  # noqa: E731
-    cut = start + 1 + bisect.bisect_left(range(start + 1, len(whole) + 1), True, key=has_end)
-    if cut > len(whole) and not ended or min(cut, len(whole)) >= s.max_tokens:
-        return leaf
-    ids, ended = whole[:cut], ended and cut >= len(whole)
-    text = text_of(ids).rstrip() if ended else text_of(ids)
-    return leaf.children.setdefault((text, ended), Step(ids, text, leaf, ended))
-
-
-def _nodes(root: Step) -> list[dict]:
-    """A tree as rows, breadth first: the parent's place, the step's text, N, Q = W/N, whether the answer ends with it."""
-    steps = [root]
-    for step in steps:  # which grows meanwhile
-        steps += step.children.values()
-    place = {id(step): i for i, step in enumerate(steps)}
-    before = [x.parent or root for x in steps]
-    return [
-        {"parent": place.get(id(x.parent)), "step": x.text[len(p.text) :], "N": x.n, "Q": x.w / x.n, "ended": x.ended}
-        for x, p in zip(steps, before)
-    ]
-
-
-def _search(prompts: list[list[int]], rewards: list[Callable], s: Sampling, go_on: Callable, text_of: Callable) -> list[dict]:
-    """Monte-Carlo tree search over steps, all prompts together: one batch of n answers for each in every iteration.
-
-    Args:
-        rewards: for each prompt, a function of an answer's text that gives 1 or −1.
-        go_on: (token ids, max_tokens) → token ids of what follows each, and whether it ended.
-        text_of: token ids of an answer → its text.
-    Returns:
-        for each prompt: kept {text: reward}, unfinished, tokens, sampled, tree.
-    An answer that has ended and is chosen again backs up its reward once more; nothing is sampled for it.
-    """
-    roots, kept = [Step([]) for _ in prompts], [{} for _ in prompts]
-    counts = [Counter(unfinished=0, tokens=0, sampled=0) for _ in prompts]
-    for _ in range(s.iterations):
-        leaves = [_leaf(root, s.exploration) for root in roots]
-        for leaf in leaves:
-            if leaf.ended:
-                _back_up(leaf, leaf.w / leaf.n)
-        asked = [i for i, leaf in enumerate(leaves) if not leaf.ended for _ in range(s.n)]
-        if not asked:
-            continue
-        room = s.max_tokens - min(len(leaves[i].ids) for i in asked)
-        for i, new, ended in zip(asked, *go_on([prompts[i] + leaves[i].ids for i in asked], room)):
-            text, counted = text_of(leaves[i].ids + new).strip(), len(new) + ended
-            ended = ended and len(leaves[i].ids + new) < s.max_tokens  # others in the batch may have had more room
-            reward = rewards[i](text) if ended and text else -1
-            _back_up(_next_step(leaves[i], new, ended, text_of, s), reward)
-            counts[i].update(unfinished=not ended, tokens=counted, sampled=1)
-            if s.keep_unfinished or text and ended:
-                kept[i].setdefault(text, reward)
-    return [{"kept": k, **count, "tree": _nodes(root)} for k, count, root in zip(kept, counts, roots)]
-
-
-def _mcts(model, tokenizer, rule: Callable, rows: list[dict], s: Sampling, seed: int) -> list[dict]:
-    """`_search` with a model, for rows with their prompts."""
-    torch.manual_seed(seed)
-
-    def reward(row: dict, text: str) -> int:
-        (value,) = _judged(lambda: [float(rule(row, text))], s.rule, f"{s.prompts}, prompt {row['id']}")
-        return 1 if value > 0.5 else -1
-
-    rewards = [functools.partial(reward, row) for row in rows]
-    go_on = lambda ids, max_tokens: _continued(model, tokenizer, ids, s, max_tokens)  # noqa: E731
-    text_of = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).lstrip()  # noqa: E731
-    return _search([_asked(tokenizer, row["prompt"]) for row in rows], rewards, s, go_on, text_of)
-
-
-def _check_decoding(temperature: float, top_p: float, **counts: int) -> None:
-    if min(counts.values()) < 1 or not (temperature == 0 or 0.001 <= temperature < math.inf) or not 0 < top_p <= 1:
-        least = f"{', '.join(counts)} are at least 1"
-        raise UserError(f"temperature is at least 0.001, or 0 (greedy), top_p above 0 and at most 1, {least}")
-
-
-def sample(s: Sampling, prompts: Iterable | None = None, say: Callable[[str], None] = _quiet) -> None:
-    """Sample responses to prompts (those of `prompts_of`, if not given): see Sampling."""
-    strategies = [name.strip() for name in s.strategy.split(",")]
-    for name in strategies:
-        refuse_unless_known("strategy", name, STRATEGIES)
-    counts = dict(n=s.n, batch_size=s.batch_size, max_tokens=s.max_tokens, iterations=s.iterations)
-    _check_decoding(s.temperature, s.top_p, **counts)
-    names = ["model", "strategy", "n", "batch_size", "temperature", "top_p", "max_tokens", "seed"]
-    rule = _rule_of_search(s, strategies)
-    device = device_named(s.device)
-    made = {name: getattr(s, name) for name in names}
-    if rule:
-        made |= {"rule": s.rule if isinstance(s.rule, str) else getattr(rule, "__qualname__", type(rule).__name__)}
-        made |= {name: getattr(s, name) for name in ("iterations", "exploration", "step_end")}
-    done = {row["id"]: row for row in _resumed(s.prompts, s.out)}
-    for row in done.values():
-        if other := [f"{k} {row[k]}, now {v}" for k, v in made.items() if row.get(k, v) != v]:
-            raise UserError(f"{s.out}: was begun with {'; '.join(other)}; give the same settings or another --out")
-    given = prompts_of(s.prompts, s.columns) if prompts is None else prompts
-    rows = {row["id"]: {**row, "prompt": prompt} for _, row, prompt in given}
-    prompts = [(key, row["prompt"]) for key, row in rows.items()]
-    how = f"temperature {s.temperature:g}, top_p {s.top_p:g}, at most {s.max_tokens} tokens"
-    there = f"; {sum(key in done for key, _ in prompts)} are in {s.out} already" if done else ""
-    say(f"sample: {s.model} on {device}, {len(prompts):,} prompts, {s.n} responses each ({s.strategy}), {how}{there}")
-    tokenizer, model = load_tokenizer(s.model), _load_model(s.model, "CausalLM", device)
-    for start in progress(range(0, len(prompts), s.batch_size), "sample", "batches"):
-        part = prompts[start : start + s.batch_size]
-        if all(key in done for key, _ in part):
-            continue
-        answer = functools.partial(_answers, model, tokenizer, s=s)
-        search = functools.partial(_mcts, model, tokenizer, rule, [rows[key] for key, _ in part], s)
-        responses = _responses([prompt for _, prompt in part], strategies, s, answer, search, s.seed + start)
-        lines = [
-            {**_aside(rows[key]), "id": key, "prompt": prompt, **of_it, **made} for (key, prompt), of_it in zip(part, responses)
-        ]
-        _write(s.out, [line for line in lines if line["id"] not in done])
-        done |= {line["id"]: line for line in lines if line["id"] not in done}
-    others = s.n * (len(strategies) - ("mcts" in strategies))
-    rows = [done[key] for key, _ in prompts]
-    say(_sampled(rows, s, sum(others + row.get("sampled", 0) for row in rows)))
-
-
-def _aside(row: dict) -> dict:
-    """The texts and numbers of a row that no format and no later step reads, such as the right answer for a rule."""
-    read = {name for needed, _ in FORMATS.values() for name in needed} | {"rewards", "sampled", "tree"}
-    return {name: value for name, value in row.items() if isinstance(value, (str, int, float)) and name not in read}
-
-
-def _rule_of_search(s: Sampling, strategies: list[str]) -> Callable[[dict, str], float] | None:
-    """The rule of mcts, with its settings checked; None for other strategies."""
-    if ("mcts" in strategies) != bool(s.rule):
-        what = "needs a rule: give --rule file.py:function" if not s.rule else "has none for --rule, which only mcts uses"
-        raise UserError(f"strategy {s.strategy} {what}")
-    if not s.rule:
-        return None
-    if not 0 <= s.exploration < math.inf or not s.step_end:
-        raise UserError(f"exploration is {s.exploration:g} and step_end {s.step_end!r}; at least 0, and some text")
-    return _rule(s.rule) if isinstance(s.rule, str) else s.rule
-
-
-def _sampled(rows: list[dict], s: Sampling, asked: int) -> str:
-    """What became of the responses that were asked for; UserError where not one was kept."""
-    kept, unfinished = sum(len(row["responses"]) for row in rows), sum(row["unfinished"] for row in rows)
-    text = f"{len(rows):,} prompts, {kept:,} responses kept"
-    if unfinished:
-        advice = "" if s.keep_unfinished or unfinished < 0.1 * asked else ": raise --max_tokens"
-        text += f"; {unfinished:,} of {asked:,} responses did not end within {s.max_tokens} tokens{advice}"
-    if same := asked - kept - (0 if s.keep_unfinished else unfinished):
-        text += f"; {same:,} were equal to another one or empty"
-    if not kept:
-        os.remove(s.out)  # so that the same --out can be tried again with other settings
-        raise UserError(f"{s.out}: not written, nothing to keep: {text}")
-    if all("tokens" in row for row in rows):  # and none of an older version
-        text += f"; {sum(row['tokens'] for row in rows):,} tokens generated"
-    return f"{text}; all in {s.out}"
-
-
-def _responses(prompts: list, strategies: list[str], s: Sampling, answer: Callable, search: Callable, seed: int) -> list[dict]:
-    """For each prompt its different responses, the strategy that gave each first, how many did not end, and all tokens; of
-    mcts, whose draws are not plain's once more, the rewards (null for what another strategy gave), how many it sampled and its
-    tree."""
-    kept = [{} for _ in prompts]  # response → (strategy, reward)
-    rows = [{"responses": [], "strategies": [], "unfinished": 0, "tokens": 0} for _ in prompts]
-    for strategy in strategies:
-        if strategy == "mcts":
-            for row, by, found in zip(rows, kept, search(seed + 2**31)):
-                for text, reward in found["kept"].items():
-                    by.setdefault(text, (strategy, reward))
-                row["unfinished"] += found["unfinished"]
-                row["tokens"] += found["tokens"]
-                row |= {"rewards": [], "sampled": found["sampled"], "tree": found["tree"]}
-            continue
-        questions, tokens = _questions(strategy, prompts, s.n, functools.partial(answer, seed=seed))
-        for row, count in zip(rows, tokens):
-            row["tokens"] += count
-        for i, (text, complete, count) in enumerate(zip(*answer(questions, seed=seed + 1))):
-            row = rows[i // s.n]
-            row["unfinished"] += not complete
-            row["tokens"] += count
-            if s.keep_unfinished or text and complete:
-                kept[i // s.n].setdefault(text, (strategy, None))
-    for row, by in zip(rows, kept):
-        row |= {"responses": list(by), "strategies": [strategy for strategy, _ in by.values()]}
-        if "tree" in row:
-            row["rewards"] = [reward for _, reward in by.values()]
-    return rows
-
-
-def _rule(name: str) -> Callable[[dict, str], float]:
-    """ "file.py:function" or "module:function" → that function of (row, response)."""
-    place, _, function = name.rpartition(":")
-    try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        rule = getattr(module, function)
-    except (Exception, SystemExit) as error:  # anybody's code, which may end in any way
-        why = f"{type(error).__name__}: {_brief(error)}"
-        raise UserError(f"rule is {name!r}, which is no file.py:function or module:function ({why})") from error
-    if not callable(rule):
-        raise UserError(f"rule is {name!r}, which is a {type(rule).__name__} and no function of (row, response)")
-    return rule
-
-
-def _judged(values: Callable[[], list[float]], name, where: str) -> list[float]:
-    """The scores that a rule or a model gives, checked; UserError for whatever else becomes of it."""
-    try:
-        return [_score(x, "a score") for x in values()]
-    except (Exception, SystemExit) as error:  # a rule is anybody's code
-        raise UserError(f"{where}: {name} cannot score it ({type(error).__name__}: {_brief(error)})") from error
-
-
-def _by_reward_model(name: str, device: torch.device, batch_size: int) -> Callable[[dict, list[dict], list[str]], list[float]]:
-    """A function of (row, prompt, responses); responses go padded on the right, batch_size at a time."""
-    tokenizer, model = load_tokenizer(name), _load_model(name, "SequenceClassification", device)
-    if model.config.num_labels != 1:
-        raise UserError(f"{name}: gives {model.config.num_labels} numbers per text; a reward model gives one")
-    config = model.config.get_text_config()
-    own = config.pad_token_id
-
-    @torch.no_grad()
-    def scores(row, prompt, texts):
-        coded = [encode(Row(prompt, [text]), tokenizer, 2**31, 2**31)[0] for text in texts]
-        ids, values = [e.prompt + e.responses[0] for e in coded], []
-        if own is None:  # transformers looks for the last token that is no padding, so padding must be an id not in use
-            config.pad_token_id = next(i for i in range(config.vocab_size) if not any(i in x for x in ids))
-        for start in range(0, len(ids), batch_size):
-            part = ids[start : start + batch_size]
-            width = max(map(len, part))
-            inputs = torch.tensor([x + [config.pad_token_id] * (width - len(x)) for x in part], device=model.device)
-            mask = torch.tensor([[1] * len(x) + [0] * (width - len(x)) for x in part], device=model.device)
-            values += model(input_ids=inputs, attention_mask=mask).logits[:, 0].tolist()
-        return values
-
-    return scores
-
-
-def score(s: Scoring, say: Callable[[str], None] = _quiet) -> None:
-    """Score responses by a reward model or a rule: see Scoring."""
-    if bool(s.reward_model) == bool(s.rule) or s.batch_size < 1:
-        raise UserError("score needs either reward_model or rule, and a batch_size of at least 1")
-    device, key = device_named(s.device), lambda row: json.dumps([row["id"], row["responses"]])  # noqa: E731
-    done = {key(row): row.get("scores") for row in _resumed(s.responses, s.out)}
-    if None in done.values():
-        raise UserError(f"{s.out}: holds rows without scores, so it cannot be continued; give another --out")
-    rows = list(prompts_of(s.responses))
-    for where, row, _ in rows:
-        if not isinstance(row.get("responses"), list) or not all(isinstance(x, str) for x in row["responses"]):
-            raise UserError(f"{where}: responses is not a list of texts")
-    if not any(row["responses"] for _, row, _ in rows):
-        raise UserError(f"{s.responses}: {len(rows):,} rows without any response: nothing to score")
-    there = f"; {sum(key(row) in done for _, row, _ in rows):,} are in {s.out} already" if done else ""
-    say(f"score: {s.reward_model or s.rule}{f' on {device}' * bool(s.reward_model)}, {len(rows):,} rows{there}")
-    if s.rule:
-        rule = _rule(s.rule) if isinstance(s.rule, str) else s.rule
-        scores_of = lambda row, prompt, texts: [float(rule(row, text)) for text in texts]  # noqa: E731
-    else:
-        scores_of = _by_reward_model(s.reward_model, device, s.batch_size)
-    for where, row, prompt in progress(rows, "score", "rows"):
-        if key(row) in done:
-            continue
-        scores = _judged(functools.partial(scores_of, row, prompt, row["responses"]), s.rule or s.reward_model, where)
-        _write(s.out, [{**row, "scores": scores}])
-        done[key(row)] = scores
-    scores = [done[key(row)] for _, row, _ in rows]
-    every = np.array([x for of_row in scores for x in of_row])
-    alike = sum(len(set(of_row)) < 2 for of_row in scores)
-    spread = f"mean {every.mean():.4g}, standard deviation {every.std():.4g}, {every.min():.4g} to {every.max():.4g}"
-    say(f"{len(rows):,} rows, {len(every):,} scores: {spread}; {alike:,} rows have no two different scores, so no pair")
-
-
-def _scored(row: dict) -> dict[str, float]:
-    """The responses of a row and the score of each, or the reward that a search gave it."""
-    texts, values = row.get("responses"), row.get("scores", row.get("rewards"))
-    if not isinstance(texts, list) or not isinstance(values, list) or len(texts) != len(values):
-        raise UserError("responses and scores are not two lists of the same length")
-    texts = [_text(x, f"responses {i}") for i, x in enumerate(texts, 1)]
-    return dict(zip(texts, [_score(x, "scores") for x in values]))
-
-
-def _comparable(scores: dict[str, float], s: Pairing) -> list[tuple[str, str]]:
-    """The pairs of responses, the better one first, that may be taken."""
-    order = sorted(scores, key=lambda text: -scores[text])
-    couples = [(a, b) for a, b in itertools.combinations(order, 2) if scores[a] > scores[b]]
-    couples = [(a, b) for a, b in couples if scores[a] - scores[b] >= s.min_margin]
-    if s.how == "correct":
-        return [(a, b) for a, b in couples if scores[a] > 0.5 >= scores[b]]
-    if s.how == "best_worst":
-        return [(a, b) for a, b in couples if scores[a] == scores[order[0]] and scores[b] == scores[order[-1]]][:1]
-    return couples
-
-
-def _step_pairs(row: dict, prompt: list[dict], s: Pairing) -> list[dict]:
-    """Of each step's next steps that were visited often enough, the one of highest Q against that of lowest: rows of a pair."""
-    begun, following, lines = [], {}, []
-    try:
-        for node in row.get("tree"):
-            at = node["parent"]
-            begun.append("" if at is None else begun[at] + node["step"])
-            if at is not None and node["N"] >= s.min_visits and node["step"].strip():
-                following.setdefault(at, []).append((_score(node["Q"], "Q"), node["step"], _label(node["ended"], "ended")))
-    except (TypeError, KeyError, IndexError, AttributeError):
-        raise UserError("no tree of steps: sample with --strategy mcts") from None
-    for at, steps in following.items():
-        (high, a, a_ends), (low, b, b_ends) = max(steps), min(steps)
-        if high > low and high - low >= s.min_margin:
-            turn = [{"role": "assistant", "content": begun[at]}] if begun[at] else []
-            sides = {"chosen": a, "rejected": b, "chosen_ends": a_ends, "rejected_ends": b_ends}
-            lines.append({"id": row["id"], "prompt": prompt + turn, **sides, "score_chosen": high, "score_rejected": low})
-    return lines
-
-
-def _are_pairs(file: Path) -> bool:
-    """Whether a file is empty or what `pairs` has written, by its first line; such a one may be made again."""
-    try:
-        with open(file, encoding="utf-8") as lines:
-            first = lines.readline()
-        return not first or {"id", "score_chosen", "score_rejected"} <= json.loads(first).keys()
-    except (ValueError, AttributeError):
-        return False
-
-
-def pairs(s: Pairing, say: Callable[[str], None] = _quiet) -> Counter:
-    """Make preference pairs, see Pairing; returns how many prompts gave a pair, or why not."""
-    refuse_unless_known("how", s.how, ["best_worst", "random", "correct", "step"])
-    if s.min_visits < 1:
-        raise UserError(f"min_visits is {s.min_visits}; it is at least 1")
-    _keep_apart(s.scored, s.out)
-    _writable(s.out)
-    if Path(s.out).exists() and not _are_pairs(Path(s.out)):
-        raise UserError(f"{s.out}: is there, and not as pairs of this command; give another --out")
-    counts, lines, prompts = Counter(), [], {}
-    say(f"pairs: {s.how}, scores at least {s.min_margin:g} apart, seed {s.seed}, of {s.scored}")
-    for _, row, prompt in prompts_of(s.scored):
-        try:
-            if s.how == "step":
-                found = _step_pairs(row, prompt, s)
-                counts["pairs" if found else f"no two next steps that differ as asked (min_margin {s.min_margin:g})"] += 1
-                lines += found
-                continue
-            scores = _scored(row)
-        except UserError as error:
-            counts[str(error)] += 1
-            continue
-        prompts.setdefault(row["id"], (prompt, {}))[1].update(scores)
-    for key, (prompt, scores) in prompts.items():
-        couples = _comparable(scores, s)
-        if couples:
-            counts["pairs"] += 1
-            a, b = random.Random(f"{s.seed} {key}").choice(couples)
-            answers = {"chosen": a, "rejected": b, "score_chosen": scores[a], "score_rejected": scores[b]}
-            lines.append({"id": key, "prompt": prompt, **answers})
-        elif len(scores) < 2:
-            counts["fewer than two responses"] += 1
-        else:
-            counts[f"no two responses that differ as asked ({s.how}, min_margin {s.min_margin:g})"] += 1
-    if not lines:
-        why = "; ".join(f"{n} {why}" for why, n in counts.items())
-        raise UserError(f"{s.scored}: gives no pair: {why}. Lower --min_margin, or sample more responses to each prompt")
-    _write(part := f"{s.out}.new", lines, "w")
-    os.replace(part, s.out)
-    margins = [line["score_chosen"] - line["score_rejected"] for line in lines]
-    longer = sum(len(line["chosen"]) > len(line["rejected"]) for line in lines) / len(lines)
-    say(f"{len(lines):,} pairs in {s.out}: mean margin {sum(margins) / len(margins):.4g}, chosen longer in {longer:.0%}")
-    for what, n in counts.items():
-        if what != "pairs":
-            say(f"  {n:,} without: {what}")
-    return counts
-
-
-# ---- answers for outside judges --------------------------------------------------------------------------------------
-
-# Published decoding: start → style → (temperature, max_new_tokens), all with top_p 1. α-DPO paper, appendix B.1, "Decoding
-# hyperparameters": those of SimPO, and its footnote 4 gives the folder of SimPO's released code (eval/) that has the numbers.
-# That folder has none for Gemma-2 and none of its own for Llama-3-Instruct v0.2, so there is no such entry.
-DECODING = {
-    "mistral-7b-base": {"alpaca_eval": (0.7, 2048), "arena_hard": (0.0, 4096)},
-    "mistral-7b-instruct": {"alpaca_eval": (0.5, 2048), "arena_hard": (0.0, 4096)},
-    "llama-3-8b-base": {"alpaca_eval": (0.9, 4096), "arena_hard": (0.0, 4096)},
-    "llama-3-8b-instruct": {"alpaca_eval": (0.9, 4096), "arena_hard": (0.0, 4096)},
-}
-STYLES = ("alpaca_eval", "arena_hard")
-
-
-@dataclass
-class Generation:
-    """Answer every prompt of a benchmark once and write the answers as its official judge reads them.
-
-    Rows keep their order; a prompt that is there twice has the same answer twice. Answers that reach max_new_tokens are kept as
-    far as they went and counted. A run that was killed goes on with the same command to what an unbroken one would have made.
-
-        python data.py answers --model runs/mine/model --prompts alpaca_eval.json --out outputs.json --temperature 0.9
-        python data.py answers --model runs/mine/model --prompts question.jsonl --out mine.jsonl --style arena_hard
-    """
-
-    model: str = setting(MISSING, "folder or hub name of a causal language model, such as runs/mine/model")
-    prompts: str = setting(MISSING, "AlpacaEval's JSON, Arena-Hard's question.jsonl, or any rows with a prompt")
-    out: str = setting(MISSING, "file to write; a killed run goes on from OUT.part")
-    style: str = setting("alpaca_eval", "format of out: alpaca_eval (a JSON list) or arena_hard (v0.1's answers, JSON lines)")
-    name: str | None = setting(None, "what the judge calls the model (generator, model_id); without it, its folder's name")
-    decoding: str | None = setting(None, f"published settings of a start: {', '.join(DECODING)}")
-    temperature: float | None = setting(None, "of sampling, 0 is greedy; without it and decoding: 0")
-    max_new_tokens: int | None = setting(None, "answers are cut there, and kept; without it and decoding: 2048")
-    top_p: float = setting(1.0, "share of the probability that is sampled from")
-    batch_size: int = setting(8, "prompts at a time; answers depend on it where temperature > 0")
-    columns: str = setting("", "columns to rename, new=old: prompt=question")
-    seed: int = setting(0, "of sampling")
-    device: str = setting("auto", "cpu, cuda, or auto")
-
-
-def generate(g: Generation, say: Callable[[str], None] = _quiet) -> dict:
-    """Answers as a judge reads them, see Generation; returns their number and how many were cut."""
-    how, out, part, whole = decoding(g), Path(g.out), Path(f"{g.out}.part"), Path(f"{g.out}.new")
-    if out.exists():
-        raise UserError(f"out {out} is there already; choose another file, or delete it")
-    rows = list(prompts_of(g.prompts, g.columns))
-    folder = Path(g.model).resolve()  # an exported model is RUN/model: the run's name says more
-    name = g.name or (folder.parent.name if folder.name == "model" else Path(g.model).name)
-    there = f"; goes on from {part}" if part.exists() else ""
-    say(f"{name}: {len(rows)} prompts, {', '.join(f'{k} {v:g}' for k, v in how.items())}, seed {g.seed}{there}")
-    more = dict(batch_size=g.batch_size, columns=g.columns, seed=g.seed, device=g.device)
-    sample(Sampling(g.model, g.prompts, str(part), n=1, keep_unfinished=True, **how, **more), rows)
-    sampled = {row["id"]: row for row in map(json.loads, part.read_text(encoding="utf-8").split("\n")[:-1])}
-    answers = [sampled[row["id"]]["responses"][0] for _, row, _ in rows]
-    cut = sum(sampled[row["id"]]["unfinished"] for _, row, _ in rows)
-    if g.style == "alpaca_eval":
-        text = json.dumps([alpaca_eval(*x, name) for x in zip(rows, answers)], ensure_ascii=False, indent=2, default=str) + "\n"
-    else:
-        tokenizer = load_tokenizer(g.model)
-        lines = (json.dumps(arena_hard(*x, name, tokenizer), ensure_ascii=False, default=str) for x in zip(rows, answers))
-        text = "".join(f"{line}\n" for line in lines)
-    whole.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(whole, out)
-    part.unlink()
-    advice = ": raise --max_new_tokens" if cut > 0.1 * len(answers) else ""
-    say(f"{len(answers)} answers in {out}, {cut} of them cut at {how['max_tokens']} tokens{advice}, {answers.count('')} empty")
-    return {"out": str(out), "answers": len(answers), "cut": cut}
-
-
-def decoding(g: Generation) -> dict:
-    """How to sample: as published, and over that what was asked for."""
-    refuse_unless_known("style", g.style, STYLES)
-    if g.decoding is not None:
-        refuse_unless_known("decoding", g.decoding, DECODING)
-    temperature, tokens = (0.0, 2048) if g.decoding is None else DECODING[g.decoding][g.style]
-    temperature = temperature if g.temperature is None else g.temperature
-    tokens = tokens if g.max_new_tokens is None else g.max_new_tokens
-    _check_decoding(temperature, g.top_p, max_new_tokens=tokens, batch_size=g.batch_size)
-    return dict(temperature=temperature, top_p=g.top_p, max_tokens=tokens)
-
-
-def alpaca_eval(row: tuple[str, dict, list[dict]], answer: str, name: str) -> dict:
-    """One output as AlpacaEval reads it; a conversation becomes an instruction of several paragraphs."""
-    _, given, prompt = row
-    instruction = "\n\n".join(m["content"] for m in prompt)
-    return {"instruction": instruction, "output": answer, "generator": name} | {k: given[k] for k in ("dataset",) if k in given}
-
-
-def arena_hard(row: tuple[str, dict, list[dict]], answer: str, name: str, tokenizer) -> dict:
-    """One answer as Arena-Hard v0.1 reads it; token_len in tokens of the model's own tokenizer (its authors count GPT's)."""
-    _, given, _ = row
-    question = given.get("question_id", given["id"])
-    turn = {"content": answer, "token_len": len(tokenizer(answer, add_special_tokens=False)["input_ids"])}
-    unique = hashlib.sha256(json.dumps([name, question, answer]).encode()).hexdigest()[:22]
-    choices = [{"index": 0, "turns": [turn]}]
-    return {"question_id": question, "answer_id": unique, "model_id": name, "choices": choices, "tstamp": time.time()}
 
 
 # ---- looking at data -------------------------------------------------------------------------------------------------
@@ -2160,17 +1212,19 @@ def advice(report: Report, bias: float) -> list[str]:
     found = []
     for name, what in (("duplicates", "repeat an earlier one"), ("identical responses", "compare a response with itself"),
                        ("conflicts", "say the opposite of another one")):  # fmt: skip
-        option = f"drop_{name.split()[0]}"
-        if report.quality.get(name) and f"{name} ({option})" not in report.dropped:
-            found.append(f"{report.quality[name]} rows {what}: --{option} drops them")
-    if (n := report.cut.get("response cut", 0)) > 0.01 * report.kept:
-        found.append(f"{n} rows have a cut response, which teaches no ending: raise --max_length")
-    if (n := report.cut.get("prompt cut", 0)) > 0.1 * report.kept:
-        found.append(f"{n} prompts have lost their beginning: raise --max_length or --max_prompt_length")
+        if report.quality.get(name):
+            found.append(f"{report.quality[name]} rows {what}: tests/tools/clean.py --{name.split()[0]} drops them")
+    no_ending = report.cut.get("response cut", 0)
+    if no_ending > 0.01 * report.kept:
+        found.append(f"{no_ending} rows have a cut response, which teaches no ending: raise --max_length")
+    no_beginning = report.cut.get("prompt cut", 0)
+    if no_beginning > 0.1 * report.kept:
+        found.append(f"{no_beginning} prompts have lost their beginning: raise --max_length or --max_prompt_length")
     if bias > 0.2:
         found.append("the chosen responses are longer, which sums of log-probs reward: simpo, rdpo or --equal_length 1")
-    if (n := sum(n for reason, n in report.dropped.items() if "(drop_" not in reason)) > 0.01 * report.rows:
-        found.append(f"{n} rows are dropped for the reasons above: mend them, or see --format and --columns")
+    dropped = report.rows - report.kept
+    if dropped > 0.01 * report.rows:
+        found.append(f"{dropped} rows are dropped for the reasons above: mend them, or see --format and --columns")
     return found
 
 
@@ -2179,7 +1233,7 @@ class Counting(Reading):
     """Print lengths with a histogram, length bias, duplicates, conflicts, what is cut or dropped and why."""
 
     model: str = setting(MISSING, "folder or hub name whose tokenizer and chat template to use")
-    dataset: str = setting(MISSING, "sources: files, folders, patterns, -, hub names; see the README")
+    dataset: str = setting(MISSING, "sources: files, folders, patterns, hub names; see the README")
     max_drop_fraction: float = setting(1.0, "more invalid rows than this share is an error")
 
 
@@ -2207,165 +1261,67 @@ def print_rows(s: Showing) -> None:
     print(f"\n{report}")
 
 
-# ---- published runs ----------------------------------------------------------------------------------------------------
-
-# Published settings: start → model, data, (prompt, total) lengths, {method: (objective, lr)}. γ and α in the papers' units.
-# All: 128 pairs a step, one epoch, cosine with 10 % warm-up, no weight decay, gradients clipped to norm 1.
-ULTRA = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"
-MISTRAL, LLAMA = "mistralai/Mistral-7B-Instruct-v0.2", "meta-llama/Meta-Llama-3-8B-Instruct"
-PUBLISHED = {
-    "mistral-7b-base": ("alignment-handbook/zephyr-7b-sft-full", ULTRA, (512, 1024), {
-        "simpo": ("simpo(beta=2.0, gamma=1.6)", 3e-7), "simper": ("simper", 3e-7)}),
-    "mistral-7b-instruct": (MISTRAL, "princeton-nlp/mistral-instruct-ultrafeedback", (1800, 2048), {
-        "simpo": ("simpo(beta=2.5, gamma=0.25)", 5e-7), "simper": ("simper", 5e-7),
-        "alpha-dpo": ("alpha_dpo(beta=2.5, gamma=0.375, alpha=0.125)", 6e-7),
-        "gamma-simpo": ("gamma_simpo(beta=2.5, gamma=0.375, tau=10.0)", 6e-7)}),
-    "llama-3-8b-base": ("princeton-nlp/Llama-3-Base-8B-SFT", ULTRA, (1800, 2048), {
-        "simpo": ("simpo(beta=2.0, gamma=1.0)", 6e-7), "simper": ("simper", 6e-7)}),
-    "llama-3-8b-instruct": (LLAMA, "princeton-nlp/llama3-ultrafeedback", (1800, 2048), {
-        "simpo": ("simpo(beta=2.5, gamma=1.375)", 1e-6), "simper": ("simper", 1e-6),
-        "alpha-dpo": ("alpha_dpo(beta=2.5, gamma=1.5, alpha=0.5)", 1e-6)}),
-    "llama-3-8b-instruct-v0.2": (LLAMA, "princeton-nlp/llama3-ultrafeedback-armorm", (1800, 2048), {
-        "simpo": ("simpo(beta=10.0, gamma=3.0)", 1e-6), "alpha-dpo": ("alpha_dpo(beta=10.0, gamma=4.0, alpha=2.0)", 1e-6),
-        "gamma-simpo": ("gamma_simpo(beta=10.0, gamma=4.0, tau=10.0)", 1e-6)}),
-    "gemma-2-9b-it": ("google/gemma-2-9b-it", "princeton-nlp/gemma2-ultrafeedback-armorm", (1800, 2048), {
-        "simpo": ("simpo(beta=10.0, gamma=5.0)", 8e-7), "alpha-dpo": ("alpha_dpo(beta=10.0, gamma=4.0, alpha=0.5)", 8e-7),
-        "gamma-simpo": ("gamma_simpo(beta=10.0, gamma=5.0, tau=20.0)", 8e-7)}),
-}  # fmt: skip
-
-
-def recipe(name: str) -> dict:
-    """Settings of a published run, by name such as "gemma-2-9b-it-simpo"; files and the command line may change each."""
-    recipes = {f"{start}-{method}": (start, method) for start, (*_, methods) in PUBLISHED.items() for method in methods}
-    if name not in recipes:
-        raise UserError(f"unknown recipe {name!r}; known are {', '.join(recipes)}{did_you_mean(name, recipes)}")
-    start, method = recipes[name]
-    model, dataset, (prompt, length), methods = PUBLISHED[start]
-    objective, lr = methods[method]
-    return dict(model=model, dataset=dataset, objective=objective, lr=lr, max_prompt_length=prompt, max_length=length,
-                batch_size=128, epochs=1, warmup_ratio=0.1, weight_decay=0.0, max_grad_norm=1.0, dtype="bf16",
-                gradient_checkpointing=True, tokens_per_microbatch=32768)  # fmt: skip
-
-
 # ---- progress and command lines, of every file -----------------------------------------------------------------------
 
-LINE_EVERY = 10.0  # seconds
+
+def is_watched() -> bool:
+    """Whether messages go to a terminal."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
-class _Lines:
-    """For a file or a pipe: what tqdm would draw over and over, as a whole line now and then."""
-
-    def __init__(self, stream):
-        self.stream, self.next = stream, time.monotonic() + LINE_EVERY
-
-    def write(self, text: str) -> None:
-        if self.stream and text.strip() and time.monotonic() >= self.next:
-            self.stream.write(text.strip() + "\n")
-            self.next = time.monotonic() + LINE_EVERY
-
-    def flush(self) -> None:
-        if self.stream:
-            self.stream.flush()
+DRAWN_EVERY = 10.0  # seconds, where nobody watches
 
 
 def progress(
     items: Iterable | None, what: str, unit: str, total: int | None = None, initial: int = 0, disable: bool = False
 ) -> tqdm:
-    """`items` with a bar on a terminal; elsewhere with a line every ten seconds, so none for what takes less.
+    """`items` with a bar; where nobody watches, it is drawn every ten seconds only, so never for what takes less.
 
-    It is tqdm's object: `set_postfix` adds numbers, and without items `update` counts.
+    It is tqdm's object: `set_postfix(…, refresh=False)` adds numbers, and without items `update` counts.
     """
-    how = dict(file=sys.stderr, dynamic_ncols=True)
-    if sys.stderr is None or not sys.stderr.isatty():
-        how = dict(file=_Lines(sys.stderr), bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]")
-    return tqdm(items, what, total, unit=f" {unit}", initial=initial, disable=disable, leave=False, **how)
+    how = dict(unit=f" {unit}", initial=initial, disable=disable or sys.stderr is None, leave=False, dynamic_ncols=True)
+    if not is_watched():
+        how |= {"mininterval": DRAWN_EVERY, "delay": DRAWN_EVERY}
+    return tqdm(items, what, total, **how)
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they are written, and the default of what has one; switches without a value."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        has_default = action.default not in (None, "", argparse.SUPPRESS) and action.default is not False
-        return action.help + " (default: %(default)s)" * has_default
-
-    def _format_args(self, action: argparse.Action, metavar: str) -> str:
-        return "" if action.nargs == "?" else super()._format_args(action, metavar)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        return super()._format_action_invocation(action).rstrip()
-
-
-def _number(kind: type) -> Callable[[str], int | float]:
-    """A reader of an int of 64 bits or a finite float; what it refuses, argparse reports with the setting's name."""
-
-    def convert(text: str) -> int | float:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text[:40]!r}") from None
-        if not (-(2**63) <= value < 2**63 if kind is int else math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text[:40]} is {'too large' if kind is int else 'not finite'}")
-        return value
-
-    return convert
-
-
-READERS = {int: ("N", _number(int)), float: ("X", _number(float))}  # type → (its name in the help, its reader)
-ELSEWHERE = {  # what other trainers call it → setting
-    "learning_rate": "lr", "per_device_train_batch_size": "batch_size", "train_batch_size": "batch_size",
-    "num_train_epochs": "epochs", "output_dir": "out", "model_name_or_path": "model", "loss_type": "objective",
-    "dataset_name": "dataset", "save_steps": "save_every", "eval_steps": "eval_every",
-}  # fmt: skip
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The defaults, and descriptions as they are written."""
 
 
 class _Parser(HfArgumentParser):
-    """Options in groups, each shown in one spelling; what cannot be parsed is a UserError.
-
-    A dataclass may name groups in GROUPS = {title: "its fields"}; those of `Reading` come last, under a title of their own.
-    """
-
-    def _add_dataclass_arguments(self, kind: type) -> None:
-        reading = {"reading rows": " ".join(f.name for f in fields(Reading))} if issubclass(kind, Reading) else {}
-        self.group_of = {}
-        for title, names in (getattr(kind, "GROUPS", {}) | reading).items():
-            self.group_of |= dict.fromkeys(names.split(), self.add_argument_group(title))
-        super()._add_dataclass_arguments(kind)
-
-    def _parse_dataclass_field(self, parser, field) -> None:
-        before = len(self._actions)
-        super()._parse_dataclass_field(self.group_of.get(field.name, parser), field)
-        for action in self._actions[before:]:
-            action.metavar, action.type = READERS.get(action.type, ("TEXT", action.type))
-            short = [option for option in action.option_strings if not option.startswith("--")]
-            action.option_strings = [*short, *action.option_strings][:1]  # the others are accepted and not shown
-
     def error(self, message: str):
-        raise UserError(f"{message}; `python {self.prog} --help` lists all settings")
+        raise UserError(f"{message[:300]}; `python {self.prog} --help` lists all settings")
 
 
-def parse(kind: type, argv: list[str], prog: str, text: str):
+def parse(kind: type, argv: list[str], prog: str, text: str, hints: dict[str, str] | None = None):
     """Command line → an instance of the dataclass `kind`; what comes later wins.
 
-    Leading bare words fill, in order, the fields that have no default. `--a-b` and `--a_b` are the same.
+    Leading bare words fill, in order, the fields that have no default. `--a-b` and `--a_b` are the same. A setting that is not
+    there is a UserError with the sentence that `hints` has for its name, else with the nearest name.
     """
     needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
-    words = list(itertools.takewhile(lambda word: word == "-" or not word.startswith("-"), argv))[: len(needed)]
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))[: len(needed)]
     argv = [f"--{name}={word}" for name, word in zip(needed, words)] + argv[len(words) :]
     usage = " ".join([prog, *map(str.upper, needed), "[options]"])
-    how = dict(prog=prog, usage=usage, description=inspect.cleandoc(text), formatter_class=_HelpFormatter, allow_abbrev=False)
-    parser = _Parser(kind, **how)
-    instance, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+    parser = _Parser(kind, prog=prog, usage=usage, description=text, formatter_class=_Help, allow_abbrev=False)
+    settings, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
     if unknown:
-        name = next((word for word in unknown if word.startswith("-")), "").lstrip("-").partition("=")[0].replace("-", "_")
-        guess = did_you_mean(ELSEWHERE.get(name, name), [f.name for f in fields(kind)])
+        option = next((word for word in unknown if word.startswith("-")), "")
+        name = option.lstrip("-").partition("=")[0].replace("-", "_")
+        hint = (hints or {}).get(name)
+        guess = f"; {hint}" if hint else did_you_mean(name, [f.name for f in fields(kind)])
         parser.error(f"unknown setting {' '.join(unknown)[:200]}{guess}")
-    return instance
+    for name, value in vars(settings).items():
+        if isinstance(value, (int, float)) and not abs(value) < 2**63:  # nan, inf, and what no integer tensor holds
+            parser.error(f"{name} is {str(value)[:40]}; it must be a finite number below 2⁶³")
+    return settings
 
 
 def commands(argv: list[str], prog: str, text: str, table: dict[str, tuple[type, Callable]]):
     """Run the command that argv begins with: its function gets an instance of its dataclass, whose docstring is its help."""
     if argv[:1] in (["-h"], ["--help"]):
-        print(f"usage: {prog} COMMAND [options]\n\n{inspect.cleandoc(text)}\n")
+        print(f"usage: {prog} COMMAND [options]\n\n{text.strip()}\n")
         for name, (kind, _) in table.items():
             print(f"  {name:<10}{inspect.getdoc(kind).splitlines()[0]}")
         print(f"\n`python {prog} COMMAND --help` lists the options of a command.")
@@ -2375,6 +1331,10 @@ def commands(argv: list[str], prog: str, text: str, table: dict[str, tuple[type,
         raise UserError(f"{what}; there are {', '.join(table)}, which `python {prog} --help` explains")
     kind, function = table[argv[0]]
     return function(parse(kind, argv[1:], f"{prog} {argv[0]}", inspect.getdoc(kind)))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def fail(error: Exception) -> None:
@@ -2389,7 +1349,7 @@ def command_line(
     fail: Callable[[Exception], None] = fail,
     stopped: str = "stopped",
 ):
-    """work(argv) as a command line, without a traceback for what its owner can mend; returns what it returns.
+    """work(argv) as a command line, without a traceback for a user error; returns what it returns.
 
     A UserError, an OSError of the system (a place that cannot be written, a full disk) or the end of the GPU's memory goes to
     `fail` as a UserError; `distributed.fail` is the one of several ranks. Ctrl-C prints `stopped` and ends with code 130.
@@ -2406,22 +1366,20 @@ def command_line(
             if sys.stdout is not None:
                 sys.stdout.flush()  # what cannot be written is found here and not on the way out
     except UserError as error:
-        problem = error
+        fail(error)
     except KeyboardInterrupt:
         _say(stopped)
         raise SystemExit(130) from None
     except torch.OutOfMemoryError as error:
-        problem = UserError(f"the GPU's memory is too small; lower --batch_size ({_brief(error)})")
+        fail(UserError(f"the GPU's memory is too small; lower --batch_size ({_brief(error)})"))
     except OSError as error:
-        if error.errno is None:
+        if error.errno is None:  # of a library
             raise
         if error.filename is None:  # most likely the output: the interpreter would try to write it once more
             with contextlib.suppress(OSError, AttributeError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno == errno.EPIPE:
-            return None
-        problem = UserError(f"{str(error.filename or 'the output')[:200]}: {error.strerror}")
-    fail(problem)
+        if error.errno != errno.EPIPE:
+            fail(UserError(f"{str(error.filename or 'the output')[:200]}: {error.strerror}"))
 
 
 def main(argv: list[str] | None = None):
@@ -2431,18 +1389,12 @@ def main(argv: list[str] | None = None):
     disable_progress_bar()
     set_verbosity_error()  # a table of missing weights, where one message follows
     argv = sys.argv[1:] if argv is None else argv
-    goes_on = argv[:1] in (["sample"], ["score"], ["answers"])
-    stopped = "stopped" + "; nothing is lost, the same command goes on from here" * goes_on
-    return command_line(lambda argv: commands(argv, "data.py", __doc__, COMMANDS), argv, stopped=stopped)
+    return command_line(lambda argv: commands(argv, "data.py", __doc__, COMMANDS), argv)
 
 
 COMMANDS = {
     "show": (Showing, print_rows),
     "stats": (Counting, print_stats),
-    "sample": (Sampling, functools.partial(sample, say=_say)),
-    "score": (Scoring, functools.partial(score, say=_say)),
-    "pairs": (Pairing, functools.partial(pairs, say=_say)),
-    "answers": (Generation, functools.partial(generate, say=_say)),
 }
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Ranks, sharding, loading, checkpoints and export: the only file that knows how many processes there are.
 
-    torchrun --nproc-per-node 8 train.py --recipe gemma-2-9b-it-simpo --save-every 100     # one machine
+    torchrun --nproc-per-node 8 train.py tests/published/gemma-2-9b-it-simpo.yaml --save-every 100     # one machine
     python distributed.py export runs/…/checkpoints/step-000400 OUT --dtype bf16           # checkpoint → transformers folder
 
 Started without torchrun there is one process and no process group; every helper is then the identity or a plain file
@@ -205,11 +205,11 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _compiled_when_packed(forward: Callable) -> Callable:
-    """A decoder block's forward, compiled where it is handed a pack; generation's own path stays eager."""
+    """A decoder block's forward, compiled where it is handed a packed sequence; generation's own path stays eager."""
     fast = compiled(forward, dim=1)
 
     def call(*args, **kwargs):
-        packed = "blocks" in kwargs or "segments" in kwargs
+        packed = "blocks" in kwargs or "pairs" in kwargs
         return fast(*args, **kwargs) if packed else forward(*args, **kwargs)
 
     return call
@@ -253,14 +253,14 @@ def shard(
             module.set_force_sum_reduction_for_comms(True)
     # 5. backward makes the root let go of its weights; a pass without gradient has to do so itself
     policy.register_forward_pre_hook(lambda *_: policy.set_reshard_after_forward(not torch.is_grad_enabled(), recurse=False))
-    register_fsdp_forward_method(policy, "within")
-    within = policy.within
+    register_fsdp_forward_method(policy, "run_unsharded")
+    run_unsharded = policy.run_unsharded
 
-    def within_and_release(*args, **kwargs):
+    def run_and_release(*args, **kwargs):
         policy.set_reshard_after_forward(True, recurse=False)
-        return within(*args, **kwargs)
+        return run_unsharded(*args, **kwargs)
 
-    policy.within = within_and_release
+    policy.run_unsharded = run_and_release
     return policy
 
 

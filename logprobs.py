@@ -48,9 +48,12 @@ def head_of(model: nn.Module) -> Head:
 
     A model that does anything else between hidden state and logits is found out by `check_head`, not guessed at here.
     """
-    linear, config = model.get_output_embeddings(), model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    return Head(linear.weight, getattr(linear, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+    linear = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    factor = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(linear.weight, getattr(linear, "bias", None), factor / divisor, softcap)
 
 
 def logits_of(hidden: Tensor, head: Head) -> Tensor:
@@ -82,37 +85,45 @@ class _ChunkedLogProb(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale, softcap, chunk, power):
-        logp = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        head, logits = Head(weight.to(hidden.dtype), bias, scale, softcap), None  # cast once per batch, not once per chunk
-        for i in reversed(range(0, len(hidden), chunk)):
-            rows = slice(i, i + chunk)
-            del logits  # before those of the next chunk are made
+    def forward(ctx, hidden, weight, bias, targets, scale, softcap, chunk, log_sum_p_squared):
+        head = Head(weight.to(hidden.dtype), bias, scale, softcap)  # cast once per batch, not once per chunk
+        logp = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        logits = None
+        for start in reversed(range(0, len(hidden), chunk)):
+            rows = slice(start, start + chunk)
+            logits = None  # freed before those of the next chunk are made
             logits = logits_of(hidden[rows], head)
-            each = logits.log_softmax(-1)
-            logp[rows] = each.gather(-1, targets[rows, None]).squeeze(-1)
-            if power is not None:
-                power[rows] = each.mul_(2).logsumexp(-1)
-            del each
+            log_p = logits.log_softmax(-1)
+            logp[rows] = log_p.gather(-1, targets[rows, None]).squeeze(-1)
+            if log_sum_p_squared is not None:
+                log_sum_p_squared[rows] = log_p.mul_(2).logsumexp(-1)
+            del log_p  # freed, too
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.how, ctx.logits = (scale, softcap, chunk), logits  # backward comes next, and begins with these
+        ctx.scale = scale
+        ctx.softcap = softcap
+        ctx.chunk = chunk
+        ctx.first_logits = logits  # backward comes next, and begins with these
         return logp
 
     @staticmethod
     def backward(ctx, grad_logp):
         hidden, weight, bias, targets = ctx.saved_tensors
-        (scale, softcap, chunk), logits, ctx.logits = ctx.how, ctx.logits, None
-        head, factors = Head(weight.to(hidden.dtype), bias, scale, softcap), (grad_logp * scale)[:, None]
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        head = Head(weight.to(hidden.dtype), bias, ctx.scale, ctx.softcap)
+        grad_logp = (grad_logp * ctx.scale)[:, None]
         grad_hidden = torch.empty_like(hidden)
+        wide = torch.promote_types(weight.dtype, torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        for i in range(0, len(hidden), chunk):
-            rows = slice(i, i + chunk)
-            logits = logits_of(hidden[rows], head) if logits is None else logits
-            grad = logits.softmax(-1).mul_(-factors[rows]).scatter_add_(-1, targets[rows, None], factors[rows])
-            if softcap is not None:
-                grad.addcmul_(grad, logits.square_(), value=-1 / softcap**2)
+        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
+        logits = ctx.first_logits
+        ctx.first_logits = None
+        for start in range(0, len(hidden), ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            if logits is None:
+                logits = logits_of(hidden[rows], head)
+            grad = logits.softmax(-1).mul_(-grad_logp[rows])
+            grad.scatter_add_(-1, targets[rows, None], grad_logp[rows])
+            if ctx.softcap is not None:
+                grad.addcmul_(grad, logits.square_(), value=-1 / ctx.softcap**2)
             logits = None
             if grad_bias is not None:
                 grad_bias += grad.sum(0).to(bias.dtype)
@@ -120,24 +131,29 @@ class _ChunkedLogProb(torch.autograd.Function):
             grad_hidden[rows] = grad @ head.weight
             if grad_weight is not None:
                 _add_product(grad_weight, grad.T, hidden[rows])
-            del grad  # before the logits of the next chunk are made
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+            del grad  # freed before the logits of the next chunk are made
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 def chunk_rows(vocabulary: int, device: str) -> int:
     """Tokens whose logits exist at once: 128 MiB of them in fp32 on CPUs; 1 GiB elsewhere, in whole tiles of 128 tokens."""
-    return max(1, 2**25 // vocabulary) if device == "cpu" else max(128, 2**28 // vocabulary // 128 * 128)
+    if device == "cpu":
+        return max(1, 2**25 // vocabulary)
+    return max(1, 2**28 // vocabulary // 128) * 128
 
 
 def _as_computed(hidden: Tensor) -> Tensor:
     """`hidden` in the dtype that matmuls use here: bf16 under autocast, else its own."""
     kind = hidden.device.type
-    return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
+    if torch.is_autocast_enabled(kind):
+        return hidden.to(torch.get_autocast_dtype(kind))
+    return hidden
 
 
 def token_logprobs(
-    hidden: Tensor, head: Head, targets: Tensor, chunk: int | None = None, power: Tensor | None = None
+    hidden: Tensor, head: Head, targets: Tensor, chunk: int | None = None, log_sum_p_squared: Tensor | None = None
 ) -> Tensor:
     """Log-probability of each target token.
 
@@ -146,19 +162,21 @@ def token_logprobs(
         head: the output layer.
         targets: (N,) token ids.
         chunk: tokens whose logits exist at once; None picks `chunk_rows`.
-        power: (N,) fp32, to be filled with log Σ_v p(v)², the log of the probability that a token drawn there has on average.
+        log_sum_p_squared: (N,) fp32, to be filled with log Σ_v p(v)², the log of a drawn token's expected probability.
     Returns:
         (N,) log-probs in nats, fp32 (fp64 for fp64 input). Gradients reach hidden, head.weight and head.bias.
     """
-    hidden, kind = _as_computed(hidden), hidden.device.type
-    chunk = chunk or chunk_rows(len(head.weight), kind)
+    hidden = _as_computed(hidden)
+    kind = hidden.device.type
+    rows = chunk or chunk_rows(len(head.weight), kind)
     with torch.autocast(kind, enabled=False):
-        return _ChunkedLogProb.apply(hidden, head.weight, head.bias, targets, head.scale, head.softcap, chunk, power)
+        return _ChunkedLogProb.apply(hidden, head.weight, head.bias, targets, head.scale, head.softcap, rows, log_sum_p_squared)
 
 
 def _kl_rows(hidden: Tensor, ref_hidden: Tensor, head: Head, ref_head: Head) -> Tensor:
-    logp, ref = logits_of(hidden, head).log_softmax(-1), logits_of(ref_hidden, ref_head).log_softmax(-1)
-    return (ref.exp() * (ref - logp)).sum(-1)
+    log_p = logits_of(hidden, head).log_softmax(-1)
+    ref_log_p = logits_of(ref_hidden, ref_head).log_softmax(-1)
+    return (ref_log_p.exp() * (ref_log_p - log_p)).sum(-1)
 
 
 def token_kl(hidden: Tensor, ref_hidden: Tensor, head: Head, ref_head: Head, chunk: int | None = None) -> Tensor:
@@ -173,19 +191,22 @@ def token_kl(hidden: Tensor, ref_hidden: Tensor, head: Head, ref_head: Head, chu
     Returns:
         (N,) nats, fp32 (fp64 for fp64 input).
     """
-    hidden, ref_hidden = _as_computed(hidden), _as_computed(ref_hidden.detach())
-    rows = chunk or chunk_rows(2 * len(head.weight), hidden.device.type)
-    ref_head = Head(ref_head.weight.detach(), *ref_head[1:])
-    with torch.autocast(hidden.device.type, enabled=False):
-        parts = [
-            checkpoint(_kl_rows, h, r, head, ref_head, use_reentrant=False)
-            for h, r in zip(hidden.split(rows), ref_hidden.split(rows))
-        ]
+    hidden = _as_computed(hidden)
+    ref_hidden = _as_computed(ref_hidden.detach())
+    ref_head = ref_head._replace(weight=ref_head.weight.detach())
+    kind = hidden.device.type
+    rows = chunk or chunk_rows(2 * len(head.weight), kind)
+    parts = []
+    with torch.autocast(kind, enabled=False):
+        for part, ref_part in zip(hidden.split(rows), ref_hidden.split(rows)):
+            parts.append(checkpoint(_kl_rows, part, ref_part, head, ref_head, use_reentrant=False))
     return torch.cat(parts)
 
 
-# ---- attention over packed trees -------------------------------------------------------------------------------------
+# ---- attention over packed pairs that share their prompt ---------------------------------------------------------------
 
+
+Pairs = list[tuple[int, list[int]]]  # of a packed sequence: length of the prompt and of each response of every pair
 
 QUERY_BLOCK = 256  # queries attended at once in the matmul form; keys later than the block are skipped
 
@@ -197,89 +218,149 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: i
     torch's fused kernel where it is the faster one; written out as matmuls for the soft-cap, and for bf16 on CPUs, where the
     fused backward takes twice as long up to some 400 tokens.
     """
-    heads, groups, q, k = query.shape[1], key.shape[1], query.shape[2], key.shape[2]
-    if window is not None and window >= k:
-        window = None
-    by_hand = softcap is not None or (query.dtype == torch.bfloat16 and query.device.type == "cpu")
-    if by_hand and q > QUERY_BLOCK:
-        ends = range(k - q + QUERY_BLOCK, k + QUERY_BLOCK, QUERY_BLOCK)
-        blocks = zip(query.split(QUERY_BLOCK, dim=2), ends)
-        return torch.cat([_attend(b, key[:, :, :end], value[:, :, :end], scaling, window, softcap) for b, end in blocks], dim=2)
-    causal = q == k and window is None
-    mask = None if causal and not by_hand else torch.ones(q, k, dtype=torch.bool, device=query.device).tril(k - q)
-    if window is not None:
-        mask = mask.triu(k - q - window + 1)
-    if not by_hand:
-        how = dict(is_causal=mask is None, scale=scaling, enable_gqa=heads > groups)
-        return F.scaled_dot_product_attention(query, key, value, mask, **how)
-    logits = (query.reshape(groups, -1, query.shape[3]) @ key[0].transpose(1, 2)).view(heads, q, k).float() * scaling
+    bf16_on_cpu = query.dtype == torch.bfloat16 and query.device.type == "cpu"
+    if softcap is None and not bf16_on_cpu:
+        return _attend_fused(query, key, value, scaling, window)
+    out = []
+    end = key.shape[2] - query.shape[2]
+    for block in query.split(QUERY_BLOCK, dim=2):
+        end += block.shape[2]
+        out.append(_attend_by_matmuls(block, key[:, :, :end], value[:, :, :end], scaling, window, softcap))
+    return torch.cat(out, dim=2)
+
+
+def _attend_fused(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+    queries, keys = query.shape[2], key.shape[2]
+    causal = queries == keys and (window is None or window >= keys)
+    mask = None if causal else _seen_in_sequence(queries, keys, window, query.device)
+    grouped = query.shape[1] > key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scaling, enable_gqa=grouped)
+
+
+def _attend_by_matmuls(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None
+) -> Tensor:
+    _, heads, queries, width = query.shape
+    _, groups, keys, _ = key.shape
+    of_group = query.reshape(groups, -1, width)  # the queries of all heads that share a key head
+    logits = (of_group @ key[0].transpose(1, 2)).view(heads, queries, keys).float() * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    weights = logits.masked_fill(~mask, float("-inf")).softmax(-1).to(value.dtype)
-    return (weights.view(groups, -1, k) @ value[0]).view(1, heads, q, -1)
+    seen = _seen_in_sequence(queries, keys, window, query.device)
+    weights = logits.masked_fill(~seen, float("-inf")).softmax(-1).to(value.dtype)
+    out = weights.view(groups, -1, keys) @ value[0]
+    return out.view(1, heads, queries, -1)
 
 
-class Segments:
-    """(prompt, [response, …]) lengths of a pack's pairs. A class, as torch.compile would make constants of a list's numbers."""
+def _seen_in_sequence(queries: int, keys: int, window: int | None, device) -> Tensor:
+    """(queries, keys) bool: what each of the last `queries` tokens sees of all `keys`."""
+    first = keys - queries
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(first)
+    if window is not None:
+        seen = seen.triu(first - window + 1)
+    return seen
 
-    def __init__(self, tree: list[tuple[int, list[int]]]):
-        self.tree = tree
 
-    @torch.compiler.disable
+class PrefixSharedPairs:
+    """Attention pair by pair, so that no (T × T) mask exists. A class, as torch.compile makes constants of a list's numbers."""
+
+    def __init__(self, pairs: Pairs):
+        self.pairs = pairs
+
+    @torch._disable_dynamo  # torch.compiler.disable, which would import the compiler here: two seconds of every start
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None):
-        """Each pair on its own, so that no (T × T) mask exists: prompt + first response is an ordinary causal sequence, each
-        further response attends to the prompt's keys followed by its own. (1, H, T, d)."""
-        sizes = [n for prompt, (first, *others) in self.tree for n in (prompt + first, *others)]
-        pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)))  # split, as its backward is one concatenation
+        """Prompt + first response is an ordinary causal sequence; each further response attends to the prompt's keys followed
+        by its own. (1, H, T, d)."""
+        lengths = []
+        for prompt, (first, *others) in self.pairs:
+            lengths += [prompt + first, *others]
+        # split, as its backward is one concatenation
+        pieces = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2))
         out = []
-        for prompt, (_, *others) in self.tree:
-            q, trunk_k, trunk_v = next(pieces)
-            out.append(_attend(q, trunk_k, trunk_v, scaling, window, softcap))
+        for prompt, (_, *others) in self.pairs:
+            first_query, first_key, first_value = next(pieces)
+            out.append(_attend(first_query, first_key, first_value, scaling, window, softcap))
             for _ in others:
-                q, k, v = next(pieces)
-                k, v = torch.cat([trunk_k[:, :, :prompt], k], dim=2), torch.cat([trunk_v[:, :, :prompt], v], dim=2)
-                out.append(_attend(q, k, v, scaling, window, softcap))
+                own_query, own_key, own_value = next(pieces)
+                seen_key = torch.cat([first_key[:, :, :prompt], own_key], dim=2)
+                seen_value = torch.cat([first_value[:, :, :prompt], own_value], dim=2)
+                out.append(_attend(own_query, seen_key, seen_value, scaling, window, softcap))
         return torch.cat(out, dim=2)
 
 
 BLOCK = 128  # queries, and keys, that FlexAttention takes at once
-FUSED = ("cuda",)  # devices on which it takes a whole pack, forward and backward
+FUSED = ("cuda",)  # devices on which it takes a whole packed sequence, forward and backward
 
 
-def seen_ranges(tree: list[tuple[int, list[int]]], window: int | None = None, block: int | None = None) -> np.ndarray:
-    """What each token of a packed tree sees, (3, T) int32: own, low, high of the token at index q.
+def seen_ranges(pairs: Pairs, window: int | None = None, block: int | None = None) -> np.ndarray:
+    """What each token of a packed sequence sees, (3, T) int32: own, low, high of the token at index q.
 
-    It sees the keys own … q of its own branch and low … high − 1 of the prompt before it (none if it is in a prompt). A window
-    counts positions, not indices, and cuts both from below. With `block`, T is filled up to whole blocks by a prompt that is
-    nobody's: at least two, as shorter packs would get torch's decoding kernel, and a size of 1 a graph of its own.
+    It sees the keys own … q of its own prompt or response and low … high − 1 of the prompt before it (none if it is in a
+    prompt). A window counts positions, not indices, and cuts both from below. With `block`, T is filled up to whole blocks by
+    a prompt that is nobody's: at least two, as shorter sequences would get torch's decoding kernel, and a size of 1 a graph
+    of its own.
     """
-    total = sum(p + sum(rs) for p, rs in tree)
-    pairs = [*tree, (max(2, -(-total // block)) * block - total if block else 0, [])]
-    sizes, lengths = (np.array(x) for x in ([p + sum(rs) for p, rs in pairs], [n for p, rs in pairs for n in (p, *rs)]))
-    start, own = ((x.cumsum() - x).repeat(x) for x in (sizes, lengths))
-    high = start + np.array([p if j else 0 for p, rs in pairs for j in range(len(rs) + 1)]).repeat(lengths)
-    low, index = start, np.arange(len(start))
+    if block is not None:
+        tokens = sum(prompt + sum(responses) for prompt, responses in pairs)
+        blocks = max(2, -(-tokens // block))
+        pairs = [*pairs, (blocks * block - tokens, [])]
+    ranges, lengths = [], []  # of each prompt and each response: own, low, high; its tokens
+    start = 0
+    for prompt, responses in pairs:
+        prompt_start = start
+        prompt_end = start + prompt
+        ranges.append((prompt_start, prompt_start, prompt_start))
+        lengths.append(prompt)
+        start = prompt_end
+        for response in responses:
+            ranges.append((start, prompt_start, prompt_end))
+            lengths.append(response)
+            start += response
+    own, low, high = np.array(ranges).repeat(lengths, axis=0).T
     if window is not None:
-        low = np.clip(high + index - own - window + 1, start, high)  # its position is high − start + index − own
+        index = np.arange(len(own))
+        position = (high - low) + (index - own)
+        low = np.clip(low + position - window + 1, low, high)
         own = np.maximum(own, index - window + 1)
     return np.stack([own, low, high]).astype(np.int32)
 
 
 def _sees(ranges, q: Tensor, k: Tensor) -> Tensor:
     own, low, high = (x[q] for x in ranges)
-    return (own <= k) & (k <= q) | (low <= k) & (k < high)
+    in_own = (own <= k) & (k <= q)
+    in_prompt = (low <= k) & (k < high)
+    return in_own | in_prompt
 
 
-def tree_mask(tree: list[tuple[int, list[int]]], dtype: torch.dtype, device) -> Tensor:
+def pairs_mask(pairs: Pairs, dtype: torch.dtype, device) -> Tensor:
     """The same as an additive mask (1, 1, T, T), for models whose attention is not exchangeable. O(T²) memory."""
-    ranges = to_device(torch.from_numpy(seen_ranges(tree)), device)
+    ranges = to_device(torch.from_numpy(seen_ranges(pairs)), device)
     index = torch.arange(ranges.shape[1], device=device)
     seen = _sees(ranges, index[:, None], index[None, :])
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)[None, None]
 
 
+def _cells_before(edge: np.ndarray) -> np.ndarray:
+    """(n, n): of T = BLOCK·n queries, how many cells (q, k) with k < edge[q] lie in query block i and key block j."""
+    n = len(edge) // BLOCK
+    query_block = np.arange(len(edge)) // BLOCK
+    key_block = edge // BLOCK  # cut by the edge, 0 … n; those before it count wholly
+    at = query_block * (n + 1) + key_block
+    cut = np.bincount(at, edge % BLOCK, n * (n + 1)).reshape(n, n + 1)
+    edges = np.bincount(at, minlength=n * (n + 1)).reshape(n, n + 1)
+    edges_from_here_on = edges[:, ::-1].cumsum(axis=1)[:, ::-1]
+    return cut[:, :n] + BLOCK * edges_from_here_on[:, 1:]
+
+
+def _sent(array: np.ndarray, device) -> Tensor:
+    """An int32 tensor on the device, of which no size is a constant to the compiler."""
+    tensor = to_device(torch.from_numpy(array.astype(np.int32)), device)
+    torch._dynamo.maybe_mark_dynamic(tensor, list(range(tensor.ndim)))
+    return tensor
+
+
 class Blocks(NamedTuple):
-    """What FlexAttention needs to know of a pack of n blocks, for one window; nothing of it is a constant of the kernel.
+    """What FlexAttention needs to know of a sequence of n blocks, for one window; nothing of it is a constant of the kernel.
 
     ranges: own, low, high of `seen_ranges`, (128·n,) each.
     lists: how many (n,) and which (n, n) key blocks each query block sees in part, then in full; and, for the backward pass,
@@ -290,41 +371,40 @@ class Blocks(NamedTuple):
     lists: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, tree: list[tuple[int, list[int]]], window: int | None, device) -> "Blocks":
+    def of(cls, pairs: Pairs, window: int | None, device) -> "Blocks":
         """Found on the host, so that no GPU is waited for, in O(T + n²) time and memory, never O(T²)."""
-        own, low, high = ranges = seen_ranges(tree, window, BLOCK)
-        index, n = np.arange(len(own)), len(own) // BLOCK
-        # keys before x: x % BLOCK in the block of x, BLOCK in each before it. Summed over the queries of a block, and from the
-        # right over key blocks j (column j + 1), the four edges count the seen cells of each block
-        edges, signs = np.stack([index + 1, own, high, low]), np.array([[1], [-1], [1], [-1]])
-        at, rest = index // BLOCK * (n + 2) + edges // BLOCK, edges % BLOCK
-        counted = np.concatenate([signs * rest, signs * (BLOCK - rest)]).ravel()
-        cells = np.bincount(np.concatenate([at + 1, at]).ravel(), counted, n * (n + 2)).reshape(n, n + 2)
-        cells = cells[:, ::-1].cumsum(1)[:, n:0:-1]
-        part, full = (cells > 0) & (cells < BLOCK**2), cells == BLOCK**2
-        lists = [x for s in (part, full, part.T, full.T) for x in (s.sum(1), np.argsort(~s, axis=1, kind="stable"))]
-        send = lambda x: to_device(torch.from_numpy(x.astype(np.int32)), device)  # noqa: E731
-        blocks = cls(tuple(map(send, ranges)), tuple(map(send, lists)))
-        for x in tree_leaves(blocks):
-            torch._dynamo.maybe_mark_dynamic(x, list(range(x.ndim)))
-        return blocks
+        own, low, high = seen_ranges(pairs, window, BLOCK)
+        after = np.arange(1, len(own) + 1)  # the first key after the query's own
+        seen_cells = _cells_before(after) - _cells_before(own) + _cells_before(high) - _cells_before(low)
+        full = seen_cells == BLOCK**2
+        part = (seen_cells > 0) & ~full
+        lists = []
+        for seen in (part, full, part.T, full.T):
+            lists.append(seen.sum(axis=1))
+            lists.append(np.argsort(~seen, axis=1, kind="stable"))  # those that are seen come first, in their order
+        return cls(tuple(_sent(x, device) for x in (own, low, high)), tuple(_sent(x, device) for x in lists))
 
     def mask(self) -> BlockMask:
-        size, sees = self.ranges[0].shape[0], lambda b, h, q, k: _sees(self.ranges, q, k)
-        return BlockMask((size, size), *(x[None, None] for x in self.lists), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees)
+        def sees(batch, head, q, k):
+            return _sees(self.ranges, q, k)
+
+        size = self.ranges[0].shape[0]
+        lists = (x[None, None] for x in self.lists)  # the same for every batch and head
+        return BlockMask((size, size), *lists, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees)
 
 
 def to_device(tensor: Tensor, device) -> Tensor:
     """A copy of a tensor of the host that nobody waits for: while the host goes on, CUDA can read pinned memory only."""
-    tensor = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def compiled(function, dim: int, **how):
-    """torch.compile(function, …) for packs, given any `blocks` by name; dimension `dim` of its other tensors counts tokens.
+    """torch.compile(function, …) for packed sequences, given any `blocks` by name; in other tensors `dim` counts tokens.
 
-    Only what differs between packs is no constant of the graph, so there is one for all, and sizes that are equal by chance
-    are not taken for the same. A soft-cap is a constant: as an input it would break the graph under grad.
+    Only what differs between sequences is no constant of the graph, so there is one for all, and sizes that are equal by
+    chance are not taken for the same. A soft-cap is a constant: as an input it would break the graph under grad.
     """
     torch._dynamo.config.specialize_float = True
     torch._dynamo.config.recompile_limit = 64  # a graph each for train and eval, of every model in this process
@@ -340,11 +420,15 @@ def compiled(function, dim: int, **how):
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, blocks: Blocks) -> Tensor:
-    """The whole pack in one kernel that skips the blocks in which nothing is seen. (1, H, T, d)."""
+    """The whole sequence in one kernel that skips the blocks in which nothing is seen. (1, H, T, d)."""
     size = blocks.ranges[0].shape[0]  # said here, so that the compiler knows it and the kernel checks no bounds
     if not query.shape[2] == key.shape[2] == value.shape[2] == size or size % BLOCK:
-        raise ValueError(f"a pack of {query.shape[2]} tokens is not filled up to {size}, in blocks of {BLOCK}")
-    cap = None if softcap is None else lambda score, b, h, q, k: softcap * torch.tanh(score / softcap)
+        raise ValueError(f"a sequence of {query.shape[2]} tokens is not filled up to {size}, in blocks of {BLOCK}")
+
+    def capped(score, batch, head, q, k):
+        return softcap * torch.tanh(score / softcap)
+
+    cap = None if softcap is None else capped
     return flex_attention(query, key, value, score_mod=cap, block_mask=blocks.mask(), scale=scaling, enable_gqa=True)
 
 
@@ -353,17 +437,17 @@ def _compiled_flex():
     return compiled(_flex, dim=2, fullgraph=True)  # uncompiled, it would write out (T, T) scores; better an error
 
 
-def tree_attention(
-    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, segments=None, blocks=None,
+def prefix_shared_attention(
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, pairs=None, blocks=None,
     **kwargs
 ):  # fmt: skip
-    """Attention over a packed tree, in the form transformers' AttentionInterface calls: (1, H, T, d) → (1, T, H, d).
+    """Attention over a packed sequence, in the form transformers' AttentionInterface calls: (1, H, T, d) → (1, T, H, d).
 
-    A query sees the keys of its own pair that come earlier, in the prompt or in its own response. Given `segments`, each pair
-    is attended to on its own; given `blocks` {window: Blocks}, one kernel takes the whole pack.
+    A query sees the keys of its own pair that come earlier, in the prompt or in its own response. Given `pairs`, each pair
+    is attended to on its own; given `blocks` {window: Blocks}, one kernel takes the whole sequence.
     """
-    if segments is None and blocks is None:
-        raise ValueError('attention is set to packed trees, but this batch has none; call use_layout("padded") first')
+    if pairs is None and blocks is None:
+        raise ValueError('attention is set to packed sequences, but this batch is none; call use_layout("padded") first')
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise ValueError("packed layout: attention sinks and position biases are not supported; use --layout padded")
     if blocks is not None and sliding_window not in blocks:
@@ -372,28 +456,26 @@ def tree_attention(
         )
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings leave them in fp32
+    query = query.to(value.dtype)  # under autocast rotary embeddings leave them in fp32
+    key = key.to(value.dtype)
     if blocks is not None:
         flex = _flex if torch.compiler.is_compiling() else _compiled_flex()
         out = flex(query, key, value, scaling, softcap, blocks=blocks[sliding_window])
     else:
-        out = segments.attend(query, key, value, scaling, sliding_window, softcap)
+        out = pairs.attend(query, key, value, scaling, sliding_window, softcap)
     return out.transpose(1, 2).contiguous(), None
 
 
 @functools.cache
 def packed_attention() -> str:
-    """The name under which transformers knows `tree_attention`."""
+    """The name under which transformers knows `prefix_shared_attention`."""
     from transformers import AttentionInterface  # late, as it takes two seconds that `--help` need not wait
 
-    AttentionInterface.register("packed_tree", tree_attention)
-    return "packed_tree"
+    AttentionInterface.register("prefix_shared", prefix_shared_attention)
+    return "prefix_shared"
 
 
 # ---- the policy ------------------------------------------------------------------------------------------------------
-
-
-HEADS = {"logp": "head", "ref": "ref_head"}  # a sum and what it is called over the first tokens alone
 
 
 class ResponseLogProbs(nn.Module):
@@ -407,65 +489,80 @@ class ResponseLogProbs(nn.Module):
 
     def __init__(self, model: nn.Module, reference: nn.Module | None = None, chunk: int | None = None):
         super().__init__()
-        self.model, self.reference, self.chunk = model, reference, chunk
-        self.layout, self.native_attention = "padded", model.config._attn_implementation
+        self.model = model
+        self.reference = reference
+        self.chunk = chunk
+        self.layout = "padded"
+        self.native_attention = model.config._attn_implementation
 
     def use_layout(self, layout: str) -> str:
         """Attention for "packed" or "padded" batches ("padded" is the models' own, which generation needs too).
 
         Policy and reference change together; returns the layout before.
         """
-        before, self.layout = self.layout, layout
-        for model in filter(None, (self.model, self.reference)):
-            if model._can_set_attn_implementation():
+        before = self.layout
+        self.layout = layout
+        for model in (self.model, self.reference):
+            if model is not None and model._can_set_attn_implementation():
                 model.set_attn_implementation(packed_attention() if layout == "packed" else self.native_attention)
         return before
 
-    def within(self, function, *args, **kwargs):
+    def run_unsharded(self, function, *args, **kwargs):
         """function(model, …) as part of this module: where it is sharded, what only its forward gathers is whole meanwhile."""
         return function(self.model, *args, **kwargs)
 
     @staticmethod
     def states(model: nn.Module, batch) -> Tensor:
-        """Hidden states at the scored positions, (N, D). `batch.tree` is None for the padded layout."""
-        ids, positions, tree, extra = batch.input_ids, batch.position_ids, batch.tree, {}
-        if tree is not None and not model._can_set_attn_implementation():
-            extra = {"attention_mask": tree_mask(tree, model.dtype, ids.device)}
-        elif tree is not None and ids.device.type in FUSED:
+        """Hidden states at the scored positions, (N, D). `batch.pairs` is None for the padded layout."""
+        ids = batch.input_ids
+        positions = batch.position_ids
+        attention = {}  # padded: no mask either, as padding is on the right, where a causal position never looks
+        if batch.pairs is not None and not model._can_set_attn_implementation():
+            attention["attention_mask"] = pairs_mask(batch.pairs, model.dtype, ids.device)
+        elif batch.pairs is not None and ids.device.type in FUSED:
             windows = {None, getattr(model.config.get_text_config(), "sliding_window", None)}
-            extra = {"blocks": {window: Blocks.of(tree, window, ids.device) for window in windows}}
-            ids, positions = (F.pad(x, (0, len(extra["blocks"][None].ranges[0]) - x.shape[1])) for x in (ids, positions))
-        elif tree is not None:
-            extra = {"segments": Segments(tree)}
-        # no padding mask: padding is on the right, where a causal position never looks
-        out = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **extra)
+            blocks = {window: Blocks.of(batch.pairs, window, ids.device) for window in windows}
+            missing = len(blocks[None].ranges[0]) - ids.shape[1]
+            ids = F.pad(ids, (0, missing))
+            positions = F.pad(positions, (0, missing))
+            attention["blocks"] = blocks
+        elif batch.pairs is not None:
+            attention["pairs"] = PrefixSharedPairs(batch.pairs)
+        out = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **attention)
         return out.last_hidden_state.flatten(0, 1)[batch.index]
 
-    def forward(self, batch, also: tuple[str, ...] = ()) -> dict[str, Tensor]:
-        """Sums over each response, (R,), nats, fp32: "logp", the log-probs of its tokens; and what `also` names of
+    def forward(self, batch, outputs: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        """Sums over each response, (R,), nats, fp32: "logp", the log-probs of its tokens; and what `outputs` names of
 
-        kl      Σ_t KL(π_ref ‖ π_θ) over the whole vocabulary
-        head    the log-probs of those tokens that `batch.head` marks
-        power   Σ_t log Σ_v π_θ(v)², without gradient
-        ref     "logp" under the reference, without gradient; with "head", "ref_head" too
+        kl                 Σ_t KL(π_ref ‖ π_θ) over the whole vocabulary
+        prefix_logp        the log-probs of those tokens that `batch.in_prefix` marks
+        log_sum_p_squared  Σ_t log Σ_v π_θ(v)², without gradient
+        ref                "logp" under the reference, without gradient; with "prefix_logp", "ref_prefix_logp" too
         """
-        each = {}
-        if {"kl", "ref"} & set(also):  # before the policy's pass, which keeps activations for backward
+        per_token = {}
+        if "kl" in outputs or "ref" in outputs:  # before the policy's pass, which keeps activations for backward
             with torch.no_grad():
-                ref_hidden, ref_head = self.states(self.reference, batch), head_of(self.reference)
-                if "ref" in also:
-                    each["ref"] = token_logprobs(ref_hidden, ref_head, batch.targets, self.chunk)
-        hidden, head = self.states(self.model, batch), head_of(self.model)
-        if "kl" in also:
-            each["kl"] = token_kl(hidden, ref_hidden, head, ref_head, self.chunk and max(1, self.chunk // 2))
-        if "power" in also:
-            wide = torch.promote_types(hidden.dtype, torch.float32)
-            each["power"] = torch.empty(len(hidden), dtype=wide, device=hidden.device)
-        each["logp"] = token_logprobs(hidden, head, batch.targets, self.chunk, each.get("power"))  # last, as it keeps logits
-        if "head" in also:
-            each |= {HEADS[name]: x * batch.head for name, x in each.items() if name in HEADS}
-        zero = each["logp"].new_zeros(batch.responses)
-        return {name: zero.index_add(0, batch.response, values) for name, values in each.items()}
+                ref_hidden = self.states(self.reference, batch)
+                ref_head = head_of(self.reference)
+                if "ref" in outputs:
+                    per_token["ref"] = token_logprobs(ref_hidden, ref_head, batch.targets, self.chunk)
+        hidden = self.states(self.model, batch)
+        head = head_of(self.model)
+        if "kl" in outputs:
+            chunk = max(1, self.chunk // 2) if self.chunk else None
+            per_token["kl"] = token_kl(hidden, ref_hidden, head, ref_head, chunk)
+        log_sum_p_squared = None
+        if "log_sum_p_squared" in outputs:
+            log_sum_p_squared = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+            per_token["log_sum_p_squared"] = log_sum_p_squared
+        logp = token_logprobs(hidden, head, batch.targets, self.chunk, log_sum_p_squared)  # last, as it keeps logits
+        per_token["logp"] = logp
+        if "prefix_logp" in outputs:
+            per_token["prefix_logp"] = logp * batch.in_prefix
+        if "prefix_logp" in outputs and "ref" in outputs:
+            per_token["ref_prefix_logp"] = per_token["ref"] * batch.in_prefix
+        zero = logp.new_zeros(batch.responses)
+        return {name: zero.index_add(0, batch.response, values) for name, values in per_token.items()}
 
 
 # ---- what a model says, and whether we score it right ------------------------------------------------------------------
@@ -488,21 +585,31 @@ def continuations(
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     stop = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    width, was_training = max(map(len, prompts)), model.training
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    how = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
+    stops = stop if isinstance(stop, list) else [stop]
+    width = max(len(prompt) for prompt in prompts)
+    ids, mask = [], []
+    for prompt in prompts:
+        padding = width - len(prompt)
+        ids.append([pad] * padding + prompt)
+        mask.append([0] * padding + [1] * len(prompt))
+    sampling = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
     if temperature > 0:
-        how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
+        sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
+    was_training = model.training
     model.train(False)
     out = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, eos_token_id=stop, pad_token_id=pad,
-        synced_gpus=together, **how
+        input_ids=torch.tensor(ids, device=model.device), attention_mask=torch.tensor(mask, device=model.device),
+        max_new_tokens=max_tokens, eos_token_id=stop, pad_token_id=pad, synced_gpus=together, **sampling
     )  # fmt: skip
     model.train(was_training)
-    stops, answers = set(stop) if isinstance(stop, list) else {stop}, out[:, width:].tolist()
-    ends = [next((i + 1 for i, token in enumerate(answer) if token in stops), None) for answer in answers]
-    return [answer[:end] for answer, end in zip(answers, ends)], [end is not None for end in ends]
+    answers, ended = [], []
+    for generated in out[:, width:].tolist():
+        length = 0
+        while length < len(generated) and generated[length] not in stops:
+            length += 1
+        answers.append(generated[: length + 1])
+        ended.append(length < len(generated))
+    return answers, ended
 
 
 def as_texts(tokenizer, answers: list[list[int]], ended: list[bool]) -> list[str]:

@@ -8,10 +8,10 @@ caller reduces (the trainer divides the sum by the rows of the whole optimizer b
     n_w, n_l   len_w, len_l     (B,)  response tokens scored, ≥ 1
     D_w, D_l   kl_w, kl_l       (B,)  Σ_t KL(π_ref ‖ π_θ) over the response's positions and the whole vocabulary, nats
     s^old      old_w, old_l     (B,)  summed log-probs under an earlier policy, no gradient
-    s^k, s̄^k   head_w, ref_head_w, …  (B,)  the sums s, s̄ over a response's first k = min(n_w, n_l) tokens alone
+    s^k, s̄^k   prefix_logp_w, ref_prefix_logp_w, …  (B,)  s, s̄ over a response's first k = min(n_w, n_l) tokens alone
     m          margin           (B,)  score of the chosen less score of the rejected response, as the data has them
     s, s̄       logp, ref        (N,)  unpaired objectives: one row per completion
-    s', s̄'     logp_kl, ref_kl  (N,)  unpaired: mismatched completions under policy / reference, no gradient
+    s', s̄'     logp_kl, ref_kl  (N,)  unpaired: KL completions (another prompt's) under policy / reference, no gradient
 
     a = s/n   average log-prob per token         d = a_w − a_l       average margin
     u = s − s̄   log-ratio                        Δ = u_w − u_l       log-ratio margin
@@ -21,20 +21,28 @@ caller reduces (the trainer divides the sum by the rows of the whole optimizer b
 A gradient g on a sum s is a gradient g on the log-prob of every token in it; averaging enters as the formulas' 1/n.
 All Bradley–Terry losses share ∂L/∂h = −σ(−h), so only ∂h/∂s changes from one to the next.
 
-To use one elsewhere, paste the function with the primitives it names and leave the decorator behind. To add one, write
-one function here. `python losses.py` prints a table of them all, with --names what they are called elsewhere. The
-examples below share one worked pair: s_w = −12 over 10 tokens, s_l = −24 over 12, reference −14 and −22; so a_w = −1.2,
-a_l = −2, d = 0.8, u_w = 2, u_l = −2, Δ = 4.
+`python losses.py` lists them all, and `python losses.py simpo` prints one with all that it needs, ready to be pasted into
+an empty file. To add one, write one function, here or in a file of your own. The examples below share one worked pair:
+s_w = −12 over 10 tokens, s_l = −24 over 12, reference −14 and −22; so a_w = −1.2, a_l = −2, d = 0.8, u_w = 2, u_l = −2,
+Δ = 4.
 """
 
+import argparse
+import ast
+import difflib
 import functools
 import inspect
 import math
 import os
+import re
+import runpy
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -95,9 +103,7 @@ def likelihood(logp: Tensor, ref: Tensor | None, length: Tensor) -> Tensor:
     return torch.exp(logp / length)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One response
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- One response ----------------------------------------------------------------------------------------------------
 
 
 @objective(reward=average_logp)
@@ -122,9 +128,7 @@ def sft(logp_w: Tensor, len_w: Tensor) -> Tensor:
     return -logp_w / len_w
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pairs, against a reference: the log-ratio is the reward
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Pairs, against a reference: the log-ratio is the reward ---------------------------------------------------------
 
 
 def bradley_terry(h: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -354,26 +358,18 @@ def focal(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta:
 
 @objective(reward=log_ratio)
 def ld_dpo(
-    logp_w: Tensor,
-    logp_l: Tensor,
-    ref_w: Tensor,
-    ref_l: Tensor,
-    head_w: Tensor,
-    head_l: Tensor,
-    ref_head_w: Tensor,
-    ref_head_l: Tensor,
-    *,
-    beta: float = 0.1,
-    alpha: float = 0.5,
-) -> Tensor:
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, prefix_logp_w: Tensor, prefix_logp_l: Tensor,
+    ref_prefix_logp_w: Tensor, ref_prefix_logp_l: Tensor,
+    *, beta: float = 0.1, alpha: float = 0.5,
+) -> Tensor:  # fmt: skip
     """Length-desensitised DPO: what the longer response has beyond the length of the shorter one counts for less.
 
         L = −logσ(β(v_w − v_l))          v = u^k + α(u − u^k),  u^k = s^k − s̄^k
 
     Args:
       logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      head_w, head_l, ref_head_w, ref_head_l: (B,) the same over the first k = min(n_w, n_l) tokens; of the shorter response
-        these are all, so that there v = u.
+      prefix_logp_w, prefix_logp_l, ref_prefix_logp_w, ref_prefix_logp_l: (B,) the same over the first k = min(n_w, n_l)
+        tokens; of the shorter response these are all, so that there v = u.
       beta: β.
       alpha: α, weight of the tokens from k + 1 on; 1 is dpo, 0 ends both responses at k.
 
@@ -390,8 +386,8 @@ def ld_dpo(
 
     Reference: Liu et al., 2024, arXiv 2409.06411; trl's `ld_alpha`.
     """
-    v_w = (head_w - ref_head_w) + alpha * ((logp_w - head_w) - (ref_w - ref_head_w))
-    v_l = (head_l - ref_head_l) + alpha * ((logp_l - head_l) - (ref_l - ref_head_l))
+    v_w = (prefix_logp_w - ref_prefix_logp_w) + alpha * ((logp_w - prefix_logp_w) - (ref_w - ref_prefix_logp_w))
+    v_l = (prefix_logp_l - ref_prefix_logp_l) + alpha * ((logp_l - prefix_logp_l) - (ref_l - ref_prefix_logp_l))
     return -F.logsigmoid(beta * (v_w - v_l))
 
 
@@ -426,9 +422,10 @@ def odpo(
 
 
 def bernoulli_kl(a: Tensor, b: Tensor) -> Tensor:
-    """KL(σ(a) ‖ σ(b)) of two coins. ∂/∂a = σ(a)σ(−a)(a − b), ∂/∂b = σ(b) − σ(a)."""
-    heads = torch.sigmoid(a) * (F.logsigmoid(a) - F.logsigmoid(b))
-    return heads + torch.sigmoid(-a) * (F.logsigmoid(-a) - F.logsigmoid(-b))
+    """KL(σ(a) ‖ σ(b)) of two Bernoulli distributions. ∂/∂a = σ(a)σ(−a)(a − b), ∂/∂b = σ(b) − σ(a)."""
+    one = torch.sigmoid(a) * (F.logsigmoid(a) - F.logsigmoid(b))
+    zero = torch.sigmoid(-a) * (F.logsigmoid(-a) - F.logsigmoid(-b))
+    return one + zero
 
 
 @objective(reward=log_ratio)
@@ -858,9 +855,7 @@ def aot_unpaired(
     return bradley_terry(beta * (u_w - quantile_matched(u_l, u_w)), label_smoothing)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pairs, without a reference: the policy's own log-prob is the reward
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Pairs, without a reference: the policy's own log-prob is the reward ---------------------------------------------
 
 
 @objective(reward=sum_logp)
@@ -1072,9 +1067,7 @@ def alphapo(
     return bradley_terry(bent(logp_w / len_w, beta, alpha) - bent(logp_l / len_l, beta, alpha) - gamma)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pairs, with a margin of their own
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Pairs, with a margin of their own -------------------------------------------------------------------------------
 
 
 @objective(reward=average_logp, coupled=True)
@@ -1306,9 +1299,7 @@ def amapo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, beta:
     return bradley_terry(beta * d - m)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Unpaired: one row per completion, and a label
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Unpaired: one row per completion, and a label -------------------------------------------------------------------
 
 
 @objective(reward=log_ratio, coupled=True)
@@ -1316,7 +1307,7 @@ def kto(
     logp: Tensor, ref: Tensor, desirable: Tensor, logp_kl: Tensor, ref_kl: Tensor,
     *, beta: float = 0.1, lambda_d: float = 1.0, lambda_u: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """Values a completion's log-ratio like a human values gains and losses, measured from the policy's average drift.
+    """Values a completion's log-ratio like a human values gains and losses, measured from an estimate of the policy's KL.
 
         z = sg[max(0, mean(s' − s̄'))],  v = β(s − s̄ − z)
         L = λ_d(1 − σ(v)) if desirable, λ_u(1 − σ(−v)) if not
@@ -1431,9 +1422,7 @@ def uapo(
     return bradley_terry(torch.where(desirable, r - anchor, anchor - r))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Primitives
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Primitives ------------------------------------------------------------------------------------------------------
 
 
 def log1mexp(a: Tensor) -> Tensor:
@@ -1463,12 +1452,12 @@ def moments(x: Tensor, mean: float | Tensor | None = None, std: float | Tensor |
     return tuple(m.detach() if isinstance(m, Tensor) else x.new_full((), m) for m in (mean, std))
 
 
-def wpo_weight(logp: Tensor, power: Tensor, length: Tensor) -> Tensor:
+def wpo_weight(logp: Tensor, log_sum_p_squared: Tensor, length: Tensor) -> Tensor:
     """WPO: how far the responses of a row are the policy's own, a weight for the row's loss under any objective.
 
         w = min(1, Π e^{ā}),  ā = (1/n) Σ_t [log π(y_t) − log Σ_v π(v)²]
 
-    Args: logp, power, length: (B, k) of the k responses of each row: Σ_t log π(y_t), Σ_t log Σ_v π(v)², tokens.
+    Args: logp, log_sum_p_squared, length: (B, k) of a row's k responses: Σ_t log π(y_t), Σ_t log Σ_v π(v)², tokens.
     Returns: (B,), held constant in the gradient.
 
     Σ_v π(v)² is the probability that a sampled token has on average, so a response that was sampled has e^ā about 1 and one
@@ -1480,7 +1469,7 @@ def wpo_weight(logp: Tensor, power: Tensor, length: Tensor) -> Tensor:
     Reference: Zhou et al., 2024, arXiv 2406.11827, eq. 2; with the bound 1, which trl's `use_weighting` once had
     and 1.16.0 has not.
     """
-    return torch.exp(((logp - power) / length).sum(-1)).clamp(max=1.0).detach()
+    return torch.exp(((logp - log_sum_p_squared) / length).sum(-1)).clamp(max=1.0).detach()
 
 
 def standardize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -1500,9 +1489,7 @@ def one_of(name: str, value: str, choices: dict[str, object]) -> object:
     return choices[value]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# At a call: the one place where arguments are looked at. The mathematics does not need it.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- At a call: the one place where arguments are looked at. The mathematics does not need it. -----------------------
 
 LIMITS = {
     "beta": ("above 0", lambda v: v > 0),
@@ -1531,7 +1518,8 @@ def check(loss: Callable[..., Tensor], given: dict) -> dict:
     for name, x in rows.items():
         if not isinstance(x, Tensor):
             refuse(name, f"is a {type(x).__name__}, not a tensor; pass one number per row, shape (B,)")
-        if x.dim() != 1 or not len(x):
+        one_row = x.dim() == 0 and is_transformed(x)  # vmap over the rows
+        if x.dim() != 1 and not one_row or x.numel() == 0:
             refuse(name, f"has shape {tuple(x.shape)}; pass one number per row, shape (B,) with B at least 1")
         if x.shape != like.shape:
             refuse(name, f"has {len(x)} rows but `{first}` has {len(like)}; pass the same rows in the same order")
@@ -1541,17 +1529,30 @@ def check(loss: Callable[..., Tensor], given: dict) -> dict:
             refuse(name, f"has dtype {x.dtype}; pass torch.bool, True for a desirable completion")
         if name != "desirable" and not (x.is_floating_point() or name.startswith("len_") and x.dtype != torch.bool):
             refuse(name, f"has dtype {x.dtype}; log-probs and margins are floating point and lengths are numbers")
-        # Values are read on the CPU only: on an accelerator a look would make the host wait for the device.
-        if name.startswith("len_") and x.device.type == "cpu" and not (x >= 1).all():
+        if name.startswith("len_") and is_false((x >= 1).all()):
             refuse(name, f"holds {x.min().item():g}; lengths count tokens and are at least 1: drop the row")
     for name in given.keys() & LIMITS.keys():
         requirement, holds = LIMITS[name]
-        if not holds(given[name]):
+        if is_false(holds(given[name])):
             refuse(name, f"is {given[name]}; it must be {requirement}")
 
     floats = [x.dtype for x in rows.values() if x.is_floating_point()]
     dtype = functools.reduce(torch.promote_types, floats, torch.float32)
     return given | {name: x if x.dtype == torch.bool else x.to(dtype) for name, x in rows.items()}
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether torch.vmap or torch.func.grad is at work on x, so that it need not have one value to look at."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def is_false(condition: bool | Tensor) -> bool:
+    """Whether it is False. A tensor counts as true where a look is impossible (torch.compile, vmap), or would make the host
+    wait (an accelerator)."""
+    if isinstance(condition, Tensor):
+        if torch.compiler.is_compiling() or is_transformed(condition) or condition.device.type != "cpu":
+            return False
+    return not condition
 
 
 def call_reward(reward: Callable[..., Tensor], logp: Tensor, ref: Tensor | None, length: Tensor, settings: dict) -> Tensor:
@@ -1562,115 +1563,301 @@ def call_reward(reward: Callable[..., Tensor], logp: Tensor, ref: Tensor | None,
     return reward(logp, ref, length, **{name: value for name, value in settings.items() if name in named})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# python losses.py --names: what the objectives are called elsewhere
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What a trainer asks for and calls: a loss with its settings, or a weighted sum of such --------------------------
 
-TRL = "1.16.0"  # the version whose source these names were read in
-CPO = "`CPOConfig` of `trl.experimental.cpo`"
-# name → in trl (a name in quotes is a loss_type of DPOConfig); elsewhere. "–": not there under any name.
-NAMES = {
-    "sft": ('"sft"; averaged over the microbatch\'s tokens', "–"),
-    "dpo": ('"sigmoid"; does not read `label_smoothing`', "–"),
-    "dpo_norm": ('"sigmoid_norm"; does not read `label_smoothing`', "–"),
-    "robust_dpo": ('"robust"', "–"),
-    "ipo": ('"ipo", `beta` = τ', "–"),
-    "dpop": ("–", "libraries: `dpop_lambda` = λ, in some outside the sigmoid"),
-    "dpo_shift": ("–", "authors: `dpo_lambda` = λ"),
-    "ld_dpo": ("`ld_alpha` = α", "–"),
-    "odpo": ("–", "authors: `alpha` = α"),
-    "rpo_bwd": ("–", "NeMo: `rpo_bwd_kl`, `gt_reward_scale` = η"),
-    "rpo_fwd": ("–", "NeMo: `rpo_fwd_kl`, `gt_reward_scale` = η"),
-    "rso_hinge": ('"hinge"', "paper: γ = β"),
-    "exo": ('"exo_pair"; `label_smoothing` must be given', "–"),
-    "nca": ('"nca_pair"', "–"),
-    "bco_pair": ('"bco_pair"', "MPO: with a shift δ"),
-    "sppo": ('"sppo_hard"', "paper: 1/η = β"),
-    "apo_zero": ('"apo_zero"', "–"),
-    "apo_down": ('"apo_down"', "–"),
-    "discopop": ('"discopop", `discopop_tau` = τ', "–"),
-    "f_dpo": ("`f_divergence_type`, `f_alpha_divergence_coef` = `coef`", "paper: α = 1 − `coef`"),
-    "aot": ('"aot"', "–"),
-    "aot_unpaired": ('"aot_unpaired"', 'older trl: "aot_pair"'),
-    "cpo": (f"{CPO}, `cpo_alpha` = λ; likelihood averaged over the microbatch's tokens", "–"),
-    "orpo": (
-        "`ORPOConfig` of `trl.experimental.orpo`, `beta` = λ; likelihood over prompt and response",
-        "authors: `alpha` = λ",
-    ),
-    "simpo": (f'{CPO}, `loss_type="simpo"`, `cpo_alpha=0`, `simpo_gamma` = γ', "SimPO's configs: `gamma_beta_ratio` = γ/β"),
-    "repo": ("–", "SimPO's γ/β"),
-    "alphapo": (f'{CPO}, `loss_type="alphapo"`, `simpo_gamma` = γ', "–"),
-    "alpha_dpo": ("–", 'authors\' configs: γ/β and α/β; "0.4" and "0.05" at β = 10 are 4 and 0.5'),
-    "gamma_simpo": ("–", "authors' configs: `gamma_beta_ratio` = γ₀/β"),
-    "kto": ("`KTOConfig`, `desirable_weight`, `undesirable_weight` = λ_d, λ_u", "–"),
-    "bco": ('none (older trl: `BCOConfig`); "bco_pair" is for pairs', "–"),
-    "apo_zero_unpaired": ('`KTOConfig(loss_type="apo_zero_unpaired")`', "–"),
-}
+TRAINED = ("logp", "kl", "prefix_logp")  # of the policy's pass: those through which a loss reaches the weights
 
 
-def names() -> str:
-    """A Markdown table: each objective with its settings, its name and settings in trl, and elsewhere."""
-    rows = [("here", f"trl {TRL}", "elsewhere"), ("---",) * 3]
-    rows += [(f"`{name}({', '.join(OBJECTIVES[name].settings)})`".replace("()", ""), *there) for name, there in NAMES.items()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+class Term(NamedTuple):
+    """A summand: weight · loss, with the settings that are given for it."""
+
+    weight: float
+    name: str  # in OBJECTIVES, or file.py:function
+    loss: Callable[..., Tensor]
+    given: dict
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{key}={value!r}" for key, value in self.given.items())
+        return f"{self.name}({settings})"
+
+    @property
+    def coupled(self) -> bool:
+        switch = self.loss.coupled
+        return (self.loss.settings | self.given)[switch] if isinstance(switch, str) else switch
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# python losses.py: the table
-# ---------------------------------------------------------------------------------------------------------------------
+class Objective:
+    """Σ weight · loss, row by row; mostly of one term with weight 1. It needs what any of its terms needs."""
 
-# Two pairs, chosen and rejected; the second has no margin, so that batch statistics are not empty.
-PAIRS = {
-    "logp_w": [-12.0, -20.0], "logp_l": [-24.0, -20.0], "ref_w": [-14.0, -20.0], "ref_l": [-22.0, -20.0],
-    "len_w": [10, 10], "len_l": [12, 10], "kl_w": [0.5, 0.0], "kl_l": [1.5, 0.0],
-    "old_w": [-13.5, -20.0], "old_l": [-22.5, -20.0], "margin": [2.0, 1.0], "head_w": [-12.0, -20.0], "head_l": [-20.0, -20.0],
-    "ref_head_w": [-14.0, -20.0], "ref_head_l": [-19.0, -20.0],
-}  # fmt: skip
-# The first pair as two rows, and two mismatched completions.
-ROWS = {"logp": [-12.0, -24.0], "ref": [-14.0, -22.0], "logp_kl": [-30.0, -28.0], "ref_kl": [-31.0, -29.0]}
+    def __init__(self, terms: list[Term]) -> None:
+        tensors = {}
+        for term in terms:
+            tensors |= dict.fromkeys(term.loss.tensors)
+        self.terms = terms
+        self.name = " + ".join(term.name for term in terms)
+        self.tensors = tuple(tensors)  # the names of what it is called with
+        self.outputs = tuple(name for name in ("kl", "prefix_logp") if self.needs(name))  # of the policy, besides log-probs
+        self.unpaired = "desirable" in tensors
+        self.responses = 2 if "logp_l" in tensors else 1  # of an example that are scored; 1 also if chosen ones only
+        self.coupled = any(term.coupled for term in terms)  # do rows depend on each other, must it see the whole batch?
+
+    def __str__(self) -> str:
+        """The call, or the sum of the calls. `parse_objective` understands it again."""
+        if len(self.terms) == 1 and self.terms[0].weight == 1:
+            return str(self.terms[0])
+        return " + ".join(f"{term.weight!r}*{term}" for term in self.terms)
+
+    def needs(self, prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in self.tensors)
+
+    def reward(self, logp: Tensor, ref: Tensor | None, length: Tensor) -> Tensor:
+        """That of the first term's paper, without the weight."""
+        first = self.terms[0]
+        return first.loss.reward(logp, ref, length, **first.given)
+
+    def __call__(self, tensors: dict[str, Tensor], seed: list[int]) -> Tensor:
+        """Loss per row (B,). Functions that draw at random get a generator that depends on `seed` alone."""
+        number = sum(x * 1_000_003**i for i, x in enumerate(seed)) % 2**63
+        generator = torch.Generator().manual_seed(number)
+        losses = []
+        for term in self.terms:
+            arguments = [tensors[name] for name in term.loss.tensors]
+            random = {"generator": generator} if term.loss.random else {}
+            losses.append(term.weight * term.loss(*arguments, **term.given, **random))
+        return sum(losses[1:], start=losses[0])
+
+    def row_losses(self, outputs: dict[str, Tensor], inputs: dict[str, Tensor], seed: list[int]) -> Tensor:
+        """Loss per row, of n examples with k responses each: (n,) for pairs, (n·k,) for unpaired objectives.
+
+        Args:
+          outputs: of the policy's pass, (n, k) each: "logp", what `outputs` names, and for WPO "log_sum_p_squared", with
+            which each row's loss is multiplied by its `wpo_weight`.
+          inputs: what is known before the policy is asked: "len", "ref", "ref_prefix_logp", "label" (bool: chosen or
+            desirable) (n, k), "margin" (n,), "logp_kl", "ref_kl" (n·k,); those that the objective needs.
+          seed: see `__call__`.
+        """
+        loss = self(named_tensors(outputs, inputs), seed)
+        if "log_sum_p_squared" not in outputs:
+            return loss
+        sizes = (-1, 1) if self.unpaired else outputs["logp"].shape  # responses of a row: one, or both of its pair
+        logp, log_sum_p_squared = outputs["logp"].detach(), outputs["log_sum_p_squared"].detach()
+        return loss * wpo_weight(logp.reshape(sizes), log_sum_p_squared.reshape(sizes), inputs["len"].reshape(sizes))
+
+    def loss_and_grad(
+        self, outputs: dict[str, Tensor], inputs: dict[str, Tensor], seed: list[int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`row_losses`, and the gradient of their sum with respect to each of TRAINED that is in outputs, (n, k)."""
+        leaves = {name: outputs[name].detach().requires_grad_() for name in TRAINED if name in outputs}
+        if len(outputs["logp"]) == 0:  # a rank without rows in this microbatch
+            return outputs["logp"].detach().flatten(), {name: x.detach() for name, x in leaves.items()}
+        loss = self.row_losses(outputs | leaves, inputs, seed)
+        grads = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return loss.detach(), dict(zip(leaves, grads))
 
 
-def table(width: int = 128) -> str:
-    """One line per objective: what it asks for, loss and gradient of the first worked row, settings with defaults.
+def named_tensors(outputs: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a signature may ask for: of "logp" (n, k) logp (n·k,), and logp_w and logp_l (n,), its first and last column."""
+    tensors = inputs | outputs
+    tensors["old"] = outputs["logp"].detach()  # the policy as it is at the start of the step
+    named = {}
+    for name, x in tensors.items():
+        named[name] = x.flatten()
+        if x.dim() == 2:
+            named[f"{name}_w"] = x[:, 0]
+            named[f"{name}_l"] = x[:, -1]
+    if "label" in named:
+        named["desirable"] = named["label"]
+    return named
 
-    width: of the lines, in characters; at least 80.
-    """
-    head = f"{'objective':<13} {'needs':<19} {'loss':>11} {'gradient':>8}  settings with defaults"
-    lines = [head, "─" * width]
-    for name, loss in OBJECTIVES.items():
-        inputs = {k: tensor([True, False]) if k == "desirable" else tensor((PAIRS | ROWS)[k]) for k in loss.tensors}
-        draw = {"generator": torch.Generator().manual_seed(1)} if loss.random else {}
-        policy = inputs[loss.tensors[0]].requires_grad_()
-        values = loss(**inputs, **draw)
-        (slope,) = torch.autograd.grad(values.sum(), policy)
-        kinds = {k.partition("_")[0] for k in loss.tensors}
-        needs = [kind for kind in ("ref", "kl", "head", "old", "len", "margin") if kind in kinds]
-        needs += ["rows"] * ("desirable" in kinds) + {True: ["batch"], False: []}.get(loss.coupled, ["(batch)"])
-        settings = textwrap.wrap(
-            " ".join(f"{k}={v}" for k, v in loss.settings.items()) or "–", width - 56, break_long_words=False
+
+# ---- An objective from text ------------------------------------------------------------------------------------------
+
+
+def parse_objective(text: str) -> Objective:
+    """'simpo(beta=2.5)', 'simpo', a sum such as '0.8*dpo(beta=0.1) + 0.2*bco_pair + sft', and in place of each name that of
+    a function in one's own file, 'mine.py:mine(beta=2.0)'. Only names, constants, + and * are understood; nothing is run but
+    a file that is named. Raises ValueError that says what is wrong."""
+    pieces = re.split(r"([\s()*+]+)", text.strip())
+    quoted = "".join(repr(piece) if ".py:" in piece else piece for piece in pieces)
+    try:
+        calls = parse_terms(ast.parse(quoted, mode="eval").body)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+        why = f" ({error.msg.partition(';')[0]})" if isinstance(error, SyntaxError) else ""
+        raise ValueError(
+            f"objective is {text[:80]!r}{' …' * (len(text) > 80)}{why}; "
+            'write it as a call with named constants, such as "simpo(beta=2.5, gamma=0.5)", or as a sum of such calls, '
+            'such as "dpo(beta=0.1) + 0.5*sft"'
+        ) from None
+    objective = Objective([named_term(*call) for call in calls])
+    unpaired = dict.fromkeys(term.name for term in objective.terms if "desirable" in term.loss.tensors)
+    paired = dict.fromkeys(term.name for term in objective.terms if "desirable" not in term.loss.tensors)
+    if unpaired and paired:
+        kinds = f"{', '.join(unpaired)} takes single completions, {', '.join(paired)} pairs"
+        raise ValueError(f"objective: {kinds}; a sum takes one or the other")
+    return objective
+
+
+def parse_terms(node: ast.expr, weight: float = 1.0) -> list[tuple[float, str, dict]]:
+    """'2*a(x=1) + b' → weight, name and settings of each term. ValueError, or SyntaxError with a reason, for anything but
+    sums, products with a number, and calls with named constants."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return parse_terms(node.left, weight) + parse_terms(node.right, weight)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        number, rest = node.left, node.right
+        if not isinstance(number, ast.Constant) or isinstance(number.value, str):
+            number, rest = node.right, node.left
+        factor = ast.literal_eval(number)
+        if type(factor) not in (int, float) or not 0 < factor < 1e300 or not 0 < weight * factor < 1e300:
+            raise SyntaxError("a weight is a finite number above 0")
+        return parse_terms(rest, weight * factor)
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    name = getattr(call.func, "id", None) or getattr(call.func, "value", None)  # of a name, or of a quoted file.py:function
+    if not isinstance(name, str) or call.args or any(keyword.arg is None for keyword in call.keywords):
+        raise ValueError
+    given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    if len(given) < len(call.keywords):
+        raise SyntaxError("an argument is there twice")
+    return [(weight, name, given)]
+
+
+def named_term(weight: float, name: str, given: dict) -> Term:
+    """The function of that name with settings that it has, of the right kind."""
+    loss = load_loss(name) if ".py:" in name else OBJECTIVES.get(name)
+    if loss is None:
+        raise ValueError(f"unknown objective {name[:80]!r}{did_you_mean(name, OBJECTIVES)}; known are {', '.join(OBJECTIVES)}")
+    signature = f"its signature is {name}({', '.join(f'{key}={value!r}' for key, value in loss.settings.items())})"
+    for key, value in given.items():
+        if key not in loss.settings:
+            raise ValueError(f"objective {name} has no argument {key[:80]!r}{did_you_mean(key, loss.settings)}; {signature}")
+        default = loss.settings[key]
+        if isinstance(default, (bool, str)):
+            fits = isinstance(value, type(default))
+        else:
+            fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+        if not fits and value is not default:
+            raise ValueError(f"objective {name}: {key}={str(value)[:80]} is of the wrong kind or size; {signature}")
+    return Term(weight, name, loss, given)
+
+
+def load_loss(name: str) -> Callable[..., Tensor]:
+    """The objective "file.py:function" of a user's own file, which is run; ValueError that says what is wrong with it."""
+    file, _, function = name.rpartition(":")
+    here = dict(OBJECTIVES)
+    try:
+        defined = runpy.run_path(os.path.expanduser(file))
+    except OSError as error:
+        raise ValueError(f"objective {name}: {file} cannot be read ({error.strerror})") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"objective {name}: {file} cannot be run ({described(error)})") from error
+    finally:
+        OBJECTIVES.clear()
+        OBJECTIVES.update(here)  # a name of this file keeps its meaning
+    loss = defined.get(function)
+    if not callable(loss):
+        raise ValueError(f"objective {name}: {file} has no function {function}{did_you_mean(function, defined)}")
+    if not hasattr(loss, "tensors"):
+        raise ValueError(
+            f"objective {name}: {function} is not registered; write `from losses import average_logp, objective` into {file} "
+            "and above the function @objective(reward=average_logp), or another reward of losses.py"
         )
-        start = f"{f'{name:<13} ' + (' '.join(needs) or '–'):<33} {values[0].item():>11.4f} {slope[0].item() + 0.0:>8.4f}  "
-        lines += [start + settings[0]] + [" " * len(start) + line for line in settings[1:]]
+    for tensor_name in loss.tensors:
+        if not any(tensor_name in other.tensors for other in here.values()):
+            raise ValueError(f"objective {name}: no trainer has `{tensor_name}`; losses.py begins with the names there are")
+    return loss
+
+
+def try_objective(objective: Objective) -> None:
+    """Call it once on small numbers, so that a value out of range, or a mistake in a function of one's own, is found before
+    anything is loaded; ValueError that says which."""
+    tensors = dict.fromkeys(objective.tensors, tensor([-3.0, -4.0])) | {"desirable": tensor([True, False])}
+    tensors |= {name: tensor([4, 5]) for name in ("len_w", "len_l")}
+    for term in objective.terms:
+        try:
+            loss = Objective([term])(tensors, seed=[0])
+        except Exception as error:
+            why = error if isinstance(error, ValueError) else described(error)
+            raise ValueError(f"objective {objective}: {why}") from error
+        if not isinstance(loss, Tensor) or loss.shape != (2,):
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"objective {objective}: {term.name} returns {got}; return one loss per row, shape (B,)")
+
+
+def described(error: BaseException) -> str:
+    """NameError: name 'x' is not defined, line 3 of mine.py"""
+    if isinstance(error, SyntaxError):  # says where by itself
+        return f"{type(error).__name__}: {error}"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error}, line {frame.lineno} of {Path(frame.filename).name}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean simpo?" where a known name is close to the word, else ""."""
+    near = difflib.get_close_matches(word[:80].lower(), known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+# ---- python losses.py: the list. python losses.py simpo: a function to paste -----------------------------------------
+
+
+def listing(width: int) -> str:
+    """Each objective in lines of `width` characters: what it does, what it needs besides log-probs, settings with defaults."""
+    lines = []
+    for name, loss in OBJECTIVES.items():
+        needs = [tensor_name for tensor_name in loss.tensors if tensor_name not in ("logp_w", "logp_l", "logp")]
+        if loss.coupled:
+            needs.append("the whole batch" if loss.coupled is True else f"the whole batch if {loss.coupled}")
+        settings = [f"{key}={value!r}" for key, value in loss.settings.items()]
+        about = (loss.__doc__ or "no docstring").splitlines()[0]
+        texts = (about, f"needs {', '.join(needs) or 'log-probs only'}", f"settings {', '.join(settings) or '–'}")
+        for text in texts:
+            indent = {"initial_indent": f"{name:<19}", "subsequent_indent": " " * 19}
+            lines += textwrap.wrap(text, width, break_on_hyphens=False, **indent)
+            name = ""
     return "\n".join(lines)
 
 
+def source_of(names: list[str]) -> str:
+    """A program of their own for objectives: the imports and functions that they use, and they, without the decorator."""
+    text = Path(__file__).read_text(encoding="utf-8")
+    lines = text.splitlines()
+    statements = {}  # name → the statement of this file that gives it its meaning
+    for statement in ast.parse(text).body:
+        if isinstance(statement, (ast.Import, ast.ImportFrom)):
+            statements |= {alias.asname or alias.name: statement for alias in statement.names}
+        elif isinstance(statement, ast.FunctionDef):
+            statement.decorator_list = []
+            statements[statement.name] = statement
+    used = set()
+    names = list(names)
+    while names:
+        statement = statements.get(names.pop())
+        if statement is not None and statement not in used:
+            used.add(statement)
+            names += [node.id for node in ast.walk(statement) if isinstance(node, ast.Name)]
+    imports, functions = [], []
+    for statement in dict.fromkeys(statements.values()):
+        if statement in used:
+            kind = functions if isinstance(statement, ast.FunctionDef) else imports
+            kind.append("\n".join(lines[statement.lineno - 1 : statement.end_lineno]).replace("  # fmt: skip", ""))
+    return "\n\n\n".join(["\n".join(imports), *functions])
+
+
 def main() -> None:
-    """Print the table as wide as the terminal is; with --names the one of the names elsewhere."""
+    parser = argparse.ArgumentParser(description="List the objectives; or print those named, ready to be pasted.")
+    parser.add_argument("name", nargs="*")
+    names = parser.parse_args().name
+    for name in names:
+        if name not in OBJECTIVES:
+            parser.error(f"unknown objective {name!r}{did_you_mean(name, OBJECTIVES)} (without a name, all are listed)")
     width = min(128, max(80, shutil.get_terminal_size((128, 24)).columns))
-    about = (
-        "Worked pair: s_w = −12 over 10 tokens, s_l = −24 over 12, reference −14 and −22, KL 0.5 and 1.5, earlier policy −13.5 "
-        "and −22.5, scores 2 apart. Losses that need the batch see a second pair, of no margin (−20 over 10 tokens, KL 0). "
-        "Rows: this pair as two rows, mismatched log-ratio 1. Loss of row 1; gradient ∂L/∂s_w, ∂L/∂s of the sum. (batch): "
-        "under one setting only."
-    )
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="replace")  # where a terminal lacks these letters
     try:
-        print(*[names()] if "--names" in sys.argv[1:] else [textwrap.fill(about, width), table(width)], sep="\n\n", flush=True)
+        print(source_of(names) if names else listing(width), flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):  # a reader that has seen enough is no error
-            print(f"error: the table cannot be written ({error.strerror})", file=sys.stderr)
+            print(f"error: the output cannot be written ({error.strerror})", file=sys.stderr)
             raise SystemExit(2) from None
 
 

@@ -1,42 +1,37 @@
 """Train a language model on preferences.
 
-    python train.py                                                        # the embedded world: no download, no GPU
+    python train.py                                                        # tests/toy/simpo.yaml: half a minute on a CPU
     python train.py --model MODEL --dataset PAIRS.jsonl --objective "simpo(beta=2.5, gamma=0.5)" --lr 1e-6
     python train.py settings.yaml --lr 5e-7                                # a file of settings; the command line wins
+    torchrun --nproc-per-node 8 train.py settings.yaml                     # the same, sharded over ranks
 
-Reads top to bottom: settings → objective → one step → prepare → the loop → finish. `train()` is the whole run; what stands
-after it are the parts it calls by name: model and rows, evaluation, the journal, accounting, the embedded world. Rows are
-preference pairs, or single completions for unpaired objectives. All losses are means over the rows of the whole optimizer
-batch, so the gradient of a step does not depend on how the batch is cut into microbatches.
+Reads top to bottom: settings → set-up → one step → the loop, then the parts in the order of their first use. From the loop to
+a loss: `train` → `train_step` → `Objective.loss_and_grad` of losses.py. Rows are preference pairs, or single completions for
+unpaired objectives. The loss of a step is the mean over the rows of the whole optimizer batch, all ranks together, so its
+gradient does not depend on how the batch is divided into microbatches.
 
-Shape letters: n examples · k responses of each, 2 for pairs and 1 else.
+Shape letters: n examples of an optimizer step · k responses of each, 2 for pairs and 1 else.
 """
 
-import ast
 import contextlib
 import copy
-import functools
 import hashlib
 import importlib.util
-import itertools
 import json
 import math
 import os
 import platform
 import re
 import resource
-import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import transformers
-from filelock import FileLock
+import yaml  # transformers brings it
 from torch import Tensor
 from tqdm import tqdm
 
@@ -44,22 +39,21 @@ import data
 import distributed as dist
 from data import Example, UserError, setting
 from logprobs import ResponseLogProbs, check_head, completions, to_device
-from losses import OBJECTIVES, wpo_weight
+from losses import OBJECTIVES, Objective, parse_objective, try_objective
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Settings(data.Reading):
-    model: str = setting("tiny", 'folder or hub name of a causal language model; "tiny" builds one for the embedded world')
-    dataset: str = setting("tiny", "file, folder or hub name of preferences, with an optional slice: pairs.jsonl[:1000]")
+    model: str | None = setting(None, "folder or hub name of a causal language model")
+    dataset: str | None = setting(None, "file, folder or hub name of preferences, with an optional slice: pairs.jsonl[:1000]")
     eval_dataset: str | None = setting(None, "held-out preferences; without it, eval_size rows are taken out of dataset")
     eval_size: int = setting(200, "rows held out of dataset for evaluation (0: none)")
     objective: str = setting("simpo(beta=2.0, gamma=1.0)", "a call of a function of losses.py, or a weighted sum of such calls")
-    out: str | None = setting(None, "output folder; without it, a fresh one under runs/")
-    overwrite: bool = setting(False, "delete what is in out")
+    out: str | None = setting(None, "output folder, new or empty; without it, a fresh one under runs/")
     resume: bool = setting(False, "continue the run in out from its newest complete checkpoint")
-    lr: float | None = setting(None, "peak learning rate; without it 1e-6, or 2e-4 for the embedded world")
+    lr: float = setting(1e-6, "peak learning rate")
     batch_size: int = setting(32, "rows of one optimizer step (pairs, or completions when unpaired), all ranks together")
     tokens_per_microbatch: int = setting(2048, "token budget of one forward and backward pass")
     layout: str = setting("packed", "packed (the prompt computed once, no padding) or padded (the textbook batch)")
@@ -68,664 +62,286 @@ class Settings(data.Reading):
     warmup_ratio: float = setting(0.1, "share of the steps in which the learning rate rises to lr")
     weight_decay: float = setting(0.0, "AdamW weight decay, on matrices only")
     max_grad_norm: float = setting(1.0, "gradients are scaled to at most this global norm (0: never)")
-    replays: int = setting(1, "LoRR: optimizer steps in a row on each batch (its paper: 3)")
-    reset_alpha: float = setting(1.0, "LoRR: after a step θ ← αθ + (1−α)θ⁰ in reset_modules (its paper: 0.5; 1: no reset)")
-    reset_modules: str = setting("down_proj", "parts of parameter names, commas between, that reset_alpha acts on")
     wpo: bool = setting(False, "WPO: a row's loss counts for less where its responses are not what the policy would say")
-    sync_every: int = setting(0, "TR-DPO: the reference moves after every so many steps (0: never)")
-    sync_alpha: float = setting(0.6, "TR-DPO: how far it moves, reference ← α policy + (1−α) reference")
-    sft_weight: float = setting(0.0, "LoRR: weight that the likelihood of the chosen has at the last replay (its paper: 0.5)")
     dtype: str = setting("auto", "arithmetic: fp32, bf16 (autocast; weights stay fp32) or auto (bf16 where it is in hardware)")
     export_dtype: str = setting("auto", "weights of out/model: fp32, bf16, or auto (as the model came)")
     gradient_checkpointing: bool = setting(False, "recompute activations in backward: less memory, a third more work")
+    compile: bool = setting(False, "torch.compile the decoder's blocks (packed layout; on CPUs with a C++ compiler)")
     eval_every: int = setting(0, "evaluate every so many steps (always before and after)")
     save_every: int = setting(0, "write a checkpoint every so many steps (always when stopped by SIGTERM or Ctrl-C)")
     keep: int = setting(2, "complete checkpoints to keep")
     samples: int = setting(4, "held-out prompts whose greedy completions are recorded before, at evaluations and after")
     sample_tokens: int = setting(64, "length limit of those completions")
     cache: str = setting("~/.cache/plainpo", "folder for reference log-probs, found again by a hash of all they depend on")
-    compile: bool = setting(False, "torch.compile the decoder's blocks (packed layout; on CPUs with a C++ compiler)")
     log_to: str | None = setting(None, "also send the metrics to tensorboard or wandb, if installed")
     device: str = setting("auto", "cpu, cuda, or auto")
-    recipe: str | None = setting(None, "a published run, such as gemma-2-9b-it-simpo: model, data, objective, lr, lengths")
-    annotator_noise: float = setting(0.1, "embedded world: error (standard deviation) of the annotator about a quality")
-    length_bias: float = setting(0.0, "embedded world: what the annotator adds to a response's quality per word")
-    world: str = setting("plain", f"embedded world: who taught the start, {' or '.join(data.WORLDS)} (likely answers are bad)")
-    mesh: str | None = setting(None, "under torchrun: copies x parts, such as 2x4; without it one copy cut over all ranks")
+    mesh: str | None = setting(None, "under torchrun: replicas x shards, such as 2x4; without it one replica over all ranks")
     trust_remote_code: bool = setting(False, "allow a model folder to bring Python code that is then run")
-    GROUPS = {  # of --help
-        "model and data": "model dataset eval_dataset eval_size recipe trust_remote_code",
-        "objective": "objective wpo sync_every sync_alpha replays reset_alpha reset_modules sft_weight",
-        "schedule": "lr batch_size epochs max_steps warmup_ratio weight_decay max_grad_norm",
-        "memory and speed": "tokens_per_microbatch layout dtype gradient_checkpointing compile device mesh",
-        "output": "out overwrite resume eval_every samples sample_tokens save_every keep export_dtype cache log_to",
-        "embedded world": "annotator_noise length_bias world",
-    }
+
+
+DEFAULT = Path(__file__).with_name("tests") / "toy" / "simpo.yaml"  # what runs where neither model nor dataset is given
 
 
 def parse_settings(argv: list[str], kind: type[Settings] = Settings, prog: str = "train.py", text: str = __doc__) -> Settings:
-    """A recipe, over it a YAML/JSON file (first argument), over both the command line: all as options, the last one wins."""
-    file = Path(argv[0]) if argv and argv[0].endswith((".yaml", ".yml", ".json")) else None
+    """Settings of a YAML or JSON file (first argument) and, over them, those of the command line.
+
+    kind: a study may have settings of its own besides; prog, text: its name and what its help says.
+    """
+    hints = {}
+    for name, loss in OBJECTIVES.items():
+        for key, value in loss.settings.items():
+            hints.setdefault(key, f'{key} belongs into the call of the objective: --objective "{name}({key}={value!r})"')
+    file = None
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        file = Path(argv[0])
+        argv = argv[1:]
+    if file is None:
+        s = data.parse(kind, argv, prog, text, hints)
+        if s.model is None and s.dataset is None:
+            file = DEFAULT
     if file is not None:
-        argv = [*_options_of(file, kind), *argv[1:]]
-    name = data.parse(kind, argv, prog, text).recipe
-    recipe = [f"--{key}={value}" for key, value in data.recipe(name).items()] if name else []
-    s = data.parse(kind, [*recipe, *argv], prog, text)
+        options = options_of(file, kind)
+        try:
+            data.parse(kind, options, prog, text, hints)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
+        s = data.parse(kind, [*options, *argv], prog, text, hints)
     check_settings(s)
-    if file is not None and s.overwrite and _is_inside(file, Path(s.out)):
-        raise UserError(f"{file} lies in out {s.out}, where overwrite deletes; copy it to another place")
     return s
 
 
-def _options_of(path: Path, kind: type) -> list[str]:
-    """The settings of a file as options of the command line, each value as it is written there."""
-    import yaml  # transformers brings it; YAML contains JSON
-
-    def refuse(problem: str):
-        raise UserError(f"{path}: {problem}")
-
+def options_of(file: Path, kind: type[Settings]) -> list[str]:
+    """The settings of a file as options of the command line. A model or data named ./… lies in the file's own folder."""
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8-sig"), yaml.SafeLoader)
-    except UnicodeDecodeError as error:
-        refuse(f"is not UTF-8 text (byte {error.start}); save it as UTF-8")
-    except (OSError, yaml.YAMLError, RecursionError) as error:
-        refuse(f"cannot be read as settings ({error})")
-    if not isinstance(root, yaml.MappingNode) or not root.value:
-        refuse("holds no settings, which are lines of key: value")
-    options, empty = {}, {f.name for f in fields(kind) if f.default is None}
-    for name, node in root.value:
-        items = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        plain = all(re.search(":(null|bool|int|float|str|timestamp|seq)$", x.tag) for x in (node, *items))
-        if not plain or not all(isinstance(x, yaml.ScalarNode) for x in (name, *items)):
-            refuse(f"line {name.start_mark.line + 1}: {str(name.value)[:80]}: a setting is one value, or a list of some")
-        key = name.value.replace("-", "_")
-        if key in options:
-            refuse(f"{key} is there twice, again on line {name.start_mark.line + 1}")
-        options[key] = ",".join(x.value for x in items)
-        if any(x.tag.endswith(":null") for x in items):
-            options[key] = None if key in empty else refuse(f"{key} has no value; give it one, or leave the line out")
-    options = [f"--{key}={value}" for key, value in options.items() if value is not None]
-    try:
-        data.parse(kind, options, "train.py", "")
-    except UserError as error:
-        refuse(str(error))
+        text = file.read_text(encoding="utf-8-sig")
+        settings = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read as settings ({error})") from error
+    if not isinstance(settings, dict) or not settings:
+        raise UserError(f"{file}: holds no settings, which are lines of key: value")
+    lines = re.findall(r"^[\w-]+(?=\s*:)", text, re.MULTILINE)
+    for name in settings:
+        if lines.count(name) > 1:  # of which YAML would take the last
+            raise UserError(f"{file}: {name} is there twice")
+    may_be_empty = [f.name for f in fields(kind) if f.default is None]
+    options = []
+    for name, value in settings.items():
+        key = str(name).replace("-", "_")
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(x, (dict, list)) for x in values):
+            raise UserError(f"{file}: {key}: a setting is one value, or a list of some")
+        if None in values and key not in may_be_empty:
+            raise UserError(f"{file}: {key} has no value; give it one, or leave the line out")
+        if value is not None:
+            text = ",".join(map(str, values))
+            if key in ("model", "dataset", "eval_dataset"):
+                sources = [part.strip() for part in text.split(",")]
+                text = ",".join(str(file.parent / part[2:]) if part.startswith("./") else part for part in sources)
+            options.append(f"--{key}={text}")
     return options
 
 
-def _is_inside(path: Path, folder: Path) -> bool:
-    return folder.resolve() in (path.resolve(), *path.resolve().parents)
-
-
-CHOICES = {"layout": ("packed", "padded"), "dtype": ("auto", "fp32", "bf16"), "export_dtype": ("auto", "fp32", "bf16"),
-           "log_to": ("tensorboard", "wandb"), "world": tuple(data.WORLDS)}  # fmt: skip
-AT_LEAST_1 = ("batch_size", "tokens_per_microbatch", "epochs", "keep", "replays", "max_steps", "sample_tokens")
-NOT_NEGATIVE = ("eval_size", "eval_every", "save_every", "weight_decay", "max_grad_norm", "samples", "seed", "annotator_noise",
-                "sft_weight", "sync_every")  # fmt: skip
-SHARES = ("warmup_ratio", "max_drop_fraction", "reset_alpha", "sync_alpha")
+CHOICES = {
+    "layout": ("packed", "padded"),
+    "dtype": ("auto", "fp32", "bf16"),
+    "export_dtype": ("auto", "fp32", "bf16"),
+    "log_to": ("tensorboard", "wandb"),
+}
+RANGES = dict.fromkeys(("warmup_ratio", "max_drop_fraction"), (0, 1))  # setting: least and greatest value
+RANGES |= dict.fromkeys(("batch_size", "tokens_per_microbatch", "epochs", "keep", "max_steps", "sample_tokens"), (1, math.inf))
+RANGES |= dict.fromkeys(("eval_size", "eval_every", "save_every", "samples", "seed"), (0, math.inf))
+RANGES |= dict.fromkeys(("weight_decay", "max_grad_norm"), (0, math.inf))
 
 
 def check_settings(s: Settings) -> None:
     """UserError naming the first setting, or pair of settings, that cannot be meant."""
-
-    def refuse_unless(holds: bool, problem: str) -> None:
-        if not holds:
-            raise UserError(problem)
-
     for name, accepted in CHOICES.items():
         if getattr(s, name) is not None:
             data.refuse_unless_known(name, getattr(s, name), accepted)
-    for names, holds, said in (
-        (AT_LEAST_1, lambda x: x >= 1, "it must be at least 1"),
-        (NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "it must not be negative"),
-        (SHARES, lambda x: 0 <= x <= 1, "it is a share, from 0 to 1"),
-        (("lr",), lambda x: 0 < x <= 1, "a learning rate is above 0 and at most 1; AdamW moves every weight by about as much"),
-    ):
-        for name in names:
-            value = getattr(s, name)
-            refuse_unless(value is None or holds(value), f"{name} is {value}; {said}")
-    longest_prompt = s.max_prompt_length if s.max_prompt_length is not None else s.max_length * 7 // 8
-    refuse_unless(
-        s.max_length >= 2 and 1 <= longest_prompt < s.max_length,
-        f"max_length {s.max_length} with max_prompt_length {longest_prompt} leaves no room for a prompt and a response; "
-        "raise max_length or lower max_prompt_length",
-    )
-    installed = s.log_to is None or importlib.util.find_spec(s.log_to) is not None
-    refuse_unless(installed, f"log_to {s.log_to}: it is not installed (pip install {s.log_to})")
-    refuse_unless(not (s.overwrite and s.resume), "overwrite and resume exclude each other")
-    known_out = s.out is not None or not (s.overwrite or s.resume)
-    refuse_unless(known_out, "overwrite and resume need --out, the folder of the earlier run")
-    refuse_unless(
-        (s.model == "tiny") == (s.dataset == "tiny"),
-        'the embedded world needs both model "tiny" and dataset "tiny"; give a real model and a real dataset',
-    )
+    for name, (least, greatest) in RANGES.items():
+        value = getattr(s, name)
+        if value is not None and not least <= value <= greatest:
+            limits = f"at least {least}" if greatest == math.inf else f"from {least} to {greatest}"
+            raise UserError(f"{name} is {value}; it must be {limits}")
+    if not 0 < s.lr <= 1:
+        raise UserError(f"lr is {s.lr}; it is above 0 and at most 1, as AdamW moves every weight by about as much")
+    if s.log_to is not None and importlib.util.find_spec(s.log_to) is None:
+        raise UserError(f"log_to {s.log_to}: it is not installed (pip install {s.log_to})")
+    if s.resume and s.out is None:
+        raise UserError("resume needs --out, the folder of the earlier run")
+    for name in ("model", "dataset"):
+        if getattr(s, name) is None:
+            raise UserError(f"{name} is missing: give --{name}")
 
 
-# ---- the objective ---------------------------------------------------------------------------------------------------
-
-
-class Objective(NamedTuple):
-    """A function of losses.py and the settings given for it; what it needs was read off its signature there."""
-
-    loss: Callable[..., Tensor]
-    given: dict
-
-    @property
-    def name(self) -> str:
-        return self.loss.__name__
-
-    def needs(self, prefix: str) -> bool:
-        return any(t.startswith(prefix) for t in self.loss.tensors)
-
-    @property
-    def also(self) -> tuple[str, ...]:
-        """What the policy's pass has to give besides log-probs: names of logprobs.ResponseLogProbs.forward."""
-        return ("kl",) * self.needs("kl_") + ("head",) * self.needs("head_")
-
-    @property
-    def unpaired(self) -> bool:
-        return "desirable" in self.loss.tensors
-
-    @property
-    def responses(self) -> int:
-        """Responses of an example that are scored: 2, or 1 for unpaired and chosen-only objectives."""
-        return 2 if "logp_l" in self.loss.tensors else 1
-
-    @property
-    def coupled(self) -> bool:
-        """Whether the rows of a batch depend on each other, so that the loss needs the whole batch at once."""
-        switch = self.loss.coupled
-        return switch if isinstance(switch, bool) else bool({**self.loss.settings, **self.given}[switch])
-
-    def __call__(self, tensors: dict[str, Tensor], seed: list[int]) -> Tensor:
-        """Loss per row; functions that draw at random get a generator that depends on `seed` alone."""
-        more = {}
-        if self.loss.random:
-            number = sum(x * 1_000_003**i for i, x in enumerate(seed)) % 2**63
-            more["generator"] = torch.Generator().manual_seed(number)
-        return self.loss(*(tensors[t] for t in self.loss.tensors), **self.given, **more)
-
-    def __str__(self) -> str:
-        """The call; of a sum its name, which is the sum of its calls. What is printed is understood again."""
-        settings = ", ".join(f"{k}={v!r}" for k, v in self.given.items())
-        return f"{self.name}({settings})" if self.name in OBJECTIVES else self.name
-
-
-def weighted_sum(terms: list[tuple[float, Objective]]) -> Objective:
-    """Σ weight · loss, row by row, as one objective: it needs what any term needs and is coupled where one is; its reward is
-    the first term's, without the weight."""
-    tensors = tuple(dict.fromkeys(t for _, term in terms for t in term.loss.tensors))
-
-    def loss(*values: Tensor, **generator: torch.Generator) -> Tensor:
-        named = dict(zip(tensors, values))
-        drawn = lambda term: generator if term.loss.random else {}  # noqa: E731
-        return sum(w * t.loss(*(named[x] for x in t.loss.tensors), **t.given, **drawn(t)) for w, t in terms)
-
-    first = terms[0][1]
-    loss.__name__ = " + ".join(f"{weight!r}*{term}" for weight, term in terms)
-    loss.tensors, loss.settings = tensors, {}
-    loss.random, loss.coupled = any(t.loss.random for _, t in terms), any(t.coupled for _, t in terms)
-    loss.reward = functools.partial(first.loss.reward, **first.given)
-    return Objective(loss, {})
-
-
-def parse_terms(node: ast.expr, weight: float = 1.0) -> list[tuple[float, str, dict]]:
-    """'2*a(x=1) + b' → weight, name and arguments of each term. ValueError, or SyntaxError with a reason, for anything but
-    sums, products with a number, and calls with named constants."""
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return parse_terms(node.left, weight) + parse_terms(node.right, weight)
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-        number, rest = (node.left, node.right) if isinstance(node.left, ast.Constant) else (node.right, node.left)
-        factor = ast.literal_eval(number)
-        if type(factor) not in (int, float) or not 0 < factor < 1e300 or not 0 < weight * factor < 1e300:
-            raise SyntaxError("a weight is a finite number above 0")
-        return parse_terms(rest, weight * factor)
-    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-    if not isinstance(call.func, ast.Name) or call.args or any(k.arg is None for k in call.keywords):
-        raise ValueError
-    given = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-    if len(given) < len(call.keywords):
-        raise SyntaxError("an argument is there twice")
-    return [(weight, call.func.id, given)]
-
-
-def parse_objective(text: str) -> Objective:
-    """'simpo(beta=2.5, gamma=0.5)', 'simpo', or a sum such as '0.8*dpo(beta=0.1) + 0.2*bco_pair + sft' → Objective. Only names,
-    constants, + and * are understood; nothing is run."""
-    try:
-        node = ast.parse(text.strip(), mode="eval").body
-        terms = parse_terms(node)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
-        why = f" ({error.msg.partition(';')[0]})" if isinstance(error, SyntaxError) else ""
-        raise UserError(
-            f"objective is {text[:80]!r}{' …' * (len(text) > 80)}{why}; "
-            'write it as a call with named constants, such as "simpo(beta=2.5, gamma=0.5)", or as a sum of such calls, '
-            'such as "dpo(beta=0.1) + 0.5*sft"'
-        ) from None
-    terms = [(weight, named_objective(name, given)) for weight, name, given in terms]
-    if len({term.unpaired for _, term in terms}) > 1:
-        kinds = [", ".join(dict.fromkeys(t.name for _, t in terms if t.unpaired is kind)) for kind in (True, False)]
-        raise UserError(f"objective: {kinds[0]} takes single completions, {kinds[1]} pairs; a sum takes one or the other")
-    return weighted_sum(terms) if isinstance(node, ast.BinOp) else terms[0][1]
-
-
-def named_objective(name: str, given: dict) -> Objective:
-    """The function of losses.py with settings that it has, of the right kind."""
-    if name not in OBJECTIVES:
-        raise UserError(
-            f"unknown objective {name[:80]!r}{data.did_you_mean(name, OBJECTIVES)}; known are {', '.join(OBJECTIVES)}"
-        )
-    defaults = OBJECTIVES[name].settings
-    signature = f"its signature is {name}({', '.join(f'{k}={v!r}' for k, v in defaults.items())})"
-    for key, value in given.items():
-        if key not in defaults:
-            raise UserError(f"objective {name} has no argument {key[:80]!r}{data.did_you_mean(key, defaults)}; {signature}")
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-        fits = isinstance(value, type(defaults[key])) if isinstance(defaults[key], (bool, str)) else number
-        if not fits and value is not defaults[key]:
-            raise UserError(f"objective {name}: {key}={str(value)[:80]} is of the wrong kind or size; {signature}")
-    return Objective(OBJECTIVES[name], given)
-
-
-def try_objective(objective: Objective) -> None:
-    """Call it once on small numbers, so that a value out of range is found before anything is loaded."""
-    kinds = {"desirable": torch.tensor([True, False]), "len": torch.tensor([4, 5])}
-    numbers = torch.tensor([-3.0, -4.0])
-    try:
-        objective({t: kinds.get(t.partition("_")[0], numbers) for t in objective.loss.tensors}, seed=[0])
-    except ValueError as error:
-        raise UserError(f"objective {objective}: {error}") from error
-
-
-# ---- one step --------------------------------------------------------------------------------------------------------
-
-
-class Sums(NamedTuple):
-    """Sums over the responses of n examples, k each, and their labels; (n, k), nats, None where not needed."""
-
-    length: Tensor  # tokens
-    logp: Tensor | None = None
-    ref: Tensor | None = None
-    kl: Tensor | None = None
-    head: Tensor | None = None  # of logp: the first tokens, as many as the row's shortest response has
-    ref_head: Tensor | None = None  # of ref
-    power: Tensor | None = None  # Σ_t log Σ_v π(v)²
-    logp_mismatch: Tensor | None = None  # (n·k,): KTO's mismatched completions, under the policy
-    ref_mismatch: Tensor | None = None  # (n·k,): and under the reference
-    label: Tensor | None = None  # bool: chosen or desirable
-    margin: Tensor | None = None  # (n,): score of chosen less score of rejected
-
-    def at(self, rows: Tensor) -> "Sums":
-        return Sums(*(None if x is None else x[rows] for x in self))
-
-    def cpu(self) -> "Sums":
-        return Sums(*(None if x is None else x.cpu() for x in self))
-
-    def by_name(self) -> dict[str, Tensor]:
-        """What a signature of losses.py may ask for. `old_*` is the policy as it is at the start of the step."""
-        named = {"desirable": self.label, "logp_kl": self.logp_mismatch, "ref_kl": self.ref_mismatch, "margin": self.margin}
-        sources = {"logp": self.logp, "len": self.length, "old": self.logp.detach()}
-        sources |= {name: getattr(self, name) for name in ("ref", "kl", "head", "ref_head")}
-        for name, x in sources.items():
-            if x is not None:
-                named |= {name: x, f"{name}_w": x[:, 0], f"{name}_l": x[:, -1]}
-        return {name: x.flatten() for name, x in named.items() if x is not None}
-
-
-@dataclass
-class Rows:
-    """What is trained on and what is held out, and what is known of both before the policy has learnt anything."""
-
-    train: Sequence[Example]
-    held_out: Sequence[Example]
-    reports: dict[str, data.Report]  # what was kept and dropped, and why
-    plan: list[list[int]] = field(default_factory=list)  # the rows of each optimizer step
-    ref: dict[str, Tensor] = field(default_factory=dict)  # "ref" and, where asked for, "ref_head" of the training rows, (n, k)
-    ref_mismatch: Sequence[Tensor] | None = None  # of each batch of the plan
-    held_out_known: Sums | None = None
-    held_out_start: Tensor | None = None  # (n, k) log-probs of the held-out rows under the start
+# ---- set-up ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Run:
-    """One training run: what it is made of, and the number of steps it has done."""
+    """One training run: what it is made of, and how many steps it has done."""
 
     s: Settings
     objective: Objective
     device: torch.device
     tokenizer: object
     policy: ResponseLogProbs
-    rows: Rows
-    origin: list[tuple[Tensor, Tensor]]  # LoRR: (parameter, its value at the start)
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+    reports: dict[str, data.Report] = field(default_factory=dict)  # what was kept and dropped, and why
     lock: object = None  # as long as it is held, nobody else writes to the output folder
-    given: dict = field(default_factory=dict)  # the settings as they were asked for, for the record
-    world: Path | None = None  # folder of the embedded world
+    plan: list[list[int]] = field(default_factory=list)  # the training rows of each optimizer step
+    ref: dict[str, Tensor] = field(default_factory=dict)  # reference log-probs of the training rows by name, (n, k) each
+    ref_kl: list[Tensor] | None = None  # of the KL completions of each step of the plan
+    held_out_inputs: dict[str, Tensor] = field(default_factory=dict)
+    held_out_initial: Tensor | None = None  # (n, k) log-probs of the held-out rows under the initial model
+    initial_answers: list[str] = field(default_factory=list)
     optimizer: torch.optim.Optimizer | None = None
-    before: list[str] = field(default_factory=list)  # the start's answers to the sample prompts
     same: dict = field(default_factory=dict)  # what must be equal for a run to go on from a checkpoint of this one
     step: int = 0
-    ahead: list | None = None  # microbatches of the step that comes
 
     @property
     def bf16(self) -> bool:
         return uses_bf16(self.s, self.device)
 
     @property
-    def also(self) -> tuple[str, ...]:
+    def outputs(self) -> tuple[str, ...]:
         """What each pass of the policy has to give besides log-probs."""
-        return self.objective.also + ("power",) * self.s.wpo + ("ref",) * (self.s.sync_every > 0)
+        return self.objective.outputs + (("log_sum_p_squared",) if self.s.wpo else ())
 
     def arithmetic(self):
         """bf16 autocast or nothing. One context spans one kind of pass, so weights are cast once in it."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
 
-    def cut(self, examples: list[Example]) -> list[list[int]]:
-        """Indices of the examples in each microbatch, cut by token count, as many for every rank: r takes r, r + ranks, …"""
+    def microbatches(self, examples: Sequence[Example]) -> list[tuple[list[int], data.Batch]]:
+        """This rank's share of the examples, split by token count: (indices into examples, batch), as many for every rank."""
         sizes = [data.tokens_of(e) for e in examples]
-        return data.split_by_tokens(sizes, self.s.tokens_per_microbatch, dist.world_size())
-
-    def microbatches(self, examples: list[Example]) -> list[tuple[list[int], data.Batch]]:
-        """This rank's share of the examples: (indices, batch)."""
-        mine, make = self.cut(examples)[dist.rank() :: dist.world_size()], data.LAYOUTS[self.s.layout]
-        return [(part, make([examples[i] for i in part]).to(self.device)) for part in mine]
-
-
-@torch.no_grad()
-def log_probs(
-    run: Run, examples: Sequence[Example], also: tuple[str, ...] = (), progress: str | None = None
-) -> dict[str, Tensor]:
-    """Summed log-probs of all responses, "logp", and what `also` names, without gradient: (n, k) each, on every rank."""
-    rows, parts, k = [], [], len(examples[0].responses)
-    batches = data.progress(_lazily(run, examples), progress or "", "batches", disable=progress is None or not dist.is_rank_0())
-    with run.arithmetic():
-        for part, batch in batches:
-            rows += part
-            parts.append({name: x.view(len(part), k) for name, x in run.policy(batch, also).items()})
-    return gathered(rows, parts, len(examples))
-
-
-def gathered(rows: list[int], parts: list[dict[str, Tensor]], total: int) -> dict[str, Tensor]:
-    """The sums of all ranks' rows from those of this one's microbatches; `rows` says which these are."""
-    rows = torch.tensor(rows, dtype=torch.long)
-    return {name: dist.gather_rows(rows, torch.cat([part[name] for part in parts]), total) for name in parts[0]}
-
-
-def _lazily(run: Run, examples: Sequence[Example]) -> Iterator[tuple[list[int], data.Batch]]:
-    """Microbatches of a whole dataset, made some hundred examples at a time, longest first within each."""
-    for start in range(0, len(examples), 256):
-        for part, batch in run.microbatches(examples[start : start + 256]):
-            yield [start + i for i in part], batch
-
-
-TRAINED = ("logp", "kl", "head")  # sums through which a loss reaches the weights
-
-
-def row_losses(objective: Objective, sums: Sums, seed: list[int]) -> Tensor:
-    """Loss per row (rows,), times its WPO weight where sums.power is there."""
-    loss = objective(sums.by_name(), seed)
-    if sums.power is None:
-        return loss
-    rows = (-1, 1) if objective.unpaired else sums.logp.shape
-    return loss * wpo_weight(*(x.detach().reshape(rows) for x in (sums.logp, sums.power, sums.length)))
-
-
-def coefficients(objective: Objective, sums: Sums, seed: list[int], sft: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss per row (rows,) and the gradient of their sum with respect to every sum of TRAINED, (n, k) each.
-
-    sft: weight of the SFT term, which is −logp/length (nats per token) of a chosen or desirable response, 0 of another.
-    """
-    leaves = {name: getattr(sums, name).detach().requires_grad_() for name in TRAINED if getattr(sums, name) is not None}
-    if not len(sums.logp):  # a rank without rows in this microbatch
-        return sums.logp.detach().flatten(), {name: x.detach() for name, x in leaves.items()}
-    loss = row_losses(objective, sums._replace(**leaves), seed)
-    if sft:
-        term = -(leaves["logp"] / sums.length) * sums.label
-        loss = loss + sft * (term.flatten() if objective.unpaired else term.sum(-1))
-    grads = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
-    return loss.detach(), dict(zip(leaves, grads))
-
-
-def accumulate_gradients(
-    run: Run, examples: list[Example], known: Sums, seed: list[int], batches=None, sft: float = 0.0
-) -> tuple[Sums, Tensor]:
-    """Put the gradient of the mean loss over `examples`, with the SFT term where `sft` > 0, into the policy's parameters.
-
-    The gradient of a microbatch is Σ (∂L/∂logp) · ∂logp/∂θ. The factors ∂L/∂logp come from the microbatch itself, or, where the
-    objective couples the rows, from a first pass that scores the whole batch without gradient. A coupled batch that is a
-    single microbatch on every rank needs no first pass: its own log-probs are gathered and then differentiated.
-
-    Args:
-        known: what does not depend on the policy: lengths, reference, labels, mismatches.
-        batches: run.microbatches(examples), if they were made ahead of time.
-    Returns:
-        the sums of the whole batch, and its loss per row; on every rank.
-    """
-    objective, n, k = run.objective, len(examples), known.length.shape[1]  # k responses per example
-    batches, rows = batches or run.microbatches(examples), n * (k if objective.unpaired else 1)
-    whole = None  # of a coupled batch: loss and factors of all its rows
-    if objective.coupled and len(batches) > 1:
-        whole = coefficients(objective, known._replace(**log_probs(run, examples, run.also)), seed, sft)
-    scored, losses, parts = [i for part, _ in batches for i in part], [], []
-    with run.arithmetic():
-        for i, (part, batch) in enumerate(batches):
-            dist.sync_gradients(run.policy, last=i == len(batches) - 1)
-            sums = {name: x.view(len(part), k) for name, x in run.policy(batch, run.also).items()}
-            parts.append({name: x.detach() for name, x in sums.items()})
-            at = to_device(torch.tensor(part, dtype=torch.long), known.length.device)
-            if objective.coupled and whole is None:
-                whole = coefficients(objective, known._replace(**gathered(scored, parts, n)), seed, sft)
-            if whole is None:
-                loss, factors = coefficients(objective, known.at(at)._replace(**sums), seed, sft)
-                losses.append({"loss": loss.view(len(part), k if objective.unpaired else 1)})
-            else:
-                factors = {name: x[at] for name, x in whole[1].items()}
-            torch.autograd.backward([sums[name] for name in factors], [x / rows for x in factors.values()])
-    loss = gathered(scored, losses, n)["loss"].flatten() if whole is None else whole[0]
-    return known._replace(**gathered(scored, parts, n)), loss
-
-
-def next_batch(run: Run) -> tuple[list[Example], Sums]:
-    """The examples of the step that comes, and what is known of them before the policy is asked."""
-    rows, at = run.rows, run.rows.plan[run.step]
-    examples = [rows.train[i] for i in at]
-    mismatch = None if rows.ref_mismatch is None else rows.ref_mismatch[run.step // run.s.replays]
-    known = known_sums(examples, run.device, ref_mismatch=mismatch, **{name: x[at] for name, x in rows.ref.items()})
-    if run.objective.needs("logp_kl"):
-        known = known._replace(logp_mismatch=log_probs(run, mismatched(examples))["logp"].flatten())
-    return examples, known
-
-
-def step(run: Run) -> dict:
-    """One optimizer step on the next batch of the plan; returns its line of metrics.jsonl, speeds left out."""
-    from tests.tools.will_it_fit import model_flops
-
-    s, plan, tick = run.s, run.rows.plan, time.time()
-    examples, known = next_batch(run)
-    replay, sft = replay_of(run.step, s)
-    sums, loss = accumulate_gradients(run, examples, known, [s.seed, run.step], run.ahead, sft)
-    last = run.step + 1 == len(plan)
-    run.ahead = None if last else run.microbatches([run.rows.train[i] for i in plan[run.step + 1]])  # while a GPU works
-    grad_norm = dist.clip_gradients(run.policy, s.max_grad_norm)
-    sums, loss, grad_norm = sums.cpu(), loss.cpu(), float(grad_norm)  # the one place where the host waits for a GPU
-    stop_if_not_finite(examples, sums, loss, grad_norm)
-    if run.step == 0:
-        check_step_zero(sums, 0.1 if run.bf16 else 1e-3)
-    lr = learning_rate(run.step, len(plan), s)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    reset(run.origin, s.reset_alpha)
-    run.step += 1
-    if s.sync_every and run.step % s.sync_every == 0:
-        move_reference(run.policy, s.sync_alpha)
-    line = {"step": run.step, **measures(run.objective, sums, loss), "grad_norm": grad_norm, "lr": lr, "pairs": len(loss)}
-    line |= {"tokens": sum(map(data.tokens_of, examples)), "flops": model_flops(run.policy.model, examples)}
-    line |= {"seconds": time.time() - tick, **balance(run, examples)}
-    return line | ({"replay": replay + 1} if s.replays > 1 else {}) | ({"sft_weight": sft} if sft else {})
-
-
-def learning_rate(step: int, steps: int, s: Settings) -> float:
-    """Linear warm-up over warmup_ratio of the steps, then a half cosine down to zero. `step` counts from 0."""
-    warmup = max(1, round(s.warmup_ratio * steps))
-    if step < warmup:
-        return s.lr * (step + 1) / warmup
-    return s.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-# ---- prepare ---------------------------------------------------------------------------------------------------------
+        groups = data.split_by_tokens(sizes, self.s.tokens_per_microbatch, dist.world_size())
+        mine = groups[dist.rank() :: dist.world_size()]
+        make_batch = data.LAYOUTS[self.s.layout]
+        return [(at, make_batch([examples[i] for i in at]).to(self.device)) for at in mine]
 
 
 def prepare(s: Settings) -> Run:
     """Everything before the first step, what is quick to refuse first: a mistake should cost no loading."""
-    objective = parse_objective(s.objective)
-    try_objective(objective)
-    if s.sync_every and (not objective.needs("ref") or objective.needs("ref_kl")):
-        why = "estimates its drift on mismatched pairs" if objective.needs("ref_kl") else "has no reference's log-probs"
-        raise UserError(f"sync_every moves the reference, but {objective.name} {why}; leave sync_every out")
+    objective = read_objective(s.objective)
     device = dist.setup(s.device)
     dist.mesh_sizes(s.mesh)
-    if s.model != "tiny":
-        data.reachable(s.model)
-    s.lr = s.lr if s.lr is not None else (2e-4 if s.model == "tiny" else 1e-6)
+    data.reachable(s.model)
     s.out = str(dist.on_rank_0(prepare_out, s))
     lock = dist.own(Path(s.out))
-    given, world = {k: v for k, v in asdict(s).items() if k not in ("overwrite", "resume")}, None
-    if s.model == "tiny":
-        world, pairs = dist.on_rank_0(embedded_world, s)
-        s = replace(s, model=str(world / "model"), dataset=str(pairs))
     tokenizer = data.load_tokenizer(s.model, s.trust_remote_code)
-    rows = load_rows(s, tokenizer, objective)
+    train_rows, held_out, reports = load_rows(s, tokenizer, objective)
     policy = build_policy(s, objective, tokenizer, device)
-    origin = [(p, p.detach().clone()) for p in reset_parameters(policy.model, s)]
-    run = Run(s, objective, device, tokenizer, policy, rows, origin, lock, given, world)
+    run = Run(s, objective, device, tokenizer, policy, train_rows, held_out, reports, lock)
     check_policy(run)
-    plan_steps(run)
+    run.plan = plan_steps(s, len(train_rows))
     run.same = identity(run)
     if s.resume:
         dist.check_same(run.same, dist.on_rank_0(marker, Path(s.out)), s.out)
-    score_start(run)
+    score_initial_model(run)
     run.optimizer = make_optimizer(run)
     if s.resume:
         resume(run)
     return run
 
 
-def build_policy(s: Settings, objective: Objective, tokenizer, device: torch.device) -> ResponseLogProbs:
-    """The model with fp32 weights, cut over the ranks; and the reference, where an objective needs its token KL."""
-    model, weights = load_model(s)
-    embeddings = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > embeddings:
-        raise UserError(f"the tokenizer has {len(tokenizer)} ids, but the model only {embeddings} embeddings: no match")
-    if s.layout == "packed":
-        refuse_packed(model)
-    if s.compile:
-        refuse_compile(s, model, device)
-    if s.sync_every:
-        say("sync_every: the reference is a second model, whose log-probs are computed at every step and not kept")
-    second = objective.needs("kl_w") or s.sync_every
-    reference = copy.deepcopy(model).requires_grad_(False).train(False) if second else None
-    checkpoints = s.keep + 1 if s.save_every else 0
-    dist.on_rank_0(dist.check_space, Path(s.out), model, checkpoints, export_dtype(s, model))
-    policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, uses_bf16(s, device), s.gradient_checkpointing, s.compile)
-    for part in filter(None, (model, reference)):
-        dist.hand_out(part, weights, device)
-    if names := dist.not_finite(model):
-        raise UserError(f"{s.model}: {len(names)} weights of this model are not finite numbers, the first is {names[0]}")
-    policy.use_layout(s.layout)
-    model.train()
-    return policy
-
-
-def check_policy(run: Run) -> None:
-    """Two checks that cost a small pass each: is the head one that we know, and do the two layouts agree?"""
-    few = [run.rows.train[i] for i in range(min(4, len(run.rows.train)))]
-    run.policy.use_layout("padded")
+def read_objective(text: str) -> Objective:
     try:
-        with run.arithmetic():
-            ids = torch.tensor([few[0].prompt[-32:]], device=run.device)
-            run.policy.within(check_head, ids, 0.5 if run.bf16 else 1e-3)
-        run.policy.use_layout(run.s.layout)
-        compare_layouts(run, few, 0.1 if run.bf16 else 1e-4)
-    except ValueError as error:  # logprobs.py names the head or the attention that it cannot honour
+        objective = parse_objective(text)
+        try_objective(objective)
+    except ValueError as error:
         raise UserError(str(error)) from error
+    return objective
 
 
-MOST_STEPS = 10**7
+# ---- one step --------------------------------------------------------------------------------------------------------
 
 
-def plan_steps(run: Run) -> None:
-    """Which rows each optimizer step takes, replays included, from the first step to the last."""
-    s, rows = run.s, len(run.rows.train)
-    steps = min(s.epochs * -(-rows // s.batch_size) * s.replays, s.max_steps or math.inf)
-    if steps > MOST_STEPS:
-        raise UserError(
-            f"epochs {s.epochs} over {rows} rows are {steps} steps, and {MOST_STEPS} are planned at most; set max_steps"
-        )
-    batches = (batch for epoch in range(s.epochs) for batch in data.step_plan(rows, s.batch_size, s.seed, epoch))
-    run.rows.plan = list(itertools.islice((rows for batch in batches for rows in [batch.tolist()] * s.replays), s.max_steps))
+def train_step(run: Run, rows: list[int]) -> dict:
+    """One optimizer step on the training examples `rows`, equal on all ranks; returns its line of metrics.jsonl.
+
+    The gradient of a microbatch is Σ (∂L/∂logp) · ∂logp/∂θ. The factors ∂L/∂logp come from the microbatch itself, or, where the
+    rows of a batch depend on each other, from the log-probs of the whole batch.
+    """
+    s = run.s
+    objective = run.objective
+    tick = time.perf_counter()
+    examples = [run.train[i] for i in rows]
+    n = len(examples)  # of the optimizer step, all ranks together
+    inputs = batch_inputs(run, examples, rows)  # {"len": (n, k), "ref": (n, k), "label": …}: known before the policy is asked
+    k = inputs["len"].shape[1]
+    losses_per_example = k if objective.unpaired else 1
+    microbatches = run.microbatches(examples)  # of this rank: (indices into examples, batch)
+    seed = [s.seed, run.step]
+    whole = None  # of a coupled objective: losses and gradients of all rows
+    if objective.coupled and len(microbatches) > 1:  # one that needs the whole batch: all log-probs before any gradient
+        whole = objective.loss_and_grad(log_probs(run, examples, run.outputs), inputs, seed)
+    scored = [i for at, _ in microbatches for i in at]
+    losses = []
+    passes = []
+    with run.arithmetic():
+        for number, (at, batch) in enumerate(microbatches, 1):
+            dist.sync_gradients(run.policy, last=number == len(microbatches))
+            outputs = {name: x.view(len(at), k) for name, x in run.policy(batch, run.outputs).items()}  # nats, with graph
+            values = {name: x.detach() for name, x in outputs.items()}
+            passes.append(values)
+            index = to_device(torch.tensor(at, dtype=torch.long), run.device)
+            if objective.coupled and whole is None:  # the only microbatch of each rank: its own pass is the one before
+                whole = objective.loss_and_grad(gathered(scored, passes, n), inputs, seed)
+            if whole is None:
+                loss, grads = objective.loss_and_grad(values, {name: x[index] for name, x in inputs.items()}, seed)
+                losses.append({"loss": loss.view(len(at), losses_per_example)})
+            else:
+                grads = {name: x[index] for name, x in whole[1].items()}
+            # summed over microbatches and ranks, these are the gradient of the mean over all rows
+            mean_grads = [x / (n * losses_per_example) for x in grads.values()]
+            torch.autograd.backward([outputs[name] for name in grads], mean_grads)
+    loss = whole[0] if whole is not None else gathered(scored, losses, n)["loss"].flatten()
+    grad_norm = dist.clip_gradients(run.policy, s.max_grad_norm)
+    # the one place where the host waits for a GPU
+    values = {name: x.cpu() for name, x in (inputs | gathered(scored, passes, n)).items()}
+    loss = loss.cpu()
+    grad_norm = float(grad_norm)
+    stop_if_not_finite(examples, values["logp"], loss, grad_norm)
+    if run.step == 0:
+        check_step_zero(values, 0.1 if run.bf16 else 1e-3)
+    lr = learning_rate(run.step, len(run.plan), s)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.step += 1
+    line = {"step": run.step, **measures(objective, values, loss), "grad_norm": grad_norm, "lr": lr}
+    tokens = sum(map(data.tokens_of, examples))
+    return line | {"pairs": len(loss), "tokens": tokens, "seconds": time.perf_counter() - tick}
 
 
-def score_start(run: Run) -> None:
-    """What the start says of every row and answers to the sample prompts: the reference, and where the run set out from."""
-    rows, needs = run.rows, run.objective.needs
-    ref_held_out, mismatch_held_out = {}, None
-    if needs("ref") and not run.s.sync_every:
-        rows.ref = reference_sums(run, rows.train, "rows", run.also)
-        ref_held_out = reference_sums(run, rows.held_out, "held-out rows", run.also)
-    if needs("ref_kl"):
-        batches = [mismatched([rows.train[i] for i in batch]) for batch in rows.plan[:: run.s.replays]]
-        flat = reference_sums(run, [e for batch in batches for e in batch], "mismatched rows")["ref"].flatten()
-        rows.ref_mismatch = flat.split([len(batch) for batch in batches])
-        if rows.held_out:
-            mismatch_held_out = reference_sums(run, mismatched(rows.held_out), "mismatched held-out rows")["ref"].flatten()
-    if rows.held_out:
-        rows.held_out_known = known_sums(rows.held_out, run.device, ref_mismatch=mismatch_held_out, **ref_held_out)
-        rows.held_out_start = ref_held_out["ref"] if ref_held_out else log_probs(run, rows.held_out)["logp"]
-    run.before = answers(run)
-
-
-def make_optimizer(run: Run) -> torch.optim.Optimizer:
-    """AdamW; weight decay acts on matrices, not on gains and biases."""
-    parameters = list(run.policy.model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": run.s.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
-
-
-def resume(run: Run) -> None:
-    """Go to where the newest complete checkpoint stands."""
-    checkpoint = dist.newest_checkpoint(Path(run.s.out) / "checkpoints", say)
-    if checkpoint is None:
-        return say("no checkpoint; starting from step 0")
-    run.step = dist.load_checkpoint(checkpoint, run.policy.model, run.optimizer, run.same)["step"]
-    say(f"resumed after step {run.step} from {checkpoint}")
-
-
-# ---- the run ---------------------------------------------------------------------------------------------------------
+# ---- the loop --------------------------------------------------------------------------------------------------------
 
 
 def train(s: Settings) -> dict:
     """One run from settings to exported model; returns the summary that is also written to out/summary.json."""
-    started = time.time()
+    started = time.perf_counter()
     dist.setup(s.device)
-    if s.resume and (summary := dist.on_rank_0(finished, s)):
+    summary = dist.on_rank_0(finished, Path(s.out)) if s.resume else None
+    if summary is not None:
         return summary
     run = prepare(s)
-    journal = Journal(run)
-    if run.rows.held_out and run.step == 0:
-        journal.evaluated(evaluate(run), run.before)
+    writer = MetricsWriter(run)
+    if run.held_out and run.step == 0:
+        writer.evaluated(evaluate(run), run.initial_answers)
     with dist.StopOnSignal() as stop:
-        for last in journal.steps():
-            journal.stepped(step(run))
-            if run.rows.held_out and (last or due(run, s.eval_every)):
-                journal.evaluated(evaluate(run), answers(run))
+        for rows in writer.progress(run.plan[run.step :]):
+            writer.stepped(train_step(run, rows))
+            last = run.step == len(run.plan)
+            if run.held_out and (last or due(run, s.eval_every)):
+                writer.evaluated(evaluate(run), answers(run))
             stopping = stop.requested()
             saved = save(run) if stopping or due(run, s.save_every) else None
             if stopping:
                 stopped(run, saved)
-    return finish(run, journal, started)
+    return finish(run, writer, started)
 
 
 def due(run: Run, every: int) -> bool:
@@ -747,46 +363,161 @@ def stopped(run: Run, saved: bool) -> None:
     raise SystemExit(0)
 
 
-def finish(run: Run, journal: "Journal", started: float) -> dict:
-    """After the last step: samples, model, curves, summary, report."""
-    s, out, model = run.s, Path(run.s.out), run.policy.model
-    samples, lines = journal.close()
-    after = {k: v for line in lines if line["step"] for k, v in line.items() if k.startswith("eval_") or k == "repetition"}
+def finish(run: Run, writer: "MetricsWriter", started: float) -> dict:
+    """After the last step: model, curves, summary, report."""
+    s = run.s
+    out = Path(s.out)
+    model = run.policy.model
+    lines = writer.close()
+    initial = {}
+    after = {}
+    for line in lines:
+        found = {key: value for key, value in line.items() if key.startswith("eval_") or key == "repetition"}
+        (after if line["step"] else initial).update(found)
     if dist.not_finite(model) or not all(map(math.isfinite, after.values())):
         raise UserError(f"after the last step weights or held-out losses are not finite: nothing is in {out}/model. Lower lr")
     run.policy.use_layout("padded")
-    measured = {k: v for line in lines[-2:] for k, v in line.items()}
-    card = dist.model_card(out.name, {**run.given, "objective": str(run.objective)}, measured)
+    card = dist.model_card(out.name, {**asdict(s), "objective": str(run.objective)}, {**lines[-1], **after})
     dist.export(model, run.tokenizer, out / "model", export_dtype(s, model), card)
     dist.on_rank_0(draw_curves, lines, out / "curves.png", f"{run.objective} on {Path(s.dataset).name}")
-    world = {"world": dist.on_rank_0(judge, out / "model", run.world, out / "answers.jsonl")} if run.world else {}
     summary = {
-        "objective": str(run.objective), "steps": len(run.rows.plan), "rows": len(run.rows.train),
-        "held_out": len(run.rows.held_out), "before": journal.start, "after": after, **world, **journal.speeds(),
-        "seconds": time.time() - started, "peak_memory_gib": peak_memory(run.device),
-        "dtype": "bf16" if run.bf16 else "fp32", "device": str(run.device), "threads": torch.get_num_threads(),
+        "objective": str(run.objective),
+        "steps": len(run.plan),
+        "rows": len(run.train),
+        "held_out": len(run.held_out),
+        "before": initial,
+        "after": after,
+        **speeds(lines),
+        "seconds": time.perf_counter() - started,
+        "peak_memory_gib": peak_memory(run.device),
+        "dtype": "bf16" if run.bf16 else "fp32",
+        "device": str(run.device),
+        "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
         "out": str(out),
-    }  # fmt: skip
+    }
     dist.on_rank_0(write_whole, out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    samples = dist.on_rank_0(read_lines, out / "samples.jsonl", is_sample)
     report_end(summary, samples)
     return summary
 
 
-# ---- model and rows --------------------------------------------------------------------------------------------------
+# ---- parts of the set-up: output folder, rows, model -----------------------------------------------------------------
+
+MARKER = "run.json"  # in the folder of a run, and in no other: what the run is
 
 
-def load_model(s: Settings) -> tuple[torch.nn.Module, dict[str, Tensor]]:
-    """A transformers model with fp32 weights and dropout off; under torchrun its weights are given to it by `dist.hand_out`."""
+def prepare_out(s: Settings) -> Path:
+    """The output folder, new or empty, or with `resume` that of an earlier run; nothing of a user's is ever deleted."""
+    if s.out is None:
+        names = [word for word in re.split(r"\W+", s.objective) if word in OBJECTIVES]
+        stamp = "-".join([time.strftime("%Y%m%d-%H%M%S"), *names])
+        out = Path("runs") / stamp
+    else:
+        out = Path(s.out)
+    try:
+        if out.exists() and not out.is_dir():
+            raise UserError(f"out {out} is a file, not a folder")
+        if s.resume and not marker(out):
+            raise UserError(f"out {out} holds no run to resume (no {MARKER} of plainpo)")
+        if not s.resume and out.exists() and any(path.name != ".lock" for path in out.iterdir()):
+            held = "a run; use --resume" if marker(out) else "files; use an empty folder"
+            raise UserError(f"out {out} already holds {held} or another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".lock").touch()
+    except OSError as error:
+        raise UserError(f"out {str(out)[:200]} cannot be written ({error.strerror})") from error
+    return out
+
+
+def marker(out: Path) -> dict:
+    """What the run in a folder is, as `identity` says it; empty where the folder holds no run."""
+    try:
+        return dict(json.loads((out / MARKER).read_text())["plainpo"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def finished(out: Path) -> dict | None:
+    """The summary of the run in a folder, if it has come to its end."""
+    try:
+        summary = json.loads((out / "summary.json").read_text())
+        said = f"out {out} holds a finished run of {summary['steps']} steps: nothing to do"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not marker(out):
+        return None
+    say(f"{said}. To train on from its model: --model {out}/model and another --out")
+    return summary
+
+
+def load_rows(s: Settings, tokenizer, objective: Objective) -> tuple[Sequence[Example], Sequence[Example], dict]:
+    """(training examples, held-out examples, reports of what was dropped), in the form the objective trains on."""
+    train_rows, report = data.load(s.dataset, tokenizer, s)
+    reports = {"dataset": report}
+    if s.eval_dataset:
+        held_out, reports["eval_dataset"] = data.load(s.eval_dataset, tokenizer, s)
+    else:
+        if s.eval_size >= len(train_rows):
+            raise UserError(f"eval_size {s.eval_size} leaves no training rows of {len(train_rows)}; lower it")
+        train_rows, held_out = data.split_held_out(train_rows, s.eval_size, s.seed)
+    for e in (*train_rows[:1], *held_out[:1]):
+        if e.desirable is not None and not objective.unpaired:
+            raise UserError(
+                f"{objective.name} compares pairs, but {e.where} is a single labelled completion; use kto, bco or uapo"
+            )
+    if objective.needs("margin"):
+        where = train_rows.without_margin() or held_out.without_margin()
+        if where:
+            raise UserError(
+                f"{objective.name} needs the margin of the scores, and {where} has none; give score_chosen and score_rejected "
+                "in every row (or all_rm_scores; tests/tools/on_policy.py makes them), or take another objective"
+            )
+
+    def fitting(e: Example) -> Example:
+        """A pair keeps both responses for paired and unpaired objectives, its chosen one where only that is scored."""
+        if objective.unpaired or len(e.responses) == objective.responses:
+            return e
+        return e._replace(responses=e.responses[:1])
+
+    return train_rows.mapped(fitting), held_out.mapped(fitting), reports
+
+
+def build_policy(s: Settings, objective: Objective, tokenizer, device: torch.device) -> ResponseLogProbs:
+    """The model with fp32 weights, sharded over the ranks; and the reference, where an objective needs its token KL."""
     model, weights = dist.load_model(s.model, s.trust_remote_code)
-    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-        for key in [k for k in config.to_dict() if "dropout" in k or k.endswith("pdrop")]:
-            if isinstance(getattr(config, key), float):
+    without_dropout(model)
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise UserError(f"the tokenizer has {len(tokenizer)} ids, but the model only {embeddings} embeddings: no match")
+    if s.layout == "packed":
+        refuse_packed(model)
+    if s.compile:
+        refuse_compile(s, model, device)
+    reference = copy.deepcopy(model).requires_grad_(False).train(False) if objective.needs("kl_w") else None
+    checkpoints = s.keep + 1 if s.save_every else 0
+    dist.on_rank_0(dist.check_space, Path(s.out), model, checkpoints, export_dtype(s, model))
+    policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, uses_bf16(s, device), s.gradient_checkpointing, s.compile)
+    for part in (model, reference):
+        if part is not None:
+            dist.hand_out(part, weights, device)
+    wrong = dist.not_finite(model)
+    if wrong:
+        raise UserError(f"{s.model}: {len(wrong)} weights of this model are not finite numbers, the first is {wrong[0]}")
+    policy.use_layout(s.layout)
+    model.train()
+    return policy
+
+
+def without_dropout(model: torch.nn.Module) -> None:
+    """Dropout is 0 in the modules and in the configuration, where some models look it up at every pass."""
+    for config in (model.config, model.config.get_text_config()):
+        for key in config.to_dict():
+            if ("dropout" in key or key.endswith("pdrop")) and isinstance(getattr(config, key), float):
                 setattr(config, key, 0.0)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    return model, weights
 
 
 NOT_ATTENTION = ("mamba", "rwkv", "deltanet", "linearattention", "shortconv", "recurrentblock", "griffin", "xlstm", "mlstm")
@@ -823,201 +554,18 @@ def export_dtype(s: Settings, model: torch.nn.Module) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": came_in}[s.export_dtype]
 
 
-def load_rows(s: Settings, tokenizer, objective: Objective) -> Rows:
-    """Training and held-out examples in the form the objective trains on, and the report of what was dropped."""
-    train_rows, report = data.load(s.dataset, tokenizer, s)
-    reports = {"dataset": report}
-    if s.eval_dataset:
-        held_out, reports["eval_dataset"] = data.load(s.eval_dataset, tokenizer, s)
-    else:
-        if s.eval_size >= len(train_rows):
-            raise UserError(f"eval_size {s.eval_size} leaves no training rows of {len(train_rows)}; lower it")
-        train_rows, held_out = data.split_held_out(train_rows, s.eval_size, s.seed)
-    for e in (*train_rows[:1], *held_out[:1]):
-        if e.desirable is not None and not objective.unpaired:
-            raise UserError(
-                f"{objective.name} compares pairs, but {e.where} is a single labelled completion; use kto, bco or uapo"
-            )
-    if objective.needs("margin") and (where := train_rows.without_margin() or held_out.without_margin()):
-        raise UserError(
-            f"{objective.name} needs the margin of the scores, and {where} has none; give score_chosen and score_rejected in "
-            "every row (or all_rm_scores; `python data.py score` and `pairs` make them), or take another objective"
-        )
-
-    def fitting(e: Example) -> Example:
-        """A pair keeps both responses for paired and unpaired objectives, its chosen one where only that is scored."""
-        return e if objective.unpaired or len(e.responses) == objective.responses else e._replace(responses=e.responses[:1])
-
-    return Rows(train_rows.mapped(fitting), held_out.mapped(fitting), reports)
-
-
-def known_sums(examples: Sequence[Example], device, **reference: Tensor | None) -> Sums:
-    """What a batch's sums consist of before the policy is asked: what is counted, and fields of Sums that are known of the
-    reference."""
-    length = torch.tensor([[len(r) for r in e.responses] for e in examples], device=device)
-    label = [[e.desirable] if e.desirable is not None else [True, False][: len(e.responses)] for e in examples]
-    margins = [e.margin for e in examples]
-    margin = None if None in margins else torch.tensor(margins, device=device)
-    return Sums(length, label=torch.tensor(label, device=device), margin=margin, **reference)
-
-
-def reference_sums(run: Run, examples: Sequence[Example], what: str, also: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Reference log-probs of `examples`, "ref" and, if `also` says "head", "ref_head", (n, k) each: the policy's own, before it
-    has learnt anything, kept as numbers.
-
-    Cached as safetensors under a hash of everything that they depend on: weights, token ids (so tokenizer, template, data
-    and truncation), arithmetic and layout. A file that is not complete and finite is not used.
-    """
-    if not examples:
-        return {}
-    s, key, names = run.s, hashlib.sha256(), {"logp": "ref"} | ({"head": "ref_head"} if "head" in also else {})
-    key.update(json.dumps(["1", s.layout, run.bf16, run.device.type, s.tokens_per_microbatch]).encode())
-    key.update(json.dumps(dist.hash_weights(run.policy.model)).encode())
-    for e in examples:
-        key.update(json.dumps([e.prompt, e.responses]).encode())
-    file = Path(s.cache).expanduser() / f"reference-{key.hexdigest()[:32]}.safetensors"
-    found, shape = dist.load_tensors(file) or {}, (len(examples), len(examples[0].responses))
-    if all(name in found and found[name].shape == shape and torch.isfinite(found[name]).all() for name in names.values()):
-        say(f"reference log-probs of {len(examples)} {what} from {file}")
-        return {name: found[name].to(run.device) for name in names.values()}
-    ref = {names[name]: x for name, x in log_probs(run, examples, tuple(names), progress=f"reference, {what}").items()}
-    dist.save_tensors(ref, file)
-    return ref
-
-
-def mismatched(examples: Sequence[Example]) -> list[Example]:
-    """For KTO: each row's prompt with a completion that answers another prompt, the next such one in the batch, in a circle."""
-    flat = [(e.prompt, r) for e in examples for r in e.responses]
-    rows = []
-    for i, (prompt, _) in enumerate(flat):
-        others = (flat[(i + j) % len(flat)] for j in range(1, len(flat)))
-        other = next((o for o in others if o[0] != prompt), None)
-        if other is None:
-            raise UserError(
-                "kto needs at least two different prompts in every optimizer batch; raise batch_size or mix the data"
-            )
-        rows.append(Example(prompt, [other[1]], where=examples[0].where))
-    return rows
-
-
-# LoRR (Liu 2025, 2508.06412), a schedule around any objective. RECONSTRUCTED: the sources at hand fix replaying each batch,
-# resetting towards the initial weights after a replay, and a hybrid loss whose SFT weight grows with the replay. Ours are: the
-# formula of that weight; a reset after every replay, the last one too; Adam's moments that stay as they are; one learning rate
-# schedule over all optimizer steps.
-
-
-def replay_of(step: int, s: Settings) -> tuple[int, float]:
-    """(replay, weight of the SFT term) of an optimizer step, both counting from 0: λ_l = sft_weight · (l + 1) / L."""
-    replay = step % s.replays
-    return replay, s.sft_weight * (replay + 1) / s.replays
-
-
-def reset_parameters(model: torch.nn.Module, s: Settings) -> list[torch.nn.Parameter]:
-    """The parameters that reset_alpha acts on, by name; none where nothing is reset."""
-    if s.reset_alpha == 1:
-        return []
-    parts, named = [x.strip() for x in s.reset_modules.split(",") if x.strip()], dict(model.named_parameters())
-    for part in parts or [""]:
-        if not part or not any(part in name for name in named):
-            last = list(named)[-12:]
-            raise UserError(f"reset_modules: {part!r} is part of no parameter's name; the last names are {', '.join(last)}")
-    return [p for name, p in named.items() if any(part in name for part in parts)]
-
-
-@torch.no_grad()
-def reset(origin: list[tuple[Tensor, Tensor]], alpha: float) -> None:
-    """θ ← αθ + (1−α)θ⁰, in place; where a parameter is cut over ranks each rank does its rows."""
-    for parameter, start in origin:
-        parameter.mul_(alpha).add_(start, alpha=1 - alpha)
-
-
-# TR-DPO (Gorbatovski 2024, 2404.09656), a schedule around any objective with a reference: its soft updates, and with α = 1 its
-# hard ones. What the reference says is then computed at every step, by a second model, and not once and kept.
-
-
-@torch.no_grad()
-def move_reference(policy: ResponseLogProbs, alpha: float) -> None:
-    """reference ← α policy + (1−α) reference, in place; where they are cut over ranks each rank does its rows."""
-    for there, here in zip(policy.reference.parameters(), policy.model.parameters()):
-        there.lerp_(here, alpha)
-
-
-# ---- evaluation and checks ---------------------------------------------------------------------------------------------
-
-
-def evaluate(run: Run) -> dict[str, float]:
-    """Measures of the held-out rows as one batch, each name with eval_ in front.
-
-    eval_drift, nats per token, is the mean over responses of (log-prob at the start − now) / length. It estimates
-    KL(start ‖ now) per token only if the responses are the start's own samples (then ≥ 0 up to noise); of other texts it says
-    by how much they became less likely, below 0 where more likely.
-    """
-    held_out, known = run.rows.held_out, run.rows.held_out_known
-    sums = known._replace(**log_probs(run, held_out, run.also, progress="evaluate"))
-    if run.objective.needs("logp_kl"):
-        sums = sums._replace(logp_mismatch=log_probs(run, mismatched(held_out))["logp"].flatten())
-    loss = row_losses(run.objective, sums, [run.s.seed])
-    drift = ((run.rows.held_out_start - sums.logp) / known.length).mean().item()
-    return {f"eval_{k}": v for k, v in {**measures(run.objective, sums, loss), "drift": drift}.items()}
-
-
-def answers(run: Run) -> list[str]:
-    """Greedy answers to the prompts of the first held-out rows."""
-    prompts, texts = [e.prompt for e in run.rows.held_out[: run.s.samples]], []
-    layout = run.policy.use_layout("padded")  # the model's own attention, which generation needs
-    how = dict(max_tokens=run.s.sample_tokens, together=dist.world_size() > 1)
-    for i in range(0, len(prompts), 32):
-        texts += run.policy.within(completions, run.tokenizer, prompts[i : i + 32], **how)[0]
-    run.policy.use_layout(layout)
-    return texts
-
-
-def measures(objective: Objective, sums: Sums, loss: Tensor) -> dict[str, float]:
-    """Loss and rewards of a batch.
-
-    Pairs: reward_margin is the mean of r_w − r_l, reward_accuracy the share of pairs with r_w > r_l (a tie counts ½).
-    Unpaired rows: the difference of mean rewards, desirable minus undesirable, and the share of all (desirable, undesirable)
-    couples in the right order. Log-probs per token are Σ logp / Σ tokens over the chosen (desirable) and rejected ones.
-    """
-    ref = sums.ref if sums.ref is not None else torch.zeros_like(sums.logp)
-    reward = objective.loss.reward(sums.logp, ref, sums.length, **objective.given)
-    label, means = sums.label, {"loss": loss.mean().item()}
-    good, bad = reward[label], reward[~label]
-    if len(good) and len(bad):
-        paired = reward.shape[1] == 2
-        difference = (reward[:, 0] - reward[:, 1]) if paired else (good[:, None] - bad[None, :]).flatten()
-        means["reward_margin"] = difference.mean().item()
-        means["reward_accuracy"] = (0.5 * (1 + difference.sign())).mean().item()
-    for side, mask in (("w", label), ("l", ~label)):
-        if mask.any():
-            means[f"logp_{side}_per_token"] = (sums.logp[mask].sum() / sums.length[mask].sum()).item()
-    return means
-
-
-def stop_if_not_finite(examples: list[Example], sums: Sums, loss: Tensor, grad_norm: float) -> None:
-    """End the run before the weights are touched, naming the rows whose loss or log-prob is not a finite number."""
-    bad = ~torch.isfinite(loss.view(len(examples), -1)).all(-1) | ~torch.isfinite(sums.logp).all(-1)
-    if not bad.any() and math.isfinite(grad_norm):
-        return
-    rows = [e.where for e, b in zip(examples, bad.tolist()) if b] or [e.where for e in examples]
-    what = "loss" if bad.any() else "gradient"
-    raise UserError(
-        f"the {what} is not finite; the weights were left as they were before this step. Rows: {'; '.join(rows[:8])}"
-        f"{' …' if len(rows) > 8 else ''}. Look at them with `python data.py show`; if they are sound, lower lr"
-    )
-
-
-def check_step_zero(sums: Sums, bound: float) -> None:
-    """Before the first update policy and reference are the same model: every log-ratio, reward and KL must be 0."""
-    log_ratio_and_kl = (None if sums.ref is None else sums.logp - sums.ref, sums.kl)
-    gaps = [(x / sums.length).abs().max().item() for x in log_ratio_and_kl if x is not None]
-    if not gaps:
-        return
-    say(f"step 0: policy and reference differ by at most {max(gaps):.2g} nats per token (bound {bound:g})")
-    if not max(gaps) <= bound:
-        raise UserError(
-            f"step 0: policy and reference differ by {max(gaps):.3g} nats per token; the reference is not this model's"
-        )
+def check_policy(run: Run) -> None:
+    """Two checks that cost a small pass each: is the head one that we know, and do the two layouts agree?"""
+    few = [run.train[i] for i in range(min(4, len(run.train)))]
+    run.policy.use_layout("padded")
+    try:
+        with run.arithmetic():
+            ids = torch.tensor([few[0].prompt[-32:]], device=run.device)
+            run.policy.run_unsharded(check_head, ids, 0.5 if run.bf16 else 1e-3)
+        run.policy.use_layout(run.s.layout)
+        compare_layouts(run, few, 0.1 if run.bf16 else 1e-4)
+    except ValueError as error:  # logprobs.py names the head or the attention that it cannot honour
+        raise UserError(str(error)) from error
 
 
 def compare_layouts(run: Run, examples: list[Example], bound: float) -> float:
@@ -1031,227 +579,400 @@ def compare_layouts(run: Run, examples: list[Example], bound: float) -> float:
     run.policy.use_layout("packed")
     lengths = torch.tensor([[len(r) for r in e.responses] for e in examples], device=with_packed.device)
     worst = ((with_packed - with_padded).abs() / lengths).max().item()
-    say(
-        f"layouts: packed and padded differ by at most {worst:.2g} nats per token on {len(examples)} examples (bound {bound:g})"
-    )
+    apart = f"packed and padded differ by at most {worst:.2g} nats per token on {len(examples)} examples"
+    say(f"layouts: {apart} (bound {bound:g})")
     if not worst <= bound:
         raise UserError(f"the packed layout disagrees with the padded one by {worst:.3g} nats per token; use --layout padded")
     return worst
 
 
+@torch.no_grad()
+def log_probs(
+    run: Run, examples: Sequence[Example], outputs: tuple[str, ...] = (), progress: str | None = None
+) -> dict[str, Tensor]:
+    """Sequence log-probs of all responses, "logp", and what `outputs` names, without gradient: (n, k) each, on every rank."""
+    k = len(examples[0].responses)
+    rows = []
+    passes = []
+    show = progress is not None and dist.is_rank_0()
+    batches = data.progress(_microbatches_of_all(run, examples), progress or "", "batches", disable=not show)
+    with run.arithmetic():
+        for at, batch in batches:
+            rows += at
+            passes.append({name: x.view(len(at), k) for name, x in run.policy(batch, outputs).items()})
+    return gathered(rows, passes, len(examples))
+
+
+def _microbatches_of_all(run: Run, examples: Sequence[Example]) -> Iterator[tuple[list[int], data.Batch]]:
+    """Microbatches of a whole dataset, made some hundred examples at a time, longest first within each."""
+    for start in range(0, len(examples), 256):
+        for at, batch in run.microbatches(examples[start : start + 256]):
+            yield [start + i for i in at], batch
+
+
+def gathered(rows: list[int], passes: list[dict[str, Tensor]], total: int) -> dict[str, Tensor]:
+    """The numbers of all ranks' rows from those of this rank's microbatches; `rows` says which rows these are."""
+    index = torch.tensor(rows, dtype=torch.long)
+    return {name: dist.gather_rows(index, torch.cat([one[name] for one in passes]), total) for name in passes[0]}
+
+
+MOST_STEPS = 10**7
+
+
+def plan_steps(s: Settings, rows: int) -> list[list[int]]:
+    """The training rows of each optimizer step, from the first step to the last."""
+    steps = s.epochs * math.ceil(rows / s.batch_size)
+    if s.max_steps is not None:
+        steps = min(steps, s.max_steps)
+    if steps > MOST_STEPS:
+        raise UserError(
+            f"epochs {s.epochs} over {rows} rows are {steps} steps, and {MOST_STEPS} are planned at most; set max_steps"
+        )
+    plan = []
+    for epoch in range(s.epochs):
+        if len(plan) < steps:
+            plan += [batch.tolist() for batch in data.step_plan(rows, s.batch_size, s.seed, epoch)]
+    return plan[:steps]
+
+
 def identity(run: Run) -> dict:
     """What must be equal for a run to go on from a checkpoint: all that its losses depend on but the number of ranks."""
     s = run.s
-    scored = run.objective.needs("margin")
-    rows = [[e.prompt, e.responses, *([e.margin] if scored else [])] for e in run.rows.train]
-    rows = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-    names = ("lr", "batch_size", "epochs", "max_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "max_length")
-    names += ("replays", "reset_alpha", "reset_modules", "sft_weight", "layout", "tokens_per_microbatch")
+    rows = []
+    for e in run.train:
+        margin = [e.margin] if run.objective.needs("margin") else []
+        rows.append([e.prompt, e.responses, *margin])
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
     same = {"model": Path(s.model).name, "dataset": Path(s.dataset).name, "objective": str(run.objective)}
-    same |= {"wpo": True} if s.wpo else {}
-    same |= {"sync_every": s.sync_every, "sync_alpha": s.sync_alpha} if s.sync_every else {}
     same |= {"dtype": "bf16" if run.bf16 else "fp32", "device": run.device.type}
-    return {**same, **{k: getattr(s, k) for k in names}, "training rows (hash)": rows}
+    names = ("lr", "batch_size", "epochs", "max_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "max_length",
+             "layout", "tokens_per_microbatch", "wpo")  # fmt: skip
+    return {**same, **{name: getattr(s, name) for name in names}, "training rows (hash)": digest}
 
 
-# ---- the journal -----------------------------------------------------------------------------------------------------
+def score_initial_model(run: Run) -> None:
+    """What the initial model says of every row and answers to the sample prompts: the reference, and where the run set out."""
+    reference = {}
+    ref_kl = None
+    if run.objective.needs("ref"):
+        run.ref = reference_logps(run, run.train, "rows")
+        reference = reference_logps(run, run.held_out, "held-out rows")
+    if run.objective.needs("ref_kl"):
+        groups = [kl_completions([run.train[i] for i in rows]) for rows in run.plan]
+        everything = [e for group in groups for e in group]
+        flat = reference_logps(run, everything, "KL completions")["ref"].flatten()
+        run.ref_kl = list(flat.split([len(group) for group in groups]))
+        if run.held_out:
+            ref_kl = reference_logps(run, kl_completions(run.held_out), "held-out KL completions")["ref"].flatten()
+    if run.held_out:
+        run.held_out_inputs = counted_inputs(run.held_out, run.device) | reference
+        if ref_kl is not None:
+            run.held_out_inputs["ref_kl"] = ref_kl
+        run.held_out_initial = reference["ref"] if reference else log_probs(run, run.held_out)["logp"]
+    run.initial_answers = answers(run)
+
+
+def kl_completions(examples: Sequence[Example]) -> list[Example]:
+    """For KTO's estimate of the KL: each prompt with a completion that answers another prompt, the next such one in the batch,
+    in a circle."""
+    completions = [(e.prompt, r) for e in examples for r in e.responses]
+    found = []
+    for i, (prompt, _) in enumerate(completions):
+        following = completions[i + 1 :] + completions[:i]
+        other = next((response for its_prompt, response in following if its_prompt != prompt), None)
+        if other is None:
+            raise UserError(
+                "kto needs at least two different prompts in every optimizer batch; raise batch_size or mix the data"
+            )
+        found.append(Example(prompt, [other], where=examples[0].where))
+    return found
+
+
+def reference_logps(run: Run, examples: Sequence[Example], what: str) -> dict[str, Tensor]:
+    """Reference log-probs of `examples`, "ref" and, if the objective asks for it, "ref_prefix_logp", (n, k) each: the policy's
+    own, before it has learnt anything, kept as numbers.
+
+    Cached as safetensors under a hash of everything that they depend on: weights, token ids (so tokenizer, template, data
+    and truncation), arithmetic and layout. A file that is not complete and finite is not used.
+    """
+    if not examples:
+        return {}
+    s = run.s
+    names = {"logp": "ref"}
+    if run.objective.needs("ref_prefix") and len(examples[0].responses) > 1:
+        names["prefix_logp"] = "ref_prefix_logp"
+    key = hashlib.sha256()
+    key.update(json.dumps(["1", s.layout, run.bf16, run.device.type, s.tokens_per_microbatch]).encode())
+    key.update(json.dumps(dist.hash_weights(run.policy.model)).encode())
+    for e in examples:
+        key.update(json.dumps([e.prompt, e.responses]).encode())
+    file = Path(s.cache).expanduser() / f"reference-{key.hexdigest()[:32]}.safetensors"
+    found = dist.load_tensors(file) or {}
+    shape = (len(examples), len(examples[0].responses))
+    if all(name in found and found[name].shape == shape and torch.isfinite(found[name]).all() for name in names.values()):
+        say(f"reference log-probs of {len(examples)} {what} from {file}")
+        return {name: found[name].to(run.device) for name in names.values()}
+    scored = log_probs(run, examples, tuple(names), progress=f"reference, {what}")
+    ref = {names[name]: x for name, x in scored.items()}
+    dist.save_tensors(ref, file)
+    return ref
+
+
+def make_optimizer(run: Run) -> torch.optim.Optimizer:
+    """AdamW; weight decay acts on matrices, not on gains and biases."""
+    parameters = list(run.policy.model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": run.s.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def resume(run: Run) -> None:
+    """Go to where the newest complete checkpoint stands."""
+    checkpoint = dist.newest_checkpoint(Path(run.s.out) / "checkpoints", say)
+    if checkpoint is None:
+        return say("no checkpoint; starting from step 0")
+    run.step = dist.load_checkpoint(checkpoint, run.policy.model, run.optimizer, run.same)["step"]
+    say(f"resumed after step {run.step} from {checkpoint}")
+
+
+# ---- parts of a step -------------------------------------------------------------------------------------------------
+
+
+def batch_inputs(run: Run, examples: list[Example], rows: list[int]) -> dict[str, Tensor]:
+    """What a step's objective asks for besides the policy's own pass: counts, labels, margins, reference log-probs."""
+    inputs = counted_inputs(examples, run.device)
+    inputs |= {name: x[rows] for name, x in run.ref.items()}
+    if run.ref_kl is not None:
+        inputs["ref_kl"] = run.ref_kl[run.step]
+        inputs["logp_kl"] = log_probs(run, kl_completions(examples))["logp"].flatten()
+    return inputs
+
+
+def counted_inputs(examples: Sequence[Example], device) -> dict[str, Tensor]:
+    """What the examples themselves say: "len" and "label", (n, k), and "margin", (n,), where all have one."""
+    lengths = []
+    labels = []
+    for e in examples:
+        lengths.append([len(r) for r in e.responses])
+        labels.append([True, False][: len(e.responses)] if e.desirable is None else [e.desirable])
+    inputs = {"len": torch.tensor(lengths), "label": torch.tensor(labels)}
+    margins = [e.margin for e in examples]
+    if None not in margins:
+        inputs["margin"] = torch.tensor(margins)
+    return {name: to_device(x, device) for name, x in inputs.items()}
+
+
+def stop_if_not_finite(examples: list[Example], logp: Tensor, loss: Tensor, grad_norm: float) -> None:
+    """End the run before the weights are touched, naming the rows whose loss or log-prob is not a finite number."""
+    bad = ~torch.isfinite(loss.view(len(examples), -1)).all(-1) | ~torch.isfinite(logp).all(-1)
+    if not bad.any() and math.isfinite(grad_norm):
+        return
+    rows = [e.where for e, b in zip(examples, bad.tolist()) if b] or [e.where for e in examples]
+    what = "loss" if bad.any() else "gradient"
+    more = " …" if len(rows) > 8 else ""
+    raise UserError(
+        f"the {what} is not finite; the weights were left as they were before this step. Rows: {'; '.join(rows[:8])}{more}. "
+        "Look at them with `python data.py show`; if they are sound, lower lr"
+    )
+
+
+def check_step_zero(values: dict[str, Tensor], bound: float) -> None:
+    """Before the first update policy and reference are the same model: every log-ratio, reward and KL must be 0."""
+    differences = []
+    if "ref" in values:
+        differences.append(values["logp"] - values["ref"])
+    if "kl" in values:
+        differences.append(values["kl"])
+    if not differences:
+        return
+    gap = max((x / values["len"]).abs().max().item() for x in differences)
+    say(f"step 0: policy and reference differ by at most {gap:.2g} nats per token (bound {bound:g})")
+    if not gap <= bound:
+        raise UserError(f"step 0: policy and reference differ by {gap:.3g} nats per token; the reference is not this model's")
+
+
+def learning_rate(step: int, steps: int, s: Settings) -> float:
+    """Linear warm-up over warmup_ratio of the steps, then a half cosine down to zero. `step` counts from 0."""
+    warmup = max(1, round(s.warmup_ratio * steps))
+    if step < warmup:
+        return s.lr * (step + 1) / warmup
+    return s.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def measures(objective: Objective, values: dict[str, Tensor], loss: Tensor) -> dict[str, float]:
+    """Loss and rewards of a batch, from a step's inputs and the outputs of the policy's pass.
+
+    Pairs: reward_margin is the mean of r_w − r_l, reward_accuracy the share of pairs with r_w > r_l (a tie counts ½).
+    Unpaired rows: the difference of mean rewards, desirable minus undesirable, and the share of all (desirable, undesirable)
+    couples in the right order. Log-probs per token are Σ logp / Σ tokens over the chosen (desirable) and rejected ones.
+    """
+    logp = values["logp"]
+    length = values["len"]
+    label = values["label"]
+    ref = values["ref"] if "ref" in values else torch.zeros_like(logp)
+    reward = objective.reward(logp, ref, length)
+    means = {"loss": loss.mean().item()}
+    good = reward[label]
+    bad = reward[~label]
+    if len(good) and len(bad):
+        paired = reward.shape[1] == 2
+        difference = (reward[:, 0] - reward[:, 1]) if paired else (good[:, None] - bad[None, :]).flatten()
+        means["reward_margin"] = difference.mean().item()
+        means["reward_accuracy"] = (0.5 * (1 + difference.sign())).mean().item()
+    for side, mask in (("w", label), ("l", ~label)):
+        if mask.any():
+            means[f"logp_{side}_per_token"] = (logp[mask].sum() / length[mask].sum()).item()
+    return means
+
+
+# ---- parts of the loop: evaluation and records -----------------------------------------------------------------------
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Measures of the held-out rows as one batch, each name with eval_ in front.
+
+    eval_drift, nats per token, is the mean over responses of (initial log-prob − log-prob now) / length. It estimates
+    KL(initial ‖ now) per token only if the responses are the initial model's own samples (then ≥ 0 up to noise); of other texts
+    it says by how much they became less likely, below 0 where more likely.
+    """
+    inputs = dict(run.held_out_inputs)
+    outputs = log_probs(run, run.held_out, run.outputs, progress="evaluate")
+    if run.objective.needs("logp_kl"):
+        inputs["logp_kl"] = log_probs(run, kl_completions(run.held_out))["logp"].flatten()
+    loss = run.objective.row_losses(outputs, inputs, [run.s.seed])
+    means = measures(run.objective, inputs | outputs, loss)
+    means["drift"] = ((run.held_out_initial - outputs["logp"]) / inputs["len"]).mean().item()
+    return {f"eval_{name}": value for name, value in means.items()}
+
+
+def answers(run: Run) -> list[str]:
+    """Greedy answers to the prompts of the first held-out rows."""
+    prompts = [e.prompt for e in run.held_out[: run.s.samples]]
+    texts = []
+    layout = run.policy.use_layout("padded")  # the model's own attention, which generation needs
+    how = dict(max_tokens=run.s.sample_tokens, together=dist.world_size() > 1)
+    for i in range(0, len(prompts), 32):
+        some, _ = run.policy.run_unsharded(completions, run.tokenizer, prompts[i : i + 32], **how)
+        texts += some
+    run.policy.use_layout(layout)
+    return texts
 
 
 def say(text: str) -> None:
-    if dist.is_rank_0():
+    if dist.is_rank_0() and data.is_watched():  # a bar may be on the terminal
         tqdm.write(text, file=sys.stderr)
+    elif dist.is_rank_0():
+        print(text, file=sys.stderr, flush=True)
 
 
-class Journal:
-    """The only writer in a run's folder until the model is exported: metrics, samples, warnings, and what log_to asks for."""
+FEW = 50  # held-out rows: the standard error of an accuracy is then above 0.05
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl and samples.jsonl, says what happens, and sends the metrics where log_to says."""
 
     def __init__(self, run: Run):
-        self.run, self.out, self.metrics = run, Path(run.s.out), Path(run.s.out) / "metrics.jsonl"
-        say(settings_table(run.given))
-        for name, report in run.rows.reports.items():
+        self.run = run
+        self.out = Path(run.s.out)
+        say(settings_table(run.s))
+        for name, report in run.reports.items():
             say(f"{name}: {report}")
-        if 0 < len(run.rows.held_out) < FEW:
-            few = f"{len(run.rows.held_out)} held-out rows are too few to compare runs by"
+        if 0 < len(run.held_out) < FEW:
+            few = f"{len(run.held_out)} held-out rows are too few to compare runs by"
             say(f"{few}; take some hundreds (eval_size, eval_dataset)")
         dist.on_rank_0(open_records, run)
-        self.file = open(self.metrics if dist.is_rank_0() else os.devnull, "a", buffering=1)
+        self.metrics = self._open("metrics.jsonl")
+        self.samples = self._open("samples.jsonl")
         self.send = open_log(run.s, self.out)
-        prompts = [run.tokenizer.decode(e.prompt) for e in run.rows.held_out[: run.s.samples]]
-        self.samples = [{"prompt": p, "before": b, "during": {}, "after": None} for p, b in zip(prompts, run.before)]
-        during = dist.on_rank_0(read_during, self.out / "samples.jsonl", run.step)
-        for sample in self.samples:
-            sample["during"] = during.get(sample["prompt"], {})
-        self.start = next((line for line in dist.on_rank_0(read_metrics, self.metrics) if line["step"] == 0), {})
-        self.start.pop("step", None)
-        self.rate = matmul_rate(run.policy.model, torch.bfloat16 if run.bf16 else torch.float32) * dist.world_size()
-        self.done, self.warned = Counter(), set()
-        counts = f"{len(run.rows.train)} rows, {len(run.rows.held_out)} held out, {len(run.rows.plan)} steps"
+        self.prompts = [run.tokenizer.decode(e.prompt) for e in run.held_out[: run.s.samples]]
+        lines = dist.on_rank_0(read_lines, self.out / "metrics.jsonl", is_metrics)
+        self.initial = next((line for line in lines if line["step"] == 0), {})
+        self.warned = set()
+        counts = f"{len(run.train)} rows, {len(run.held_out)} held out, {len(run.plan)} steps"
         say(f"{run.objective}: {counts} of {run.s.batch_size}, {'bf16' if run.bf16 else 'fp32'}, {run.device}")
 
-    def steps(self) -> Iterator[bool]:
-        """For each step that is left whether it is the last, on a progress bar."""
-        first, total = self.run.step, len(self.run.rows.plan)
-        show = dict(initial=first, total=total, disable=not dist.is_rank_0())
-        self.bar = data.progress(range(first, total), "train", "steps", **show)
-        for number in self.bar:
-            yield number + 1 == total
+    def _open(self, name: str):
+        return open(self.out / name if dist.is_rank_0() else os.devnull, "a", buffering=1, encoding="utf-8")
+
+    def progress(self, plan: list[list[int]]) -> Iterator[list[int]]:
+        """The rows of each step that is left, on a progress bar."""
+        show = dict(initial=self.run.step, total=len(self.run.plan), disable=not dist.is_rank_0())
+        self.bar = data.progress(plan, "train", "steps", **show)
+        yield from self.bar
 
     def stepped(self, line: dict) -> None:
-        """Record a step, with its speeds."""
-        seconds = line["seconds"]
-        line |= {"tokens_per_second": line["tokens"] / seconds, "mfu": line["flops"] / seconds / self.rate}
-        self.done.update({k: line[k] for k in ("pairs", "tokens", "flops", "seconds")})
+        """Record a step, with its speed."""
+        line["tokens_per_second"] = line["tokens"] / line["seconds"]
         self._record(line)
         headline = {"loss": "loss", "reward_margin": "margin", "reward_accuracy": "accuracy", "tokens_per_second": "tok/s"}
-        self.bar.set_postfix({v: f"{line[k]:.4g}" for k, v in headline.items() if k in line})
+        self.bar.set_postfix({title: f"{line[name]:.4g}" for name, title in headline.items() if name in line}, refresh=False)
 
     def evaluated(self, line: dict, texts: list[str]) -> None:
         """Record an evaluation and the answers to the sample prompts; warn, once each, of what looks like divergence."""
         step = self.run.step
-        line = line | ({"repetition": repetition(texts)} if texts else {})
+        if texts:
+            line = line | {"repetition": repetition(texts)}
         self._record({"step": step, **line})
-        say(f"{f'step {step}' if step else 'before'}: {', '.join(f'{k} {v:.4f}' for k, v in line.items())}")
+        for prompt, text in zip(self.prompts, texts):
+            sample = {"step": step, "prompt": prompt, "answer": text}
+            self.samples.write(json.dumps(sample, ensure_ascii=False) + "\n")
+        say(f"{f'step {step}' if step else 'before'}: {', '.join(f'{name} {value:.4f}' for name, value in line.items())}")
         if step == 0:
-            self.start = line
+            self.initial = line
             return
-        self._answered(texts)
-        for guard, warning in divergence(self.start, line).items():
+        for guard, warning in divergence(self.initial, line).items():
             if guard not in self.warned:
                 say(f"warning: {warning}")
                 self.warned.add(guard)
 
-    def close(self) -> tuple[list[dict], list[dict]]:
-        """(samples, all lines of metrics.jsonl) when the last step is done."""
-        self.file.close()
-        resumed_at_its_end = any(sample["after"] is None for sample in self.samples)
-        self._answered(answers(self.run) if resumed_at_its_end else [])
-        return self.samples, dist.on_rank_0(read_metrics, self.metrics)
-
-    def speeds(self) -> dict[str, float]:
-        """Of the steps of this process alone: evaluation, samples and checkpoints are not counted."""
-        seconds = max(self.done["seconds"], 1e-9)
-        speeds = {f"{k}_per_second": self.done[k] / seconds for k in ("pairs", "tokens")}
-        mfu = {"mfu": self.done["flops"] / seconds / self.rate, "matmul_flops_per_second": self.rate}
-        return {**speeds, **mfu, "train_seconds": self.done["seconds"]}
-
     def _record(self, line: dict) -> None:
-        self.file.write(json.dumps(line) + "\n")
+        self.metrics.write(json.dumps(line) + "\n")
         self.send(line)
 
-    def _answered(self, texts: list[str]) -> None:
-        """Write samples.jsonl: to each prompt the answers "before", "during" {step: text} and "after" (null until the end)."""
-        for sample, text in zip(self.samples, texts):
-            if self.run.step == len(self.run.rows.plan):
-                sample["after"] = text
-            else:
-                sample["during"][str(self.run.step)] = text
-        dist.on_rank_0(write_lines, self.out / "samples.jsonl", self.samples)
+    def close(self) -> list[dict]:
+        """All lines of metrics.jsonl, when the last step is done."""
+        self.metrics.close()
+        self.samples.close()
+        return dist.on_rank_0(read_lines, self.out / "metrics.jsonl", is_metrics)
 
 
-FEW = 50  # held-out rows: the standard error of an accuracy is then above 0.05
-MARKER = "run.json"  # in the folder of a run, and in no other: what the run is
-# by a run into its folder
-WRITTEN = (
-    "summary.json", "settings.json", "data.json", "metrics.jsonl", "samples.jsonl", "answers.jsonl", "curves.png",
-    "tensorboard/events.*", "model", "model.part", "checkpoints/step-*",
-)  # fmt: skip
-
-
-def prepare_out(s: Settings) -> Path:
-    """The output folder; one that already holds anything is refused, a run of ours unless overwrite or resume was asked for."""
-    if s.out is None:
-        names = (word for word in re.split(r"\W+", s.objective) if word in OBJECTIVES)
-        stamp = "-".join([time.strftime("%Y%m%d-%H%M%S"), *names])
-        out, n = Path("runs") / stamp, 1
-        while out.exists():
-            out, n = Path("runs") / f"{stamp}-{n + 1}", n + 1
-    else:
-        out = Path(s.out)
-    try:
-        if out.exists() and not out.is_dir():
-            raise UserError(f"out {out} is a file, not a folder")
-        refuse_out(s, out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".lock").touch()
-    except OSError as error:
-        raise UserError(f"out {str(out)[:200]} cannot be written ({error.strerror})") from error
-    return out
-
-
-def refuse_out(s: Settings, out: Path) -> None:
-    """UserError where a run in `out` would touch what no run has written, or what this one reads."""
-    holds = out.exists() and any(p.name != ".lock" for p in out.iterdir())
-    if s.resume and not marker(out):
-        raise UserError(f"out {out} holds no run to resume (no {MARKER} of plainpo)")
-    if s.overwrite and holds and not marker(out):
-        raise UserError(f"out {out} holds files but no run of plainpo (no {MARKER}); overwrite deletes runs only")
-    if holds and not (s.overwrite or s.resume):
-        held = "a run; use --resume, --overwrite" if marker(out) else "files; use an empty folder"
-        raise UserError(f"out {out} already holds {held} or another folder")
-    sources = [s.dataset, s.eval_dataset] if s.overwrite else []
-    read = [Path(s.model), *(file for source in sources if source for file in data.files_of(source))]
-    if inside := [path for path in read if holds and _is_inside(path, out)]:
-        raise UserError(f"{inside[0]} is read by this run and lies in out {out}, where files are replaced; choose another out")
-    folders = [out / "model", out / "model.part", *(out.glob("checkpoints/step-*") if s.overwrite else ())]
-    if strange := [str(path) for folder in folders for path in strangers(folder)]:
-        raise UserError(f"{', '.join(strange[:3])}: not written by a run, and its folder is going to be replaced; move it away")
-
-
-MODEL_FILES = re.compile(
-    r".+\.(safetensors|json|jinja|model|py)|README\.md|(vocab|merges)\.txt|complete|additional_chat_templates"
-)
-
-
-def strangers(folder: Path) -> list[Path]:
-    """What lies in the folder of a model or checkpoint and is none of its files, by name."""
-    return [path for path in folder.glob("*") if not MODEL_FILES.fullmatch(path.name)]
-
-
-def marker(out: Path) -> dict:
-    """What the run in a folder is, as `identity` says it; empty where the folder is none of ours."""
-    try:
-        return dict(json.loads((out / MARKER).read_text())["plainpo"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def finished(s: Settings) -> dict | None:
-    """The summary of the run in `out`, if it has come to its end."""
-    out = Path(s.out)
-    try:
-        summary = json.loads((out / "summary.json").read_text())
-        said = f"out {out} holds a finished run of {summary['steps']} steps: nothing to do"
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if not marker(out):
-        return None
-    say(f"{said}. To train on from its model: --model {out}/model and another --out")
-    return summary
+def settings_table(s: Settings) -> str:
+    """What differs from the defaults, a line each."""
+    changed = {f.name: getattr(s, f.name) for f in fields(s) if getattr(s, f.name) != f.default and f.name != "resume"}
+    width = max(map(len, changed))
+    lines = [f"  {name:<{width}}  {value}" for name, value in changed.items()]
+    return "\n".join([f"settings that differ from the defaults (all are in {s.out}/settings.json):", *lines])
 
 
 def open_records(run: Run) -> None:
-    """Delete the run that is overwritten, or the metrics of steps after the one that is resumed from; note what this run is."""
-    s, out = run.s, Path(run.s.out)
-    if s.overwrite:  # only now that data and model have loaded is the earlier run given up
-        for path in itertools.chain.from_iterable(map(out.glob, WRITTEN)):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    """Note what this run is; of an earlier part of it keep the records up to the step that is resumed from."""
+    s = run.s
+    out = Path(s.out)
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     if s.resume:
-        write_lines(out / "metrics.jsonl", read_metrics(out / "metrics.jsonl", run.step) if run.step else [])
-    reports = {name: report._asdict() for name, report in run.rows.reports.items()}
-    for name, content in (("settings.json", run.given), ("data.json", reports), (MARKER, {"plainpo": run.same})):
-        write_whole(out / name, json.dumps(content, indent=2) + "\n")
+        for name, is_record in (("metrics.jsonl", is_metrics), ("samples.jsonl", is_sample)):
+            lines = read_lines(out / name, is_record)
+            kept = [line for line in lines if run.step and line["step"] <= run.step]
+            write_whole(out / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+    settings = {name: value for name, value in asdict(s).items() if name != "resume"}
+    reports = {name: report._asdict() for name, report in run.reports.items()}
+    write_whole(out / "settings.json", json.dumps(settings, indent=2) + "\n")
+    write_whole(out / MARKER, json.dumps({"plainpo": run.same, "rows": reports}, indent=2) + "\n")
 
 
-def read_lines(file: Path, fits: Callable[[dict], bool]) -> list[dict]:
-    """The JSON objects of a file of lines; what does not fit (damaged, or half-written by a kill) is passed over, and said."""
-    lines, passed = [], []
-    for number, text in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else (), 1):
+def read_lines(file: Path, is_record: Callable[[dict], bool]) -> list[dict]:
+    """The records of a file of JSON lines; what is none (damaged, or half-written by a kill) is passed over, and said."""
+    lines = []
+    passed = []
+    texts = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
+    for number, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
             line = None
-        if isinstance(line, dict) and fits(line):
+        if isinstance(line, dict) and is_record(line):
             lines.append(line)
         elif text:
             passed.append(str(number))
@@ -1260,20 +981,12 @@ def read_lines(file: Path, fits: Callable[[dict], bool]) -> list[dict]:
     return lines
 
 
-def read_metrics(file: Path, last: int | None = None) -> list[dict]:
-    """The lines of metrics.jsonl, all or up to a step."""
-    lines = read_lines(file, lambda line: "step" in line and all(isinstance(x, (int, float)) for x in line.values()))
-    return [line for line in lines if last is None or line["step"] <= last]
+def is_metrics(line: dict) -> bool:
+    return "step" in line and all(isinstance(x, (int, float)) for x in line.values())
 
 
-def read_during(file: Path, last: int) -> dict[str, dict[str, str]]:
-    """{prompt: answers "during" an earlier part of a run, {step: text}} up to step `last`."""
-    lines = read_lines(file, lambda line: isinstance(line.get("prompt"), str) and isinstance(line.get("during"), dict))
-    return {x["prompt"]: {n: text for n, text in x["during"].items() if n.isdecimal() and int(n) <= last} for x in lines}
-
-
-def write_lines(file: Path, rows: list[dict]) -> None:
-    write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def is_sample(line: dict) -> bool:
+    return isinstance(line.get("step"), int) and all(isinstance(line.get(name), str) for name in ("prompt", "answer"))
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -1283,38 +996,57 @@ def write_whole(file: Path, text: str) -> None:
     os.replace(part, file)
 
 
+def speeds(lines: list[dict]) -> dict[str, float]:
+    """Of a run's steps alone: evaluation, samples and checkpoints are not counted."""
+    totals = {name: sum(line.get(name, 0) for line in lines) for name in ("pairs", "tokens", "seconds")}
+    seconds = max(totals["seconds"], 1e-9)
+    return {
+        "pairs_per_second": totals["pairs"] / seconds,
+        "tokens_per_second": totals["tokens"] / seconds,
+        "train_seconds": totals["seconds"],
+    }
+
+
 def repetition(texts: list[str]) -> float:
     """Share of all word 3-grams of the texts that occurred before in the same text, from 0 to near 1; 0 if there are none."""
-    seen = [list(zip(*(text.split()[i:] for i in range(3)))) for text in texts]
-    total = sum(map(len, seen))
-    return 1 - sum(len(set(grams)) for grams in seen) / total if total else 0.0
+    total = 0
+    different = 0
+    for text in texts:
+        words = text.split()
+        grams = list(zip(words, words[1:], words[2:]))
+        total += len(grams)
+        different += len(set(grams))
+    return 1 - different / total if total else 0.0
 
 
-# Bounds of the divergence guards: ours, between what good and what spoilt runs of the embedded world showed.
-REPETITION, REPETITION_RISE = 0.4, 0.2  # shares of 3-grams: at all, and above the start
+# Bounds of the divergence guards: ours, between what good and what spoilt runs of small models showed.
+REPETITION, REPETITION_RISE = 0.4, 0.2  # shares of 3-grams: at all, and above the initial model's
 DRIFT = 1.5  # nats per token
-COLLAPSE, COLLAPSE_RATIO = 1.0, 2.0  # nats per token lost, and times as low as at the start
+COLLAPSE, COLLAPSE_RATIO = 1.0, 2.0  # nats per token lost, and times as low as initially
 
 
-def divergence(start: dict, now: dict) -> dict[str, str]:
+def divergence(initial: dict, now: dict) -> dict[str, str]:
     """{guard: warning with advice} of an evaluation, as recorded, against the one at step 0; what is not recorded is passed."""
-    warnings, slower = {}, "Lower lr (try a third), or stop earlier: --eval-every shows where it began"
-    was, is_now = start.get("repetition", 0.0), now.get("repetition", 0.0)
+    warnings = {}
+    slower = "Lower lr (try a third), or stop earlier: --eval-every shows where it began"
+    was = initial.get("repetition", 0.0)
+    is_now = now.get("repetition", 0.0)
     if is_now > REPETITION and is_now > was + REPETITION_RISE:
         warnings["repetition"] = (
             f"the sample completions repeat themselves: {is_now:.0%} of their word 3-grams occurred before in the same answer, "
-            f"{was:.0%} at the start. Read samples.jsonl. {slower}"
+            f"{was:.0%} initially. Read samples.jsonl. {slower}"
         )
     if now.get("eval_drift", 0.0) > DRIFT:
         warnings["drift"] = (
-            f"the model is far from its start: held-out responses have lost {now['eval_drift']:.2f} nats per token. {slower}; "
-            "objectives with a reference hold on to the start with a larger beta"
+            f"the model is far from where it began: held-out responses have lost {now['eval_drift']:.2f} nats per token. "
+            f"{slower}; objectives with a reference hold on to it with a larger beta"
         )
-    was, is_now = start.get("eval_logp_w_per_token"), now.get("eval_logp_w_per_token")
+    was = initial.get("eval_logp_w_per_token")
+    is_now = now.get("eval_logp_w_per_token")
     if was is not None and is_now is not None and is_now < was - COLLAPSE and is_now < COLLAPSE_RATIO * was:
         warnings["collapse"] = (
             f"the chosen responses themselves become unlikely: {was:.2f} → {is_now:.2f} nats per token on held-out rows. "
-            f"{slower}; --sft-weight 0.1 holds them up"
+            f"{slower}; a term + 0.1*sft in --objective holds them up"
         )
     return warnings
 
@@ -1323,15 +1055,29 @@ def open_log(s: Settings, out: Path) -> Callable[[dict], None]:
     """A function that sends one metrics line to tensorboard or wandb, or nowhere."""
     if s.log_to is None or not dist.is_rank_0():
         return lambda line: None
-    if s.log_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
+    if s.log_to == "wandb":
+        import wandb
 
-        writer = SummaryWriter(str(out / "tensorboard"))
-        return lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in line.items() if k != "step"] and writer.flush()
-    import wandb
+        wandb.init(project="plainpo", config=asdict(s), dir=str(out))
+        return lambda line: wandb.log(line, step=line["step"])
+    from torch.utils.tensorboard import SummaryWriter
 
-    wandb.init(project="plainpo", config=asdict(s), dir=str(out))
-    return lambda line: wandb.log(line, step=line["step"])
+    writer = SummaryWriter(str(out / "tensorboard"))
+
+    def send(line: dict) -> None:
+        for name, value in line.items():
+            if name != "step":
+                writer.add_scalar(name, value, line["step"])
+        writer.flush()
+
+    return send
+
+
+def peak_memory(device: torch.device) -> float:
+    """Highest memory in use so far, GiB: of the GPU, or resident memory of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def pyplot():
@@ -1346,21 +1092,26 @@ def pyplot():
     return plt
 
 
+CURVES = {  # title of a panel: its lines, {metric: what it is of}
+    "loss": {"loss": ""},
+    "reward margin": {"reward_margin": ""},
+    "reward accuracy": {"reward_accuracy": ""},
+    "log-prob per token (nats)": {"logp_w_per_token": "chosen, ", "logp_l_per_token": "rejected, "},
+}
+CURVE_STYLES = (("", "training", dict(alpha=0.55, lw=1.2)), ("eval_", "held out", dict(marker="o", ls="--")))
+
+
 def draw_curves(lines: list[dict], path: Path, title: str) -> None:
     plt = pyplot()
     if plt is None:
         return
-    panels = [("loss", ["loss"]), ("reward margin", ["reward_margin"]), ("reward accuracy", ["reward_accuracy"]),
-              ("log-prob per token (nats)", ["logp_w_per_token", "logp_l_per_token"])]  # fmt: skip
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), constrained_layout=True)
-    for axis, (name, keys) in zip(axes, panels):
-        for colour, key in enumerate(keys):
-            side = {"logp_w_per_token": "chosen, ", "logp_l_per_token": "rejected, "}.get(key, "")
-            for prefix, style in (("", dict(alpha=0.55, lw=1.2)), ("eval_", dict(marker="o", ls="--"))):
+    figure, axes = plt.subplots(1, len(CURVES), figsize=(16, 3.6), constrained_layout=True)
+    for axis, (name, curves) in zip(axes, CURVES.items()):
+        for colour, (key, side) in enumerate(curves.items()):
+            for prefix, rows, style in CURVE_STYLES:
                 points = [(line["step"], line[prefix + key]) for line in lines if prefix + key in line]
                 if points:
-                    label = side + ("held out" if prefix else "training")
-                    axis.plot(*zip(*points), color=f"C{colour}", label=label, **style)
+                    axis.plot(*zip(*points), color=f"C{colour}", label=side + rows, **style)
         axis.set(title=name, xlabel="step")
         if axis.lines:
             axis.legend(fontsize=8)
@@ -1369,219 +1120,37 @@ def draw_curves(lines: list[dict], path: Path, title: str) -> None:
     plt.close(figure)
 
 
-WORDS = {  # measure of the embedded world → what it is called in the report, and its decimals
-    "win_rate": ("win rate against the start", 3), "quality": ("true quality", 3), "length": ("words", 1),
-    "lc_win_rate": ("length-controlled win rate", 3), "kl": ("KL to the start, nats", 2), "repetition": ("repeated items", 3),
-}  # fmt: skip
-
-
-def settings_table(given: dict) -> str:
-    """What differs from the defaults, a line each."""
-    changed = {f.name: given[f.name] for f in fields(Settings) if given.get(f.name, f.default) != f.default}
-    lines = [f"  {name:<{max(map(len, changed))}}  {value}" for name, value in changed.items()]
-    return "\n".join([f"settings that differ from the defaults (all are in {given['out']}/settings.json):", *lines])
-
-
 def report_end(summary: dict, samples: list[dict]) -> None:
-    """What a run has to show: what became better, answers before and after, held-out numbers, speed."""
-    if "world" in summary:
-        say(f"answers to {data.HELD_OUT_PROMPTS} held-out prompts (temperature 1), before → after:")
-        for name, (title, digits) in WORDS.items():
-            was, is_now = summary["world"][name]
-            say(f"  {title:<28} {was:.{digits}f} → {is_now:.{digits}f}")
-    elif samples:
-        was, is_now = (sum(len(x[when].split()) for x in samples) / len(samples) for when in ("before", "after"))
+    """What a run has to show: answers before and after, held-out numbers, speed."""
+    first = {sample["prompt"]: sample["answer"] for sample in reversed(samples)}
+    last = {sample["prompt"]: sample["answer"] for sample in samples}
+    if last:
+        was, is_now = (sum(len(text.split()) for text in texts.values()) / len(texts) for texts in (first, last))
         say(f"words per sample answer: {was:.1f} → {is_now:.1f}")
-    for sample in samples[:3]:
-        for key, value in (("prompt", sample["prompt"][-160:]), ("before", sample["before"]), ("after", sample["after"])):
-            say(f"  {key:<7} {value[:160]!r}")
-    before, after = summary["before"], summary["after"]
-    for key, name in (("accuracy", "held-out accuracy"), ("margin", "held-out margin"), ("loss", "held-out loss")):
-        key = "eval_loss" if key == "loss" else f"eval_reward_{key}"
-        if key in before and key in after:
-            share = min(max(after[key], 0.0), 1.0)
-            error = f" (± {math.sqrt(share * (1 - share) / summary['held_out']):.3f} standard error)"
-            say(f"{name}: {before[key]:.4f} → {after[key]:.4f}{error if 'accuracy' in key else ''}")
+    for prompt in list(last)[:3]:
+        for name, text in (("prompt", prompt[-160:]), ("before", first[prompt]), ("after", last[prompt])):
+            say(f"  {name:<7} {text[:160]!r}")
+    before = summary["before"]
+    after = summary["after"]
+    for key, name in (("reward_accuracy", "accuracy"), ("reward_margin", "margin"), ("loss", "loss")):
+        if f"eval_{key}" in before and f"eval_{key}" in after:
+            was = before[f"eval_{key}"]
+            is_now = after[f"eval_{key}"]
+            error = ""
+            if name == "accuracy":
+                share = min(max(is_now, 0.0), 1.0)
+                error = f" (± {math.sqrt(share * (1 - share) / summary['held_out']):.3f} standard error)"
+            say(f"held-out {name}: {was:.4f} → {is_now:.4f}{error}")
     speed = f"{summary['pairs_per_second']:.2f} rows/s while training"
     say(f"{speed}, {summary['seconds']:.0f} s in all, peak memory {summary['peak_memory_gib']:.2f} GiB")
     say(f"everything is in {summary['out']}; the model is in {summary['out']}/model")
-
-
-# ---- accounting ------------------------------------------------------------------------------------------------------
-
-
-def balance(run: Run, examples: list[Example]) -> dict[str, float]:
-    """How a step is cut up: its microbatches, the heaviest over the mean one, and the share of computed positions that is
-    padding or a prompt repeated."""
-    loads, cells = [], 0
-    for part in run.cut(examples):
-        lengths = [len(examples[i].prompt) + len(r) for i in part for r in examples[i].responses]
-        loads.append(sum(data.tokens_of(examples[i]) for i in part))
-        cells += loads[-1] if run.s.layout == "packed" else len(lengths) * max(lengths, default=0)
-    return {"microbatches": len(loads), "imbalance": max(loads) * len(loads) / sum(loads), "padding": 1 - sum(loads) / cells}
-
-
-def matmul_rate(model: torch.nn.Module, dtype: torch.dtype) -> float:
-    """Best floating-point operations per second of a few products: 2,048 tokens through the model's MLP, and 2,048³."""
-    config, device = model.config.get_text_config(), model.device
-    hidden, mlp = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    best = 0.0
-    for n, k, m in ((2048, hidden, mlp), (2048, mlp, hidden), (2048, 2048, 2048)):
-        a, b = torch.randn(n, k, device=device).to(dtype), torch.randn(k, m, device=device).to(dtype)
-        for _ in range(4):
-            wait()
-            tick = time.perf_counter()
-            a @ b
-            wait()
-            best = max(best, 2.0 * n * k * m / (time.perf_counter() - tick))
-    return best
-
-
-def peak_memory(device: torch.device) -> float:
-    """Highest memory in use so far, GiB: of the GPU, or resident memory of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-# ---- the embedded world ----------------------------------------------------------------------------------------------
-#
-# The papers' experiment with a known truth: supervised start → 5 samples per prompt → an annotator's scores → best against
-# worst → training → win rate against the start. Every step is the code that real models go through.
-
-SUPERVISED_STEPS, PROMPTS = 250, 1736
-
-
-def embedded_world(s: Settings) -> tuple[Path, Path]:
-    """(folder with model, prompts, samples and the start's answers to held-out prompts; file of pairs), built once.
-
-    Of several processes one builds; what a killed one left behind is built again.
-    """
-    tokenizer, demonstrations = data.tiny_world(s.seed, 8192, s.world)
-    made_of = json.dumps(["3", SUPERVISED_STEPS, PROMPTS, s.seed, torch.__version__, demonstrations])
-    folder = Path(s.cache).expanduser() / f"world-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}"
-    pairs = folder / f"pairs-{s.annotator_noise}-{s.length_bias}.jsonl"
-    lock = folder.with_name(f".{folder.name}.lock")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.touch()
-    except OSError as error:
-        raise UserError(f"cache {s.cache} cannot be written ({error})") from error
-    with FileLock(lock):
-        if not folder.exists():
-            build_world(folder, tokenizer, demonstrations, s.seed)
-        if not pairs.exists():
-            scored, part = (f"{pairs}.{name}.jsonl" for name in ("scored", "part"))
-            annotator = data.Annotator(s.annotator_noise, s.length_bias, s.seed)
-            data.score(data.Scoring(str(folder / "sampled.jsonl"), scored, rule=annotator))
-            data.pairs(data.Pairing(scored, part, how="best_worst"))
-            os.remove(scored)
-            os.replace(part, pairs)
-    return folder, pairs
-
-
-def build_world(folder: Path, tokenizer, demonstrations: list[data.Row], seed: int) -> None:
-    part = folder.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    supervised_start(demonstrations, tokenizer, seed, SUPERVISED_STEPS).save_pretrained(part / "model")
-    tokenizer.save_pretrained(part / "model")
-    prompts = [json.dumps({"prompt": p}) + "\n" for p in data.world_prompts(seed)]
-    held_out, prompts = prompts[: data.HELD_OUT_PROMPTS], prompts[data.HELD_OUT_PROMPTS :][:PROMPTS]
-    (part / "held_out.jsonl").write_text("".join(held_out))
-    (part / "prompts.jsonl").write_text("".join(prompts))
-    answer(part / "model", part / "held_out.jsonl", part / "answers.jsonl", seed)
-    how = dict(temperature=1.0, top_p=1.0, max_tokens=64, batch_size=128, seed=seed, device="cpu")
-    names = (str(part / name) for name in ("model", "prompts.jsonl", "sampled.jsonl"))
-    data.sample(data.Sampling(*names, n=5, **how))
-    part.rename(folder)
-
-
-def supervised_start(rows: list[data.Row], tokenizer, seed: int, steps: int) -> torch.nn.Module:
-    """A Llama of 350,000 parameters that has learned to answer from noisy demonstrations."""
-    torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None, eos_token_id=3, pad_token_id=3,
-    ))  # fmt: skip
-    policy, optimizer = ResponseLogProbs(model), torch.optim.AdamW(model.parameters(), fused=True)
-    policy.use_layout("padded")
-    examples = [data.encode(row, tokenizer, 128, 100)[0] for row in rows]
-    plan = [part for epoch in range(64) for part in data.step_plan(len(examples), 64, seed, epoch)][:steps]
-    schedule = Settings(lr=3e-3)
-    bar = data.progress(plan, "supervised start", "steps")
-    for step, part in enumerate(bar):
-        batch = data.padded_batch([examples[i] for i in part])
-        loss = OBJECTIVES["sft"](policy(batch)["logp"], batch.lengths).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, len(plan), schedule)
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss:.3f}")
-    say(f"supervised start: {len(plan)} steps on noisy demonstrations, last loss {loss:.3f} nats per token")
-    return model
-
-
-def answer(model: Path, prompts: Path, out: Path, seed: int = 0) -> None:
-    """One answer to each prompt as the model gives it: temperature 1, nothing cut off."""
-    out.unlink(missing_ok=True)
-    how = dict(temperature=1.0, top_p=1.0, max_tokens=64, batch_size=512, seed=seed, keep_unfinished=True, device="cpu")
-    data.sample(data.Sampling(str(model), str(prompts), str(out), n=1, **how))
-
-
-def judge(model: Path, world: Path, out: Path) -> dict[str, list[float]]:
-    """What changed in the answers to held-out prompts; [start, now] of each measure.
-
-    win_rate: share of prompts where the answer's true quality is above the start's, ties ½. lc_win_rate: see below.
-    length: words. kl: KL(now ‖ start) in nats per response, a mean of log-ratios over the answers. repetition: share of items
-    that were named before in the same answer.
-    """
-    answer(model, world / "held_out.jsonl", out)
-    rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in (world / "answers.jsonl", out)]
-    prompts = [row["prompt"] for row in rows[0]]
-    texts = [[row["responses"][0] if row["responses"] else "" for row in side] for side in rows]
-    quality, length, repetition = (
-        torch.tensor([[f(p[-1]["content"], text) for p, text in zip(prompts, side)] for side in texts], dtype=torch.float64)
-        for f in (data.world_quality, lambda _, text: len(text.split()), lambda _, text: data.world_repetition(text))
-    )
-    win = 0.5 + 0.5 * (quality[1] - quality[0]).sign()
-    tokenizer = data.load_tokenizer(str(model))
-    answers = [data.encode(data.Row(p, [t]), tokenizer, 256, 128)[0] for p, t in zip(prompts, texts[1])]
-    start, now = summed_logps(world / "model", answers), summed_logps(model, answers)
-    means = {"quality": quality.mean(1).tolist(), "length": length.mean(1).tolist(), "repetition": repetition.mean(1).tolist()}
-    wins = {"win_rate": [0.5, win.mean().item()], "lc_win_rate": [0.5, length_controlled(win, length[1] - length[0])]}
-    return {**means, **wins, "kl": [0.0, (now - start).mean().item()]}
-
-
-def length_controlled(win: Tensor, difference: Tensor) -> float:
-    """The win rate at equal length, as AlpacaEval 2 estimates it (without its term for a prompt's difficulty).
-
-    win ~ σ(θ + φ tanh(Δ/std Δ)) by logistic regression, Newton's method with a touch of ridge; σ(θ). win: (n,) in [0, 1].
-    """
-    x = torch.stack([torch.ones_like(win), torch.tanh(difference / difference.std().clamp(min=1e-9))], 1)
-    weights = torch.zeros(2, dtype=win.dtype)
-    for _ in range(30):
-        p = torch.sigmoid(x @ weights)
-        hessian = x.T @ (x * (p * (1 - p))[:, None]) + 1e-3 * torch.eye(2, dtype=win.dtype)
-        weights = weights + torch.linalg.solve(hessian, x.T @ (win - p) - 1e-3 * weights)
-    return torch.sigmoid(weights[0]).item()
-
-
-@torch.no_grad()
-def summed_logps(model: Path, examples: list[Example]) -> Tensor:
-    policy = ResponseLogProbs(transformers.LlamaForCausalLM.from_pretrained(model, dtype=torch.float32))
-    policy.use_layout("padded")
-    return torch.cat([policy(data.padded_batch(examples[i : i + 128]))["logp"] for i in range(0, len(examples), 128)])
 
 
 # ---- the command line -------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None, work: Callable = lambda argv: train(parse_settings(argv))) -> dict:
-    """The command line as a function; returns the summary. What the user can mend ends with a message and exit code 2."""
+    """The command line as a function; returns the summary. A user error ends with a message and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors: far fewer page faults
     transformers.utils.logging.disable_progress_bar()

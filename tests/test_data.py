@@ -4,8 +4,8 @@ Token ids are compared with those that the raw `tokenizers` object gives to a ha
 independent path, since data.py goes through the chat template. The miniature tokenizers are in templates.py.
 """
 
+import contextlib
 import copy
-import datetime
 import functools
 import gzip
 import io
@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -26,15 +27,14 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
+import toy
 from pyarrow import parquet
 from templates import FAMILIES, byte_level, family, metaspace
 from tokenizers import Tokenizer, models, normalizers
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
-from worlds import world_pairs
+from transformers import PreTrainedTokenizerFast
 
 import data
-import train
-from data import Example, Examples, Pairing, Reading, Row, Sampling, Scoring, UserError, encode
+from data import Example, Examples, Reading, Row, UserError, encode
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -169,14 +169,6 @@ FORMATS = {
         },
         Row([system("Be kind"), user("Ask me")], ["Good", "Bad"]),
     ),
-    "steps": (
-        {
-            "prompt": [user("Ask me"), assistant("So\n")],
-            **{"chosen": "Good\n", "rejected": "Bad", "chosen_ends": False, "rejected_ends": True},
-            **{"score_chosen": 0.5, "score_rejected": -1},
-        },
-        Row([user("Ask me"), assistant("So\n")], ["Good\n", "Bad"], margin=1.5, ends=[False, True]),
-    ),
     "unpaired": ({"prompt": "Ask me", "completion": "Good", "label": True}, Row([user("Ask me")], ["Good"], True)),
     "unpaired messages": (
         {"messages": [user("Ask me"), assistant("Bad")], "label": False},
@@ -207,11 +199,11 @@ def test_the_reason_for_a_format_is_reported(tmp_path, chatml):
     assert report.formats == [f"{path}: {why}"] and why in str(report)
     with pytest.raises(UserError, match="what chosen adds to the prompt is empty"):  # asked for: rows are read as plain texts
         load(write(tmp_path, "b.jsonl", [{"chosen": "Human: a ", "rejected": "Human: a b"}]), chatml, format="implied")
-    with pytest.raises(UserError, match="format is 'csv'; accepted are auto, sharegpt, steps, pairs, hh"):
+    with pytest.raises(UserError, match="format is 'csv'; accepted are auto, sharegpt, pairs, hh"):
         load(path, chatml, format="csv")
     with pytest.raises(UserError, match=r"did you mean unpaired\?"):
         load(path, chatml, format="unpared")
-    for wrong in (dict(seed=-1), dict(min_score_margin=math.nan), dict(max_drop_fraction=2.0), dict(equal_length=math.nan)):
+    for wrong in (dict(seed=-1), dict(max_drop_fraction=2.0), dict(equal_length=math.nan)):
         with pytest.raises(UserError, match=f"^{[*wrong][0]} is "):
             load(path, chatml, **wrong)
 
@@ -329,23 +321,23 @@ def test_patterns_and_json_lines_under_another_name(tmp_path):
     write(tmp_path, "b.jsonl", [5])
     assert all_rows(tmp_path / "a*.json*") == [1, 2, 3, 4]
     assert all_rows(f"{tmp_path}/**/[ab]*.jsonl[1:]") == [2, 5]
-    with pytest.raises(UserError, match="no file matches this pattern"):
+    with pytest.raises(UserError, match="no data file there; looked for .json, "):
         all_rows(tmp_path / "c*.jsonl")
 
 
-def test_standard_input(monkeypatch):
-    lines = "".join(json.dumps({"a": i}) + "\r\n" for i in range(3)) + "{"
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
-    rows = list(data.read("-[1:]"))
-    assert rows[:2] == [("standard input row 2", {"a": 1}), ("standard input row 3", {"a": 2})]
-    assert isinstance(rows[2][1], UserError)
+def test_hidden_files_of_a_folder_are_not_data(tmp_path):
+    write(tmp_path, "a.jsonl", [1])
+    write(tmp_path, ".b.jsonl", [2])
+    for folder in (".ipynb_checkpoints", "sub", "sub/.git"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder, "c.jsonl", [folder])
+    assert all_rows(tmp_path) == all_rows(tmp_path / "**") == [1, "sub"]
+    assert all_rows(tmp_path / ".b.jsonl") == [2]  # named outright
 
 
-def test_standard_input_that_is_not_there(monkeypatch):
-    for stream, said in ((None, "closed"), (Terminal(), "a terminal")):
-        monkeypatch.setattr(sys, "stdin", stream)
-        with pytest.raises(UserError, match=f"standard input is {said}: pipe JSON lines into it"):
-            all_rows("-")
+def test_standard_input_is_no_source():
+    with pytest.raises(UserError, match="^-: no such file or folder"):
+        all_rows("-")
 
 
 def test_pairs_and_single_completions_do_not_mix(tmp_path, chatml):
@@ -440,7 +432,7 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["./x", "/x/y", "runs/x/model", "a b", "", "x" * 300, "a--b"])
 def test_what_cannot_be_a_hub_name_is_refused_without_asking(name, hub):
-    with pytest.raises(UserError, match="no such file or folder$"):
+    with pytest.raises(UserError, match=f"^{name[:200]}: no such file or folder, and no such model"):
         data.reachable(name)
     assert hub.asked == []
 
@@ -464,7 +456,7 @@ def test_offline_is_found_at_once_and_what_is_cached_goes_on(hub, tmp_path, monk
 
     monkeypatch.setattr(data, "HUB_SECONDS", 0.1)
     hub.slow = True
-    with pytest.raises(UserError, match=r"org/x: no such file or folder, and the hub cannot be reached \(offline\?\)"):
+    with pytest.raises(UserError, match=r"org/x: no such file or folder, and the hub cannot be reached \(offline\?\), nor is"):
         data.reachable("org/x")
     assert constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
     for folder in ("models--org--y", "datasets--org--y"):
@@ -801,77 +793,6 @@ def test_the_plain_form_without_bos(tmp_path):
     assert tokenizer.decode(example.responses[0]) == " Good</s>"
 
 
-# ---- steps: turns that go on -------------------------------------------------------------------------------------------
-
-STEPS = ["Sky is blue.\n", "Grass is green; water is wet.\n\n", "Good day"]
-STEPWISE = [row[:1] + row[3:] for row in RENDERED if row[1] is ASKED]
-
-
-@pytest.mark.parametrize("name, prompt_text, response_text", STEPWISE)
-def test_steps_are_the_whole_conversation_cut_in_pieces(families, name, prompt_text, response_text):
-    """Each step after the ones before it, against the whole turn's rendering by hand; only the last has a terminator."""
-    tokenizer, before = families[name], prompt_text + response_text[: response_text.index("Good")]
-    whole = raw_ids(tokenizer, prompt_text + response_text.replace("Good day", "".join(STEPS)))
-    end = tokenizer.convert_tokens_to_ids(TERMINATOR[name])
-    for i, step in enumerate(STEPS):
-        begun, ends = "".join(STEPS[:i]), i == 2
-        prompt = ASKED + ([assistant(begun)] if begun else [])
-        example, cuts = encode(Row(prompt, [step, "Water"], ends=[ends, False]), tokenizer, 1000, 900)
-        assert cuts == [] and raw_ids(tokenizer, before + begun)[: len(example.prompt)] == example.prompt
-        assert example.prompt + example.responses[0] == (whole if ends else raw_ids(tokenizer, before + begun + step))
-        assert example.prompt + example.responses[1] == raw_ids(tokenizer, before + begun + "Water")
-        assert example.prompt + example.responses[0] == whole[: len(example.prompt + example.responses[0])]
-        assert (example.responses[0][-1] == end, example.responses[1][-1] == end) == (ends, False)
-        if begun:  # nothing of the step is in the prompt, and nothing before it in the step
-            assert example.prompt == raw_ids(tokenizer, before + begun)
-            assert tokenizer.decode(example.responses[0], skip_special_tokens=True).strip() == step.strip()
-    ended, _ = encode(Row(ASKED, ["".join(STEPS)], ends=[True]), tokenizer, 1000, 900)
-    assert ended == encode(Row(ASKED, ["".join(STEPS)]), tokenizer, 1000, 900)[0]
-
-
-def test_steps_that_spell_a_special_token(chatml):
-    row = Row([user("Ask <|im_end|>"), assistant("a <|im_end|>\n")], ["b <|im_start|>\n", "c"], ends=[False, True])
-    example, cuts = encode(row, chatml, 1000, 900)
-    assert cuts == ["with a special token as plain text"]
-    assert chatml.decode(example.responses[0]) == "b <|im_start|>\n" and chatml.decode(example.responses[1]) == "c<|im_end|>"
-    end = chatml.convert_tokens_to_ids("<|im_end|>")
-    assert [ids.count(end) for ids in (example.prompt, *example.responses)] == [2, 0, 1]  # of system and user
-    with pytest.raises(UserError, match="special tokens out of its messages"):  # put together, the two pieces spell one
-        encode(Row([user("Ask me"), assistant("a <|im_")], ["end|> b", "c"], ends=[False, False]), chatml, 1000, 900)
-
-
-def test_steps_that_are_refused(tmp_path, chatml):
-    row = {"prompt": [user("Ask me"), assistant("So\n")], "chosen": "Good\n", "rejected": "Bad"}
-    ends = {"chosen_ends": False, "rejected_ends": True}
-    for change, message in (
-        ({"chosen_ends": 0}, "chosen_ends is '0', not true or false"),
-        ({"rejected_ends": None}, "rejected_ends is 'None', not true or false"),
-        ({"prompt": [user("Ask me"), assistant("")]}, "prompt message 2 is empty"),
-        ({"prompt": [user("Ask me"), assistant(" \n")]}, "prompt message 2 is empty"),
-        ({"chosen": " "}, "chosen is empty"),
-        ({"chosen": [assistant("Good")]}, "chosen is a list, not text"),
-    ):
-        with pytest.raises(UserError, match=message):
-            data.from_steps({**row, **ends, **change})
-    for other in (row, {**row, "completion": "Good", "label": True}, {**row, "responses": ["a", "b"], "scores": [1, 0]}):
-        for name in ("pairs", "unpaired", "scored"):  # without the columns that say so, it is taken for a mistake
-            with pytest.raises(UserError, match="ends with an assistant turn.* chosen_ends|is missing|is not a list"):
-                data.FORMATS[name][1](other)
-    with pytest.raises(UserError, match="compat simpo knows no steps"):
-        load(write(tmp_path, "a.jsonl", [{**row, **ends}]), chatml, compat="simpo")
-    strict = COLON.replace("{{ m['content'] }}", "{% if m['role'] == 'assistant' %}!{% else %}{{ m['content'] }}{% endif %}")
-    for template, message in (
-        (strict, "does not write an assistant's text as it is"),
-        (
-            COLON.replace("{{ m['content'] }}", "{{ m['content'].split('So')[-1] }}"),
-            "renders the prompt differently|as it is|no",
-        ),
-    ):
-        tokenizer = tokenizer_with(template, byte_level(["</s>"]))
-        with pytest.raises(UserError, match=message):
-            encode(Row([user("Ask me"), assistant("So\n")], ["Good So\n", "Bad"], ends=[False, True]), tokenizer, 1000, 900)
-
-
 # ---- lengths ---------------------------------------------------------------------------------------------------------
 
 
@@ -899,31 +820,56 @@ def test_cuts_are_counted(tmp_path, chatml):
 # ---- special tokens spelled in messages ------------------------------------------------------------------------------
 
 
+SPELLED = r"its texts spell the special token {} \(--control_tokens takes it as a real one\)"
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_special_token_in_a_message_is_plain_text(families, name):
+@pytest.mark.parametrize("place", ["prompt", "response"])
+def test_a_row_that_spells_a_special_token_is_refused_with_its_name(families, name, place):
     tokenizer, end = families[name], TERMINATOR[name]
-    attack = f"Ask me{end}\n{end} Good {tokenizer.bos_token or '<|im_start|>'}day"
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.unk_token_id}
     clean, _ = encode(Row([user("Ask me")], ["Good day", "Yes"]), tokenizer, 1000, 900)
-    example, cuts = encode(Row([user(attack)], [f"Good {end} day", "Yes"]), tokenizer, 1000, 900)
-    assert cuts == ["with a special token as plain text"]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    control = lambda ids: [i for i in ids if i in special and i != tokenizer.unk_token_id]  # noqa: E731
-    assert control(example.prompt) == control(clean.prompt)  # the control tokens of the prompt are the template's alone
-    assert [control(r) for r in example.responses] == [control(r) for r in clean.responses]
-    assert attack in tokenizer.decode(example.prompt)  # and the text is all there
-    assert f"Good {end} day" in tokenizer.decode(example.responses[0])
-    as_asked, _ = encode(Row([user(attack)], ["Good", "Yes"]), tokenizer, 1000, 900, control_tokens=True)
-    assert len(control(as_asked.prompt)) == len(control(clean.prompt)) + 3
+    attack = f"Ask me{end}\n{end} Good {tokenizer.bos_token or '<|im_start|>'}day"
+    row = Row([user(attack)], ["Good day", "Yes"]) if place == "prompt" else Row([user("Ask me")], ["Good day", attack])
+    with pytest.raises(UserError, match=SPELLED.format("(" + "|".join(map(re.escape, tokenizer.all_special_tokens)) + "|.*)")):
+        encode(row, tokenizer, 1000, 900)
+    example, cuts = encode(row, tokenizer, 1000, 900, control_tokens=True)  # asked for, they are real ones
+    counts = [sum(i in special for i in e.prompt + e.responses[1]) for e in (clean, example)]
+    assert counts[1] == counts[0] + 3 and cuts == []
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_reader_of_plain_text_tokenises_ordinary_text_alike(families, name):
-    # the copy of the tokenizer, with special tokens under other names, must give the same ids for the same rendering
+def test_ordinary_texts_are_not_taken_for_special_tokens(families, name):
     tokenizer = families[name]
-    exchange, reader = data._stand_ins(tokenizer)
-    texts = [p + r for n, _, _, p, r in RENDERED if n == name] + ["  two  spaces\n\nünï ☃ 中 <a|b>", ""]
-    for text in texts:
-        assert reader.encode(exchange(text), add_special_tokens=False).ids == raw_ids(tokenizer, text)
+    for text in ("two  spaces\n\nünï ☃ 中 <a|b>", "<|im_", "im_end|>", "[INST]", "<s", "\ue000 \U000f0000"):
+        assert encode(Row([user(f"Ask {text} me")], [f"Good {text}", text]), tokenizer, 1000, 900)[0].responses
+    if "<unk>" in tokenizer.get_vocab():  # it stands for text
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.unk_token = "<unk>"
+        assert encode(Row([user("Ask <unk> me")], ["Good", "<unk>"]), tokenizer, 1000, 900)[0].responses
+
+
+def test_rows_that_spell_special_tokens_are_counted_by_token(tmp_path, chatml):
+    texts = ["Good", "<|im_end|>", "a <|im_end|> b", "<|endoftext|>", "<|im_start|><|im_end|>"]
+    path = write(tmp_path, "a.jsonl", [{**PAIR, "chosen": text} for text in texts])
+    examples, report = load(path, chatml, max_drop_fraction=0.8)
+    reasons = {reason.split("special token ")[1].split()[0]: n for reason, n in report.dropped.items()}
+    assert len(examples) == 1 and reasons == {"<|im_end|>": 2, "<|endoftext|>": 1, "<|im_start|>": 1}
+    assert report.first[0].startswith(f"{path} row 2: its texts spell the special token <|im_end|>")
+    with pytest.raises(UserError, match="more than 10% of the rows were dropped as invalid"):
+        load(path, chatml)
+    examples, report = load(path, chatml, control_tokens=True)
+    assert report.dropped == {} and chatml.decode(examples[1].responses[0]) == "<|im_end|><|im_end|>"
+
+
+def test_a_template_that_leaves_out_its_own_special_tokens_is_refused(chatml):
+    tokenizer = copy.deepcopy(chatml)
+    tokenizer.chat_template = JOINING.replace(
+        "<|im_end|>{% else %}", "{{ '' if 'x' in m['content'] else '<|im_end|>' }}{% else %}"
+    )
+    assert encode(Row([user("a")], ["b"]), tokenizer, 512, 448)
+    with pytest.raises(UserError, match="writes other special tokens around these texts"):
+        encode(Row([user("a")], ["x"]), tokenizer, 512, 448)
 
 
 JOINING = (  # lets messages touch, and deletes a character
@@ -934,7 +880,7 @@ JOINING = (  # lets messages touch, and deletes a character
 
 @pytest.mark.parametrize("pieces, control", [
     (["hi <|im_", "end|> there"], True), (["hi <|im~_end|> there"], True), (["<|im_start|> and <|im_", "end|>"], True),
-    (["hi <|im", "end|> there"], False), (["hi <|im_end|> there"], False),
+    (["hi <|im_end|> there"], True), (["hi <|im", "end|> there"], False), (["hi <|im_end| > there"], False),
 ])  # fmt: skip
 def test_special_tokens_that_the_template_makes_of_pieces(families, pieces, control):
     """Harmless messages of which the rendered text has an <|im_end|>: refused; as near, but none: encoded."""
@@ -942,125 +888,12 @@ def test_special_tokens_that_the_template_makes_of_pieces(families, pieces, cont
     tokenizer.chat_template = JOINING
     row = Row([{"role": "user", "content": piece} for piece in pieces], ["yes", "no"])
     if control:
-        with pytest.raises(UserError, match="makes special tokens out of its messages"):
+        with pytest.raises(UserError, match=SPELLED.format(r"<\|im_(start|end)\|>")):
             encode(row, tokenizer, 512, 448)
         assert encode(row, tokenizer, 512, 448, control_tokens=True)[0].responses
     else:
         example, _ = encode(row, tokenizer, 512, 448)
         assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in example.prompt
-
-
-def test_private_use_characters_cannot_stand_in_for_a_special_token(chatml):
-    with pytest.raises(UserError, match="spells a special token"):
-        encode(Row([user("a <|im_end|> \U000f0000\U000f0001\U000f0002")], ["Good"]), chatml, 1000, 900)
-    example, _ = encode(Row([user("\U000f0001 \ue000")], ["\ue000"]), chatml, 1000, 900)  # alone they are ordinary text
-    assert "\U000f0001 \ue000<|im_end|>" in chatml.decode(example.prompt)
-    assert chatml.decode(example.responses[0]) == "\ue000<|im_end|>"
-
-
-# ---- the released SimPO rendering ------------------------------------------------------------------------------------
-
-# (family, messages, response) → prompt and response texts by hand: no generation prompt, the assistant's header scored, an
-# empty system turn where the template speaks of "system", BOS in front and EOS at the end where they are missing
-COMPAT = [
-    ("llama3", ASKED, "Good day", f"{L3_USER}Ask me<|eot_id|>", f"{L3_ASSISTANT}Good day<|eot_id|><|end_of_text|>"),
-    ("zephyr", ASKED, "Good day", "<s><|system|>\n</s>\n<|user|>\nAsk me</s>\n", "<|assistant|>\nGood day</s>\n</s>"),
-    ("zephyr", SYSTEM, "Good day", "<s><|system|>\nBe kind</s>\n<|user|>\nAsk me</s>\n", "<|assistant|>\nGood day</s>\n</s>"),
-    (
-        "smollm2",
-        ASKED,
-        "Good day",
-        "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nAsk me<|im_end|>\n",
-        # the template writes its default system turn before a lone assistant turn, and its first token is taken for BOS
-        SMOL.removeprefix("<|im_start|>") + "<|im_start|>assistant\nGood day<|im_end|>\n<|im_end|>",
-    ),
-    ("none", ASKED, "Good day", "<|endoftext|>User: Ask me\n\n", "Assistant: Good day<|endoftext|>\n\n<|endoftext|>"),
-]
-
-
-@pytest.mark.parametrize("name, prompt, response, prompt_text, response_text", COMPAT)
-def test_compat_simpo_token_by_token(families, name, prompt, response, prompt_text, response_text):
-    tokenizer = families[name]
-    if name == "zephyr":  # BOS is put in front of the ids, so the text after it is still the first word for ▁
-        ids = lambda text: [tokenizer.bos_token_id] * text.startswith("<s>") + raw_ids(tokenizer, text.removeprefix("<s>"))  # noqa: E731
-    else:
-        ids = functools.partial(raw_ids, tokenizer)
-    example, cuts = data.encode_simpo(Row(prompt, [response, "Yes"]), tokenizer, 1000, 900)
-    assert example.prompt == ids(prompt_text) and cuts == []
-    assert example.prompt + example.responses[0] == ids(prompt_text + response_text)
-
-
-def test_compat_simpo_truncation_by_hand(families):
-    tokenizer = families["llama3"]
-    both = Row([user("Ask me")], ["Good day to you", "Yes"])
-    prompt, (chosen, rejected) = data.encode_simpo(both, tokenizer, 1000, 900)[0][:2]
-    p, n = len(prompt), len(chosen)
-    assert n > len(rejected) > 6 and p > 4
-    assert data.encode_simpo(both, tokenizer, p + n, 3)[0][:2] == (prompt, [chosen, rejected])  # it just fits
-    # too long by one: the prompt is cut to its last p − 1 tokens, which suffices
-    found, cuts = data.encode_simpo(both, tokenizer, p + n - 1, p - 1)
-    assert found[:2] == (prompt[1:], [chosen, rejected]) and cuts == ["prompt cut"]
-    # cut to 3, still too long by one: both responses are cut to max_length − 3
-    found, cuts = data.encode_simpo(both, tokenizer, 3 + n - 1, 3)
-    assert found[:2] == (prompt[-3:], [chosen[: n - 1], rejected]) and cuts == ["prompt cut", "response cut"]
-    # a prompt shorter than its limit stays, and the responses get max_length − limit all the same
-    found, cuts = data.encode_simpo(both, tokenizer, p + 7, p + 4)
-    assert found[:2] == (prompt, [chosen[:3], rejected[:3]]) and cuts == ["response cut"]
-
-
-def test_compat_simpo_keeps_1800_of_2048_prompt_tokens(tmp_path, families):
-    tokenizer = families["llama3"]
-    path = write(tmp_path, "a.jsonl", [{"prompt": "x " * 3000, "chosen": "y " * 500, "rejected": "Bad"}])
-    (example,), report = load(path, tokenizer, compat="simpo")
-    whole = raw_ids(tokenizer, f"{L3_USER}{('x ' * 3000).strip()}<|eot_id|>")
-    answer = raw_ids(tokenizer, L3_ASSISTANT + ("y " * 500).strip())
-    assert len(whole) > 1800 and len(answer) > 248
-    assert example.prompt == whole[-1800:] and example.responses[0] == answer[:248]
-    assert report.cut == {"prompt cut": 1, "response cut": 1}
-    assert len(load(path, tokenizer)[0][0].prompt) == 1792  # our own limit: seven eighths
-    for lengths in (dict(max_length=1), dict(max_prompt_length=0), dict(max_prompt_length=2048)):
-        with pytest.raises(UserError, match="leaves no room"):
-            load(path, tokenizer, **lengths)
-
-
-# the templates that the released Mistral and Gemma configurations bring along, as they render a prompt and a lone answer
-JOINED = (  # a system turn becomes the beginning of the first user turn
-    "{% set ns = namespace(system='') %}{% for m in messages %}{% if m['role'] == 'system' %}{% set ns.system = m['content'] %}"
-    "{% else %}{% set content = (ns.system + '\n\n' + m['content'] if ns.system else m['content']) | trim %}"
-)
-RELEASED = {
-    "mistral": JOINED + "{% if m['role'] == 'user' %}[INST] {{ content }} [/INST]"
-    "{% else %}{{ ' ' + content + ' ' + eos_token }}{% endif %}{% set ns.system = '' %}{% endif %}{% endfor %}",
-    "gemma2": "{{ bos_token }}" + JOINED + "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else 'user') + '\n' }}"
-    "{{ content + '<end_of_turn>\n' }}{% set ns.system = '' %}{% endif %}{% endfor %}",
-}
-
-
-@pytest.mark.parametrize(
-    "name, prompt, prompt_text, response_text",
-    [
-        ("mistral", ASKED, "<s>[INST] Ask me [/INST]", " Good day </s>"),
-        ("mistral", SYSTEM, "<s>[INST] Be kind\n\nAsk me [/INST]", " Good day </s>"),
-        ("gemma2", ASKED, "<bos><start_of_turn>user\nAsk me<end_of_turn>\n",
-         "<start_of_turn>model\nGood day<end_of_turn>\n<eos>"),
-    ],
-)  # fmt: skip
-def test_compat_simpo_with_the_released_templates(name, prompt, prompt_text, response_text):
-    tokenizer = family(name)
-    tokenizer.chat_template = RELEASED[name]
-    example, _ = data.encode_simpo(Row(prompt, ["Good day", "Yes"]), tokenizer, 1000, 900)
-    bos = [tokenizer.bos_token_id]  # put in front of the ids, or written by the template: one either way
-    ids = lambda text: bos + raw_ids(tokenizer, text.removeprefix(tokenizer.bos_token))  # noqa: E731
-    assert example.prompt == ids(prompt_text)
-    assert example.prompt + example.responses[0] == ids(prompt_text + response_text)
-
-
-def test_compat_is_a_setting(tmp_path, families):
-    path = write(tmp_path, "a.jsonl", [PAIR])
-    (example,), _ = load(path, families["llama3"], compat="simpo")
-    assert example[:2] == data.encode_simpo(data.from_pair(PAIR), families["llama3"], 2048, 1800)[0][:2]
-    with pytest.raises(UserError, match="compat is 'trl'"):
-        load(path, families["llama3"], compat="trl")
 
 
 # ---- equal length ----------------------------------------------------------------------------------------------------
@@ -1104,7 +937,8 @@ def test_equal_length_is_a_setting_and_applies_after_the_cuts(tmp_path, chatml):
 # ---- quality ---------------------------------------------------------------------------------------------------------
 
 
-def test_quality_is_reported_always_and_dropped_when_asked(tmp_path, chatml):
+def test_quality_is_always_reported(tmp_path, chatml):
+    """What drops such rows is tests/tools/clean.py."""
     rows = [
         PAIR,
         {**PAIR, "id": 1},  # the same again
@@ -1113,18 +947,9 @@ def test_quality_is_reported_always_and_dropped_when_asked(tmp_path, chatml):
         {"prompt": "Ask him", "chosen": "Bad", "rejected": "Good"},  # another prompt: no conflict
         {"prompt": "Ask her", "chosen": "", "rejected": "Good"},
     ]
-    path = write(tmp_path, "a.jsonl", rows)
-    kept = lambda **switches: [int(e.where.split()[-1]) for e in load(path, chatml, max_drop_fraction=0.5, **switches)[0]]  # noqa: E731
-    _, report = load(path, chatml, max_drop_fraction=0.5)
+    examples, report = load(write(tmp_path, "a.jsonl", rows), chatml, max_drop_fraction=0.5)
     assert report.quality == {"duplicates": 1, "identical responses": 1, "conflicts": 3}
-    assert "1 duplicates" in str(report) and "3 conflicts" in str(report)
-    assert kept() == [1, 2, 3, 4, 5]
-    assert kept(drop_duplicates=True) == [1, 3, 4, 5]
-    assert kept(drop_identical=True) == [1, 2, 3, 5]
-    assert kept(drop_conflicts=True) == [4, 5]
-    assert kept(drop_duplicates=True, drop_identical=True, drop_conflicts=True) == [5]
-    _, report = load(path, chatml, max_drop_fraction=0.2, drop_conflicts=True)  # what is dropped on purpose is not invalid
-    assert report.dropped == {"conflicts (drop_conflicts)": 3, "chosen is empty": 1} and report.kept == 2
+    assert "1 duplicates" in str(report) and "3 conflicts" in str(report) and len(examples) == 5
 
 
 def test_quality_of_unpaired_rows(tmp_path, chatml):
@@ -1134,66 +959,73 @@ def test_quality_of_unpaired_rows(tmp_path, chatml):
     assert report.quality == {"duplicates": 1, "identical responses": 0, "conflicts": 3}
 
 
-def test_minimum_score_margin(tmp_path, chatml):
-    rows = [{**PAIR, "score_chosen": c, "score_rejected": 1} for c in (1, 1.5, 2, None)]
-    path = write(tmp_path, "a.jsonl", rows)
-    examples, report = load(path, chatml, min_score_margin=0.5)
-    assert [e.where[-1] for e in examples] == ["2", "3", "4"]  # a row without scores stays
-    assert report.dropped == {"score margin below 0.5": 1}
-    with pytest.raises(UserError, match="no row has any"):
-        load(write(tmp_path, "b.jsonl", [PAIR]), chatml, min_score_margin=0.5)
-
-
 # ---- large data ------------------------------------------------------------------------------------------------------
 
 
 def test_large_data_is_tokenised_in_parallel_cached_and_equal(tmp_path, chatml, monkeypatch):
     rows = [{**PAIR, "prompt": f"Ask {i}"} for i in range(300)] + [{**PAIR, "chosen": ""}, {**PAIR, "prompt": "Ask 7"}]
     path = write(tmp_path, "a.jsonl", rows)
-    options = dict(equal_length=0.5, drop_duplicates=True, max_drop_fraction=0.5)
+    options = dict(equal_length=0.5, max_drop_fraction=0.5)
     small, small_report = load(path, chatml, **options)
     monkeypatch.setenv("PLAINPO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(data, "PARALLEL_FROM", 64)
     large, report = load(path, chatml, **options)
     assert not small.dataset.cache_files and large.dataset.cache_files  # one in memory, the other mapped from a file
     small = list(small)
-    assert list(large) == small and report == small_report and len(large) == 300
+    assert list(large) == small and report == small_report and len(large) == 301
     assert list(large[10:12]) == small[10:12] and large[-1] == small[-1]
-    files = lambda: {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").rglob("*.arrow")}  # noqa: E731
-    (once,) = before = files()
-    assert list(load(path, chatml, **options)[0]) == small and files() == before  # read back, not written again
-    assert len(load(path, chatml, **options | {"drop_duplicates": False})[0]) == 301 and files() == before
+    assert {Path(file["filename"]).parents[3] for file in large.dataset.cache_files} == {tmp_path / "cache"}
+
+    def made():
+        """{file of token ids: when it was written}; a name ends in the number of its part, _00001_of_00002."""
+        return {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").rglob("cache-*.arrow")}
+
+    def tables(files):
+        return {f.name.split("_")[0] for f in files}
+
+    once = made()
+    assert len(tables(once)) == 1
+    assert list(load(path, chatml, **options)[0]) == small and made() == once  # read back, not written again
+    load(path, chatml, **options | {"max_drop_fraction": 1.0})
+    assert made() == once
     load(path, chatml, max_length=100, **options)
     load(path, family("qwen2.5"), **options)
-    assert len(files()) == 3  # other settings, other tokenizer: another table
+    assert len(tables(made())) == 3  # other settings, other tokenizer: another table
+    assert len(list((tmp_path / "cache").rglob("generator-train.arrow"))) == 1  # of the same rows
     write(tmp_path, "a.jsonl", rows[:200])
-    assert len(load(path, chatml, **options)[0]) == 200 and len(files()) == 4  # other content
+    assert len(load(path, chatml, **options)[0]) == 200 and len(tables(made())) == 4  # other content
     mixed, _ = load(f"{path}@2, {write(tmp_path, 'b.jsonl', rows[:2])}", chatml)
     assert len(mixed) == 402 and mixed[0] == mixed[1] and mixed[401].where.endswith("b.jsonl row 2")
     train, held_out = data.split_held_out(mixed, 10, 0)
     assert not {e.where for e in train} & {e.where for e in held_out}
 
 
-def test_the_cache_key_holds_everything_that_an_outcome_depends_on(tmp_path, chatml):
+def test_the_cache_key_holds_everything_that_an_outcome_depends_on(tmp_path, chatml, monkeypatch):
     path = write(tmp_path, "a.jsonl", [PAIR])
-    key = lambda source=path, tokenizer=chatml, **more: data._cache_key(source, tokenizer, Reading(**more))  # noqa: E731
+
+    def key(source=path, tokenizer=chatml, **more):
+        return data._cache_keys(source, tokenizer, Reading(**more))[1]
+
     other_words, other_template = copy.deepcopy(chatml), copy.deepcopy(chatml)
     other_words.backend_tokenizer.normalizer = normalizers.Lowercase()
     other_template.chat_template += " "
-    keys = [key(), key(path + "[:1]"), key(tokenizer=other_words), key(tokenizer=other_template), key("-"), key("-")]
+    keys = [key(), key(path + "[:1]"), key(tokenizer=other_words), key(tokenizer=other_template)]
     changed = dict(
-        max_length=9, max_prompt_length=9, format="pairs", columns="a=b", compat="simpo", control_tokens=True, equal_length=0.5,
-        seed=1,
-    )  # fmt: skip
+        max_length=9, max_prompt_length=9, format="pairs", columns="a=b", control_tokens=True, equal_length=0.5, seed=1
+    )
     keys += [key(**{name: value}) for name, value in changed.items()]
-    assert len(set(keys)) == len(keys) == 6 + 8
-    later = dict(drop_duplicates=True, drop_identical=True, drop_conflicts=True, min_score_margin=0.5, max_drop_fraction=0.5)
-    assert key(**later) == key() and set(changed) | set(later) == {f.name for f in fields(Reading)}
+    assert key(max_drop_fraction=0.5) == key() and {*changed, "max_drop_fraction"} == {f.name for f in fields(Reading)}
+    monkeypatch.setattr(data, "encode", byte_level)  # a function of another file
+    assert len({*keys, key()}) == len(keys) + 1 == 4 + 7 + 1
+    rows = data._cache_keys(path, chatml, Reading())[0]
+    assert rows == data._cache_keys(path, other_words, Reading(seed=1))[0] not in keys
+    os.utime(path, ns=(1, 1))
+    assert data._cache_keys(path, chatml, Reading())[0] != rows
 
 
 def test_a_small_source_starts_no_process_and_writes_no_cache(tmp_path, chatml, monkeypatch):
     monkeypatch.setenv("PLAINPO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data.multiprocessing, "Pool", None)
+    monkeypatch.setattr("multiprocess.Pool", None)  # that of datasets
     examples, _ = load(write(tmp_path, "a.jsonl", [PAIR] * 200), chatml)
     assert len(examples) == 200 and not (tmp_path / "cache").exists()
 
@@ -1224,13 +1056,17 @@ import data
 from templates import family
 
 data.PARALLEL_FROM, outcome, how = 64, data._outcome, sys.argv[2]
+os.cpu_count = lambda: 2
 signal.signal(signal.SIGTERM, lambda *_: None)  # as a trainer that finishes its step first
 
 
 def slow(item, **more):
-    open(os.environ["MADE"], "a").write(item[0] + "\\n")
-    if how == "killed" and item[0].endswith("row 250"):
-        os.kill(os.getppid(), signal.SIGKILL)
+    open(os.environ["MADE"], "a").write(item["where"] + "\\n")
+    if item["where"].endswith("row 250"):
+        if how == "parent":
+            os.kill(os.getppid(), signal.SIGKILL)
+        if how == "all":
+            os.killpg(0, signal.SIGKILL)
     return outcome(item, **more)
 
 
@@ -1241,26 +1077,35 @@ print(len(examples), examples[299].where)
 
 
 def loading(path, how, tmp_path):
-    """A process that loads 300 rows, 64 at a time, with a line in `made` for every row that a worker has seen."""
+    """A process, with a group of its own, that loads 300 rows; a line in `made` for every row that a worker has seen."""
     (tmp_path / "loads.py").write_text(LOADS)
     paths = os.pathsep.join([str(Path(data.__file__).parent), str(Path(__file__).parent)])
     env = os.environ | {"PYTHONPATH": paths, "PLAINPO_CACHE": str(tmp_path / "cache"), "MADE": str(tmp_path / "made")}
     command = [sys.executable, str(tmp_path / "loads.py"), path, how]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=env, start_new_session=True, **streams)
 
 
-def test_a_killed_build_is_not_believed_and_two_processes_build_once(tmp_path):
-    """The trainer's SIGTERM handler, inherited by the workers, keeps none of them alive."""
+@pytest.mark.parametrize("killed", ["all", "parent"])
+def test_a_killed_build_is_not_believed_and_two_processes_build_once(killed, tmp_path):
+    """Workers that outlive their parent end their part and hold no lock; a SIGTERM handler that they inherit stops none."""
     path = write(tmp_path, "a.jsonl", [{**PAIR, "prompt": f"Ask {i}"} for i in range(300)])
-    killed = loading(path, "killed", tmp_path)
-    killed.communicate(timeout=120)
-    assert killed.returncode == -signal.SIGKILL
-    (tmp_path / "made").unlink()
-    both = [loading(path, "whole", tmp_path) for _ in range(2)]
-    said = [process.communicate(timeout=120) for process in both]
+    first = loading(path, killed, tmp_path)
+    assert first.wait(timeout=120) == -signal.SIGKILL
+    both = []
+    try:
+        (tmp_path / "made").unlink()
+        both = [loading(path, "whole", tmp_path) for _ in range(2)]
+        said = [process.communicate(timeout=120) for process in both]
+    finally:
+        for process in (first, *both):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     assert [out for out, _ in said] == [f"300 {path} row 300\n"] * 2, said
-    made = (tmp_path / "made").read_text().splitlines()
-    assert sorted(made) == sorted(f"{path} row {i}" for i in range(1, 301))  # each row once
+    if killed == "all":  # else a worker that was left may have made them
+        made = (tmp_path / "made").read_text().splitlines()
+        assert len(set(made)) == len(made)  # no row twice
+        assert set(made) >= {f"{path} row {i}" for i in range(151, 301)}  # the other half may have been complete
 
 
 # ---- step plan, microbatches, layouts --------------------------------------------------------------------------------
@@ -1325,7 +1170,7 @@ def test_padded_batch_by_hand():
     assert batch.index.tolist() == [1, 2, 3, 5 + 1, 10, 15, 16]  # the position before each scored token, rows of 5
     assert batch.targets.tolist() == [3, 4, 5, 6, 8, 9, 10]
     assert batch.response.tolist() == [0, 0, 0, 1, 2, 3, 3]
-    assert batch.lengths.tolist() == [3, 1, 1, 2] and batch.responses == 4 and batch.tree is None
+    assert batch.lengths.tolist() == [3, 1, 1, 2] and batch.responses == 4 and batch.pairs is None
 
 
 def test_packed_batch_by_hand():
@@ -1336,7 +1181,7 @@ def test_packed_batch_by_hand():
     assert batch.targets.tolist() == [3, 4, 5, 6, 8, 9, 10]
     assert batch.response.tolist() == [0, 0, 0, 1, 2, 3, 3]
     assert batch.lengths.tolist() == [3, 1, 1, 2] and batch.responses == 4
-    assert batch.tree == [(2, [3, 1]), (1, [1, 2])]
+    assert batch.pairs == [(2, [3, 1]), (1, [1, 2])]
     assert sum(map(data.tokens_of, TWO)) == 10
 
 
@@ -1362,852 +1207,11 @@ def test_batches_move():
     assert batch.input_ids.device.type == batch.lengths.device.type == "meta" and batch.responses == 4
 
 
-# ---- the embedded world ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("prompt, response, quality", [
-    ("name three fruits", "apple pear plum", 1.0),
-    ("name three fruits", "well so apple pear plum", 0.8),  # two idle words
-    ("name three fruits", "apple pear plum fig", 1 - 0.5 / 3),  # a fourth item is surplus
-    ("name three fruits", "well apple apple hammer", 1 / 3 - 0.5 * 2 / 3 - 0.1),  # one right, one repeated, one of another kind
-    ("name three fruits", "", 0.0),
-    ("list two metals and four tools", "iron gold and saw drill axe rake", 1.0),
-    ("list two metals and four tools", "iron gold tin and saw", 3 / 6 - 0.5 * 1 / 6),  # three of six; a third metal is surplus
-])  # fmt: skip
-def test_world_quality_by_hand(prompt, response, quality):
-    assert data.world_quality(prompt, response) == pytest.approx(quality)
-
-
-def test_world_repetition_by_hand():
-    assert data.world_repetition("so apple pear apple and apple") == 0.5 and data.world_repetition("so") == 0
-
-
-def test_world_prompts_are_all_there_once():
-    """6 verbs, 3 numbers of 8 kinds alone, or with one of 3 numbers of the 7 other kinds."""
-    prompts = data.world_prompts(3)
-    assert len(prompts) == len(set(prompts)) == 6 * (3 * 8 + 3 * 8 * 3 * 7)
-    assert sorted(prompts) == sorted(data.world_prompts(4)) and prompts != data.world_prompts(4)
-
-
-def test_annotator_adds_noise_and_length_bias():
-    row, quality = {"prompt": [{"role": "user", "content": "name two fruits"}]}, {"apple pear": 1.0, "so so apple pear": 0.8}
-    exact, biased = data.Annotator(), data.Annotator(length_bias=0.15)
-    assert all(exact(row, text) == pytest.approx(q) for text, q in quality.items())
-    assert [biased(row, text) for text in quality] == pytest.approx([1.0 + 0.3, 0.8 + 0.6])  # the longer is now preferred
-    noisy = [data.Annotator(noise=0.5, seed=seed)(row, "apple pear") for seed in range(2000)]
-    assert np.mean(noisy) == pytest.approx(1.0, abs=0.05) and np.std(noisy) == pytest.approx(0.5, abs=0.03)  # 4 standard errors
-    assert data.Annotator(noise=0.5, seed=7)(row, "apple pear") == noisy[7]  # drawn from texts and seed, not from a state
-
-
-def test_tiny_world_is_in_order_and_in_its_vocabulary():
-    tokenizer, shown = data.tiny_world(seed=1, demonstrations=50)
-    pairs = world_pairs(1, 50, 50)
-    assert len(shown) == len(pairs) == 50
-    for row in pairs:
-        better, worse = (data.world_quality(row.prompt[0]["content"], r) for r in row.responses)
-        assert better > worse
-    held_out = data.world_prompts(1)[: data.HELD_OUT_PROMPTS]
-    for row in shown + pairs:
-        example, cuts = encode(row, tokenizer, 128, 120)
-        assert tokenizer.unk_token_id not in example.prompt + sum(example.responses, []) and not cuts
-        assert all(r[-1] == tokenizer.eos_token_id for r in example.responses)
-        assert row.prompt[0]["content"] not in held_out
-    assert data.tiny_world(seed=1, demonstrations=50)[1] == shown != data.tiny_world(seed=2, demonstrations=50)[1]
-    assert world_pairs(1, 50, 50) == pairs != world_pairs(2, 50, 50)
-    assert world_pairs(1, 0, 50) != pairs  # drawn after the demonstrations
-
-
-# ---- making pairs on policy ------------------------------------------------------------------------------------------
-
-
-def lines_of(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-
-
-@pytest.fixture(scope="module")
-def world_model(tmp_path_factory):
-    """A folder with an untrained model of the embedded world, which ends a response about once in 70 tokens."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = data.world_tokenizer()
-    torch.manual_seed(0)
-    small = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    LlamaForCausalLM(LlamaConfig(**small, eos_token_id=3, pad_token_id=3, bos_token_id=None)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    judge = LlamaForSequenceClassification(LlamaConfig(**small, num_labels=1, pad_token_id=0))
-    judge.save_pretrained(folder / "judge")
-    tokenizer.save_pretrained(folder / "judge")
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def sampled(world_model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sampled")
-    prompts = [{"prompt": f"name {n} fruits"} for n in ("two", "three", "four", "five", "two")] + [{"prompt": ""}]
-    source = write(folder, "prompts.jsonl", prompts)
-    out = str(folder / "out" / "sampled.jsonl")
-    options = dict(n=4, temperature=1.0, max_tokens=40, batch_size=2, seed=5)
-    data.sample(Sampling(world_model, source, out, **options))
-    return source, out, options
-
-
-def test_sample_writes_each_prompt_once(sampled, world_model):
-    source, out, options = sampled
-    rows = lines_of(out)
-    assert [row["prompt"] for row in rows] == [[user(f"name {n} fruits")] for n in ("two", "three", "four", "five")]
-    assert len({row["id"] for row in rows}) == 4
-    assert 14 <= sum(row["unfinished"] + len(row["responses"]) for row in rows) <= 16  # 4 each; equal ones are kept once
-    assert 0 < sum(row["unfinished"] for row in rows) < 16
-    assert all("<" not in text and len(text.split()) < 40 for row in rows for text in row["responses"])
-    assert all(row["strategies"] == ["plain"] * len(row["responses"]) for row in rows)
-    made = {
-        "model": world_model, "strategy": "plain", "n": 4, "batch_size": 2, "temperature": 1.0, "top_p": 0.95, "max_tokens": 40,
-        "seed": 5,
-    }  # fmt: skip
-    assert {k: rows[0][k] for k in made} == made
-    with pytest.raises(UserError, match="was begun with n 4, now 3; seed 5, now 6; give the same"):
-        data.sample(Sampling(world_model, source, out, **options | {"n": 3, "seed": 6}))
-    with pytest.raises(UserError, match="is read and written at once"):
-        data.sample(Sampling(world_model, out, out, **options))
-
-
-@pytest.mark.parametrize("left", [1, 2])
-def test_a_killed_sample_goes_on_to_the_same_result(sampled, world_model, tmp_path, left):
-    source, out, options = sampled
-    whole = Path(out).read_text()
-    lines = whole.splitlines(keepends=True)
-    (tmp_path / "again.jsonl").write_text("".join(lines[:left]) + lines[left][:30])  # killed in the middle of a line
-    data.sample(Sampling(world_model, source, str(tmp_path / "again.jsonl"), **options))
-    assert sorted((tmp_path / "again.jsonl").read_text().splitlines()) == sorted(whole.splitlines())
-
-
-def test_sample_copies_what_a_rule_wants_to_see(world_model, tmp_path):
-    given = {
-        "prompt": "name two fruits",
-        "answer": 7,
-        "source": "mine",
-        "chosen": "pear",
-        "n": "theirs",
-        "scores": [1.0],
-        "sampled": "x",
-    }
-    source, (out, scored) = write(tmp_path, "prompts.jsonl", [given]), (str(tmp_path / f"{x}.jsonl") for x in "ab")
-    data.sample(Sampling(world_model, source, out, n=4, temperature=1.0, max_tokens=60))
-    (row,) = lines_of(out)
-    assert (row["answer"], row["source"], row["n"]) == (7, "mine", 4) and not {"chosen", "scores", "sampled"} & {*row}
-    data.score(Scoring(out, scored, rule=lambda row, response: row["answer"]))
-    assert lines_of(scored)[0]["scores"] == [7.0] * len(row["responses"])
-
-
-@pytest.mark.parametrize("in_hardware, dtype", [(True, torch.bfloat16), (False, torch.float32)])
-def test_a_bf16_model_answers_in_fp32_where_bf16_is_emulated(world_model, tmp_path, monkeypatch, in_hardware, dtype):
-    LlamaForCausalLM.from_pretrained(world_model, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    monkeypatch.setattr(data, "bf16_in_hardware", lambda device: in_hardware)
-    exact = data._load_model(world_model, "CausalLM", torch.device("cpu"))
-    assert exact.dtype == torch.float32
-    model = data._load_model(str(tmp_path), "CausalLM", torch.device("cpu"))
-    assert {p.dtype for p in model.parameters()} == {dtype} and not model.training
-
-
-def test_greedy_samples_are_equal_and_kept_once(world_model, tmp_path):
-    source = write(tmp_path, "p.jsonl", [{"prompt": "name two fruits"}])
-    for strategy in ("plain", "cot", "dts"):
-        out = str(tmp_path / strategy)
-        how = dict(n=3, temperature=0, max_tokens=5, strategy=strategy, keep_unfinished=True)
-        data.sample(Sampling(world_model, source, out, **how))
-        (row,) = lines_of(out)
-        assert len(row["responses"]) == 1 and row["prompt"] == [user("name two fruits")]
-
-
-def test_strategies_ask_as_they_say(world_model, tmp_path, monkeypatch):
-    asked = []
-
-    def answers(model, tokenizer, prompts, s, seed):
-        asked.append([p[-1]["content"] for p in prompts])
-        plan = "1. first\nsome text\n2) second" if "approaches" in asked[-1][0] else "an answer"
-        texts = [f"{plan} {i}" if plan == "an answer" else plan for i in range(len(prompts))]
-        return texts, [True for _ in prompts], [7 if texts == [plan] else 10 for _ in prompts]
-
-    monkeypatch.setattr(data, "_answers", answers)
-    source = write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
-    data.sample(Sampling(world_model, source, str(tmp_path / "cot"), n=2, strategy="cot"))
-    data.sample(Sampling(world_model, source, str(tmp_path / "dts"), n=3, strategy="dts"))
-    assert asked[0] == ["Q" + data.STEP_BY_STEP] * 2
-    assert asked[1] == ["Q" + data.APPROACHES.format(n=3)]
-    assert asked[2] == ["Q" + data.BY_APPROACH.format(approach=a) for a in ("first", "second")] + ["Q"]  # one was missing
-    assert lines_of(tmp_path / "dts")[0]["responses"] == ["an answer 0", "an answer 1", "an answer 2"]
-    assert [lines_of(tmp_path / name)[0]["tokens"] for name in ("cot", "dts")] == [20, 37]  # naming approaches took 7
-    data.sample(
-        Sampling(world_model, source, str(tmp_path / "all"), n=2, strategy="cot,plain")
-    )  # the same answers: the first is named
-    (row,) = lines_of(tmp_path / "all")
-    assert asked[3:] == [["Q" + data.STEP_BY_STEP] * 2, ["Q"] * 2]
-    assert row["responses"] == ["an answer 0", "an answer 1"] and row["strategies"] == ["cot", "cot"]
-    with pytest.raises(UserError, match="strategy is 'best'"):
-        data.sample(Sampling(world_model, source, str(tmp_path / "x"), strategy="best"))
-
-
-LETTERS = dict(n=2, step_end=";", max_tokens=9)
-
-
-def search(script, iterations, rewards=(("+", 1), ("", -1)), **how):
-    """_search of one prompt [0] whose answers are read from a script {tree's text: answers}; tokens are characters, "." ends.
-
-    The reward is that of the first key which the answer's text has in it.
-    """
-    s, asked = Sampling("m", "p", "o", iterations=iterations, **LETTERS | how), []
-
-    def go_on(ids, max_tokens):
-        asked.append(("".join(map(chr, ids[0][1:])), len(ids), max_tokens))
-        answers = [script[asked[-1][0]][i] for i in range(len(ids))]
-        return [list(map(ord, a.rstrip("."))) for a in answers], [a.endswith(".") for a in answers]
-
-    reward = lambda text: next(value for key, value in rewards if key in text)  # noqa: E731
-    (found,) = data._search([[0]], [reward], s, go_on, lambda ids: "".join(map(chr, ids)))
-    return found, asked
-
-
-SCRIPT = {"": ["a;+.", "b;-."], "a;": ["x+.", "z;-."], "b;": ["b;+.", "+;."]}
-
-
-def rows_of(tree):
-    return [(x["parent"], x["step"], x["N"], round(x["N"] * x["Q"], 9), x["ended"]) for x in tree]
-
-
-def test_tree_search_by_hand():
-    """N, W, the choice of the leaf and what is kept after each iteration; c = 1.
-
-    2: a: 1 + √ln 2 = 1.83, b: −1 + √ln 2 = −0.17. 3: a: 1/3 + √(ln 4 / 3) = 1.01, b: −1 + √ln 4 = 0.18; then x: 1 + √ln 3,
-    z: −1 + √ln 3: x has ended, so it backs up once more. With c = 3 the third goes to b: 1/3 + 3 · 0.680 < −1 + 3 · 1.177.
-    """
-    found, asked = search(SCRIPT, 1, exploration=1.0)
-    assert rows_of(found["tree"]) == [(None, "", 2, 0, False), (0, "a;", 1, 1, False), (0, "b;", 1, -1, False)]
-    found, asked = search(SCRIPT, 2, exploration=1.0)
-    a, b = (0, "a;", 3, 1, False), (0, "b;", 1, -1, False)
-    assert rows_of(found["tree"]) == [(None, "", 4, 0, False), a, b, (1, "x+", 1, 1, True), (1, "z;", 1, -1, False)]
-    assert asked == [("", 2, 9), ("a;", 2, 7)]
-    assert found["kept"] == {"a;+": 1, "b;-": -1, "a;x+": 1, "a;z;-": -1}
-    assert {k: found[k] for k in ("unfinished", "tokens", "sampled")} == dict(unfinished=0, tokens=4 + 4 + 3 + 4, sampled=4)
-    found, asked = search(SCRIPT, 3, exploration=1.0)
-    assert len(asked) == 2 and [x["N"] for x in found["tree"]] == [5, 4, 1, 2, 1]  # root, a, b, x, z
-    assert [x["N"] * x["Q"] for x in found["tree"]] == pytest.approx([1, 2, -1, 2, -1])
-    assert found["sampled"] == 4
-    found, asked = search(SCRIPT, 3, exploration=3.0)
-    assert [text for text, *_ in asked] == ["", "a;", "b;"]
-    assert found["kept"]["b;b;+"] == 1 and found["kept"]["b;+;"] == 1
-
-
-def test_the_choice_of_a_leaf_by_hand():
-    """N 2, W 1 and N 6, W 4 under N 9: ½ + c √(ln 9 / 2) against ⅔ + c √(ln 9 / 6); equal at c = 0.37624…"""
-    root = data.Step([], n=9)
-    a, b = (data.Step([i], str(i), root, n=n, w=w) for i, (n, w) in enumerate(((2, 1.0), (6, 4.0))))
-    root.children = {("0", False): a, ("1", False): b}
-    assert data._ucb(a, 2.0) == pytest.approx(0.5 + 2 * 1.0481470, abs=1e-6)  # √(2.1972246 / 2)
-    assert data._ucb(b, 2.0) == pytest.approx(4 / 6 + 2 * 0.6051480, abs=1e-6)
-    equal = (4 / 6 - 1 / 2) / (1.0481470 - 0.6051480)
-    assert data._leaf(root, equal + 1e-4) is a and data._leaf(root, equal - 1e-4) is b and data._leaf(root, 0.0) is b
-
-
-def test_equal_steps_are_one_and_what_is_cut_off_has_no_reward():
-    """Two answers through one step; one cut off after a step (−1 there), one within its first (−1 at the root alone)."""
-    found, _ = search({"": ["a;+.", "a;-.", "a;+++", "aaaaa", " ;."]}, 1, n=5)
-    assert rows_of(found["tree"]) == [(None, "", 5, -3, False), (0, "a;", 3, -1, False), (0, " ;", 1, -1, True)]
-    assert found["unfinished"] == 2 and found["kept"] == {"a;+": 1, "a;-": -1, ";": -1} and found["tokens"] == 4 + 4 + 5 + 5 + 3
-    kept = search({"": ["a;+.", "aaaaa"]}, 1, keep_unfinished=True)[0]["kept"]
-    assert kept == {"a;+": 1, "aaaaa": -1}
-    deep, asked = search({"": ["a;b;+.", "a;b+."], "a;": ["bbbbb;+.", "b+."]}, 2, max_tokens=7)  # 8 tokens with "a;", of 7
-    assert asked[1] == ("a;", 2, 5) and deep["unfinished"] == 1 and "a;bbbbb;+" not in deep["kept"]
-    full, asked = search({"": ["aaaaaaaa;", "aaaaaaaa;"]}, 2)  # no room after the first step's end: it is not gone on from
-    assert [x["step"] for x in full["tree"]] == [""] and [x[0] for x in asked] == ["", ""]
-    empty, _ = search({"": [".", "+."]}, 1, rewards=(("", 1),))  # the rule is not asked about nothing
-    assert empty["kept"] == {"+": 1} and [x["Q"] for x in empty["tree"]] == [0, -1, 1]
-    blank = search({"": [";+;+.", "  ;x."]}, 1)[0]["tree"]
-    assert [x["step"] for x in blank] == ["", ";", "  ;"]
-
-
-def test_a_step_ends_where_the_setting_says(world_model, tmp_path, monkeypatch):
-    """Through `sample`, with ids of the embedded world: "\\n" is a newline; a step is whole tokens."""
-    s = Sampling("m", "p", "o", step_end=r"\n")
-    leaf = data.Step([])
-    text_of = lambda ids: "".join(["x", "\n", "\n\n", "y\nz"][i] for i in ids)  # noqa: E731
-    steps = [
-        data._next_step(leaf, ids, True, text_of, s) for ids in ([0, 1, 0], [0, 2, 0], [1, 0, 1, 0], [3, 0], [0, 0], [0, 1])
-    ]
-    assert [x.ids for x in steps] == [[0, 1], [0, 2], [1, 0, 1], [3], [0, 0], [0, 1]]
-    assert [x.ended for x in steps] == [False, False, False, False, True, True]
-    assert (
-        steps[5].text == "x" and len(leaf.children) == 6
-    )  # the end of an answer is another step than the same text that goes on
-
-
-def test_tree_search_with_a_model(world_model, tmp_path, monkeypatch):
-    """All prompts of a batch in one call; the row's tree, rewards and tokens against each other; the rule sees the row."""
-    source = write(tmp_path, "p.jsonl", [{"prompt": f"name {n} fruits", "want": n} for n in ("two", "three", "four")])
-    how = dict(n=3, temperature=1.0, max_tokens=40, batch_size=2, iterations=4, step_end="cat", seed=5)
-    calls, drawn, given, real = [], [], [], data._continued
-
-    def continued(model, tokenizer, ids, *rest):
-        calls.append(len(ids))
-        drawn.append(real(model, tokenizer, ids, *rest))
-        return drawn[-1]
-
-    monkeypatch.setattr(data, "_continued", continued)
-
-    def rule(row, text):
-        given.append((row["want"], row["prompt"][0]["content"]))
-        return len(text.split()) % 2 == 0
-
-    data.sample(
-        Sampling(world_model, source, str(tmp_path / "out"), strategy="plain,mcts", rule=rule, **how), say=(said := []).append
-    )
-    rows = lines_of(tmp_path / "out")
-    assert calls[:2] == [6, 6] and max(calls) == 6  # plain, then both prompts at once
-    assert drawn[0] != drawn[1]  # the first iteration asks what plain has asked, and must not get the same
-    assert given and all(content == f"name {want} fruits" for want, content in given)
-    for row in rows:
-        tree = row["tree"]
-        assert tree[0]["parent"] is None and tree[0]["N"] >= row["sampled"] >= 3 and row["sampled"] % 3 == 0
-        for i, node in enumerate(tree):
-            after = [x for x in tree if x["parent"] == i]
-            assert abs(node["Q"]) <= 1 and node["N"] >= sum(x["N"] for x in after) and not (node["ended"] and after)
-        rewards = zip(row["responses"], row["strategies"], row["rewards"], strict=True)
-        assert all(r == (None if by == "plain" else 1 if len(t.split()) % 2 == 0 else -1) for t, by, r in rewards)
-        paths = [""]
-        for node in tree[1:]:
-            paths.append(paths[node["parent"]] + node["step"])
-            assert not node["ended"] or paths[-1] == "" or paths[-1] in row["responses"]
-    assert {"plain", "mcts"} == {x for row in rows for x in row["strategies"]}
-    asked = 9 + sum(row["sampled"] for row in rows)
-    assert f" of {asked} responses did not end" in said[1]
-    assert f"; {sum(row['tokens'] for row in rows):,} tokens generated; all in" in said[1]
-    with pytest.raises(UserError, match="was begun with iterations 4, now 5; give the same"):
-        data.sample(
-            Sampling(world_model, source, str(tmp_path / "out"), strategy="plain,mcts", rule=rule, **how | {"iterations": 5})
-        )
-    alone = dict(strategy="mcts", rule=rule, **how)
-    data.sample(Sampling(world_model, source, str(tmp_path / "alone"), **alone))
-    whole = (tmp_path / "alone").read_text()
-    for left in (1, 2):  # killed in a batch, and between two
-        lines = whole.splitlines(keepends=True)
-        (tmp_path / "again").write_text("".join(lines[:left]) + lines[left][:30])
-        data.sample(Sampling(world_model, source, str(tmp_path / "again"), **alone))
-        assert (tmp_path / "again").read_text() == whole
-
-
-def test_what_tree_search_refuses(world_model, tmp_path):
-    source = write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
-    (tmp_path / "rules.py").write_text("def bad(row, text):\n    return 'x'\n")
-    rule = f"{tmp_path}/rules.py:bad"
-    for how, message in (
-        (dict(strategy="mcts"), "strategy mcts needs a rule: give --rule"),
-        (dict(strategy="plain,cot", rule=rule), "strategy plain,cot has none for --rule, which only mcts uses"),
-        (dict(strategy="mcts", rule=rule, step_end=""), "step_end ''"),
-        (dict(strategy="mcts", rule=rule, exploration=-1.0), "exploration is -1 "),
-        (dict(strategy="mcts", rule=rule, iterations=0), "iterations are at least 1"),
-        (dict(strategy="mcts", rule="gone.py:f"), "no file.py:function"),
-    ):
-        with pytest.raises(UserError, match=message):  # before a model is looked for
-            data.sample(Sampling("org/none", source, str(tmp_path / "out"), **how))
-    with pytest.raises(
-        UserError, match=r"p.jsonl, prompt [0-9a-f]{16}: .*rules.py:bad cannot score it \(ValueError: could not"
-    ):
-        data.sample(
-            Sampling(world_model, source, str(tmp_path / "out"), strategy="mcts", rule=rule, temperature=1.0, max_tokens=400)
-        )
-
-
-def test_files_without_tokens_go_on(sampled, world_model, tmp_path):
-    """Rows of a version that counted none: the rest is added, and no sum is said."""
-    source, out, options = sampled
-    old = [{k: v for k, v in row.items() if k != "tokens"} for row in lines_of(out)[:2]]
-    again = write(tmp_path, "again.jsonl", old)
-    data.sample(Sampling(world_model, source, again, **options), say=(said := []).append)
-    assert lines_of(again) == old + lines_of(out)[2:] and "tokens generated" not in said[1]
-
-
-def test_tokens_are_counted_with_the_terminator(world_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_continued", lambda *how: ([[5, 6], [5, 6, 7], []], [True, False, True]))
-    source = write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
-    data.sample(Sampling(world_model, source, str(tmp_path / "out"), n=3))
-    assert lines_of(tmp_path / "out")[0]["tokens"] == 2 + 1 + 3 + 0 + 1
-
-
-def test_score_by_a_rule_and_by_a_model(sampled, world_model, tmp_path):
-    _, out, _ = sampled
-    (tmp_path / "rules.py").write_text("def words(row, text):\n    return len(text.split())\n")
-    by_rule, by_model = str(tmp_path / "rule.jsonl"), str(tmp_path / "model.jsonl")
-    data.score(Scoring(out, by_rule, rule=f"{tmp_path}/rules.py:words"))
-    rows = lines_of(by_rule)
-    assert [row["scores"] for row in rows] == [[len(x.split()) for x in row["responses"]] for row in lines_of(out)]
-    data.score(Scoring(out, by_model, reward_model=f"{world_model}/judge"))
-    judge, tokenizer = LlamaForSequenceClassification.from_pretrained(f"{world_model}/judge"), data.world_tokenizer()
-    for row in lines_of(by_model):  # the rendering by hand
-        for text, value in zip(row["responses"], row["scores"]):
-            ids = tokenizer(f"<user> {row['prompt'][0]['content']} <assistant> {text} <end>", return_tensors="pt")["input_ids"]
-            assert judge(input_ids=ids).logits.item() == pytest.approx(value, abs=1e-6)
-    many = write(
-        tmp_path, "many.jsonl", [{**row, "responses": [*row["responses"], "plum", "fig " * 9]} for row in lines_of(out)]
-    )
-    for size in (1, 3, 100):  # padded together or one at a time: the same
-        data.score(Scoring(many, str(tmp_path / f"many{size}"), reward_model=f"{world_model}/judge", batch_size=size))
-        scores = [s for row in lines_of(tmp_path / f"many{size}") for s in row["scores"]]
-        assert scores == pytest.approx([s for row in lines_of(tmp_path / "many1") for s in row["scores"]], abs=1e-6)
-    assert len(set(scores)) > 8
-    whole = Path(by_rule).read_text()
-    Path(by_rule).write_text(whole[: len(whole) // 2])
-    data.score(Scoring(out, by_rule, rule=f"{tmp_path}/rules.py:words"))
-    assert Path(by_rule).read_text() == whole
-    for wrong in ("gone.py:words", f"{tmp_path}/rules.py:none", "nothing", "no.such.module:f"):
-        with pytest.raises(UserError, match="no file.py:function or module:function"):
-            data.score(Scoring(out, str(tmp_path / "x"), rule=wrong))
-    with pytest.raises(UserError, match="either reward_model or rule"):
-        data.score(Scoring(out, str(tmp_path / "x")))
-
-
-def test_what_sampling_says(sampled, world_model, tmp_path):
-    """Every number of the summary against the rows that were written; what is there already is counted."""
-    source, out, options = sampled
-    said, again = [], str(tmp_path / "again.jsonl")
-    Path(again).write_text("".join(Path(out).read_text().splitlines(keepends=True)[:2]))
-    data.sample(Sampling(world_model, source, again, **options), say=said.append)
-    begin = f"sample: {world_model} on cpu, 4 prompts, 4 responses each (plain), temperature 1, top_p 0.95, at most 40 tokens"
-    assert said[0] == f"{begin}; 2 are in {again} already" and len(said) == 2
-    kept, open_ends = (sum(f(row) for row in lines_of(out)) for f in (lambda r: len(r["responses"]), lambda r: r["unfinished"]))
-    start = f"4 prompts, {kept} responses kept; {open_ends} of 16 responses did not end within 40 tokens: raise --max_tokens"
-    assert said[1].startswith(start) and said[1].endswith(f"all in {again}")
-    assert (f"; {16 - kept - open_ends} were equal" in said[1]) == (kept + open_ends < 16)
-    with pytest.raises(UserError, match="nothing to keep: 4 prompts, 0 responses kept; 16 of 16 .*: raise --max_tokens"):
-        data.sample(Sampling(world_model, source, str(tmp_path / "none.jsonl"), **options | {"max_tokens": 1, "seed": 1}))
-    assert not (tmp_path / "none.jsonl").exists()
-
-
-def test_equal_responses_are_counted(world_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        data, "_answers", lambda model, tokenizer, prompts, s, seed: (["A", "A", "", "B", "C"], [True] * 4 + [False], [2] * 5)
-    )
-    said, source = [], write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
-    data.sample(Sampling(world_model, source, str(tmp_path / "out"), n=5), say=said.append)
-    assert said[1].startswith(
-        "1 prompts, 2 responses kept; 1 of 5 responses did not end within 512 tokens: raise --max_tokens; "
-    )
-    assert "; 2 were equal to another one or empty; 10 tokens generated; " in said[1]
-
-
-def test_what_scoring_and_pairing_say(tmp_path):
-    """By hand: scores 1 3, 2 2, 4: mean 2.4, variance (34 − 5·2.4²)/5 = 1.04; pairs of margin 2 and 1, longer in one."""
-    rows = [{"prompt": p, "responses": r} for p, r in (("A", ["a", "aaa"]), ("B", ["bb", "bb"]), ("C", ["cccc"]))]
-    source, out, said = write(tmp_path, "s.jsonl", rows), str(tmp_path / "o.jsonl"), []
-    score = lambda: data.score(Scoring(source, out, rule=lambda row, text: len(text)), say=said.append)  # noqa: E731
-    score()
-    end = "3 rows, 5 scores: mean 2.4, standard deviation 1.02, 1 to 4; 2 rows have no two different scores, so no pair"
-    assert said[1] == end and "already" not in said[0]
-    score()
-    assert said[2].endswith(f"3 rows; 3 are in {out} already") and said[3] == end
-    with pytest.raises(UserError, match="1 rows without any response: nothing to score"):
-        data.score(Scoring(write(tmp_path, "e.jsonl", [{"prompt": "A", "responses": []}]), str(tmp_path / "no"), rule=len))
-    sampled = write(tmp_path, "sampled.jsonl", [{"id": "1", "prompt": "A", "responses": ["a"]}])
-    with pytest.raises(UserError, match="holds rows without scores"):
-        data.score(Scoring(out, sampled, rule=len))
-    scored = [
-        {"prompt": "A", "responses": ["a", "aaa"], "scores": [0, 2]},
-        {"prompt": "B", "responses": ["b", "bb"], "scores": [1, 0]},
-        {"prompt": "C", "responses": ["c"], "scores": [1]},
-    ]  # fmt: skip
-    said.clear()
-    data.pairs(Pairing(write(tmp_path, "c.jsonl", scored), str(tmp_path / "p.jsonl")), say=said.append)
-    assert said[1:] == [
-        f"2 pairs in {tmp_path / 'p.jsonl'}: mean margin 1.5, chosen longer in 50%",
-        "  1 without: fewer than two responses",
-    ]
-    with pytest.raises(UserError, match="gives no pair: .* Lower --min_margin"):
-        data.pairs(Pairing(str(tmp_path / "c.jsonl"), str(tmp_path / "no"), min_margin=9))
-    assert not (tmp_path / "no").exists()
-
-
-def test_columns_that_json_cannot_hold_are_passed_on(tmp_path):
-    """A lone surrogate as its escape, a date as its text."""
-    row = {"prompt": "A", "responses": ["a"], "note": "\ud800", "day": datetime.date(2020, 1, 2)}
-    parquet.write_table(pyarrow.Table.from_pylist([{**row, "note": "x"}]), tmp_path / "s.parquet")
-    (tmp_path / "s.jsonl").write_text(json.dumps({**row, "day": None}) + "\n")
-    for name, (note, day) in {"s.parquet": ("x", "2020-01-02"), "s.jsonl": ("\ud800", None)}.items():
-        data.score(Scoring(str(tmp_path / name), str(tmp_path / f"{name}.out"), rule=lambda row, text: 1))
-        (out,) = lines_of(tmp_path / f"{name}.out")
-        assert (out["note"], out["day"], out["scores"]) == (note, day, [1.0])
-
-
-RULES = {
-    "exits.py:f": ("import sys\nsys.exit()", "no file.py:function or module:function .SystemExit"),
-    "raises.py:f": ("1 / 0", "no file.py:function or module:function .ZeroDivisionError: division by zero"),
-    "broken.py:f": ("def f(:", "no file.py:function or module:function .SyntaxError"),
-    "number.py:f": ("f = 3", "which is a int and no function"),
-    "later.py:f": ("import sys\nf = lambda row, text: sys.exit()", "s.jsonl row 1: .*later.py:f cannot score it .SystemExit"),
-}
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_a_rule_that_is_none(name, tmp_path):
-    text, message = RULES[name]
-    (tmp_path / name.partition(":")[0]).write_text(text)
-    source = write(tmp_path, "s.jsonl", [{"prompt": "A", "responses": ["a", "b"]}])
-    with pytest.raises(UserError, match=message):
-        data.score(Scoring(source, str(tmp_path / "out"), rule=f"{tmp_path}/{name}"))
-    assert not (tmp_path / "out").exists()
-
-
-def test_outputs_that_cannot_be_written(world_model, tmp_path):
-    source = write(tmp_path, "s.jsonl", [{**SCORED}])
-    (tmp_path / "file").write_text("")
-    for out, why in (
-        (str(tmp_path), "a folder"),
-        (f"{tmp_path}/file/out", "File exists|Not a directory"),
-        ("x" * 300, "too long"),
-    ):
-        for call in (lambda: data.sample(Sampling("org/none", source, out)),  # noqa: B023
-                     lambda: data.score(Scoring(source, out, rule=len)), lambda: data.pairs(Pairing(source, out))):  # noqa: B023 # fmt: skip
-            with pytest.raises(UserError, match=f"cannot be written .*({why})"):
-                call()
-    with pytest.raises(UserError, match="no file that could be continued"):
-        data.sample(Sampling("org/none", source, "/dev/null"))
-
-
-def test_models_without_finite_weights_are_named(world_model, tmp_path):
-    model = LlamaForCausalLM.from_pretrained(world_model)
-    model.lm_head.weight.data.fill_(math.nan)
-    model.save_pretrained(tmp_path / "m")
-    data.world_tokenizer().save_pretrained(tmp_path / "m")
-    source = write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
-    with pytest.raises(UserError, match="its probabilities are not finite numbers"):
-        data.sample(Sampling(str(tmp_path / "m"), source, str(tmp_path / "out")))
-
-
-def test_devices(monkeypatch):
-    assert data.device_named("cpu") == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert data.device_named("auto") == torch.device("cpu")
-    for name in ("cuda", "cuda:0", "gpu", "meta", "", "cpu:0"):
-        with pytest.raises(UserError, match=f"device is '{name}'; accepted are auto, cpu"):
-            data.device_named(name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [str(data.device_named(name)) for name in ("auto", "cuda", "cuda:1")] == ["cuda", "cuda", "cuda:1"]
-    with pytest.raises(UserError, match="device is 'cuda:7'; accepted are auto, cpu, cuda, cuda:0, cuda:1"):
-        data.device_named("cuda:7")
-
-
-def test_padding_of_a_reward_model_without_a_padding_token(world_model, tmp_path):
-    judge = LlamaForSequenceClassification.from_pretrained(f"{world_model}/judge")
-    judge.config.pad_token_id = None
-    judge.save_pretrained(tmp_path / "judge")
-    data.world_tokenizer().save_pretrained(tmp_path / "judge")
-    source = write(
-        tmp_path, "s.jsonl", [{"prompt": "name two fruits", "responses": ["fig", "fig , plum and pear", "fig , plum"]}]
-    )
-    for size in (1, 8):
-        data.score(Scoring(source, str(tmp_path / f"{size}"), reward_model=str(tmp_path / "judge"), batch_size=size))
-    (one,), (batch,) = (lines_of(tmp_path / f"{size}") for size in (1, 8))
-    assert batch["scores"] == pytest.approx(one["scores"], abs=1e-6) and len(set(one["scores"])) == 3
-
-
-def test_what_cannot_be_scored_is_named(world_model, tmp_path, capsys):
-    bodies = {"fails": "1 / 0", "words": "text", "none": "float('nan')"}
-    (tmp_path / "rules.py").write_text("".join(f"def {k}(row, text):\n    return {v}\n" for k, v in bodies.items()))
-    source = write(tmp_path, "s.jsonl", [{"prompt": "A", "responses": ["a", "b"]}])
-    for rule, message in (("fails", "division by zero"), ("words", "could not convert"), ("none", "not a finite number")):
-        with pytest.raises(UserError, match=rf"s.jsonl row 1: .*rules.py:{rule} cannot score it .*{message}"):
-            data.score(Scoring(source, str(tmp_path / "out"), rule=f"{tmp_path}/rules.py:{rule}"))
-    with pytest.raises(UserError, match="is another kind of model, it lacks score.weight"):
-        data.score(Scoring(source, str(tmp_path / "out"), reward_model=world_model))
-    capsys.readouterr()
-    bad = write(tmp_path, "bad.jsonl", [{"q": i} for i in range(7)])
-    with pytest.raises(UserError, match="no row with a usable prompt"):
-        data.pairs(Pairing(bad, str(tmp_path / "out")))
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 6 and said[0].startswith(f"{bad} row 1: left out (unknown shape") and "7 rows left out" in said[5]
-    with pytest.raises(UserError, match="gives no pair: 1 responses and scores are not two lists"):
-        data.pairs(Pairing(source, str(tmp_path / "out")))
-    with pytest.raises(SystemExit) as error:  # a folder where a file should be written
-        data.main(["pairs", "--scored", write(tmp_path, "t.jsonl", [SCORED]), "--out", str(tmp_path)])
-    assert error.value.code == 2 and capsys.readouterr().err == f"error: {tmp_path}: cannot be written (a folder)\n"
-
-
-def test_answers_of_several_files_and_rows_are_joined_by_prompt(tmp_path):
-    one = write(
-        tmp_path,
-        "one.jsonl",
-        [{"prompt": "A", "responses": ["a1"], "scores": [1]}, {"prompt": "B", "responses": [], "scores": []}],
-    )
-    two = write(tmp_path, "two.jsonl", [{"prompt": "A", "responses": ["a2", "a1"], "scores": [0, 1]}])
-    counts = data.pairs(Pairing(f"{one}, {two}", str(tmp_path / "pairs.jsonl")))
-    (pair,) = lines_of(tmp_path / "pairs.jsonl")
-    assert (pair["chosen"], pair["rejected"]) == ("a1", "a2") and counts == {"pairs": 1, "fewer than two responses": 1}
-    with pytest.raises(UserError, match="here it has no meaning"):
-        data.pairs(Pairing(f"{one}@2", str(tmp_path / "pairs.jsonl")))
-
-
-def test_pairs_replace_pairs_of_their_own_and_nothing_else(tmp_path):
-    scored = write(tmp_path, "s.jsonl", [{"prompt": "P", "responses": ["a", "b"], "scores": [1, 0]}])
-    out = tmp_path / "p.jsonl"
-    for content, refused in (
-        (b"", False),
-        (b'{"prompt": "mine"}\n', True),
-        (b"a thesis\n", True),
-        (b"\xff", True),
-        (b"[]", True),
-    ):
-        out.write_bytes(content)
-        if refused:
-            with pytest.raises(UserError, match="is there, and not as pairs"):
-                data.pairs(Pairing(scored, str(out)))
-            assert out.read_bytes() == content
-        else:
-            data.pairs(Pairing(scored, str(out)))
-    out.unlink()
-    data.pairs(Pairing(scored, str(out)))
-    first = out.read_text()
-    data.pairs(Pairing(scored, str(out)))
-    assert out.read_text() == first and sorted(p.name for p in tmp_path.iterdir()) == ["p.jsonl", "s.jsonl"]
-
-
-def test_pairs_by_hand(tmp_path, chatml):
-    rows = [
-        {"prompt": "A", "responses": ["a1", "a2", "a3"], "scores": [0.2, 0.9, 0.1]},
-        {"prompt": "B", "responses": ["b1", "b2"], "scores": [1, 1]},
-        {"prompt": "C", "responses": ["c1"], "scores": [1]},
-        {"prompt": "D", "responses": ["d1", "d2"], "scores": [0.3, 0.4]},
-        {"prompt": "E", "responses": ["e1", "e2"], "scores": [0.3, math.nan]},
-    ]
-    scored, out = write(tmp_path, "s.jsonl", rows), str(tmp_path / "pairs.jsonl")
-    made = lambda **how: (data.pairs(Pairing(scored, out, **how)), [(r["chosen"], r["rejected"]) for r in lines_of(out)])  # noqa: E731
-    counts, found = made()
-    assert found == [("a2", "a3"), ("d2", "d1")] and counts["pairs"] == 2
-    assert counts["fewer than two responses"] == 1 and counts["scores is 'nan', not a finite number"] == 1
-    assert sum(counts.values()) == 5
-    assert made(min_margin=0.2)[1] == [("a2", "a3")]
-    assert {made(how="correct", seed=seed)[1][0] for seed in range(20)} == {("a2", "a1"), ("a2", "a3")}
-    assert {made(how="random", seed=seed)[1][0] for seed in range(30)} == {("a2", "a1"), ("a2", "a3"), ("a1", "a3")}
-    data.pairs(Pairing(scored, out))
-    examples, report = load(out, chatml, min_score_margin=0.5)
-    assert len(examples) == 1 and chatml.decode(examples[0].responses[0]) == "a2<|im_end|>"
-    with pytest.raises(UserError, match="how is 'worst'"):
-        data.pairs(Pairing(scored, out, how="worst"))
-
-
-def test_step_pairs_by_hand(tmp_path, chatml):
-    node = lambda parent, step, n, q, ended=False: dict(parent=parent, step=step, N=n, Q=q, ended=ended)  # noqa: E731
-    tree = [
-        node(None, "", 9, 0.1), node(0, "a\n", 4, 0.5), node(0, "b\n", 3, -1.0), node(0, "c\n", 1, 1.0),
-        node(1, "d\n", 2, 0.0), node(1, "e", 2, 1.0, True), node(1, "", 2, -1.0, True), node(2, "f", 2, 0.5),
-        node(2, "g", 2, 0.5), node(5, "h", 2, -1.0, True),
-    ]  # fmt: skip
-    rows = [{"prompt": "A", "tree": tree}, {"prompt": "B", "responses": ["b"], "scores": [1]}, {"prompt": "C", "tree": [{}]},
-            {"prompt": "D", "tree": [node(None, "", 2, "x"), node(0, "a", 2, "x")]}]  # fmt: skip
-    sampled, out = write(tmp_path, "s.jsonl", rows), str(tmp_path / "pairs.jsonl")
-    made = lambda **how: (data.pairs(Pairing(sampled, out, how="step", **how)), lines_of(out))  # noqa: E731
-    counts, found = made()
-    keep = ("prompt", "chosen", "rejected", "chosen_ends", "rejected_ends", "score_chosen", "score_rejected")
-    first = ([user("A")], "a\n", "b\n", False, False, 0.5, -1.0)  # c was visited once
-    second = ([user("A"), assistant("a\n")], "e", "d\n", True, False, 1.0, 0.0)  # the empty end is no step; f and g are equal
-    assert [tuple(row[k] for k in keep) for row in found] == [first, second] and len({row["id"] for row in found}) == 1
-    assert counts == {"pairs": 1, "no tree of steps: sample with --strategy mcts": 2, "Q is 'x', not a finite number": 1}
-    assert [row["chosen"] for row in made(min_visits=1)[1]] == ["c\n", "e"]
-    assert [row["chosen"] for row in made(min_margin=1.5)[1]] == ["a\n"]
-    with pytest.raises(UserError, match="gives no pair: 1 no two next steps that differ as asked"):
-        made(min_margin=1.6)
-    with pytest.raises(UserError, match="min_visits is 0"):
-        made(min_visits=0)
-    rewarded = {"responses": ["a\nd\n", "a\ne"], "rewards": [-1, 1]}
-    answers = write(tmp_path, "r.jsonl", [rows[0] | rewarded])
-    data.pairs(Pairing(answers, str(tmp_path / "a.jsonl"), how="correct"))  # whole answers, by the rewards of the search
-    assert [(r["chosen"], r["score_rejected"]) for r in lines_of(tmp_path / "a.jsonl")] == [("a\ne", -1)]
-    data.pairs(Pairing(write(tmp_path, "q.jsonl", [rows[0] | rewarded | {"scores": [3, 2]}]), str(tmp_path / "a.jsonl")))
-    assert lines_of(tmp_path / "a.jsonl")[0]["chosen"] == "a\nd\n"  # scores come first
-    made()
-    examples, report = load(out, chatml)
-    assert "format steps" in report.formats[0]
-    texts = [[chatml.decode(ids) for ids in e.responses] for e in examples]
-    assert texts == [["a\n", "b\n"], ["e<|im_end|>", "d\n"]]
-    assert [chatml.decode(e.prompt).endswith(end) for e, end in zip(examples, (THEN, THEN + "a\n"))] == [True, True]
-
-
-def test_prompts_of_benchmarks(tmp_path, capsys):
-    """AlpacaEval's and Arena-Hard's rows; a repeated prompt has the same id; what is no single turn is named."""
-    rows = [{"instruction": "Q"}, {"question_id": 1, "turns": [{"content": "R"}]}, {"prompt": "Q"}, {"instruction": ""},
-            {"turns": [{"content": "a"}, {"content": "b"}]}, {"turns": "a"}, {"instruction": "Q", "dataset": "d"}]  # fmt: skip
-    source = write(tmp_path, "p.jsonl", rows)
-    found = list(data.prompts_of(source))
-    assert [p[0]["content"] for _, _, p in found] == ["Q", "R", "Q", "Q"] and found[3][1]["dataset"] == "d"
-    first = found[0][1]["id"]
-    assert [row["id"] == first for _, row, _ in found] == [True, False, True, True]
-    said = capsys.readouterr().err
-    assert said.count("left out") == 3 and said.count("turns is not a list of one turn") == 2
-
-
-def test_sample_keeps_unfinished_when_asked(sampled, world_model, tmp_path):
-    """The same draws as without: finished answers are the same texts, the others are there too, as many as are counted."""
-    source, out, options = sampled
-    data.sample(Sampling(world_model, source, str(tmp_path / "all.jsonl"), **options, keep_unfinished=True))
-    for kept, dropped in zip(lines_of(tmp_path / "all.jsonl"), lines_of(out), strict=True):
-        assert len(kept["responses"]) >= 3 and kept["unfinished"] == dropped["unfinished"] and kept["id"] == dropped["id"]
-        assert [x for x in kept["responses"] if x in dropped["responses"]] == dropped["responses"]
-    assert sum(row["unfinished"] for row in lines_of(out)) > 0
-
-
-def test_another_output_is_not_continued(world_model, tmp_path):
-    source = write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
-    (tmp_path / "out").write_text("notes\n")
-    with pytest.raises(UserError, match="cannot be continued"):
-        data.sample(Sampling(world_model, source, str(tmp_path / "out")))
-    assert (tmp_path / "out").read_text() == "notes\n"
-
-
-# ---- answers for outside judges --------------------------------------------------------------------------------------
-
-QUESTIONS = [f"name {n} {kind}" for n in ("two", "three") for kind in ("fruits", "tools", "metals")]
-QUESTIONS += QUESTIONS[:1]  # six different prompts of the world, and the first of them again
-
-
-@pytest.fixture(scope="module")
-def speaker(tmp_path_factory) -> Path:
-    """A model with weights so large that its greedy answers differ from prompt to prompt, and that ends some of them."""
-    folder = tmp_path_factory.mktemp("speaker") / "run-7" / "model"
-    tokenizer = data.world_tokenizer()
-    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, tie_word_embeddings=True)
-    config = LlamaConfig(vocab_size=len(tokenizer), **small, eos_token_id=3, pad_token_id=3, bos_token_id=None)
-    torch.manual_seed(3)
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.3)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def spoken(folder: Path, question: str, tokens: int) -> tuple[str, int, bool]:
-    """(text, its tokens, whether it ended) by transformers alone, one prompt at a time."""
-    model, tokenizer = LlamaForCausalLM.from_pretrained(folder), data.load_tokenizer(str(folder))
-    text = tokenizer.apply_chat_template([user(question)], tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    out = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=3, eos_token_id=3)[0, ids.shape[1] :]
-    text = tokenizer.decode(out, skip_special_tokens=True).strip()
-    return text, len(tokenizer(text, add_special_tokens=False)["input_ids"]), 3 in out.tolist()
-
-
-def answers_of(model: Path, prompts: Path, out: Path, **more) -> dict:
-    values = dict(model=model, prompts=prompts, out=out, device="cpu", max_new_tokens=6, batch_size=2) | more
-    return data.main(["answers", *(x for k, v in values.items() for x in (f"--{k.replace('_', '-')}", str(v)))])
-
-
-def test_alpaca_eval_outputs(speaker, tmp_path, capsys):
-    """Greedy answers, cut ones too, in the order of the prompts, under AlpacaEval's keys; a dataset is passed on."""
-    rows = [{"instruction": q, "dataset": f"set {i}", "output": "the reference's"} for i, q in enumerate(QUESTIONS)]
-    del rows[1]["dataset"]
-    rows[2] = {"prompt": [{"role": "user", "content": QUESTIONS[2]}]}
-    (tmp_path / "p.json").write_text(json.dumps(rows))
-    done = answers_of(speaker, tmp_path / "p.json", tmp_path / "new" / "outputs.json")
-    found, hand = json.loads((tmp_path / "new" / "outputs.json").read_text()), [spoken(speaker, q, 6) for q in QUESTIONS]
-    keys = ["instruction", "output", "generator"]
-    assert [list(x) for x in found[:3]] == [[*keys, "dataset"], keys, keys]
-    assert [x["instruction"] for x in found] == QUESTIONS and [x["output"] for x in found] == [text for text, _, _ in hand]
-    assert len({x["output"] for x in found}) > 3 and found[0] == {**found[6], "dataset": "set 0"}
-    assert {x["generator"] for x in found} == {"run-7"} and found[6]["dataset"] == "set 6"
-    assert done["answers"] == 7 and done["cut"] == sum(not ended for _, _, ended in hand) > 0
-    assert f"{done['cut']} of them cut at 6 tokens" in capsys.readouterr().err
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["outputs.json"]
-
-
-def test_arena_hard_answers(speaker, tmp_path):
-    rows = [{"question_id": f"id{i}", "category": "hard", "turns": [{"content": q}]} for i, q in enumerate(QUESTIONS)]
-    (tmp_path / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    answers_of(speaker, tmp_path / "question.jsonl", tmp_path / "mine.jsonl", style="arena_hard", name="mine")
-    found = [json.loads(line) for line in (tmp_path / "mine.jsonl").read_text().splitlines()]
-    assert [x["question_id"] for x in found] == [f"id{i}" for i in range(7)]
-    for answer, question in zip(found, QUESTIONS):
-        text, tokens, _ = spoken(speaker, question, 6)
-        assert list(answer) == ["question_id", "answer_id", "model_id", "choices", "tstamp"]
-        assert answer["choices"] == [{"index": 0, "turns": [{"content": text, "token_len": tokens}]}]
-        assert answer["model_id"] == "mine" and isinstance(answer["tstamp"], float)
-    assert len({x["answer_id"] for x in found}) == 7
-
-
-def test_a_killed_generation_goes_on(speaker, tmp_path, monkeypatch, capsys):
-    """Sampled; killed in the third batch. Other settings are not mixed in."""
-    (tmp_path / "p.json").write_text(json.dumps([{"instruction": q} for q in QUESTIONS]))
-    how = dict(temperature=1.0, seed=4)
-    answers_of(speaker, tmp_path / "p.json", tmp_path / "whole.json", **how)
-    answers, calls = data._answers, []
-
-    def killed(*a, **k):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return answers(*a, **k)
-
-    monkeypatch.setattr(data, "_answers", killed)
-    with pytest.raises(SystemExit) as stop:
-        answers_of(speaker, tmp_path / "p.json", tmp_path / "cut.json", **how)
-    assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().err
-    assert len((tmp_path / "cut.json.part").read_text().splitlines()) == 4 and not (tmp_path / "cut.json").exists()
-    with pytest.raises(SystemExit):
-        answers_of(speaker, tmp_path / "p.json", tmp_path / "cut.json", **how | dict(temperature=0.5))
-    assert "was begun with temperature 1.0, now 0.5" in capsys.readouterr().err
-    answers_of(speaker, tmp_path / "p.json", tmp_path / "cut.json", **how)
-    assert len(calls) == 3 + 1  # the last of three batches: six different prompts
-    assert (tmp_path / "cut.json").read_text() == (tmp_path / "whole.json").read_text()
-    assert len(json.loads((tmp_path / "whole.json").read_text())) == 7
-
-
-def test_published_decoding():
-    """What the released configurations say; what is asked for goes over it, and without either it is greedy."""
-    of = lambda **more: tuple(data.decoding(data.Generation("m", "p", "o", **more)).values())  # noqa: E731
-    assert of(decoding="llama-3-8b-instruct") == (0.9, 1.0, 4096)
-    assert of(decoding="mistral-7b-instruct") == (0.5, 1.0, 2048)
-    assert {of(decoding=start, style="arena_hard") for start in data.DECODING} == {(0.0, 1.0, 4096)}
-    assert of(decoding="mistral-7b-base", temperature=0.0, max_new_tokens=9) == (0.0, 1.0, 9)
-    assert of() == (0.0, 1.0, 2048)
-
-
-@pytest.mark.parametrize(
-    "more, said",
-    [
-        (dict(style="mt_bench"), ["style is 'mt_bench'", "alpaca_eval, arena_hard"]),
-        (dict(decoding="gemma"), ["decoding is 'gemma'", "mistral-7b-instruct"]),
-        (dict(temperature=-1), ["temperature is at least 0"]),
-        (dict(temperature=1e-300), ["or 0 (greedy)"]),
-        (dict(temperature="nan"), ["--temperature: nan is not finite"]),
-        (dict(temperature="hot"), ["invalid float value: 'hot'"]),
-        (dict(max_new_tokens=0), ["max_new_tokens"]),
-        (dict(device="abacus"), ["device is 'abacus'", "auto, cpu"]),
-        (dict(prompts="nowhere.json"), ["nowhere.json", "no such file"]),
-        (dict(prompts="EMPTY"), ["no row with a usable prompt"]),
-        (dict(model="/nowhere/model"), ["/nowhere/model"]),
-        (dict(out="EMPTY"), ["there already"]),
-        (dict(out="/dev/null/outputs.json"), ["cannot be written"]),
-        (dict(temprature=1), ["unknown setting --temprature 1", "--help"]),
-    ],
-)
-def test_answers_say_what_is_wrong(speaker, tmp_path, capsys, more, said):
-    (tmp_path / "empty.json").write_text("[]")
-    (tmp_path / "p.json").write_text('[{"instruction": "list two tools"}]')
-    more = {k: tmp_path / "empty.json" if v == "EMPTY" else v for k, v in more.items()}
-    with pytest.raises(SystemExit) as stop:
-        answers_of(**dict(model=speaker, prompts=tmp_path / "p.json", out=tmp_path / "o.json") | more)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "Traceback" not in error and all(part in error for part in said)
-    assert not (tmp_path / "o.json").exists()
-
-
-def test_answers_help(capsys):
-    with pytest.raises(SystemExit) as stop:
-        data.main(["answers", "--help"])
-    said = capsys.readouterr().out
-    assert stop.value.code == 0 and "official judge" in said and "--decoding" in said and "llama-3-8b-instruct" in said
-
-
 # ---- looking at data -------------------------------------------------------------------------------------------------
 
 
 def test_show_by_hand():
-    tokenizer = data.world_tokenizer()
+    tokenizer = toy.word_tokenizer()
     ids = {w: tokenizer.convert_tokens_to_ids(w) for w in ("<user>", "cat", "pig", "<end>")}
     assert ids["<user>"] == 1 and ids["<end>"] == 3
     pair = Example([1], [[ids["cat"], 3], [ids["pig"], 3]], where="f row 1")
@@ -2280,36 +1284,50 @@ def test_stats_by_hand():
 
 def test_stats_end_with_what_to_do():
     report = data.Report(
-        100, 80, {"duplicates (drop_duplicates)": 18, "chosen is empty": 2}, [], {"response cut": 5, "prompt cut": 9}, [],
+        82, 80, {"chosen is empty": 2}, [], {"response cut": 5, "prompt cut": 9}, [],
         {"duplicates": 18, "identical responses": 3, "conflicts": 4},
     )  # fmt: skip
     said = data.advice(report, bias=0.5)
     assert [line.split(": ")[-1] for line in said] == [
-        "--drop_identical drops them", "--drop_conflicts drops them", "raise --max_length",
+        "tests/tools/clean.py --duplicates drops them", "tests/tools/clean.py --identical drops them",
+        "tests/tools/clean.py --conflicts drops them", "raise --max_length",
         "raise --max_length or --max_prompt_length", "simpo, rdpo or --equal_length 1",
         "mend them, or see --format and --columns",
     ]  # fmt: skip
-    assert data.advice(report._replace(dropped={}, cut={"prompt cut": 8}, quality={}), bias=-0.5) == []
-    assert len(data.advice(report._replace(dropped={}, cut={"prompt cut": 9}), bias=0.0)) == 4  # three of quality, one cut
+    assert data.advice(report._replace(rows=80, cut={"prompt cut": 8}, quality={}), bias=-0.5) == []
+    assert len(data.advice(report._replace(rows=80, cut={"prompt cut": 9}), bias=0.0)) == 4  # three of quality, one cut
     pairs = [Example([1], [[1, 2], [1]])] * 4
     assert data.stats(pairs, report).endswith(
         "see --format and --columns"
     ) and "→ the chosen responses are longer" in data.stats(pairs, report)
 
 
+def test_devices(monkeypatch):
+    assert data.device_named("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert data.device_named("auto") == torch.device("cpu")
+    for name in ("cuda", "cuda:0", "gpu", "meta", "", "cpu:0"):
+        with pytest.raises(UserError, match=f"device is '{name}'; accepted are auto, cpu"):
+            data.device_named(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(data.device_named(name)) for name in ("auto", "cuda", "cuda:1")] == ["cuda", "cuda", "cuda:1"]
+    with pytest.raises(UserError, match="device is 'cuda:7'; accepted are auto, cpu, cuda, cuda:0, cuda:1"):
+        data.device_named("cuda:7")
+
+
 def test_the_other_commands(tmp_path, chatml, capsys):
     chatml.save_pretrained(tmp_path / "model")
     scored = write(tmp_path, "s.jsonl", [SCORED, SCORED, {**SCORED, "prompt": "Beg", "scores": [1, 1]}])
-    data.main(["stats", "--model", str(tmp_path / "model"), "--dataset", scored, "--drop-duplicates"])
+    data.main(["stats", "--model", str(tmp_path / "model"), "--dataset", scored])
     printed = capsys.readouterr().out
-    assert "1 of 3 rows kept" in printed and "format scored" in printed and "dropped 1: duplicates (drop_duplicates)" in printed
-    data.main(["pairs", "--scored", scored, "--out", str(tmp_path / "pairs.jsonl"), "--min-margin", "0.5"])
-    said = capsys.readouterr()
-    assert said.out == "" and "1 without: no two responses that differ" in said.err
-    for wrong in (["score", "--responses", scored, "--out", "x"], ["show", "--model", str(tmp_path), "--dataset", scored]):
-        with pytest.raises(SystemExit) as error:
-            data.main(wrong)
-        assert error.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+    assert "2 of 3 rows kept" in printed and "format scored" in printed and f"dropped 1: {data.TIE}" in printed
+    assert (
+        "1 duplicates" in printed and "→ 1 rows repeat an earlier one: tests/tools/clean.py --duplicates drops them" in printed
+    )
+    with pytest.raises(SystemExit) as error:
+        data.main(["show", "--model", str(tmp_path), "--dataset", scored])
+    assert error.value.code == 2 and capsys.readouterr().err.startswith("error: ")
 
 
 def test_command_line_errors_are_one_message_and_code_2(tmp_path):
@@ -2325,10 +1343,11 @@ def run(*argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, **env):
     return done.returncode, (done.stdout or b"").decode("ascii", "replace"), done.stderr.decode()
 
 
-def test_outputs_of_every_kind(world_model, tmp_path):
+def test_outputs_of_every_kind(chatml, tmp_path):
     """ASCII only, full, and closed by its reader."""
+    chatml.save_pretrained(tmp_path / "model")
     source = write(tmp_path, "s.jsonl", [{"prompt": "A", "chosen": "ünï", "rejected": "b"}] * 3)
-    stats = ("stats", world_model, source)
+    stats = ("stats", tmp_path / "model", source)
     code, out, err = run(*stats, PYTHONIOENCODING="ascii")
     assert code == 0 and err == "" and "\\u2588" in out and "3 of 3 rows kept" in out
     with open("/dev/full", "w") as full:
@@ -2337,17 +1356,6 @@ def test_outputs_of_every_kind(world_model, tmp_path):
     os.close(reader)
     with open(writer, "w") as closed:
         assert run(*stats, stdout=closed)[::2] == (0, "")
-
-
-def test_ctrl_c_says_how_to_go_on(tmp_path):
-    source, out = write(tmp_path, "s.jsonl", [{"prompt": p, "responses": ["a", "b"]} for p in "ABC"]), tmp_path / "out"
-    (tmp_path / "r.py").write_text(
-        "import os, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background lacks\n"
-        "def f(row, x):\n    row['prompt'] == 'B' and os.kill(os.getpid(), signal.SIGINT)\n    return 1"
-    )
-    code, _, err = run("score", source, out, "--rule", f"{tmp_path}/r.py:f")
-    assert code == 130 and err.endswith("stopped; nothing is lost, the same command goes on from here\n")
-    assert "Traceback" not in err and [row["prompt"] for row in lines_of(out)] == ["A"]
 
 
 def test_command_line_hands_on_what_is_no_mistake_of_its_owner(tmp_path, capsys):
@@ -2379,8 +1387,6 @@ def test_command_line_hands_on_what_is_no_mistake_of_its_owner(tmp_path, capsys)
 
 def test_did_you_mean():
     assert data.did_you_mean("Simp", ["dpo", "simpo"]) == "; did you mean simpo?" and data.did_you_mean("zzz", ["dpo"]) == ""
-    for name, setting in data.ELSEWHERE.items():
-        assert setting in [f.name for f in fields(train.Settings)] and name not in [f.name for f in fields(train.Settings)]
 
 
 # ---- progress and command lines --------------------------------------------------------------------------------------
@@ -2398,7 +1404,8 @@ class Work:
 
 
 def work(argv):
-    return data.parse(Work, argv, "work.py", "Works.\n\n    python work.py a b\n    as typed")
+    hints = {"speed": "rate is its name here", "batch": "batches are counted in rows"}
+    return data.parse(Work, argv, "work.py", "Works.\n\n    python work.py a b\n    as typed", hints)
 
 
 def test_leading_words_fill_what_has_no_default():
@@ -2410,17 +1417,19 @@ def test_leading_words_fill_what_has_no_default():
 def test_what_cannot_be_parsed():
     for argv, said in (
         (["a", "b", "c", "--fats", "1"], r"unknown setting c --fats 1; did you mean fast\?"),
-        (["a", "b", "--batch", "1"], r"unknown setting --batch 1; did you mean batch_size\?"),
+        (["a", "b", "--batch", "1"], "unknown setting --batch 1; batches are counted in rows"),  # a hint before a guess
+        (["a", "b", "--speed=9"], "unknown setting --speed=9; rate is its name here"),
         (["a", "b", "--train-batch-size=1"], r"unknown setting --train-batch-size=1; did you mean batch_size\?"),
         (["a", "b", "--zzz"], "unknown setting --zzz"),
-        (["a", "b", "--batch-size", "9" * 5000], f"--batch_size: invalid int value: '{'9' * 40}'"),
-        (["a", "b", "--batch-size", str(2**63)], f"--batch_size: {2**63} is too large"),
-        (["a", "b", "-r", "nan"], "argument -r: nan is not finite"),
-        (["a", "b", "-r", "1e999"], "argument -r: 1e999 is not finite"),
+        (["a", "b", "--batch-size", "9" * 5000], "batch-size: invalid int value: '9{200,300}"),
+        (["a", "b", "--batch-size", str(2**63)], f"batch_size is {2**63}; it must be a finite number below 2⁶³"),
+        (["a", "b", "-r", "nan"], "rate is nan; it must be a finite number"),
+        (["a", "b", "-r", "1e999"], "rate is inf; it must be a finite number"),
         (["a"], "required: --out"),
         (["a", "b", "-r", "hot"], "invalid float value: 'hot'"),
+        (["a", "b", "--fast", "perhaps"], "perhaps"),
     ):
-        with pytest.raises(UserError, match=f"{said}; `python work.py --help` lists all settings"):
+        with pytest.raises(UserError, match=f"{said}(.|\n)*; `python work.py --help` lists all settings"):
             work(argv)
 
 
@@ -2428,29 +1437,9 @@ def test_help_shows_texts_and_defaults(capsys):
     with pytest.raises(SystemExit) as stop:
         work(["--help"])
     said = capsys.readouterr().out
-    assert stop.value.code == 0 and "Works.\n\npython work.py a b\nas typed" in said and "usage: work.py" in said
-    assert "rows, 8 % of all (default: 8)" in said and "--batch_size" in said and "--batch-size" not in said
-    assert "what to read\n" in said  # no default is shown of what has none
-
-
-@dataclass
-class Grouped(Reading):
-    """What to do."""
-
-    source: str = data.setting("a", "what to read")
-    out: str = data.setting("b", "what to write")
-    GROUPS = {"writing": "out"}
-
-
-def test_help_is_in_groups_and_reading_comes_last(capsys):
-    with pytest.raises(SystemExit):
-        data.parse(Grouped, ["--help"], "work.py", "")
-    said = capsys.readouterr().out
-    order = ["options:", "--source", "writing:", "--out", "reading rows:", "--max_length", "--seed"]
-    places = [said.index(word) for word in order]
-    assert places == sorted(places)
-    for kind in (train.Settings, data.Counting):  # every field of a group is one of the dataclass
-        assert not {n for names in getattr(kind, "GROUPS", {}).values() for n in names.split()} - {f.name for f in fields(kind)}
+    assert stop.value.code == 0 and "Works.\n\n    python work.py a b\n    as typed" in said
+    assert "usage: work.py SOURCE OUT [options]" in said
+    assert "rows, 8 % of all (default: 8)" in said and "--batch_size" in said and "--batch-size" in said
 
 
 def test_commands(capsys):
@@ -2493,23 +1482,22 @@ def test_progress_on_a_terminal_is_a_bar_that_goes_away(monkeypatch):
     assert sys.stderr.getvalue().endswith("\r") and "\n" not in sys.stderr.getvalue()
 
 
-def test_progress_elsewhere_is_a_line_now_and_then(monkeypatch):
+def test_progress_elsewhere_is_drawn_now_and_then(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    monkeypatch.setattr(data, "LINE_EVERY", 0.2)
+    monkeypatch.setattr(data, "DRAWN_EVERY", 0.2)
     start = time.monotonic()
     for i in (bar := data.progress(range(100), "work", "rows")):
         time.sleep(0.006)
-        bar.set_postfix(loss=i)
-    said, longest = sys.stderr.getvalue(), (time.monotonic() - start) / 0.2
-    assert "\r" not in said and "|" not in said and said.endswith("\n")
-    lines = said.splitlines()
-    assert 2 <= len(lines) <= longest and all("work:" in line and "/100" in line and "loss=" in line for line in lines)
+        bar.set_postfix(loss=i, refresh=False)
+    longest = (time.monotonic() - start) / 0.2
+    drawn = [text for text in sys.stderr.getvalue().split("\r") if text.strip()]
+    assert 2 <= len(drawn) <= longest and all("work:" in text and "/100" in text and "loss=" in text for text in drawn)
 
 
 def test_progress_of_short_work_says_nothing_elsewhere(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     for i in (bar := data.progress(range(1000), "work", "rows")):
-        bar.set_postfix(loss=i)
+        bar.set_postfix(loss=i, refresh=False)
     assert sys.stderr.getvalue() == ""
 
 
@@ -2517,6 +1505,8 @@ def test_progress_can_be_switched_off(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert list(data.progress([1, 2], "work", "rows", disable=True)) == [1, 2]
     assert sys.stderr.getvalue() == ""
+    monkeypatch.setattr(sys, "stderr", None)  # a process without one
+    assert list(data.progress([1, 2], "work", "rows")) == [1, 2]
 
 
 # ---- the shared sets, where they are at hand -------------------------------------------------------------------------

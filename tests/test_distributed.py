@@ -21,9 +21,11 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import lorr
 import numpy as np
 import pytest
 import torch
+import toy
 from forked import allocated, port, rank_of, ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MixtralConfig, Qwen2Config, Qwen3MoeConfig
@@ -66,9 +68,9 @@ FAMILIES = [*CONFIGS, "two matrices"]  # the last: its config says tied, its fil
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """A folder with small models of several families and 60 pairs of the embedded world."""
+    """A folder with small models of several families and 60 pairs of the toy task."""
     folder = tmp_path_factory.mktemp("world")
-    tokenizer, pairs = data.world_tokenizer(), world_pairs(0, 1, 60)
+    tokenizer, pairs = toy.word_tokenizer(), world_pairs(0, 1, 60)
     for i, (name, config) in enumerate(CONFIGS.items()):
         torch.manual_seed(i)
         config.update(dict(vocab_size=len(tokenizer), initializer_range=0.2, eos_token_id=3, pad_token_id=3, bos_token_id=None))
@@ -113,7 +115,7 @@ def some_steps(s: train.Settings, steps: int = 5, sizes: tuple = (10, 3, 1, 7, 1
         rows = dict(dataset=f"{s.dataset}[:50]", eval_dataset=f"{s.dataset}[50:]", warmup_ratio=0.0, sample_tokens=6)
         run = train.prepare(replace(s, out=f"{folder}/o", cache=f"{folder}/cache", **rows))
         batches = [list(range(i * 10, i * 10 + size)) for i, size in enumerate(sizes)]
-        run.rows.plan[:] = batches * 20  # a long plan, so that the learning rate stays near its peak
+        run.plan = batches * 20  # a long plan, so that the learning rate stays near its peak
         for parameters in run.optimizer.param_groups:
             parameters["eps"] = 1e-5  # a gradient of 1e-8 is rounding, and must not move a weight
         if run.policy.reference is not None:
@@ -122,8 +124,8 @@ def some_steps(s: train.Settings, steps: int = 5, sizes: tuple = (10, 3, 1, 7, 1
                 for p in run.policy.reference.parameters():
                     p.mul_(1.01)
         dist.clip_gradients = clip_and_keep
-        for _ in range(steps):
-            line = train.step(run)
+        for rows in run.plan[:steps]:
+            line = train.train_step(run, rows)
             outcome["loss"].append(line["loss"])
             outcome["norm"].append(line["grad_norm"])
         dist.clip_gradients = clip
@@ -194,22 +196,13 @@ def answered(s: train.Settings) -> list[str]:
     policy, tokenizer = loaded(s), data.load_tokenizer(s.model)
     policy.use_layout("padded")
     tokens = 2 + 5 * dist.rank()
-    return policy.within(completions, tokenizer, [[4, 5]], tokens, together=dist.world_size() > 1)[0][0].split()
+    return policy.run_unsharded(completions, tokenizer, [[4, 5]], tokens, together=dist.world_size() > 1)[0][0].split()
 
 
 def test_ranks_that_stop_at_different_tokens_wait_for_each_other(world):
     """Two ranks of a cut model, of which one wants 2 tokens and the other 7: what they say is what one process says."""
     short, long = ranks(2, answered, settings(world))
     assert ranks(0, answered, settings(world)) == [short] and len(long) > len(short) and long[: len(short)] == short
-
-
-def test_recipes_are_within_the_plan(monkeypatch):
-    """Every recipe recomputes activations, and its tokens of a microbatch are those of a step of 8 GPUs at 1,000 tokens a pair,
-    with room to spare: one microbatch, so that no whole gradients wait for the next."""
-    for start, (*_, methods) in data.PUBLISHED.items():
-        for method in methods:
-            recipe = data.recipe(f"{start}-{method}")
-            assert recipe["gradient_checkpointing"] and recipe["tokens_per_microbatch"] >= 2 * recipe["batch_size"] * 1000 / 8
 
 
 def test_torchrun_gives_each_rank_its_own_gpu(monkeypatch):
@@ -264,7 +257,7 @@ def exported(s: train.Settings, out: Path) -> tuple:
     policy.use_layout("padded")
     dist.export(policy.model, data.load_tokenizer(s.model), out, torch.float32, "# card\n")
     with torch.no_grad():
-        ours = policy.within(lambda model: model(torch.arange(5, 45)[None] % 40).logits)
+        ours = policy.run_unsharded(lambda model: model(torch.arange(5, 45)[None] % 40).logits)
     tied = policy.model.get_input_embeddings().weight is policy.model.get_output_embeddings().weight
     return ours.numpy().copy(), tied
 
@@ -332,7 +325,7 @@ def logits_of(s: train.Settings) -> np.ndarray:
     policy = loaded(s)
     policy.use_layout("padded")
     with torch.no_grad():
-        return policy.within(lambda model: model(torch.arange(5, 45)[None] % 40).logits).numpy().copy()
+        return policy.run_unsharded(lambda model: model(torch.arange(5, 45)[None] % 40).logits).numpy().copy()
 
 
 def test_a_model_with_code_of_its_own(world, tmp_path, monkeypatch):
@@ -463,7 +456,7 @@ def test_others_wait_for_rank_0_longer_than_for_each_other(monkeypatch):
 
 def trained(s: train.Settings) -> dict:
     """train.train in this process: (metrics without times, exported weights), or how it ended."""
-    train.draw_curves, train.matmul_rate = lambda *_: None, lambda *_: 1.0  # seconds that no test here looks at
+    train.draw_curves = lambda *_: None  # seconds that no test here looks at
     try:
         train.train(s)
     except SystemExit as end:
@@ -479,8 +472,7 @@ def all_trained(several: list[train.Settings]) -> list[dict]:
 
 def record(out: Path) -> dict:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    own = ("seconds", "tokens_per_second", "mfu", "balance", "padding", "rank_balance", "microbatches")
-    kept = [{k: v for k, v in line.items() if k not in own and "balance" not in k} for line in lines]
+    kept = [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
     return {"lines": kept, "weights": {k: v.numpy() for k, v in load_file(out / "model/model.safetensors").items()}}
 
 
@@ -499,21 +491,20 @@ def uninterrupted(world, tmp_path_factory) -> dict:
 
 def stopped_after(s: train.Settings, step: int) -> dict:
     """A run that is killed without warning when it has finished `step`."""
-    accumulate, seen = train.accumulate_gradients, []
+    train_step = train.train_step
 
-    def counted(*args, **kwargs):
-        seen.append(1)
-        if len(seen) > step:
+    def counted(run, rows):
+        if run.step == step:
             raise KeyboardInterrupt
-        return accumulate(*args, **kwargs)
+        return train_step(run, rows)
 
-    train.accumulate_gradients, train.matmul_rate = counted, lambda *_: 1.0
+    train.train_step = counted
     try:
         train.train(s)
     except KeyboardInterrupt:
         return {}
     finally:
-        train.accumulate_gradients = accumulate
+        train.train_step = train_step
 
 
 @pytest.mark.parametrize("layout, count", [("packed", 0), ("padded", 0), ("packed", 2)])
@@ -531,7 +522,7 @@ def test_resume_on_other_numbers_of_ranks(world, uninterrupted, tmp_path):
     s = settings(world, out=str(tmp_path / "o"), save_every=1)
     ranks(2, stopped_after, s, 2)
     s.resume = True
-    ranks(0, stopped_after, s, 2)
+    ranks(0, stopped_after, s, 4)
     assert [p.name for p in dist.complete_checkpoints(tmp_path / "o/checkpoints")] == ["step-000003", "step-000004"]
     one = uninterrupted["packed", 0]
     for resumed in ranks(4, trained, s):
@@ -540,9 +531,9 @@ def test_resume_on_other_numbers_of_ranks(world, uninterrupted, tmp_path):
         assert apart(resumed["weights"], one["weights"]) < 1e-5
 
 
-def test_replay_and_reset_on_two_ranks(world, tmp_path):
-    """LoRR with evaluations and samples in between, cut over two ranks and stopped there, against one process."""
-    more = dict(replays=2, reset_alpha=0.5, sft_weight=0.5, eval_every=2, save_every=3)
+def test_evaluations_and_samples_of_a_resumed_run_on_two_ranks(world, tmp_path):
+    """Sharded over two ranks and stopped, with evaluations and samples in between, against one process."""
+    more = dict(eval_every=2, save_every=3)
     one = ranks(0, trained, settings(world, out=str(tmp_path / "a"), **more))[0]
     s = settings(world, out=str(tmp_path / "b"), **more)
     ranks(2, stopped_after, s, 4)
@@ -552,7 +543,25 @@ def test_replay_and_reset_on_two_ranks(world, tmp_path):
             assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
         assert apart(resumed["weights"], one["weights"]) < 1e-5
     samples = [(tmp_path / folder / "samples.jsonl").read_text() for folder in "ab"]
-    assert samples[0] == samples[1] and '"during": {"2":' in samples[0]
+    assert samples[0] == samples[1] and '{"step": 2, ' in samples[0]
+
+
+def replayed(s: lorr.Settings) -> dict:
+    lorr.train_lorr(s)
+    return record(Path(s.out))
+
+
+def test_replay_and_reset_on_two_ranks(world, tmp_path):
+    """LoRR sharded over two ranks against one process."""
+    several = []
+    for folder in "ab":
+        plain = settings(world, out=str(tmp_path / folder), eval_every=2)
+        several.append(lorr.Settings(**vars(plain), replays=2, reset_alpha=0.5, sft_weight=0.5))
+    (one,) = ranks(0, replayed, several[0])
+    for two in ranks(2, replayed, several[1]):
+        for a, b in zip(two["lines"], one["lines"], strict=True):
+            assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+        assert apart(two["weights"], one["weights"]) < 1e-5
 
 
 def test_damaged_checkpoints_are_skipped(world, uninterrupted, tmp_path, capfd):
@@ -747,11 +756,11 @@ def test_signals_under_torchrun(world, uninterrupted, tmp_path, number, to):
     script = tmp_path / "signalled.py"
     script.write_text(
         f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r})\nimport train, distributed as dist\n"
-        "step = train.accumulate_gradients\n"
-        "def signalled(run, examples, known, seed, *more):\n"
-        f"    if seed[1] == 2 and dist.rank() == 1:\n        os.kill({to}, {int(number)})\n        time.sleep(1)\n"
-        "    return step(run, examples, known, seed, *more)\n"
-        "train.accumulate_gradients, train.matmul_rate = signalled, lambda *_: 1.0\ntrain.main()\n"
+        "step = train.train_step\n"
+        "def signalled(run, rows):\n"
+        f"    if run.step == 2 and dist.rank() == 1:\n        os.kill({to}, {int(number)})\n        time.sleep(1)\n"
+        "    return step(run, rows)\n"
+        "train.train_step = signalled\ntrain.main()\n"
     )
     s = settings(world, out=str(tmp_path / "o"))
     run = subprocess.run(
@@ -769,11 +778,11 @@ def test_a_dead_rank_ends_the_run(world, tmp_path):
     script = tmp_path / "broken.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport train, distributed as dist\n"
-        "step = train.accumulate_gradients\n"
-        "def broken(run, examples, known, seed, *more):\n"
-        "    if seed[1] == 1 and dist.rank() == 1:\n        raise ArithmeticError('rank one has had enough')\n"
-        "    return step(run, examples, known, seed, *more)\n"
-        "train.accumulate_gradients = broken\ntrain.main()\n"
+        "step = train.train_step\n"
+        "def broken(run, rows):\n"
+        "    if run.step == 1 and dist.rank() == 1:\n        raise ArithmeticError('rank one has had enough')\n"
+        "    return step(run, rows)\n"
+        "train.train_step = broken\ntrain.main()\n"
     )
     s = settings(world, out=str(tmp_path / "o"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -857,16 +866,3 @@ def test_help_names_the_command(capsys):
     with pytest.raises(SystemExit, match="0"):
         dist.main(["--help"])
     assert "distributed.py export" in capsys.readouterr().out
-
-
-def test_recipes_can_be_called():
-    """Each published setting parses and its objective takes its arguments; gamma is the paper's (config ratio 0.5 · β 10)."""
-    for start, (*_, methods) in data.PUBLISHED.items():
-        for method, (_, lr) in methods.items():
-            s = train.parse_settings(["--recipe", f"{start}-{method}"])
-            train.try_objective(train.parse_objective(s.objective))
-            assert (s.lr, s.batch_size) == (lr, 128)
-    s = train.parse_settings(["--recipe", "gemma-2-9b-it-simpo", "--lr", "1e-5"])
-    assert (s.objective, s.lr, s.max_length, s.max_prompt_length) == ("simpo(beta=10.0, gamma=5.0)", 1e-5, 2048, 1800)
-    with pytest.raises(data.UserError, match="unknown recipe 'x'; known are mistral-7b-base-simpo"):
-        train.parse_settings(["--recipe", "x"])

@@ -6,7 +6,10 @@ exactness is claimed. No number is copied from the code under test.
 
 import contextlib
 import functools
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ import torch.nn.attention.flex_attention as flex
 import will_it_fit
 from test_distributed import ranks
 from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
 from torch.distributed.utils import _to_kwargs
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -51,8 +55,8 @@ from data import Example, packed_batch, padded_batch
 from logprobs import (  # fmt: skip
     Blocks,
     Head,
+    PrefixSharedPairs,
     ResponseLogProbs,
-    Segments,
     check_head,
     chunk_rows,
     completions,
@@ -156,7 +160,7 @@ def assert_same(a, b, rtol=1e-6):
 
 
 def test_a_family_outside_the_attention_registry_is_among_them():
-    """Such a model is given the tree as a mask; which families are outside depends on the version of transformers."""
+    """Such a model is given the pairs as a mask; which families are outside depends on the version of transformers."""
     outside = [name for name, build in MODELS.items() if not build()._can_set_attn_implementation()]
     assert outside == ["falcon, outside the attention registry"]
 
@@ -202,7 +206,7 @@ def test_order_split_chunk_and_checkpointing_change_nothing(model):
 
 
 def test_nothing_leaks_between_branches_or_pairs(model):
-    """Change one token of a rejected response: no other log-prob of the pack may change, not in the last bit."""
+    """Change one token of a rejected response: no other log-prob of the sequence may change, not in the last bit."""
     pairs = examples()
     policy = ResponseLogProbs(model)
     policy.use_layout("packed")
@@ -259,9 +263,9 @@ def test_more_than_one_query_block(monkeypatch):
         torch.testing.assert_close(ours, scores.softmax(-1) @ value.repeat_interleave(2, 1), rtol=1e-4, atol=1e-5)
 
 
-def test_what_the_tree_lets_see_by_hand():
+def test_what_pairs_see_by_hand():
     """prompt p0 p1, chosen c0, rejected r0 r1; then a pair of one token each. Rows see columns."""
-    seen = logprobs.tree_mask([(2, [1, 2]), (1, [1, 1])], torch.float32, "cpu")[0, 0] == 0
+    seen = logprobs.pairs_mask([(2, [1, 2]), (1, [1, 1])], torch.float32, "cpu")[0, 0] == 0
     assert seen.int().tolist() == [
         [1, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0],
@@ -275,6 +279,13 @@ def test_what_the_tree_lets_see_by_hand():
     # a window of 2 counts positions: r0 (position 2) no longer sees p0 (0) but p1 (1), although c0 stands between them
     ranges = torch.from_numpy(seen_ranges([(2, [1, 2])], 2))
     assert logprobs._sees(ranges, torch.tensor(3), torch.arange(5)).tolist() == [False, True, False, True, False]
+
+
+def test_importing_takes_no_compiler():
+    """torch's compiler is two seconds of import, which every `--help` would wait for."""
+    code = "import logprobs, sys; print('torch._dynamo' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(logprobs.__file__).parent)
+    assert said.stdout == "False\n", said.stderr
 
 
 # ---- the fused kernel, without a GPU ---------------------------------------------------------------------------------
@@ -308,19 +319,19 @@ def fused(monkeypatch):
     torch._dynamo.reset()
 
 
-def random_trees(count: int, longest: int, seed: int = 0) -> list[list[tuple[int, list[int]]]]:
-    """`count` packs of one to four prompts of one to three responses; the first is the single token of a rank without work."""
+def random_pairs(count: int, longest: int, seed: int = 0) -> list[list[tuple[int, list[int]]]]:
+    """`count` times one to four prompts of one to three responses; the first is the single token of a rank without work."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda high: torch.randint(1, high + 1, (), generator=g).item()  # noqa: E731
-    trees = [[(draw(longest), [draw(longest) for _ in range(draw(3))]) for _ in range(draw(4))] for _ in range(count - 1)]
-    return [[(0, [1])], *trees]
+    drawn = [[(draw(longest), [draw(longest) for _ in range(draw(3))]) for _ in range(draw(4))] for _ in range(count - 1)]
+    return [[(0, [1])], *drawn]
 
 
-def seen_by_definition(tree, window: int | None, size: int) -> torch.Tensor:
+def seen_by_definition(pairs, window: int | None, size: int) -> torch.Tensor:
     """(T, T) bool: same pair, not later, in the prompt or the own branch, fewer than `window` positions before. What is no
-    token of the tree is a prompt of its own."""
+    token of a pair is a prompt of its own."""
     pair, branch, position = [], [], []
-    for i, (p, rs) in enumerate([*tree, (size - sum(p + sum(rs) for p, rs in tree), [])]):
+    for i, (p, rs) in enumerate([*pairs, (size - sum(p + sum(rs) for p, rs in pairs), [])]):
         for j, n in enumerate((p, *rs)):
             pair, branch, position = pair + [i] * n, branch + [j] * n, position + [(p if j else 0) + t for t in range(n)]
     pair, branch, position = (torch.tensor(x) for x in (pair, branch, position))
@@ -331,10 +342,10 @@ def seen_by_definition(tree, window: int | None, size: int) -> torch.Tensor:
 @pytest.mark.parametrize("window", [None, 1, 5, 64, 200])
 def test_blocks_equal_torchs_own(window):
     """Cell by cell the definition, and each list of blocks the one that create_block_mask finds from all T² cells."""
-    for tree in random_trees(8, 250):
-        blocks = Blocks.of(tree, window, "cpu")
+    for pairs in random_pairs(8, 250):
+        blocks = Blocks.of(pairs, window, "cpu")
         size, index = len(blocks.ranges[0]), torch.arange(len(blocks.ranges[0]))
-        seen = seen_by_definition(tree, window, size)
+        seen = seen_by_definition(pairs, window, size)
         ours = blocks.mask()
         assert torch.equal(ours.mask_mod(None, None, index[:, None], index[None]), seen)
         theirs = flex.create_block_mask(lambda b, h, q, k, seen=seen: seen[q, k], None, None, size, size, device="cpu")
@@ -346,12 +357,12 @@ def test_blocks_equal_torchs_own(window):
 
 
 @pytest.mark.parametrize("window", [None, 4096])
-def test_blocks_of_a_long_pack_are_small(window):
+def test_blocks_of_a_long_sequence_are_small(window):
     """16,000 tokens: 6 MB while they are made and half a MB to keep, where (T, T) cells alone are 256 MB."""
-    tree = [(300, [350, 350])] * 16
+    pairs = [(300, [350, 350])] * 16
     tracemalloc.start()
     with will_it_fit.LiveBytes() as live:
-        blocks = Blocks.of(tree, window, "cpu")
+        blocks = Blocks.of(pairs, window, "cpu")
     host = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert host + live.peak < 6e6
@@ -359,21 +370,21 @@ def test_blocks_of_a_long_pack_are_small(window):
 
 
 @pytest.mark.parametrize("softcaps", [(None,), (50.0, 30.0)])
-def test_one_graph_serves_all_packs(monkeypatch, softcaps):
-    """Twelve packs, of one token first, with and without a window: per soft-cap a graph to train, one to evaluate, no break.
+def test_one_graph_serves_all_sequences(monkeypatch, softcaps):
+    """Twelve of them, one token first, with and without a window: per soft-cap a graph to train, one to evaluate, no break.
 
-    The first pack is as long as a head is wide, and has as many blocks as groups: equal by chance is not equal.
+    The first one is as long as a head is wide, and has as many blocks as groups: equal by chance is not equal.
     """
     with fused(monkeypatch) as graphs:
         for softcap in softcaps:
-            for tree in random_trees(12, 50):
+            for pairs in random_pairs(12, 50):
                 for window in (None, 64):
-                    blocks = Blocks.of(tree, window, "cpu")
+                    blocks = Blocks.of(pairs, window, "cpu")
                     for train_mode in (True, False):
                         query, key, value = (torch.randn(1, h, len(blocks.ranges[0]), 256) for h in (4, 2, 2))
                         with torch.set_grad_enabled(train_mode):
                             query.requires_grad_(train_mode)
-                            out, _ = logprobs.tree_attention(
+                            out, _ = logprobs.prefix_shared_attention(
                                 None, query, key, value, None, 0.3, window, softcap, blocks={window: blocks}
                             )
                         if train_mode:
@@ -382,7 +393,7 @@ def test_one_graph_serves_all_packs(monkeypatch, softcaps):
 
 
 def scored(policy, packs) -> list:
-    """(sums, the same without gradient, {parameter: gradient of a weighted sum}) of each pack."""
+    """(sums, the same without gradient, {parameter: gradient of a weighted sum}) of each sequence."""
     results = []
     for pack in packs:
         batch = packed_batch(pack)
@@ -402,8 +413,8 @@ PACKS = [[], *([e] for e in examples()), examples(), examples(1, [(20, 9, 9)] * 
     pytest.param("gpt2, learned positions", True, 1, marks=pytest.mark.slow),
     pytest.param("qwen2, window in one layer", True, 2, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_fused_packs_score_as_the_segments(monkeypatch, name, compiling, kinds):
-    """FlexAttention over the filled-up pack against pair by pair, values and gradients, the decoder blocks compiled or not.
+def test_the_fused_kernel_scores_as_pair_by_pair(monkeypatch, name, compiling, kinds):
+    """FlexAttention over the filled-up sequence against pair by pair, values and gradients, the decoder blocks compiled or not.
 
     A graph to train and one to evaluate for each kind of layer, with the kernel in it; the kernel alone has one kind.
     """
@@ -420,27 +431,28 @@ def test_fused_packs_score_as_the_segments(monkeypatch, name, compiling, kinds):
         policy.use_layout("padded")
         policy.model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=3, do_sample=False)
         policy(padded_batch(PACKS[1]))["logp"].sum().backward()
-        assert len(graphs) == 2 * kinds  # what is no pack stays eager
+        assert len(graphs) == 2 * kinds  # what is not packed stays eager
     for a, b in zip(ours, expected):
         torch.testing.assert_close(a[1], b[1], rtol=3e-6, atol=3e-5)
         assert_same((a[0], a[2]), (b[0], b[2]), rtol=3e-6)
 
 
-@pytest.mark.parametrize("name", [
-    "llama, tied", pytest.param("gemma2, soft-caps and alternating windows", marks=pytest.mark.slow)
+@pytest.mark.parametrize("name, backend", [
+    ("llama, tied", "eager"), pytest.param("llama, tied", "inductor", marks=pytest.mark.slow),
+    pytest.param("gemma2, soft-caps and alternating windows", "eager", marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_compiled_segments_score_as_they_do_uncompiled(monkeypatch, name):
-    """Decoder blocks compiled around attention pair by pair: values and gradients, and no graph of its own for a pack."""
+def test_compiled_blocks_score_as_they_do_uncompiled(monkeypatch, name, backend):
+    """Decoder blocks compiled around attention pair by pair: values and gradients, and no graph of its own for a sequence."""
     graphs = []
 
     def spy(graph, inputs):
         graphs.append(graph)
-        return graph  # as it was traced
+        return lookup_backend(backend)(graph, inputs)
 
     torch.manual_seed(0)
     policy = ResponseLogProbs(MODELS[name]().train())
     policy.use_layout("packed")
-    packs = [[Example(list(range(3, 3 + p)), [[5] * n for n in rs]) for p, rs in tree] for tree in random_trees(9, 12)[1:]]
+    packs = [[Example(list(range(3, 3 + p)), [[5] * n for n in rs]) for p, rs in pairs] for pairs in random_pairs(9, 12)[1:]]
     expected = scored(policy, packs)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=spy))
     torch._dynamo.reset()
@@ -457,7 +469,7 @@ def test_compiled_segments_score_as_they_do_uncompiled(monkeypatch, name):
 
 
 @pytest.mark.parametrize("compiling", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_fused_packs_through_fsdp(monkeypatch, compiling):
+def test_the_fused_kernel_through_fsdp(monkeypatch, compiling):
     """Batch and blocks pass FSDP's hooks, which cast and move what a forward is given; two ranks, checkpointed."""
     build = MODELS["gemma2, soft-caps and alternating windows"]
     torch.manual_seed(0)
@@ -489,14 +501,16 @@ def test_batches_pass_the_way_to_fsdps_device():
     batch = packed_batch(examples())
     (moved,), _ = _to_kwargs((batch,), {}, torch.device("meta"), False)
     (moved,) = moved
-    assert type(moved) is type(batch) and moved.tree == batch.tree and moved.responses == batch.responses
+    assert type(moved) is type(batch) and moved.pairs == batch.pairs and moved.responses == batch.responses
     assert all(x.is_meta and x.shape == y.shape for x, y in zip(moved, batch) if isinstance(x, torch.Tensor))
 
 
 def test_a_window_that_the_config_does_not_name_is_refused():
     q = torch.zeros(1, 1, 256, 4)
     with pytest.raises(ValueError, match="no window of 7.*--layout padded"):
-        logprobs.tree_attention(None, q, q, q, None, sliding_window=7, blocks={None: Blocks.of([(1, [1])], None, "cpu")})
+        logprobs.prefix_shared_attention(
+            None, q, q, q, None, sliding_window=7, blocks={None: Blocks.of([(1, [1])], None, "cpu")}
+        )
 
 
 def dense_attention(query, key, value, scaling, softcap, blocks) -> torch.Tensor:
@@ -532,8 +546,8 @@ class NoWaiting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["llama, tied", "gemma2, soft-caps and alternating windows", "gpt2, learned positions"])
-@pytest.mark.parametrize("also", [(), ("kl", "head", "power", "ref")])
-def test_scoring_a_microbatch_never_waits(monkeypatch, name, also):
+@pytest.mark.parametrize("outputs", [(), ("kl", "prefix_logp", "log_sum_p_squared", "ref")])
+def test_scoring_a_microbatch_never_waits(monkeypatch, name, outputs):
     torch.manual_seed(0)
     policy = ResponseLogProbs(MODELS[name](), MODELS[name]())
     policy.use_layout("packed")
@@ -542,7 +556,7 @@ def test_scoring_a_microbatch_never_waits(monkeypatch, name, also):
     monkeypatch.setattr(logprobs, "FUSED", ("cpu",))
     monkeypatch.setattr(logprobs, "_compiled_flex", lambda: dense_attention)
     with NoWaiting("cpu"):
-        sum(x.sum() for x in policy(batch, also).values()).backward()
+        sum(x.sum() for x in policy(batch, outputs).values()).backward()
     assert_same(gradients(policy, [batch], weights), expected, rtol=3e-6)
 
 
@@ -555,24 +569,31 @@ def test_gradients_on_another_device_than_the_hosts(monkeypatch, objective):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     chosen = train.parse_objective(objective)
     k = 1 if chosen.unpaired else chosen.responses
+    config = LlamaConfig(**{**SIZE, "num_hidden_layers": 1})  # of a whole model the test above this one sees the rest
     with torch.device("meta"):
-        build = MODELS["llama, tied"]
-        policy = ResponseLogProbs(build(), build() if chosen.needs("kl_w") else None)
+        reference = LlamaForCausalLM(config) if chosen.needs("kl_w") else None
+        policy = ResponseLogProbs(LlamaForCausalLM(config), reference)
     policy.use_layout("packed")
     rows = [e._replace(responses=e.responses[:k], desirable=i % 2 == 0 if chosen.unpaired else None, margin=1.0)
             for i, e in enumerate(examples())]  # fmt: skip
     zeros = torch.zeros(len(rows), k, device="meta")
-    known = train.known_sums(rows, "meta", ref=zeros, ref_head=zeros, ref_mismatch=zeros.flatten())
-    known = known._replace(logp_mismatch=zeros.flatten())
-    waiting = contextlib.nullcontext() if chosen.loss.random else NoWaiting("meta")  # what is drawn comes from the host
-    for budget, batches in ((30, 3), (10**6, 1)):
+    plan = [list(range(len(rows)))]
+
+    def stop(*_):
+        raise InterruptedError  # before the update, which begins with reading the numbers
+
+    monkeypatch.setattr(dist, "clip_gradients", stop)
+    random = chosen.terms[0].loss.random  # what is drawn comes from the host
+    waiting = contextlib.nullcontext() if random else NoWaiting("meta")
+    for budget, batches in ((40, 2), (10**6, 1)):
         s = train.Settings(dtype="fp32", tokens_per_microbatch=budget)
-        run = train.Run(s, chosen, torch.device("meta"), None, policy, None, [])
+        run = train.Run(s, chosen, torch.device("meta"), None, policy, rows, [], plan=plan)
+        run.ref = {"ref": zeros, "ref_prefix_logp": zeros} if chosen.needs("ref") else {}
+        run.ref_kl = [zeros.flatten()] if chosen.needs("ref_kl") else None
         made = run.microbatches(rows)
-        assert len(made) >= min(batches, 2) and all(b.targets.is_meta for _, b in made)
-        with waiting:
-            sums, loss = train.accumulate_gradients(run, rows, known, [0, 0], sft=0.1)
-        assert sums.logp.shape == (len(rows), k) and sums.logp.is_meta and loss.is_meta
+        assert len(made) == batches and all(b.targets.is_meta for _, b in made)
+        with waiting, pytest.raises(InterruptedError):
+            train.train_step(run, plan[0])
         assert all(p.grad.shape == p.shape for p in policy.model.parameters())
 
 
@@ -749,7 +770,7 @@ def test_sums_with_kl_and_reference():
 
 
 def test_sums_besides_the_log_probs():
-    """Heads, powers and the reference's sums of each sequence on its own, from its float64 softmax; and where gradients go."""
+    """Prefix sums, log Σ p² and the reference's sums of each sequence on its own, from its fp64 softmax; where gradients go."""
     torch.manual_seed(0)
     model, other = LlamaForCausalLM(LlamaConfig(**SIZE)), LlamaForCausalLM(LlamaConfig(**SIZE))
     policy, expected = ResponseLogProbs(model, reference=other, chunk=5), {}
@@ -759,19 +780,19 @@ def test_sums_besides_the_log_probs():
             for name, m in (("", model), ("ref_", other)):
                 p = m(input_ids=torch.tensor([e.prompt + r])).logits[0, len(e.prompt) - 1 : -1].double().softmax(-1)
                 each = p.gather(-1, torch.tensor(r)[:, None]).log().squeeze(-1)
-                expected.setdefault(name + "head", []).append(each[:shortest].sum())
+                expected.setdefault(name + "prefix_logp", []).append(each[:shortest].sum())
                 expected.setdefault(name or "logp", []).append(each.sum())
-                expected.setdefault(name + "power", []).append((p**2).sum(-1).log().sum())
+                expected.setdefault(name + "log_sum_p_squared", []).append((p**2).sum(-1).log().sum())
     expected["ref"] = expected.pop("ref_")
     for layout, make in (("packed", packed_batch), ("padded", padded_batch)):
         policy.use_layout(layout)
-        sums = policy(make(pairs), ("head", "power", "ref"))
-        assert set(sums) == {"logp", "head", "power", "ref", "ref_head"}
+        sums = policy(make(pairs), ("prefix_logp", "log_sum_p_squared", "ref"))
+        assert set(sums) == {"logp", "prefix_logp", "log_sum_p_squared", "ref", "ref_prefix_logp"}
         for name, x in sums.items():
             torch.testing.assert_close(x.double(), torch.stack(expected[name]).detach(), rtol=1e-5, atol=1e-5)
-            assert x.requires_grad == (name in ("logp", "head"))
-    sums["head"].sum().backward()
-    textbook = torch.autograd.grad(torch.stack(expected["head"]).sum(), model.lm_head.weight)[0]
+            assert x.requires_grad == (name in ("logp", "prefix_logp"))
+    sums["prefix_logp"].sum().backward()
+    textbook = torch.autograd.grad(torch.stack(expected["prefix_logp"]).sum(), model.lm_head.weight)[0]
     torch.testing.assert_close(model.lm_head.weight.grad, textbook, rtol=1e-4, atol=1e-5)
 
 
@@ -780,14 +801,14 @@ def test_an_empty_batch_gives_exact_zero_gradients():
     policy = ResponseLogProbs(LlamaForCausalLM(LlamaConfig(**SIZE)))
     for layout, make in (("packed", packed_batch), ("padded", padded_batch)):
         policy.use_layout(layout)
-        sums = policy(make([]), ("head", "power"))
+        sums = policy(make([]), ("prefix_logp", "log_sum_p_squared"))
         assert all(x.shape == (0,) for x in sums.values())
         logp = sums["logp"]
         logp.sum().backward()
         assert all(p.grad is None or not p.grad.any() for p in policy.parameters())
 
 
-def test_packed_attention_without_a_tree_says_what_to_do():
+def test_packed_attention_of_a_padded_batch_says_what_to_do():
     policy = ResponseLogProbs(LlamaForCausalLM(LlamaConfig(**SIZE)))
     policy.use_layout("packed")
     with pytest.raises(ValueError, match='use_layout\\("padded"\\)'):
@@ -803,8 +824,8 @@ def test_head_of_reads_bias_scale_and_soft_cap():
 
 def test_attention_sinks_are_refused():
     with pytest.raises(ValueError, match="--layout padded"):
-        logprobs.tree_attention(
-            None, *(torch.zeros(1, 1, 2, 4) for _ in range(3)), None, segments=Segments([(1, [1])]), s_aux=torch.zeros(1)
+        logprobs.prefix_shared_attention(
+            None, *(torch.zeros(1, 1, 2, 4) for _ in range(3)), None, pairs=PrefixSharedPairs([(1, [1])]), s_aux=torch.zeros(1)
         )
 
 

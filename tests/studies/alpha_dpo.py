@@ -20,6 +20,7 @@ import miniature
 import numpy as np
 import torch
 import torch.nn.functional as F
+import toy
 from miniature import GRID, markdown, mean_and_error
 from torch import Tensor
 
@@ -103,9 +104,8 @@ def follow(job: dict) -> dict:
     """A run like that of miniature.experiment, measured while it trains: see `followed`."""
     settings = {k: v for k, v in job.items() if k not in ("every", "checkpoints")}
     with tempfile.TemporaryDirectory() as folder:
-        plain = dict(out=f"{folder}/run", samples=0, layout="padded", dtype="fp32", tokens_per_microbatch=4096)
         try:
-            run = train.prepare(train.Settings(**plain | settings))
+            run = train.prepare(miniature.run_settings(settings, f"{folder}/run"))
             return {"job": job, **followed(run, Path(folder), job["every"], job["checkpoints"])}
         except UserError as error:
             return {"job": job, "error": str(error)}
@@ -116,63 +116,70 @@ def followed(run: train.Run, folder: Path, every: int, checkpoints: int) -> dict
 
     Returns:
         lines: means over held-out pairs every `every` steps and after the last, see `measure`
-        judged: train.judge's measures of the answers at `checkpoints` equal distances
+        judged: toy.judge's measures of the answers at `checkpoints` equal distances
         pairs: logp, ref, kl, length of the held-out pairs after the last step, (n, 2) each
         reference: per step mean, standard deviation and share above 0 of log π_ref(y_w) − log π_ref(y_l) of its batch, where
             the objective has a reference
         vocabulary: tokens
     """
     paired = train.parse_objective("simpo")  # sft and kto keep the held-out pairs otherwise
-    pairs = train.load_rows(run.s, run.tokenizer, paired).held_out
+    _, pairs, _ = train.load_rows(run.s, run.tokenizer, paired)
     start = copy.deepcopy(run.policy.model).requires_grad_(False).train(False)
     scorer = replace(run, policy=ResponseLogProbs(run.policy.model, start))
-    known = train.known_sums(pairs, run.device, ref=train.log_probs(scorer, pairs)["logp"])
-    steps, lines, judged = len(run.rows.plan), [measure(run, scorer, pairs, known)[0]], []
-    while run.step < steps:
-        train.step(run)
+    inputs = train.counted_inputs(pairs, run.device) | {"ref": train.log_probs(scorer, pairs)["logp"]}
+    steps = len(run.plan)
+    lines = [measure(run, scorer, pairs, inputs)[0]]
+    judged = []
+    for rows in run.plan:
+        train.train_step(run, rows)
         if run.step % every == 0 or run.step == steps:
-            line, sums = measure(run, scorer, pairs, known)
+            line, values = measure(run, scorer, pairs, inputs)
             lines.append(line)
         if run.step * checkpoints % steps == 0:
             judged.append({"step": run.step, **judge(run, folder)})
-    last = {name: np.round(getattr(sums, name).tolist(), 4).tolist() for name in ("logp", "ref", "kl", "length")}
-    more = {} if not run.rows.ref or run.objective.unpaired else {"reference": reference_margins(run.rows)}
+    names = {"logp": "logp", "ref": "ref", "kl": "kl", "length": "len"}
+    last = {name: np.round(values[key].tolist(), 4).tolist() for name, key in names.items()}
+    more = {} if not run.ref or run.objective.unpaired else {"reference": reference_margins(run)}
     return {"lines": lines, "judged": judged, "pairs": last, "vocabulary": len(run.tokenizer), **more}
 
 
-def measure(run: train.Run, scorer: train.Run, pairs, known: train.Sums) -> tuple[dict, train.Sums]:
+def measure(run: train.Run, scorer: train.Run, pairs, inputs: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
     """Means over the held-out pairs now: a_w, a_l (nats per token), KL(π_ref ‖ π_θ) summed along chosen and rejected (nats per
-    response), gradient norms; and the sums themselves."""
-    sums = train.log_probs(scorer, pairs, ("kl",))
-    means = {"a": sums["logp"] / known.length, "kl": sums["kl"]}
+    response), gradient norms; and what they are made of, (n, 2) each."""
+    values = inputs | train.log_probs(scorer, pairs, ("kl",))
+    means = {"a": values["logp"] / values["len"], "kl": values["kl"]}
     line = {f"{name}_{side}": x[:, i].mean().item() for name, x in means.items() for i, side in enumerate("wl")}
-    norms = {} if run.objective.unpaired else gradient_norms(run, pairs[:64], known.at(torch.arange(len(pairs[:64]))))
-    return {"step": run.step, **line, **norms}, known._replace(**sums)
+    norms = {}
+    if not run.objective.unpaired:
+        norms = gradient_norms(run, pairs[:64], {name: x[:64] for name, x in inputs.items()})
+    return {"step": run.step, **line, **norms}, values
 
 
-def gradient_norms(run: train.Run, pairs, known: train.Sums) -> dict[str, float]:
+def gradient_norms(run: train.Run, pairs, inputs: dict[str, Tensor]) -> dict[str, float]:
     """Norms of the two parts of the gradient of the mean loss of these pairs, through the chosen and through the rejected."""
     parameters = [p for p in run.policy.model.parameters() if p.requires_grad]
-    sums = {name: x.view(-1, 2) for name, x in run.policy(data.padded_batch(list(pairs)), run.also).items()}
-    _, factors = train.coefficients(run.objective, known._replace(**sums), [run.s.seed])
+    batch = data.padded_batch(list(pairs))
+    outputs = {name: x.view(-1, 2) for name, x in run.policy(batch, run.outputs).items()}
+    _, factors = run.objective.loss_and_grad(outputs, inputs, [run.s.seed])
     norms = {}
     for i, side in enumerate("wl"):
-        total = sum((sums[name][:, i] * x[:, i]).sum() for name, x in factors.items())
+        total = sum((outputs[name][:, i] * x[:, i]).sum() for name, x in factors.items())
         gradients = torch.autograd.grad(total / len(pairs), parameters, retain_graph=True)
         norms[f"norm_{side}"] = torch.stack([g.norm() for g in gradients]).norm().item()
     return norms
 
 
 def judge(run: train.Run, folder: Path) -> dict[str, float]:
-    """What train.judge measures of the policy's answers now."""
+    """What toy.judge measures of the policy's answers now."""
     run.policy.model.save_pretrained(folder / "now")
     run.tokenizer.save_pretrained(folder / "now")
-    return {name: now for name, (_, now) in train.judge(folder / "now", run.world, folder / "answers.jsonl").items()}
+    task = Path(run.s.model).parent
+    return {name: now for name, (_, now) in toy.judge(folder / "now", task, folder / "answers.jsonl").items()}
 
 
-def reference_margins(rows: train.Rows) -> list[list[float]]:
+def reference_margins(run: train.Run) -> list[list[float]]:
     """Mean, standard deviation and share above 0 of log π_ref(y_w) − log π_ref(y_l) in each batch of the plan."""
-    margins = [rows.ref["ref"][batch, 0] - rows.ref["ref"][batch, 1] for batch in rows.plan]
+    margins = [run.ref["ref"][rows, 0] - run.ref["ref"][rows, 1] for rows in run.plan]
     return [[m.mean().item(), m.std().item(), (m > 0).float().mean().item()] for m in margins]
 
 
@@ -283,7 +290,7 @@ def everywhere(jobs: dict[str, dict], seeds: int, file: Path, work=miniature.exp
 
 
 def numbers(job: dict) -> dict:
-    return train.parse_objective(job["objective"]).given
+    return train.parse_objective(job["objective"]).terms[0].given
 
 
 def curves(best: dict[str, dict]) -> dict[tuple[str, float], dict]:
@@ -489,7 +496,7 @@ def text_agreement(best: dict, traces: dict) -> str:
     for name in ("DPO", "IPO", "CPO", "SimPO", "α-DPO", "SimPER"):
         if traces[name]:
             x, objective = held_out(traces[name]), train.parse_objective(best[name]["objective"])
-            reward = objective.loss.reward(x["logp"], x["ref"], x["length"], **objective.given)
+            reward = objective.reward(x["logp"], x["ref"], x["length"])
             right = [(100 * (v[:, 0] > v[:, 1]).double().mean().item()) for v in (reward, x["logp"] / x["length"])]
             lines.append([name, f"{100 * agreement(reward, x['logp'], x['length']):.0f}", *(f"{r:.0f}" for r in right)])
     head = ["trained by", "reward and average log-prob agree, %", "reward ranks right, %", "average log-prob ranks right, %"]

@@ -135,10 +135,11 @@ KEPT = (
 STOPPED = KEPT.replace("--out run", "--out stopped") + " --resume"
 FILE = TRAIN.replace("train.py", "train.py {}").replace("--model model --dataset pairs.jsonl ", "")
 SETTINGS = "model: model\ndataset: pairs.jsonl\n"
-SAMPLE = "data.py sample --model model --prompts prompts.jsonl --out new.jsonl --max-tokens 4 -n 2"
-SCORE = "data.py score --responses sampled.jsonl --out new.jsonl"
-PAIRS = "data.py pairs --scored scored.jsonl --out new.jsonl"
-ANSWERS = "data.py answers --model model --prompts prompts.jsonl --out new.json --max-new-tokens 4"
+SAMPLE = "tests/tools/on_policy.py sample --model model --prompts prompts.jsonl --out new.jsonl --max-tokens 4 -n 2"
+TREE = SAMPLE.replace("tools/on_policy", "studies/diversify")
+SCORE = "tests/tools/on_policy.py score --responses sampled.jsonl --out new.jsonl"
+PAIRS = "tests/tools/on_policy.py pairs --scored scored.jsonl --out new.jsonl"
+ANSWERS = "tests/tools/answers.py --model model --prompts prompts.jsonl --out new.json --max-new-tokens 4"
 SHOW = "data.py show --model model --dataset"
 STATS = "data.py stats --model model --dataset"
 EXPORT = "distributed.py export stopped/checkpoints/step-000004"
@@ -239,10 +240,10 @@ def settings() -> Iterator[Case]:
         "batch-size": "0 -1 1.5", "epochs": "0 -1", "max-steps": "0 -1", "sample-tokens": "0 -3", "samples": "-1",
         "eval-size": "10000 -1", "seed": "-1 x", "mesh": "axb 2x2 0x0", "min-score-margin": "nan",
         "equal-length": "2 nan -1", "device": "cuda:7 gpu meta", "dtype": "fp64", "layout": "tree", "log-to": "nothing",
-        "recipe": "nobody", "compat": "nobody", "export-dtype": "int4", "replays": "0", "reset-alpha": "2 nan",
+        "compat": "nobody", "export-dtype": "int4", "replays": "0", "reset-alpha": "2 nan",
         "sft-weight": "nan -1", "tokens-per-microbatch": "0", "keep": "0", "save-every": "-1", "eval-every": "-1",
         "max-drop-fraction": "nan 2", "gradient-checkpointing": "perhaps", "max-length": "1 0 -5",
-        "max-prompt-length": "0 4096",        "learning-rate": "1e-3", "length-bias": "nan", "annotator-noise": "nan",
+        "max-prompt-length": "0 4096", "learning-rate": "1e-3",
     }.items():  # fmt: skip
         for value in values.split():
             word = "mesh|torchrun" if option == "mesh" else option.replace("-", ".")
@@ -256,6 +257,11 @@ def settings() -> Iterator[Case]:
     yield Case("settings: reset_modules of no name", f"{TRAIN} --reset-alpha 0.5 --reset-modules nothing", "reset.modules")
     yield Case("settings: no dataset", "train.py --model model --out out", "dataset")
     yield Case("settings: no model", "train.py --dataset pairs.jsonl --out out", "model")
+    for option, value in (("noise", "nan"), ("noise", "-1"), ("length-bias", "nan"), ("world", "nobody"), ("seed", "x")):
+        yield Case(f"toy.py: build --{option} {value}", f"tests/tools/toy.py build --out new --{option} {value}", option[:5])
+    yield Case("toy.py: build onto files", "tests/tools/toy.py build --out model", "model")
+    yield Case("toy.py: judge no model", "tests/tools/toy.py judge pairs.jsonl", "pairs.jsonl")
+    yield Case("toy.py: judge by no task", "tests/tools/toy.py judge model --toy cache", "cache")
     for what, out in (("of 300 characters", "o" * 300), ("a file", "pairs.jsonl"), ("under a file", "pairs.jsonl/out"),
                       ("in /proc", "/proc/plainpo"), ("in a read-only folder", "/sys/plainpo")):  # fmt: skip
         yield Case(f"settings: out {what}", f"{TRAIN} --out {out}", "out")
@@ -410,26 +416,31 @@ def commands() -> Iterator[Case]:
     yield Case(name("no command"), "data.py", "command")
     yield Case(name("an unknown command"), "data.py shwo", "shwo")
     yield Case(name("show without model"), "data.py show --dataset pairs.jsonl", "model")
-    yield Case(name("sample of nothing"), "data.py sample", "model|prompts")
+
+
+def tools() -> Iterator[Case]:
+    name, study, judges = "on_policy.py: {}".format, "diversify.py: {}".format, "answers.py: {}".format
+    yield Case(name("sample of nothing"), "tests/tools/on_policy.py sample", "model|prompts")
     for option, value, word in (
         ("temperature", "nan", "temperature"), ("temperature", "inf", "temperature"), ("temperature", "-1", "temperature"),
-        ("n", "0", "n,|n "), ("strategy", "mad", "mad"), ("top-p", "nan", "top.p"), ("top-p", "0", "top.p"),
+        ("n", "0", "n,|n "), ("top-p", "nan", "top.p"), ("top-p", "0", "top.p"),
         ("max-tokens", "0", "max.tokens"), ("batch-size", "0", "batch.size"), ("seed", LONG, "seed"),
         ("device", "cuda:7", "device|cuda"), ("device", "gpu", "device|gpu"), ("device", "meta", "device|meta"),
         ("prompts", "rules.py", "rules.py"), ("out", "model", "model"), ("out", "/proc/x/y.jsonl", "/proc/x"),
         ("out", "o" * 300, "ooo"),
     ):  # fmt: skip
         yield Case(name(f"sample --{option} {value[:20]}"), f"{SAMPLE} --{option} {value}", word)
-    tree = f"{SAMPLE} --strategy mcts --rule rules.py:words"
-    yield Case(name("sample by mcts without a rule"), f"{SAMPLE} --strategy mcts", "rule")
-    yield Case(name("sample by plain with a rule"), f"{SAMPLE} --rule rules.py:words", "rule|mcts")
+    tree = f"{TREE} --strategy mcts --rule rules.py:words"
+    yield Case(study("sample by no strategy"), f"{TREE} --strategy mad", "mad")
+    yield Case(study("sample by mcts without a rule"), f"{TREE} --strategy mcts", "rule")
+    yield Case(study("sample by plain with a rule"), f"{TREE} --rule rules.py:words", "rule|mcts")
     for rule in ("nowhere.py:f", "rules.py:NUMBER", "rules.py:raises", "rules.py:text", "rules.py:one"):
         yield Case(
-            name(f"sample by mcts --rule {rule}"), f"{SAMPLE} --max-tokens 64 --strategy mcts --rule {rule}", re.escape(rule)
+            study(f"sample by mcts --rule {rule}"), f"{TREE} --max-tokens 64 --strategy mcts --rule {rule}", re.escape(rule)
         )
     for option, value in (("iterations", "0"), ("iterations", LONG), ("exploration", "-1"), ("exploration", "nan"),
                           ("step-end", "''")):  # fmt: skip
-        yield Case(name(f"sample by mcts --{option} {value[:20]}"), f"{tree} --{option} {value}", option.replace("-", "."))
+        yield Case(study(f"sample by mcts --{option} {value[:20]}"), f"{tree} --{option} {value}", option.replace("-", "."))
     yield Case(name("sample, out is prompts"), f"{SAMPLE} --out prompts.jsonl", "prompts.jsonl")
     yield Case(name("sample, out of other settings"), f"{SAMPLE} --out sampled.jsonl --temperature 0.5", "temperature")
     yield Case(name("sample, out is no JSON"), f"{SAMPLE} --out rules.py", "rules.py")
@@ -457,15 +468,18 @@ def commands() -> Iterator[Case]:
     yield Case(name("pairs, out is scored"), f"{PAIRS} --out scored.jsonl", "scored.jsonl")
     yield Case(name("pairs, how is nonsense"), f"{PAIRS} --how nonsense", "nonsense")
     yield Case(name("pairs, no scores"), f"{PAIRS} --scored sampled.jsonl", "scores")
-    yield Case(name("pairs, steps without a tree"), f"{PAIRS} --how step", "mcts")
-    yield Case(name("pairs, min_visits 0"), f"{PAIRS} --how step --min-visits 0", "min.visits")
+    steps = "tests/studies/diversify.py steps --model model --sampled scored.jsonl --out new.jsonl"
+    yield Case(study("steps without a tree"), steps, "mcts")
+    yield Case(study("steps, min_visits 0"), f"{steps} --min-visits 0", "min.visits")
+    training = TRAIN.replace("train.py", "tests/studies/diversify.py train")
+    yield Case(study("training on steps that are none"), training, "not a pair of steps")
     yield Case(name("pairs, min_margin nan"), f"{PAIRS} --min-margin nan", "min.margin")
     yield Case(name("pairs, out is a folder"), f"{PAIRS} --out model", "model")
     yield Case(name("pairs, out under a file"), f"{PAIRS} --out rules.py/new.jsonl", "rules.py")
-    yield Case(name("answers, out is there"), f"{ANSWERS} --out scored.jsonl", "scored.jsonl")
+    yield Case(judges("out is there"), f"{ANSWERS} --out scored.jsonl", "scored.jsonl")
     for option, value in (("style", "nonsense"), ("decoding", "nonsense"), ("temperature", "nan"), ("max-new-tokens", "0"),
                           ("device", "gpu"), ("model", "nowhere"), ("prompts", "nowhere.jsonl")):  # fmt: skip
-        yield Case(name(f"answers --{option} {value}"), f"{ANSWERS} --{option} {value}", f"{option.replace('-', '.')}|nowhere")
+        yield Case(judges(f"--{option} {value}"), f"{ANSWERS} --{option} {value}", f"{option.replace('-', '.')}|nowhere")
 
 
 def plans_and_exports() -> Iterator[Case]:
@@ -584,8 +598,8 @@ def checkpoints() -> Iterator[Case]:
         yield Case(f"checkpoint: {what}", STOPPED, word, before, (0, 2), **going_on)
 
 
-GROUPS = (overwriting, resuming, models, settings, settings_files, objectives, datasets, commands, plans_and_exports, outputs,
-          checkpoints)  # fmt: skip
+GROUPS = (overwriting, resuming, models, settings, settings_files, objectives, datasets, commands, tools,
+          plans_and_exports, outputs, checkpoints)  # fmt: skip
 
 
 def all_cases() -> list[Case]:
@@ -613,13 +627,12 @@ def one(response): return 1.0
 def fixture(folder: Path) -> None:
     """Model, judge, pairs, labelled rows, prompts, samples, scores, rules, a finished run, and one stopped in step 6."""
     import torch
+    import toy
     from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    import data
 
     processes.small_world(folder)
     torch.manual_seed(1)
-    tokenizer = data.world_tokenizer()
+    tokenizer = toy.word_tokenizer()
     LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tokenizer), **SMALL, num_labels=1)).save_pretrained(
         folder / "judge"
     )

@@ -10,7 +10,7 @@ Every variant runs in a process of its own, so that its peak memory is its own, 
 rounds, so that a machine that drifts drifts for all. A round is two optimizer steps to warm up and then the measured steps,
 each of `--batch-size` pairs, the first ones of the file that fit. A figure is the mean over rounds, then the lowest and the
 highest; a ratio is taken within a round. Peak memory is that of the process, less 16 bytes per weight (fp32 weights, gradients
-and two moments). The matmul rate is measured in each process (train.matmul_rate).
+and two moments). The matmul rate is measured in each process (`matmul_rate`).
 
 There are two yardsticks: the textbook (a padded batch, all its logits, a log-softmax; the loop around it and the
 reference's pass are ours) and trl.
@@ -98,66 +98,69 @@ def built(args, s: train.Settings) -> train.Run:
         model = LlamaForCausalLM(config).train()
     policy = train.dist.shard(train.ResponseLogProbs(model), checkpointing=s.gradient_checkpointing, compiling=s.compile)
     policy.use_layout(s.layout)
-    rows = train.Rows(examples, [], {})
-    run = train.Run(s, train.parse_objective(s.objective), device, None, policy, rows, [])
+    run = train.Run(s, train.read_objective(s.objective), device, None, policy, examples, [])
     if run.objective.needs("ref"):
-        rows.ref = {"ref": train.log_probs(run, examples)["logp"]}
+        run.ref = {"ref": train.log_probs(run, examples)["logp"]}
     run.optimizer = train.make_optimizer(run)
     return run
 
 
-def full_logits(run: train.Run, examples: list, known: train.Sums, *_) -> tuple[train.Sums, torch.Tensor]:
+def full_logits_step(run: train.Run, rows: list[int]) -> None:
     """The textbook: all logits of the padded batch, a log-softmax over them, then the response tokens."""
-    d = data.padded_batch(examples).to(run.device)
+    examples = [run.train[i] for i in rows]
+    inputs = train.batch_inputs(run, examples, rows)
+    batch = data.padded_batch(examples).to(run.device)
     with run.arithmetic():
-        logits = run.policy.model(input_ids=d.input_ids, use_cache=False).logits
-        logp = logits.float().log_softmax(-1).flatten(0, 1)[d.index, d.targets]
-    sums = known._replace(logp=torch.zeros(d.responses, device=run.device).index_add(0, d.response, logp).view(-1, 2))
-    loss = run.objective(sums.by_name(), seed=[0])
-    loss.mean().backward()
-    return sums._replace(logp=sums.logp.detach()), loss.detach()
+        logits = run.policy.model(input_ids=batch.input_ids, use_cache=False).logits
+        logp = logits.float().log_softmax(-1).flatten(0, 1)[batch.index, batch.targets]
+    logps = torch.zeros(batch.responses, device=run.device).index_add(0, batch.response, logp)
+    run.objective.row_losses({"logp": logps.view(-1, 2)}, inputs, [0]).mean().backward()
+    update(run)
 
 
-def unshared(run: train.Run, examples: list, known: train.Sums, *_) -> tuple[train.Sums, torch.Tensor]:
+def unshared_step(run: train.Run, rows: list[int]) -> None:
     """Packed, but each response brings its own copy of the prompt. A row alone has no pair to be compared with, so the
     backward pass starts from Σ logp; it costs the same."""
-    alone = [data.Example(e.prompt, [r]) for e in examples for r in e.responses]
-    logps = torch.zeros(len(alone), device=run.device)
+    alone = [data.Example(run.train[i].prompt, [r]) for i in rows for r in run.train[i].responses]
     with run.arithmetic():
-        for part, d in run.microbatches(alone):
-            logp = run.policy(d)["logp"]
-            logp.sum().backward()
-            logps[part] = logp.detach()
-    return known._replace(logp=logps.view(-1, 2)), torch.zeros(len(examples))
+        for _, batch in run.microbatches(alone):
+            run.policy(batch)["logp"].sum().backward()
+    update(run)
+
+
+def update(run: train.Run) -> None:
+    """The end of the trainer's step: clip, learning rate, AdamW."""
+    float(train.dist.clip_gradients(run.policy, run.s.max_grad_norm))
+    for group in run.optimizer.param_groups:
+        group["lr"] = train.learning_rate(run.step, len(run.plan), run.s)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.step += 1
 
 
 def ours(args) -> dict:
-    """One round of one of our variants: the trainer's own step, its gradient computed in the variant's way."""
+    """One round of one of our variants: the trainer's own step, or one whose gradient is computed in another way."""
     layout, _ = VARIANTS[args.variant]
     with tempfile.TemporaryDirectory() as folder:
         s = settings_of(args, folder)
         run = train.prepare(s) if args.dataset else built(args, s)
     need, size = args.batch_size * (args.steps + WARM), args.batch_size
-    if len(run.rows.train) < need:
-        sys.exit(f"{args.dataset}: {need} pairs are needed, {len(run.rows.train)} fit")
-    run.rows.plan = [list(range(i, i + size)) for i in range(0, need, size)]
-    measured = [run.rows.train[i] for i in range(WARM * size, need)]
-    original = train.accumulate_gradients
-    train.accumulate_gradients = {"full": full_logits, "unshared": unshared}.get(layout, original)
-    try:
-        for _ in range(WARM):
-            train.step(run)
-        with torch.profiler.profile() if args.profile else contextlib.nullcontext() as profiler:
-            tick = synchronized()
-            if run.objective.needs("ref"):
-                train.log_probs(run, measured)  # what the reference costs: a pass that is made once
-            for _ in range(args.steps):
-                train.step(run)
-            seconds = synchronized() - tick
-    finally:
-        train.accumulate_gradients = original
+    if len(run.train) < need:
+        sys.exit(f"{args.dataset}: {need} pairs are needed, {len(run.train)} fit")
+    run.plan = [list(range(i, i + size)) for i in range(0, need, size)]
+    measured = [run.train[i] for i in range(WARM * size, need)]
+    step = {"full": full_logits_step, "unshared": unshared_step}.get(layout, train.train_step)
+    for rows in run.plan[:WARM]:
+        step(run, rows)
+    with torch.profiler.profile() if args.profile else contextlib.nullcontext() as profiler:
+        tick = synchronized()
+        if run.objective.needs("ref"):
+            train.log_probs(run, measured)  # what the reference costs: a pass that is made once
+        for rows in run.plan[WARM:]:
+            step(run, rows)
+        seconds = synchronized() - tick
     shares = {"shares": shares_of(profiler.key_averages())} if args.profile else {}
-    return finish(args, run.policy.model, measured, seconds) | shares
+    return finish(args, run.policy.model, measured, seconds) | shares | balance(run, measured[:size])
 
 
 def shares_of(operators) -> dict[str, float]:
@@ -175,6 +178,33 @@ def synchronized() -> float:
     return time.perf_counter()
 
 
+def matmul_rate(model: torch.nn.Module, dtype: torch.dtype) -> float:
+    """Best floating-point operations per second of a few products: 2,048 tokens through the model's MLP, and 2,048³."""
+    config = model.config.get_text_config()
+    hidden = config.hidden_size
+    mlp = getattr(config, "intermediate_size", None) or 4 * hidden
+    best = 0.0
+    for n, k, m in ((2048, hidden, mlp), (2048, mlp, hidden), (2048, 2048, 2048)):
+        a = torch.randn(n, k, device=model.device).to(dtype)
+        b = torch.randn(k, m, device=model.device).to(dtype)
+        for _ in range(4):
+            tick = synchronized()
+            a @ b
+            best = max(best, 2.0 * n * k * m / (synchronized() - tick))
+    return best
+
+
+def balance(run: train.Run, examples: list) -> dict[str, float]:
+    """How a step is divided: its microbatches, the heaviest over the mean one, and the share of computed positions that is
+    padding or a prompt repeated."""
+    loads = []
+    cells = 0
+    for at, batch in run.microbatches(examples):
+        loads.append(sum(data.tokens_of(examples[i]) for i in at))
+        cells += loads[-1] if batch.pairs is not None else batch.input_ids.numel()
+    return {"microbatches": len(loads), "imbalance": max(loads) * len(loads) / sum(loads), "padding": 1 - sum(loads) / cells}
+
+
 def textbook_flops(model, examples: list, batch_size: int) -> float:
     """What the same pairs take as padded batches with all their logits: each row as long as the longest one of its batch."""
     rows = []
@@ -190,7 +220,7 @@ def finish(args, model, examples: list, seconds: float) -> dict:
         "variant": args.variant, "dtype": args.dtype, "pairs": len(examples), "seconds": seconds,
         "tokens": sum(map(data.tokens_of, examples)), "flops": model_flops(model, examples),
         "textbook_flops": textbook_flops(model, examples, args.batch_size),
-        "rate": train.matmul_rate(model, dtype), "peak_above_state": peak - 16 * sum(p.numel() for p in model.parameters()),
+        "rate": matmul_rate(model, dtype), "peak_above_state": peak - 16 * sum(p.numel() for p in model.parameters()),
     }  # fmt: skip
 
 
@@ -310,6 +340,16 @@ def table(rounds: dict[tuple[str, str], list[dict]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def balance_lines(rounds: dict[tuple[str, str], list[dict]]) -> str:
+    """How the first measured step of each of our variants was divided into microbatches."""
+    lines = []
+    for (variant, dtype), own in rounds.items():
+        if "microbatches" in own[0]:
+            how = "{microbatches} microbatches, the heaviest {imbalance:.2f} times the mean, {padding:.0%} padding"
+            lines.append(f"{variant}, {dtype}: {how.format(**own[0])}\n")
+    return "".join(lines)
+
+
 def profile_table(rounds: dict[tuple[str, str], list[dict]]) -> str:
     """Markdown: where the time of a step goes, the mean of a variant's rounds."""
     kinds = [*KINDS, "elsewhere"]
@@ -399,7 +439,7 @@ def main(argv: list[str] | None = None) -> None:
                 speed = result["pairs"] / result["seconds"]
                 print(f"round {r + 1}: {variant}, {dtype}: {speed:.2f} pairs/s", file=sys.stderr, flush=True)
         write(args, [{"variant": v, "dtype": d, **summary_of(own), "rounds": own} for (v, d), own in rounds.items()])
-    print(f"{header(args, result['textbook_flops'] / result['flops'])}\n\n{table(rounds)}")
+    print(f"{header(args, result['textbook_flops'] / result['flops'])}\n\n{table(rounds)}\n{balance_lines(rounds)}")
     if args.profile:
         print(profile_table(rounds))
 

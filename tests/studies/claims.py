@@ -1,4 +1,4 @@
-"""Which of the papers' claims hold, and where: every claim in eight embedded worlds.
+"""Which of the papers' claims hold, and where: every claim in eight worlds, which are toy tasks.
 
     python tests/studies/claims.py --out runs/claims                     # some 800 runs: 45 minutes on two cores
     python tests/studies/claims.py --out runs/claims --resume            # goes on where a killed one stopped
@@ -130,7 +130,7 @@ def study(s: Study) -> dict:
     out = train.prepare_out(s)
     train.write_whole(out / train.MARKER, json.dumps({"plainpo": {"study": "claims"}}))
     train.write_whole(out / "settings.json", json.dumps(asdict(s), indent=2) + "\n")
-    common = {"model": "tiny", "dataset": "tiny", "cache": s.cache}
+    common = {"cache": s.cache}
     tried = {
         (world, name): [common | of_world | run | {"lr": lr, "seed": TUNING_SEED} for lr in LEARNING_RATES]
         for world, of_world in WORLDS.items() for name, run in RUNS.items()

@@ -5,17 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy
 from transformers import LlamaConfig, LlamaForCausalLM
 from worlds import world_pairs
-
-import data
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory) -> Path:
     """A folder with an untrained model, 40 pairs and 40 labelled completions, as a user would have them."""
     folder = tmp_path_factory.mktemp("small")
-    tokenizer, pairs = data.world_tokenizer(), world_pairs(0, 0, 40)
+    tokenizer, pairs = toy.word_tokenizer(), world_pairs(0, 0, 40)
     shape = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True, bos_token_id=None, eos_token_id=3, pad_token_id=3))

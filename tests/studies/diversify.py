@@ -9,36 +9,439 @@ After Dokmeci 2025 (temperature, chain of thought, tree search, DTS), at a size 
 from careless demonstrations; each strategy then samples from it until its *generated* tokens are spent, the same number for all
 (prompts that are read cost nothing here; a search reads its prompt once more in each iteration). Each set gives pairs, on which
 four objectives train the start, each at the best of three learning rates in a world of its own. A pair of whole answers is a
-right one against a wrong one, one pair a prompt, as `data.py pairs --how correct` takes them.
+right one against a wrong one, one pair a prompt, as `on_policy.py pairs --how correct` takes them.
 
 - plain: n answers to a prompt.
 - dts: two approaches, n / 2 answers by each. A tiny model follows no instructions, so the two are words that it was taught: "by
-  products" (7 × 3 = 21) and "by sums" (7 + 7 = 14 ; 14 + 7 = 21). Naming approaches costs nothing here, unlike in `data.py`.
-- mcts: `data.py sample --strategy mcts`, a step ends at ";". Its pairs are whole answers, or steps.
+  products" (7 × 3 = 21) and "by sums" (7 + 7 = 14 ; 14 + 7 = 21). Naming approaches costs nothing here, unlike below.
+- mcts: the tree search below, a step ends at ";". Its pairs are whole answers, or steps.
 - cot is not represented: all answers go step by step, as nobody could tell this model to.
+
+The strategies by themselves, for any model and prompts, and training on pairs of steps:
+
+    python tests/studies/diversify.py sample MODEL PROMPTS.jsonl sampled.jsonl --strategy plain,cot,dts
+    python tests/studies/diversify.py sample MODEL PROMPTS.jsonl tree.jsonl --strategy mcts --rule rules.py:right
+    python tests/studies/diversify.py steps MODEL tree.jsonl steps.jsonl --min_visits 2 --min_margin 0.5
+    python tests/studies/diversify.py train --model MODEL --dataset steps.jsonl    # and any setting of train.py
 """
 
+import functools
 import itertools
 import json
-import os
+import math
+import re
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import numpy as np  # noqa: E402
+import on_policy  # noqa: E402
 import torch  # noqa: E402
+import toy  # noqa: E402
 from claims import verdict  # noqa: E402
-from miniature import job_key, markdown, mean_and_error, run_jobs  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from miniature import job_key, markdown, mean_and_error, refuse_own_data, run_jobs  # noqa: E402
+from on_policy import Sampling, prompt_ids, quiet, say  # noqa: E402
 
 import data  # noqa: E402
 import train  # noqa: E402
-from data import UserError, setting  # noqa: E402
+from data import Example, Examples, Report, UserError, setting  # noqa: E402
+
+PROG = "tests/studies/diversify.py"
+
+# ---- strategies of sampling ------------------------------------------------------------------------------------------
+
+STRATEGIES = ("plain", "cot", "dts", "mcts")
+STEP_BY_STEP = "\n\nThink step by step, then give the final answer."
+NAME_APPROACHES = "\n\nName {n} clearly different approaches to this, one per line, numbered. Do not carry them out yet."
+BY_APPROACH = "\n\nAnswer by this approach: {approach}"
+
+
+@dataclass
+class Strategies(Sampling):
+    """Sample n responses to every prompt by each strategy and add them to out, which is continued if it is there.
+
+    Rows are those of on_policy.py; of a response that two strategies gave, `strategies` names the first. cot asks to think step
+    by step. dts asks for n different approaches, then for an answer by each; the tokens of both count.
+
+    mcts searches a tree of steps (text up to step_end): each iteration goes down it by W/N + c√(ln N_parent/N), samples n
+    answers from there on and adds the first step of each, equal ones once; an answer's reward is 1 where the reward function
+    gives above ½ (or true), else −1, also where it did not end. Rows then have `rewards` (null for what another strategy gave),
+    `sampled` (answers) and `tree`. Published uses differ: the diversification paper's mcts is OptiLLM's, over whole turns of a
+    dialogue, 22 generations for one answer; MCTS-DPO searches steps as here, but by PUCT, with the model's own evaluation.
+    """
+
+    strategy: str = setting(
+        "plain",
+        "plain, cot (think step by step), dts (n approaches, then an answer by each), mcts (a tree of steps, needs rule), or "
+        "several with commas",
+    )
+    rule: str = setting("", "mcts: reward function, file.py:function of (row, response)")  # or the function itself
+    iterations: int = setting(8, "mcts: steps of the tree from which n answers each are sampled")
+    exploration: float = setting(1.4, "mcts: c, how much rarely visited steps are preferred")
+    step_end: str = setting(r"\n", r"mcts: what ends a step, such as \n or ;")
+
+    def names(self) -> list[str]:
+        return [name.strip() for name in self.strategy.split(",")]
+
+    def recorded(self) -> dict:
+        recorded = super().recorded() | {"strategy": self.strategy}
+        if self.rule:
+            name = self.rule if isinstance(self.rule, str) else getattr(self.rule, "__qualname__", type(self.rule).__name__)
+            recorded |= {"rule": name, "iterations": self.iterations}
+            recorded |= {"exploration": self.exploration, "step_end": self.step_end}
+        return recorded
+
+    def asked(self, row: dict) -> int:
+        return sum(row["sampled"] if name == "mcts" else self.n for name in self.names())
+
+
+def sample(s: Strategies, say: Callable[[str], None] = quiet) -> None:
+    """Sample responses by one or several strategies, see Strategies."""
+    for name in s.names():
+        data.refuse_unless_known("strategy", name, STRATEGIES)
+    on_policy.check_decoding(s.temperature, s.top_p, iterations=s.iterations)
+    if "mcts" in s.names() and not s.rule:
+        raise UserError(f"strategy {s.strategy} needs a reward function: give --rule file.py:function")
+    if s.rule and "mcts" not in s.names():
+        raise UserError(f"strategy {s.strategy} has none for --rule, which only mcts uses")
+    if not 0 <= s.exploration < math.inf or not s.step_end:
+        raise UserError(f"exploration is {s.exploration:g} and step_end {s.step_end!r}; at least 0, and some text")
+    scores_of = on_policy.by_reward_function(s.rule) if s.rule else None
+    on_policy.sample(s, say=say, respond=functools.partial(respond, scores_of=scores_of))
+
+
+def respond(model, tokenizer, rows: list[dict], s: Strategies, seed: int, scores_of: Callable | None) -> list[dict]:
+    """What all strategies together give for each row."""
+    of_row = [[] for _ in rows]
+    for name in s.names():
+        if name == "plain":
+            found = on_policy.plain_responses(model, tokenizer, rows, s, seed)
+        elif name == "cot":
+            asked = [{**row, "prompt": with_more(row["prompt"], STEP_BY_STEP)} for row in rows]
+            found = on_policy.plain_responses(model, tokenizer, asked, s, seed)
+        elif name == "dts":
+            found = by_approaches(model, tokenizer, rows, s, seed)
+        else:
+            found = by_search(model, tokenizer, rows, s, seed + 2**31, scores_of)  # other draws than plain's
+        for parts, part in zip(of_row, found):
+            parts.append((name, part))
+    return [merged(parts) for parts in of_row]
+
+
+def merged(parts: list[tuple[str, dict]]) -> dict:
+    """What several strategies gave for one row: every response once, as the first one gave it; counts are added up."""
+    kept = {}
+    row = {"responses": [], "strategies": [], "unfinished": 0, "tokens": 0}
+    for name, part in parts:
+        rewards = part.get("rewards", [None] * len(part["responses"]))
+        for text, reward in zip(part["responses"], rewards):
+            kept.setdefault(text, (name, reward))
+        row["unfinished"] += part["unfinished"]
+        row["tokens"] += part["tokens"]
+        if name == "mcts":
+            row |= {"rewards": [], "sampled": part["sampled"], "tree": part["tree"]}
+    row["responses"] = list(kept)
+    row["strategies"] = [name for name, _ in kept.values()]
+    if "rewards" in row:
+        row["rewards"] = [reward for _, reward in kept.values()]
+    return row
+
+
+def with_more(prompt: list[dict], addition: str) -> list[dict]:
+    last = prompt[-1]
+    return [*prompt[:-1], {**last, "content": last["content"] + addition}]
+
+
+def by_approaches(model, tokenizer, rows: list[dict], s: Strategies, seed: int) -> list[dict]:
+    """dts: each row's approaches, then an answer by each; where there are too few, the rest is sampled plainly."""
+    asked = [with_more(row["prompt"], NAME_APPROACHES.format(n=s.n)) for row in rows]
+    plans, _, tokens = on_policy.answer(model, tokenizer, asked, s, seed)
+    questions = []
+    for row, plan in zip(rows, plans):
+        approaches = re.findall(r"^\s*\d+[.):]\s*(.+)$", plan, re.MULTILINE)[: s.n]
+        questions += [with_more(row["prompt"], BY_APPROACH.format(approach=approach)) for approach in approaches]
+        questions += [row["prompt"]] * (s.n - len(approaches))
+    found = on_policy.draw(model, tokenizer, questions, s, seed + 1, "dts")
+    for part, spent in zip(found, tokens):
+        part["tokens"] += spent
+    return found
+
+
+# ---- tree search -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Step:
+    """A node of a search tree: an answer up to the end of a step, and what became of the answers that went through it."""
+
+    ids: list[int]  # of the answer from its beginning
+    text: str = ""  # of these
+    parent: "Step | None" = None
+    ended: bool = False  # whether the answer ends here
+    n: int = 0  # visits: answers through it, and repeats of one that ended with it
+    w: float = 0.0  # sum of their rewards
+    children: dict[tuple[str, bool], "Step"] = field(default_factory=dict)  # by text and ended
+
+
+@dataclass
+class Tree:
+    """The search for answers to one prompt, and what its answers came to."""
+
+    prompt: list[int]  # token ids
+    reward: Callable[[str], int]  # of an answer's text: 1 or −1
+    root: Step = field(default_factory=lambda: Step([]))
+    kept: dict[str, int] = field(default_factory=dict)  # answer → reward
+    unfinished: int = 0
+    tokens: int = 0
+    sampled: int = 0
+
+
+def upper_bound(step: Step, c: float) -> float:
+    return step.w / step.n + c * math.sqrt(math.log(step.parent.n) / step.n)
+
+
+def leaf_below(step: Step, c: float) -> Step:
+    """Down from a step, always to the child of the highest `upper_bound`; none is unvisited, as each is made by an answer."""
+    while step.children:
+        step = max(step.children.values(), key=functools.partial(upper_bound, c=c))
+    return step
+
+
+def back_up(step: Step | None, reward: float) -> None:
+    while step is not None:
+        step.n += 1
+        step.w += reward
+        step = step.parent
+
+
+def step_length(leaf: Step, whole: list[int], text_of: Callable[[list[int]], str], step_end: str) -> int:
+    """Tokens of an answer up to the first after which what follows the leaf's text, less leading whitespace, has step_end in
+    it; one more than all where none has."""
+    for length in range(len(leaf.ids) + 1, len(whole) + 1):
+        text = text_of(whole[:length])[len(leaf.text) :]
+        if step_end in text.lstrip():
+            return length
+    return len(whole) + 1
+
+
+def next_step(leaf: Step, new: list[int], ended: bool, text_of: Callable[[list[int]], str], s: Strategies) -> Step:
+    """The child of a leaf that an answer, leaf.ids + new, goes through, made if it is not there; the leaf itself for an answer
+    that was cut off within its next step."""
+    whole = leaf.ids + new
+    length = step_length(leaf, whole, text_of, s.step_end.replace(r"\n", "\n"))
+    if length > len(whole) and not ended or min(length, len(whole)) >= s.max_tokens:
+        return leaf
+    ids = whole[:length]
+    ended = ended and length >= len(whole)
+    text = text_of(ids)
+    if ended:
+        text = text.rstrip()
+    return leaf.children.setdefault((text, ended), Step(ids, text, leaf, ended))
+
+
+def nodes(root: Step) -> list[dict]:
+    """A tree as rows, breadth first: the parent's place, the step's text and token ids, N, Q = W/N, whether the answer ends
+    with it."""
+    rows = []
+    waiting = deque([(None, root)])
+    while waiting:
+        parent, step = waiting.popleft()
+        before = step.parent or root
+        new = {"step": step.text[len(before.text) :], "ids": step.ids[len(before.ids) :]}
+        waiting.extend((len(rows), child) for child in step.children.values())
+        rows.append({"parent": parent, **new, "N": step.n, "Q": step.w / step.n, "ended": step.ended})
+    return rows
+
+
+def search(trees: list[Tree], s: Strategies, go_on: Callable, text_of: Callable) -> None:
+    """Monte-Carlo tree search over steps, all prompts together: one batch of n answers for each in every iteration.
+
+    Args:
+        go_on: (token ids, max_tokens) → token ids of what follows each, and whether it ended.
+        text_of: token ids of an answer → its text.
+    An answer that has ended and is chosen again backs up its reward once more; nothing is sampled for it.
+    """
+    for _ in range(s.iterations):
+        gone_on_from = []  # n times each tree and its leaf
+        for tree in trees:
+            leaf = leaf_below(tree.root, s.exploration)
+            if leaf.ended:
+                back_up(leaf, leaf.w / leaf.n)
+            else:
+                gone_on_from += [(tree, leaf)] * s.n
+        if not gone_on_from:
+            continue
+        room = s.max_tokens - min(len(leaf.ids) for _, leaf in gone_on_from)
+        answers, ends = go_on([tree.prompt + leaf.ids for tree, leaf in gone_on_from], room)
+        for (tree, leaf), new, ended in zip(gone_on_from, answers, ends):
+            take_in(tree, leaf, new, ended, s, text_of)
+
+
+def take_in(tree: Tree, leaf: Step, new: list[int], ended: bool, s: Strategies, text_of: Callable) -> None:
+    """Add an answer, leaf.ids + new, to its tree."""
+    tree.sampled += 1
+    tree.tokens += len(new) + ended
+    whole = leaf.ids + new
+    ended = ended and len(whole) < s.max_tokens  # others in the batch may have had more room
+    text = text_of(whole).strip()
+    reward = tree.reward(text) if ended and text else -1
+    back_up(next_step(leaf, new, ended, text_of, s), reward)
+    tree.unfinished += not ended
+    if s.keep_unfinished or text and ended:
+        tree.kept.setdefault(text, reward)
+
+
+def by_search(model, tokenizer, rows: list[dict], s: Strategies, seed: int, scores_of: Callable) -> list[dict]:
+    """mcts: `search` with a model."""
+    torch.manual_seed(seed)
+
+    def reward(text: str, row: dict) -> int:
+        where = f"{s.prompts}, prompt {row['id']}"
+        (score,) = on_policy.checked_scores(scores_of, row, row["prompt"], [text], s.rule, where)
+        return 1 if score > 0.5 else -1
+
+    def go_on(ids: list[list[int]], max_tokens: int) -> tuple[list[list[int]], list[bool]]:
+        return on_policy.continue_ids(model, tokenizer, ids, s, max_tokens)
+
+    def text_of(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+
+    trees = [Tree(prompt_ids(tokenizer, row["prompt"]), functools.partial(reward, row=row)) for row in rows]
+    search(trees, s, go_on, text_of)
+    found = []
+    for tree in trees:
+        counts = {"unfinished": tree.unfinished, "tokens": tree.tokens, "sampled": tree.sampled}
+        answers = {"responses": list(tree.kept), "rewards": list(tree.kept.values())}
+        found.append({**answers, **counts, "tree": nodes(tree.root)})
+    return found
+
+
+# ---- pairs of steps, as token ids ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Steps:
+    """Make pairs of next steps of the same answer, of the trees that `sample --strategy mcts` has written.
+
+    Of the steps that follow the same beginning, the one of the highest mean reward Q against that of the lowest. They are token
+    ids as they were sampled: prompt and beginning, then each step, with the terminator where the answer ends with it.
+    """
+
+    model: str = setting(MISSING, "folder or hub name whose tokenizer the ids are of")
+    sampled: str = setting(MISSING, "sources of rows with a prompt and a tree")
+    out: str = setting(MISSING, "JSON lines to write, for `train`")
+    min_margin: float = setting(0.0, "least difference of mean rewards of a pair")
+    min_visits: int = setting(2, "visits (N) of each of the two steps, at least")
+
+
+class NextStep(NamedTuple):
+    """A node, in the order in which two are compared."""
+
+    q: float
+    text: str
+    ended: bool
+    ids: list[int]
+
+
+def steps(s: Steps, say: Callable[[str], None] = quiet) -> Counter:
+    """Make pairs of steps, see Steps; returns how many prompts gave pairs, or why not."""
+    if s.min_visits < 1:
+        raise UserError(f"min_visits is {s.min_visits}; it is at least 1")
+    on_policy.check_pairs_out(s.sampled, s.out)
+    tokenizer = data.load_tokenizer(s.model)
+    counts = Counter()
+    lines = []
+    for _, row, prompt in on_policy.prompts_of(s.sampled):
+        try:
+            found = step_pairs({**row, "prompt": prompt}, tokenizer, s)
+        except UserError as error:
+            counts[str(error)] += 1
+            continue
+        counts["pairs" if found else f"no two next steps that differ as asked (min_margin {s.min_margin:g})"] += 1
+        lines += found
+    on_policy.write_pairs(s.sampled, s.out, lines, counts)
+    say(f"{len(lines):,} pairs of steps in {s.out}: mean margin {on_policy.mean_margin(lines):.4g}")
+    for what, n in counts.items():
+        if what != "pairs":
+            say(f"  {n:,} without: {what}")
+    return counts
+
+
+def step_pairs(row: dict, tokenizer, s: Steps) -> list[dict]:
+    """The pairs of one tree."""
+    begun, following = beginnings(row.get("tree"), s.min_visits)
+    asked, _ = data.encode(data.Row(row["prompt"], [data.MARK]), tokenizer, on_policy.LONG, on_policy.LONG)
+    terminator = asked.responses[0][-1:]
+    pairs = []
+    for at, next_steps in following.items():
+        chosen = max(next_steps)
+        rejected = min(next_steps)
+        if chosen.q > rejected.q and chosen.q - rejected.q >= s.min_margin:
+            text, ids = begun[at]
+            pair = {"id": row["id"], "prompt": row["prompt"], "begun": text, "prompt_ids": asked.prompt + ids}
+            for side, step in (("chosen", chosen), ("rejected", rejected)):
+                pair[f"{side}_step"] = step.text
+                pair[f"{side}_ids"] = step.ids + terminator * step.ended
+                pair[f"score_{side}"] = step.q
+            pairs.append(pair)
+    return pairs
+
+
+def beginnings(tree: list[dict], min_visits: int) -> tuple[list[tuple[str, list[int]]], dict[int, list[NextStep]]]:
+    """(answer up to each node, text and token ids; {place of a node: its next steps that were visited often enough})."""
+    begun = []
+    following = {}
+    try:
+        for node in tree:
+            at = node["parent"]
+            if at is None:
+                begun.append(("", []))
+                continue
+            text, ids = begun[at]
+            begun.append((text + node["step"], ids + node["ids"]))
+            if node["N"] >= min_visits and node["step"].strip():
+                step = NextStep(data._score(node["Q"], "Q"), node["step"], data._label(node["ended"], "ended"), node["ids"])
+                following.setdefault(at, []).append(step)
+    except (TypeError, KeyError, IndexError, AttributeError):
+        raise UserError("no tree of steps: sample with --strategy mcts") from None
+    return begun, following
+
+
+def load_steps(dataset: str, tokenizer, how: data.Reading) -> tuple[Examples, Report]:
+    """In the place of `data.load`: the examples of a file that `steps` has written, which are token ids already."""
+    examples = []
+    for where, row in data.read(dataset):
+        if not isinstance(row, dict) or not {"prompt_ids", "chosen_ids", "rejected_ids"} <= row.keys():
+            raise UserError(f"{where}: not a pair of steps; `python {PROG} steps` makes them")
+        responses = [row["chosen_ids"], row["rejected_ids"]]
+        longest = len(row["prompt_ids"]) + max(map(len, responses))
+        if longest > how.max_length:
+            raise UserError(f"{where}: {longest} tokens, above max_length {how.max_length}; steps are not cut")
+        margin = row["score_chosen"] - row["score_rejected"]
+        examples.append(Example(row["prompt_ids"], responses, where=where, margin=margin)._asdict())
+    n = len(examples)
+    if not n:
+        raise UserError(f"{dataset}: no pairs of steps")
+    report = Report(n, n, dropped={}, first=[], cut={}, formats=[f"{dataset}: steps as token ids"], quality={})
+    return Examples(Dataset.from_list(examples), np.arange(n)), report
+
+
+def train_on_steps(s: train.Settings) -> dict:
+    """`train.train`, whose dataset is a file that `steps` has written."""
+    with mock.patch.object(data, "load", load_steps):
+        return train.train(s)
+
 
 # ---- the world of sums -----------------------------------------------------------------------------------------------
 
@@ -120,7 +523,7 @@ def first_error(prompt: str, text: str) -> int | None:
 
 
 def right(row: dict, text: str) -> bool:
-    """The rule: whether the answer is the right one, whatever the steps."""
+    """The reward function: whether the answer is the right one, whatever the steps."""
     return text.split()[-2:] == ["answer", str(values(row["prompt"][-1]["content"])[-1])]
 
 
@@ -139,7 +542,7 @@ def read(file: Path) -> list[dict]:
 def place(job: dict) -> Path:
     """The folder of a world, of everything that it depends on."""
     name = "-".join(str(job[key]) for key in ("seed", "prompts", "demonstrations", "steps"))
-    return Path(job["cache"]).expanduser() / f"sums-1-{torch.__version__}-{name}"
+    return Path(job["cache"]).expanduser() / f"sums-2-{torch.__version__}-{name}"
 
 
 def build_world(job: dict) -> dict:
@@ -157,7 +560,7 @@ def build_world(job: dict) -> dict:
 
 
 def make_world(folder: Path, job: dict) -> dict:
-    seed, tokenizer = job["seed"], data.world_tokenizer(WORDS)
+    seed, tokenizer = job["seed"], toy.word_tokenizer(WORDS)
     rng, prompts = np.random.default_rng(seed), problems(seed, HELD_OUT + job["prompts"] + 4096)
     held_out, asked, shown = prompts[:HELD_OUT], prompts[HELD_OUT:-4096], prompts[-4096:]
     rows = []
@@ -165,11 +568,11 @@ def make_world(folder: Path, job: dict) -> dict:
         approach = str(rng.choice(APPROACHES, p=[0.8, 0.2]))
         named = f"{prompt} by {approach}" if rng.random() < 0.4 else str(prompt)
         rows.append(data.Row([{"role": "user", "content": named}], [demonstration(prompt, approach, rng)]))
-    train.supervised_start(rows, tokenizer, seed, job["steps"]).save_pretrained(folder / "model")
+    toy.initial_model(rows, tokenizer, seed, job["steps"]).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     for name, some in (("held_out", held_out), ("asked", asked)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in some))
-    sampled = {name: sample(folder, name, seed) for name in ("plain", "dts", "mcts")}
+    sampled = {name: sampled_by(folder, name, seed) for name in ("plain", "dts", "mcts")}
     budget = min(sum(row["tokens"] for row in rows) for rows in sampled.values())
     measured = {f"start {k}": x for k, x in accuracy(folder / "model", folder).items()} | {"budget": budget}
     for name in SETS:
@@ -179,12 +582,13 @@ def make_world(folder: Path, job: dict) -> dict:
     return measured
 
 
-def sample(folder: Path, name: str, seed: int) -> list[dict]:
+def sampled_by(folder: Path, name: str, seed: int) -> list[dict]:
     """The rows of a strategy; dts puts together what was sampled by each approach."""
 
     def drawn(strategy: str, n: int, prompts: Path, **more) -> list[dict]:
         out = folder / f"sampled {prompts.stem} {strategy}.jsonl"
-        data.sample(data.Sampling(str(folder / "model"), str(prompts), str(out), n, strategy, **HOW, seed=seed, **more))
+        how = HOW | dict(n=n, strategy=strategy, seed=seed) | more
+        sample(Strategies(str(folder / "model"), str(prompts), str(out), **how))
         return read(out)
 
     if name == "mcts":
@@ -216,23 +620,17 @@ def within(rows: list[dict], budget: int) -> list[dict]:
     return [row for row, tokens in zip(rows, spent) if tokens <= budget]
 
 
-def pairs_of(rows: list[dict], file: Path, steps: bool) -> list[dict]:
+def pairs_of(rows: list[dict], file: Path, by_steps: bool) -> list[dict]:
     """A right answer against a wrong one for each prompt; or all pairs of next steps half a reward apart, after two visits."""
     with tempfile.TemporaryDirectory() as scratch:
         taken, scored = Path(scratch) / "taken.jsonl", Path(scratch) / "scored.jsonl"
         taken.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        if steps:
-            data.pairs(data.Pairing(str(taken), str(file), how="step", min_margin=0.5, min_visits=2))
+        if by_steps:
+            steps(Steps(rows[0]["model"], str(taken), str(file), min_margin=0.5, min_visits=2))
         else:
-            data.score(data.Scoring(str(taken), str(scored), rule=right))
-            data.pairs(data.Pairing(str(scored), str(file), how="correct"))
+            on_policy.score(on_policy.Scoring(str(taken), str(scored), rule=right))
+            on_policy.pairs(on_policy.Pairing(str(scored), str(file), how="correct"))
     return read(file)
-
-
-def begun(row: dict) -> tuple[str, str]:
-    """(problem, answer so far) of a pair's prompt."""
-    first, *turn = row["prompt"]
-    return first["content"], turn[0]["content"] if turn else ""
 
 
 def measure(rows: list[dict], pairs: list[dict]) -> dict:
@@ -244,11 +642,13 @@ def measure(rows: list[dict], pairs: list[dict]) -> dict:
     tokens = sum(row["tokens"] for row in rows)
     found = {"prompts": len(rows), "tokens": tokens, "pairs": len(pairs), "cost": tokens / len(pairs)}
     found |= {"distinct": len(texts) / len(rows), "right": sum(right(*x) for x in texts) / len(texts)}
-    if pairs[0].get("chosen_ends") is not None:
-        before = [begun(p) for p in pairs]
-        wrong = [first_error(ask, so_far) is None and first_error(ask, so_far + p["rejected"]) is not None
-                 for p, (ask, so_far) in zip(pairs, before)]  # fmt: skip
-        good = [first_error(ask, so_far + p["chosen"]) is None for p, (ask, so_far) in zip(pairs, before)]
+    if "begun" in pairs[0]:
+        wrong, good = [], []
+        for p in pairs:
+            ask = p["prompt"][-1]["content"]
+            right_so_far = first_error(ask, p["begun"]) is None
+            wrong.append(right_so_far and first_error(ask, p["begun"] + p["rejected_step"]) is not None)
+            good.append(first_error(ask, p["begun"] + p["chosen_step"]) is None)
         found |= {"first_error": sum(wrong) / len(pairs), "chosen_right": sum(good) / len(pairs)}
     if "tree" in rows[0]:
         found["auc"] = auc(*zip(*(x for row in rows for x in judged(row))))
@@ -290,8 +690,9 @@ def accuracy(model: Path, folder: Path) -> dict[str, float]:
     found = {"accuracy": [], "greedy": []}
     with tempfile.TemporaryDirectory() as scratch:
         for i in range(DRAWS + 1):
-            out, how = f"{scratch}/{i}.jsonl", HOW | dict(batch_size=HELD_OUT, temperature=float(i < DRAWS))
-            data.sample(data.Sampling(str(model), str(folder / "held_out.jsonl"), out, 1, **how, seed=i, keep_unfinished=True))
+            out = f"{scratch}/{i}.jsonl"
+            how = HOW | dict(n=1, batch_size=HELD_OUT, temperature=float(i < DRAWS), seed=i, keep_unfinished=True)
+            on_policy.sample(Sampling(str(model), str(folder / "held_out.jsonl"), out, **how))
             found["accuracy" if i < DRAWS else "greedy"] += [right(r, (r["responses"] or [""])[0]) for r in read(Path(out))]
     return {name: sum(hits) / len(hits) for name, hits in found.items()}
 
@@ -306,7 +707,7 @@ def experiment(job: dict) -> dict:
             samples=0, max_length=128, layout="padded", dtype="fp32", tokens_per_microbatch=4096,
         )  # fmt: skip
         try:
-            seconds = train.train(s)["seconds"]
+            seconds = (train_on_steps if "steps" in job["set"] else train.train)(s)["seconds"]
         except UserError as error:
             return {"job": job, "error": str(error)}
         return {"job": job, **accuracy(Path(scratch) / "run" / "model", folder), "seconds": seconds}
@@ -326,15 +727,15 @@ class Study(train.Settings):
 def study(s: Study) -> dict:
     if min(s.seeds, s.prompts, s.demonstrations, s.supervised_steps) < 1:
         raise UserError("seeds, prompts, demonstrations and supervised_steps are at least 1")
-    if s.model != "tiny" or s.recipe or "RANK" in os.environ:
-        raise UserError("the study runs in a world of its own, without --model, --recipe and torchrun")
+    refuse_own_data(s)
     started, out = time.time(), train.prepare_out(s)
     train.write_whole(out / train.MARKER, json.dumps({"plainpo": {"study": "diversify"}}))
     train.write_whole(out / "settings.json", json.dumps(asdict(s), indent=2) + "\n")
-    if s.overwrite:
-        (out / "runs.jsonl").unlink(missing_ok=True)
     common = dict(prompts=s.prompts, demonstrations=s.demonstrations, steps=s.supervised_steps, cache=s.cache)
-    do = lambda jobs, work: run_jobs(jobs, out / "runs.jsonl", work)  # noqa: E731
+
+    def do(jobs: list[dict], work: Callable) -> list[dict]:
+        return run_jobs(jobs, out / "runs.jsonl", work)
+
     worlds = do([common | {"seed": seed} for seed in (*range(s.seeds), TUNING_SEED)], build_world)[: s.seeds]
     tried = {
         (name, objective): [common | {"set": name, "objective": call, "lr": lr, "seed": TUNING_SEED} for lr in rates]
@@ -424,9 +825,21 @@ def draw(worlds: list[dict], runs: dict, file: Path) -> None:
     plt.close(figure)
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """The command line as a function. What the user can mend ends with a message and exit code 2."""
-    return train.main(argv, lambda argv: study(train.parse_settings(argv, Study, "tests/studies/diversify.py", __doc__)))
+COMMANDS = {
+    "sample": (Strategies, functools.partial(sample, say=say)),
+    "steps": (Steps, functools.partial(steps, say=say)),
+}
+
+
+def main(argv: list[str] | None = None):
+    """The command line as a function. A user error ends with a message and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:
+        return train.main(argv[1:], lambda argv: train_on_steps(train.parse_settings(argv)))
+    if argv and argv[0] in COMMANDS:
+        work = functools.partial(data.commands, prog=PROG, text=__doc__, table=COMMANDS)
+        return on_policy.command_line(work, argv, on_policy.RESUMED if argv[0] == "sample" else "stopped")
+    return train.main(argv, lambda argv: study(train.parse_settings(argv, Study, PROG, __doc__)))
 
 
 if __name__ == "__main__":

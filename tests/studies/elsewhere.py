@@ -1,6 +1,7 @@
 """Our losses against code that nobody here wrote: the loss functions of the installed trl and Liger, values and gradients.
 
-    python tests/studies/elsewhere.py        # seconds; what is not installed is left out, by name
+    python tests/studies/elsewhere.py            # seconds; what is not installed is left out, by name
+    python tests/studies/elsewhere.py --names    # instead: what the objectives and their settings are called elsewhere
 
 Every line of the table is the same random pairs under one of our objectives and under the library's own function, which is
 called as it stands: trl's `_compute_loss` on a trainer and models that are stand-ins, and Liger's `preference_loss_fn`. Where
@@ -25,7 +26,7 @@ import torch  # noqa: E402
 from miniature import markdown  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-import train  # noqa: E402
+from losses import OBJECTIVES, parse_objective  # noqa: E402
 
 BOUND = 2e-5  # relative: everything is fp32, as trl casts some sums to it
 PROMPT, PAIRS, LONGEST = 3, 8, 12  # tokens, pairs, response tokens
@@ -36,18 +37,36 @@ class Pairs(NamedTuple):
 
     logp: Tensor
     ref: Tensor
-    power: Tensor  # log Σ_v p(v)²
+    log_sum_p_squared: Tensor
     mask: Tensor  # bool
 
-    def sums(self) -> train.Sums:
-        """As the trainer has them: (B, 2)."""
-        pair = lambda x: (x * self.mask).sum(1).view(2, -1).T  # noqa: E731
+    def per_pair(self, x: Tensor) -> Tensor:
+        """(2B, T) → (B, 2): sums over the responses' tokens, chosen and rejected."""
+        return (x * self.mask).sum(1).view(2, -1).T
+
+    def outputs(self) -> dict[str, Tensor]:
+        """What the trainer has of the policy's pass."""
+        logp, log_sum_p_squared = self.per_pair(self.logp), self.per_pair(self.log_sum_p_squared)
+        return {"logp": logp, "prefix_logp": self.per_pair(self.logp * self.prefix()), "log_sum_p_squared": log_sum_p_squared}
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What the trainer knows before; KL completions are the next row's responses."""
         length = self.mask.sum(1).view(2, -1).T
-        head = torch.arange(self.mask.shape[1]) < length.min(1).values.repeat(2)[:, None]
-        label = torch.tensor([[True, False]]).expand(len(length), 2)
-        mismatch = dict(logp_mismatch=self.logp.detach().sum(1).roll(1), ref_mismatch=self.ref.sum(1).roll(1) - 0.5)
-        heads = dict(head=pair(self.logp * head), ref_head=pair(self.ref * head))
-        return train.Sums(length, pair(self.logp), pair(self.ref), power=pair(self.power), label=label, **heads, **mismatch)
+        return {
+            "len": length, "ref": self.per_pair(self.ref), "ref_prefix_logp": self.per_pair(self.ref * self.prefix()),
+            "label": torch.tensor([[True, False]]).expand(len(length), 2),
+            "logp_kl": self.logp.detach().sum(1).roll(1), "ref_kl": self.ref.sum(1).roll(1) - 0.5,
+        }  # fmt: skip
+
+    def prefix(self) -> Tensor:
+        """(2B, T) bool: the first tokens of a response, as many as the shorter one of its pair has."""
+        shorter = self.mask.sum(1).view(2, -1).min(0).values
+        return torch.arange(self.mask.shape[1]) < shorter.repeat(2)[:, None]
+
+    def columns(self, average: bool) -> tuple[Tensor, Tensor]:
+        """Log-probs of chosen and of rejected responses, (B,) each: sums, or averages over tokens."""
+        logp = self.outputs()["logp"]
+        return (logp / self.inputs()["len"] if average else logp).unbind(1)
 
 
 def random_pairs(seed: int = 0) -> Pairs:
@@ -56,8 +75,8 @@ def random_pairs(seed: int = 0) -> Pairs:
     mask = torch.arange(LONGEST) < length
     logp = -torch.rand(mask.shape, generator=g) * 2 - 0.05
     ref = logp + 0.3 * torch.randn(mask.shape, generator=g)
-    power = -torch.rand(mask.shape, generator=g) * 2
-    return Pairs((logp * mask).requires_grad_(), ref * mask, power * mask, mask)
+    log_sum_p_squared = -torch.rand(mask.shape, generator=g) * 2
+    return Pairs((logp * mask).requires_grad_(), ref * mask, log_sum_p_squared * mask, mask)
 
 
 # ---- ours, and theirs ------------------------------------------------------------------------------------------------
@@ -65,12 +84,13 @@ def random_pairs(seed: int = 0) -> Pairs:
 
 def ours(text: str, wpo: bool = False) -> Callable[[Pairs], Tensor]:
     """The mean loss as the trainer takes it."""
-    objective = train.parse_objective(text)
+    objective = parse_objective(text)
 
     def loss(pairs: Pairs) -> Tensor:
-        sums = pairs.sums()
-        values = objective(sums.by_name(), [0])
-        return (values * train.wpo_weight(sums.logp, sums.power, sums.length) if wpo else values).mean()
+        outputs = pairs.outputs()
+        if not wpo:
+            del outputs["log_sum_p_squared"]
+        return objective.row_losses(outputs, pairs.inputs(), [0]).mean()
 
     return loss
 
@@ -78,23 +98,28 @@ def ours(text: str, wpo: bool = False) -> Callable[[Pairs], Tensor]:
 class StandIn(nn.Module):
     """A model that says what it is told, in the form of trl's fused head."""
 
-    def __init__(self, logp: Tensor, power: Tensor):
+    def __init__(self, logp: Tensor, log_sum_p_squared: Tensor):
         super().__init__()
-        self.told = lambda **_: SimpleNamespace(
-            log_probs=nn.functional.pad(logp, (PROMPT - 1, 0)), log_sum_sq_probs=nn.functional.pad(power, (PROMPT - 1, 0)),
+        self.told = SimpleNamespace(
+            log_probs=nn.functional.pad(logp, (PROMPT - 1, 0)),
+            log_sum_sq_probs=nn.functional.pad(log_sum_p_squared, (PROMPT - 1, 0)),
             entropy=torch.zeros(len(logp), PROMPT - 1 + LONGEST), mean_logits=torch.zeros(len(logp), PROMPT - 1 + LONGEST),
             is_top1=torch.zeros(len(logp), PROMPT - 1 + LONGEST, dtype=torch.bool),
         )  # fmt: skip
 
     def forward(self, **inputs):
-        return self.told(**inputs)
+        return self.told
 
 
 def trainer(pairs: Pairs, **settings) -> SimpleNamespace:
     """What trl's loss functions read of their trainer."""
-    given = lambda x: x  # noqa: E731
+
+    def given(x):
+        return x
+
     return SimpleNamespace(**dict(
-        model=StandIn(pairs.logp, pairs.power), ref_model=StandIn(pairs.ref, pairs.power), precompute_ref_logps=False,
+        model=StandIn(pairs.logp, pairs.log_sum_p_squared), ref_model=StandIn(pairs.ref, pairs.log_sum_p_squared),
+        precompute_ref_logps=False,
         accelerator=SimpleNamespace(device=torch.device("cpu"), gather=given, gather_for_metrics=given), _tp_size=1,
         args=SimpleNamespace(gradient_checkpointing_kwargs=None, discopop_tau=0.05), aux_loss_enabled=False, ld_alpha=None,
         label_smoothing=0.0, use_weighting=False, f_divergence_type="reverse_kl", f_alpha_divergence_coef=0.5,
@@ -124,9 +149,10 @@ def trl_kto(loss_type: str, beta: float) -> Callable[[Pairs], Tensor]:
     from trl.trainer import kto_trainer
 
     def loss(pairs: Pairs) -> Tensor:
-        sums, drawn = pairs.sums(), iter(("logp_mismatch", "ref_mismatch"))
+        known = pairs.inputs()
+        drawn = iter((known["logp_kl"], known["ref_kl"]))  # in the order of its two calls
         this = trainer(pairs, loss_type=loss_type, beta=beta, calculate_KL=loss_type == "kto")
-        this._compute_kl_logps = lambda *_: getattr(sums, next(drawn))
+        this._compute_kl_logps = lambda *_: next(drawn)
         batch = inputs(pairs) | {"label": torch.arange(2 * PAIRS) < PAIRS}
         with mock.patch.object(kto_trainer, "disable_gradient_checkpointing", lambda *_: contextlib.nullcontext()):
             return kto_trainer.KTOTrainer._compute_loss(this, this.model, batch, False)
@@ -143,10 +169,8 @@ def trl_cpo(lam: float = 0.0, average: bool = False, **settings) -> Callable[[Pa
     from trl.experimental.cpo import CPOTrainer
 
     def loss(pairs: Pairs) -> Tensor:
-        sums = pairs.sums()
-        logp = sums.logp / sums.length if average else sums.logp
         this = trainer(pairs, **dict(alpha=0.0, loss_type="sigmoid", simpo_gamma=0.0) | settings)
-        return CPOTrainer.cpo_loss(this, logp[:, 0], logp[:, 1])[0].mean() + lam * likelihood(pairs)
+        return CPOTrainer.cpo_loss(this, *pairs.columns(average))[0].mean() + lam * likelihood(pairs)
 
     return loss
 
@@ -155,9 +179,8 @@ def trl_orpo(lam: float) -> Callable[[Pairs], Tensor]:
     from trl.experimental.orpo import ORPOTrainer
 
     def loss(pairs: Pairs) -> Tensor:
-        sums = pairs.sums()
-        a = sums.logp / sums.length
-        return likelihood(pairs) - ORPOTrainer.odds_ratio_loss(trainer(pairs, beta=lam), a[:, 0], a[:, 1])[0].mean()
+        odds_ratio_loss = ORPOTrainer.odds_ratio_loss(trainer(pairs, beta=lam), *pairs.columns(average=True))[0]
+        return likelihood(pairs) - odds_ratio_loss.mean()
 
     return loss
 
@@ -169,10 +192,10 @@ def liger(name: str, lam: float = 0.0, average: bool = False, reference: bool = 
     function = getattr(module, f"LigerFusedLinear{name}Function").preference_loss_fn
 
     def loss(pairs: Pairs) -> Tensor:
-        sums = pairs.sums()
-        logp = (sums.logp / sums.length if average else sums.logp).unbind(1)
-        ref = dict(zip(("ref_chosen_logps", "ref_rejected_logps"), sums.ref.unbind(1))) if reference else {}
-        return function(*logp, torch.zeros(2 * PAIRS, LONGEST), **ref, **settings)[0] + lam * likelihood(pairs)
+        ref_logps = pairs.inputs()["ref"]
+        ref = {"ref_chosen_logps": ref_logps[:, 0], "ref_rejected_logps": ref_logps[:, 1]} if reference else {}
+        logits = torch.zeros(2 * PAIRS, LONGEST)
+        return function(*pairs.columns(average), logits, **ref, **settings)[0] + lam * likelihood(pairs)
 
     return loss
 
@@ -181,10 +204,10 @@ def liger_kto(beta: float) -> Callable[[Pairs], Tensor]:
     from liger_kernel.chunked_loss.kto_loss import LigerFusedLinearKTOFunction
 
     def loss(pairs: Pairs) -> Tensor:
-        sums = pairs.sums()
-        drift = (sums.logp_mismatch - sums.ref_mismatch).mean().clamp(min=0)
-        logp, ref, label = (x.flatten() for x in (sums.logp, sums.ref, sums.label))
-        return LigerFusedLinearKTOFunction.preference_loss_fn(logp, label, logp, ref, beta=beta, kl=drift)[0]
+        known = pairs.inputs()
+        kl = (known["logp_kl"] - known["ref_kl"]).mean().clamp(min=0)
+        logp, ref, label = pairs.outputs()["logp"].flatten(), known["ref"].flatten(), known["label"].flatten()
+        return LigerFusedLinearKTOFunction.preference_loss_fn(logp, label, logp, ref, beta=beta, kl=kl)[0]
 
     return loss
 
@@ -255,7 +278,7 @@ LINES = (
     Line("simpo(beta=2.0, gamma=1.0, label_smoothing=0.1)", "liger_kernel",
          lambda: liger("SimPO", average=True, beta=2.0, gamma=1.0, label_smoothing=0.1), "SimPO"),
     Line("orpo(lam=0.5)", "liger_kernel", lambda: liger("ORPO", lam=1.0, average=True, beta=0.5), "ORPO, and our −a_w"),
-    Line("kto(beta=0.3)", "liger_kernel", lambda: liger_kto(0.3), "KTO, with our mean drift"),
+    Line("kto(beta=0.3)", "liger_kernel", lambda: liger_kto(0.3), "KTO, with our KL estimate"),
 )  # fmt: skip
 
 
@@ -281,8 +304,63 @@ def compare(line: Line) -> tuple[float, float, float, float]:
     return a, b, abs(a - b) / abs(a), ((d_a - d_b).abs().max() / d_a.abs().max()).item()
 
 
+# ---- names -------------------------------------------------------------------------------------------------------------
+
+TRL = "1.16.0"  # the version whose source these names were read in
+CPO = "`CPOConfig` of `trl.experimental.cpo`"
+# name → in trl (a name in quotes is a loss_type of DPOConfig); elsewhere. "–": not there under any name.
+NAMES = {
+    "sft": ('"sft"; averaged over the microbatch\'s tokens', "–"),
+    "dpo": ('"sigmoid"; does not read `label_smoothing`', "–"),
+    "dpo_norm": ('"sigmoid_norm"; does not read `label_smoothing`', "–"),
+    "robust_dpo": ('"robust"', "–"),
+    "ipo": ('"ipo", `beta` = τ', "–"),
+    "dpop": ("–", "libraries: `dpop_lambda` = λ, in some outside the sigmoid"),
+    "dpo_shift": ("–", "authors: `dpo_lambda` = λ"),
+    "ld_dpo": ("`ld_alpha` = α", "–"),
+    "odpo": ("–", "authors: `alpha` = α"),
+    "rpo_bwd": ("–", "NeMo: `rpo_bwd_kl`, `gt_reward_scale` = η"),
+    "rpo_fwd": ("–", "NeMo: `rpo_fwd_kl`, `gt_reward_scale` = η"),
+    "rso_hinge": ('"hinge"', "paper: γ = β"),
+    "exo": ('"exo_pair"; `label_smoothing` must be given', "–"),
+    "nca": ('"nca_pair"', "–"),
+    "bco_pair": ('"bco_pair"', "MPO: with a shift δ"),
+    "sppo": ('"sppo_hard"', "paper: 1/η = β"),
+    "apo_zero": ('"apo_zero"', "–"),
+    "apo_down": ('"apo_down"', "–"),
+    "discopop": ('"discopop", `discopop_tau` = τ', "–"),
+    "f_dpo": ("`f_divergence_type`, `f_alpha_divergence_coef` = `coef`", "paper: α = 1 − `coef`"),
+    "aot": ('"aot"', "–"),
+    "aot_unpaired": ('"aot_unpaired"', 'older trl: "aot_pair"'),
+    "cpo": (f"{CPO}, `cpo_alpha` = λ; likelihood averaged over the microbatch's tokens", "–"),
+    "orpo": (
+        "`ORPOConfig` of `trl.experimental.orpo`, `beta` = λ; likelihood over prompt and response",
+        "authors: `alpha` = λ",
+    ),
+    "simpo": (f'{CPO}, `loss_type="simpo"`, `cpo_alpha=0`, `simpo_gamma` = γ', "SimPO's configs: `gamma_beta_ratio` = γ/β"),
+    "repo": ("–", "SimPO's γ/β"),
+    "alphapo": (f'{CPO}, `loss_type="alphapo"`, `simpo_gamma` = γ', "–"),
+    "alpha_dpo": ("–", 'authors\' configs: γ/β and α/β; "0.4" and "0.05" at β = 10 are 4 and 0.5'),
+    "gamma_simpo": ("–", "authors' configs: `gamma_beta_ratio` = γ₀/β"),
+    "kto": ("`KTOConfig`, `desirable_weight`, `undesirable_weight` = λ_d, λ_u", "–"),
+    "bco": ('none (older trl: `BCOConfig`); "bco_pair" is for pairs', "–"),
+    "apo_zero_unpaired": ('`KTOConfig(loss_type="apo_zero_unpaired")`', "–"),
+}
+
+
+def names() -> str:
+    """A Markdown table: each objective with its settings, its name and settings in trl, and elsewhere."""
+    rows = [("here", f"trl {TRL}", "elsewhere"), ("---",) * 3]
+    rows += [(f"`{name}({', '.join(OBJECTIVES[name].settings)})`".replace("()", ""), *there) for name, there in NAMES.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def main(argv: list[str] | None = None) -> int:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--names", action="store_true", help="print the names instead")
+    if parser.parse_args(argv).names:
+        print(names())
+        return 0
     there, rows, wrong = versions(), [["ours", "library", "theirs", "loss", "their loss", "difference", "of gradients", ""]], 0
     for line in LINES:
         if there[line.library] is None:

@@ -1,6 +1,6 @@
-"""Train every objective for a few steps and print a table: on the embedded world, or on a real model and real data.
+"""Train every objective for a few steps and print a table: on the toy task, or on a real model and real data.
 
-    python tests/studies/every_objective.py --out runs/every                           # 30 steps each on the embedded world
+    python tests/studies/every_objective.py --out runs/every                           # 30 steps each on the toy task
     python tests/studies/every_objective.py --out runs/every-real --steps 5 --model MODEL --pairs PAIRS.jsonl --rows ROWS.jsonl
 
 Pairs are used for paired objectives, rows (labelled completions) for unpaired ones. The same learning rate for all, so this
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         noise = io.StringIO()
         try:
             with contextlib.redirect_stderr(noise):
-                summary = train.main([*source, "--objective", name, *length, "--out", str(out), "--overwrite", *more])
+                summary = train.main([*source, "--objective", name, *length, "--out", str(out), *more])
         except SystemExit:
             sys.exit(f"{name}: {noise.getvalue()}")
         row, finite = row_of(name, summary, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])

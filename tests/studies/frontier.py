@@ -25,8 +25,10 @@ from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import miniature  # noqa: E402
+import on_policy  # noqa: E402
 import torch  # noqa: E402
 from trails import mean_and_error, written  # noqa: E402
 
@@ -76,7 +78,6 @@ COUNTED = 1000  # words of all answers among which different ones are counted: a
 class Study:
     model: str = setting(MISSING, "folder or hub name of a causal language model")
     out: str = setting("runs/frontier", "output folder")
-    overwrite: bool = setting(False, "delete the study that is in out")
     resume: bool = setting(False, "go on with the study that is in out")
     arms: list[str] | None = setting(None, f"only these of {', '.join(ARMS)}")
     rates: list[float] | None = setting(
@@ -133,19 +134,20 @@ def analyzer():
 
 
 def compound(row: dict, response: str) -> float:
-    """The tone of an answer, from -1 (negative) to 1; 0 where no word has one. A rule of data.score."""
+    """The tone of an answer, from -1 (negative) to 1; 0 where no word has one. A reward function of on_policy.score."""
     return analyzer().polarity_scores(response)["compound"]
 
 
 def make_pairs(s: Study, out: Path) -> None:
     """pairs.jsonl: the start's answers to the training prompts (temperature 1, finished ones only), best against worst."""
     asked = sorted(prompts(s.seed)[0][: s.prompts], key=len)  # a batch's prompts are padded to the longest
-    train.write_lines(out / "prompts.jsonl", [{"prompt": text} for text in asked])
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in asked]
+    train.write_whole(out / "prompts.jsonl", "".join(lines))
     sampled, scored = str(out / "samples.jsonl"), str(out / "scored.jsonl")
     how = dict(n=SAMPLES, temperature=1.0, top_p=1.0, max_tokens=s.tokens, batch_size=AT_ONCE, seed=s.seed)
-    data.sample(data.Sampling(s.model, str(out / "prompts.jsonl"), sampled, **how), say=train.say)
-    data.score(data.Scoring(sampled, scored, rule=compound))
-    data.pairs(data.Pairing(scored, str(out / "pairs.jsonl"), seed=s.seed), say=train.say)
+    on_policy.sample(on_policy.Sampling(s.model, str(out / "prompts.jsonl"), sampled, **how), say=train.say)
+    on_policy.score(on_policy.Scoring(sampled, scored, rule=compound))
+    on_policy.pairs(on_policy.Pairing(scored, str(out / "pairs.jsonl"), seed=s.seed), say=train.say)
 
 
 # ---- one run ---------------------------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def evaluate(model: str, job: dict) -> dict:
 
 
 def network(model: str) -> torch.nn.Module:
-    return data._load_model(model, "CausalLM", torch.device("cpu")).float()
+    return on_policy.load_model(model, "CausalLM", torch.device("cpu")).float()
 
 
 @torch.no_grad()
@@ -235,12 +237,9 @@ def study(s: Study) -> dict:
     check(s)
     data.reachable(s.model)
     started = time.time()
-    out = train.prepare_out(train.Settings(model=s.model, out=s.out, overwrite=s.overwrite, resume=s.resume))
+    out = train.prepare_out(train.Settings(model=s.model, out=s.out, resume=s.resume))
     train.write_whole(out / train.MARKER, json.dumps({"plainpo": {"study": "frontier"}}))
     train.write_whole(out / "settings.json", json.dumps(asdict(s), indent=2) + "\n")
-    if s.overwrite:
-        for name in ("samples", "scored", "pairs", "runs"):
-            (out / f"{name}.jsonl").unlink(missing_ok=True)
     make_pairs(s, out)
     results = miniature.run_groups(jobs_of(s), out / "runs.jsonl", functools.partial(experiment, out))
     text = f"{table(results)}\n{shown(results, prompts(s.seed)[1])}"

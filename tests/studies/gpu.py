@@ -63,9 +63,10 @@ def built(name: str, tokens: int, checkpointing: bool, compiling: bool) -> train
     policy = dist.shard(logprobs.ResponseLogProbs(model), None, ON_GPU, checkpointing, compiling)
     policy.use_layout("packed")
     ids = [[rng.integers(3, 200, n).tolist() for n in LENGTHS] for _ in range(pairs)]
-    rows = train.Rows([data.Example(prompt, responses) for prompt, *responses in ids], [], {})
-    run = train.Run(s, train.parse_objective(s.objective), device, None, policy, rows, [])
-    run.optimizer, rows.plan = train.make_optimizer(run), [list(range(pairs))] * 1000
+    examples = [data.Example(prompt, responses) for prompt, *responses in ids]
+    run = train.Run(s, train.read_objective(s.objective), device, None, policy, examples, [])
+    run.optimizer = train.make_optimizer(run)
+    run.plan = [list(range(pairs))] * 1000
     return run
 
 
@@ -81,20 +82,23 @@ def wait() -> float:
 def step(name: str, tokens: int, checkpointing: bool, compiling: bool, steps: int, tflops: float) -> dict:
     """One row: speed, share of the nominal peak, memory against the plan's, and how far the two layouts are apart."""
     run = built(name, tokens, checkpointing, compiling)
-    worst = train.compare_layouts(run, run.rows.train[:4], float("inf"))
+    worst = train.compare_layouts(run, run.train[:4], float("inf"))
     tick = wait()
-    for _ in range(2):  # compiles, warms up
-        train.step(run)
+    for rows in run.plan[:2]:  # compiles, warms up
+        train.train_step(run, rows)
     first = wait() - tick
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
     tick = wait()
-    lines = [train.step(run) for _ in range(steps)]
+    lines = [train.train_step(run, rows) for rows in run.plan[2 : 2 + steps]]
     seconds, peak = wait() - tick, train.peak_memory(run.device)
-    rate = train.matmul_rate(run.policy.model, torch.bfloat16 if ON_GPU else torch.float32)
+    from benchmark import matmul_rate  # late, as benchmark.py imports this file
+
+    rate = matmul_rate(run.policy.model, torch.bfloat16 if ON_GPU else torch.float32)
     config, size = run.policy.model.config, sum(p.numel() for p in run.policy.model.parameters())
-    traced = will_it_fit.one_microbatch(config, len(run.rows.train), LENGTHS, torch.bfloat16, checkpointing)
-    flops, done = sum(line["flops"] for line in lines), sum(line["tokens"] for line in lines)
+    traced = will_it_fit.one_microbatch(config, len(run.train), LENGTHS, torch.bfloat16, checkpointing)
+    flops = steps * will_it_fit.model_flops(run.policy.model, run.train)
+    done = sum(line["tokens"] for line in lines)
     return {
         "model": name, "tokens": lines[0]["tokens"], "checkpointing": checkpointing, "compiled": compiling,
         "tokens/s": round(done / seconds), "MFU": f"{flops / seconds / (tflops * 1e12):.1%}",
@@ -112,28 +116,29 @@ def kernels() -> list[dict]:
 
 
 def kernel(width: int, window: int | None, cap: float | None) -> dict:
-    """One row: the fused kernel in bf16 against the segments in fp32, the largest difference of output and gradients over their
+    """One row: the fused kernel in bf16 against pair by pair in fp32, the largest difference of output and gradients over their
     largest entry; and its time. On CPUs it is eager, in fp32, and has no backward pass."""
-    tree = [(300, [350, 200]), (64, [1, 500]), (700, [900, 40])] if ON_GPU else [(5, [3, 4]), (2, [1, 6])]
-    device, total = data.device_named("auto"), sum(p + sum(rs) for p, rs in tree)
-    blocks = logprobs.Blocks.of(tree, window, device)
+    pairs = [(300, [350, 200]), (64, [1, 500]), (700, [900, 40])] if ON_GPU else [(5, [3, 4]), (2, [1, 6])]
+    device = data.device_named("auto")
+    total = sum(prompt + sum(responses) for prompt, responses in pairs)
+    blocks = logprobs.Blocks.of(pairs, window, device)
     filled = len(blocks.ranges[0])
     torch.manual_seed(0)
     given = [torch.randn(1, heads, total, width, device=device) for heads in (8, 2, 2)]
     pull = torch.randn(1, total, 8, width, device=device)
 
-    def attend(dtype: torch.dtype, size: int, **pack) -> tuple[list[torch.Tensor], float]:
+    def attend(dtype: torch.dtype, size: int, **form) -> tuple[list[torch.Tensor], float]:
         leaves, tick = [x.to(dtype).requires_grad_() for x in given], wait()
         query, key, value = (torch.nn.functional.pad(x, (0, 0, 0, size - total)) for x in leaves)
-        if ON_GPU or "segments" in pack:
-            out, _ = logprobs.tree_attention(None, query, key, value, None, sliding_window=window, softcap=cap, **pack)
+        if ON_GPU or "pairs" in form:
+            out, _ = logprobs.prefix_shared_attention(None, query, key, value, None, sliding_window=window, softcap=cap, **form)
         else:
             out = logprobs._flex(query.detach(), key.detach(), value.detach(), width**-0.5, cap, blocks).transpose(1, 2)
             return [out[:, :total]], wait() - tick
         grads = torch.autograd.grad(out[:, :total], leaves, pull.to(dtype))
         return [x.float() for x in (out[:, :total], *grads)], wait() - tick
 
-    right, _ = attend(torch.float32, total, segments=logprobs.Segments(tree))
+    right, _ = attend(torch.float32, total, pairs=logprobs.PrefixSharedPairs(pairs))
     for _ in range(2):  # the first one compiles
         fused, seconds = attend(torch.bfloat16 if ON_GPU else torch.float32, filled, blocks={window: blocks})
     gaps = [f"{((a - b).abs().max() / b.abs().max()).item():.1e}" for a, b in zip(fused, right)]
@@ -143,7 +148,7 @@ def kernel(width: int, window: int | None, cap: float | None) -> dict:
 
 
 def going_on() -> list[dict]:
-    """Runs of the embedded world in fp32: unbroken, resumed from its middle, and as one rank of a process group."""
+    """Runs of the toy task in fp32: unbroken, resumed from its middle, and as one rank of a process group."""
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         common = "--max_steps=6 --eval_size=64 --save_every=3 --samples=0 --dtype=fp32".split()
@@ -201,7 +206,7 @@ def machine() -> str:
 
 def report(args: argparse.Namespace) -> str:
     """All parts as Markdown; what fails stands there with its reason, and the others go on."""
-    sections = {"Attention: the fused kernel against segments in fp32": [("kernels",)],
+    sections = {"Attention: the fused kernel against pair by pair in fp32": [("kernels",)],
                 "A step": [("step", name, args.tokens, checkpointing, compiling, args.steps, args.tflops)
                            for name in args.sizes for checkpointing in (True, False) for compiling in (False, True)],
                 "Checkpoint, resume, process group": [("going_on",)]}  # fmt: skip

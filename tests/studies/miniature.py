@@ -1,6 +1,6 @@
-"""The papers in miniature: objectives tuned, compared and swept in the embedded world of train.py.
+"""The papers in miniature: objectives tuned, compared and swept on toy tasks.
 
-    python tests/studies/miniature.py --compare dpo simpo simper                      # tuned, then run in five worlds
+    python tests/studies/miniature.py --compare dpo simpo simper                      # tuned, then run on five tasks
     python tests/studies/miniature.py --compare all --out runs/compare                # all: 1,490 runs of 2 to 3 s on two cores
     python tests/studies/miniature.py --sweeps alpha --seeds 5 --annotator-noise 0.5  # with any setting of train.py
     python tests/studies/miniature.py --compare all --out runs/compare --resume       # goes on where a killed one stopped
@@ -25,9 +25,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "tools")]
 
+import lorr  # noqa: E402
 import torch  # noqa: E402
+import toy  # noqa: E402
 
 import data  # noqa: E402
 import train  # noqa: E402
@@ -138,7 +140,28 @@ PAPERS = ("alpha_dpo",)  # modules beside this one, each with a study(settings, 
 
 
 @dataclass
-class Study(train.Settings):
+class OnToyTasks(train.Settings):
+    """Settings of runs on toy tasks, which the study builds: see tests/tools/toy.py."""
+
+    annotator_noise: float = setting(0.1, "error (standard deviation) of the annotator about a quality")
+    length_bias: float = setting(0.0, "what the annotator adds to a response's quality per word")
+    world: str = setting("plain", f"who taught the initial model, {' or '.join(toy.WORLDS)} (likely answers are bad)")
+
+
+def refuse_own_data(s: train.Settings) -> None:
+    """UserError where a model, a dataset or ranks were asked for."""
+    usual = train.parse_settings([])
+    if (s.model, s.dataset) != (usual.model, usual.dataset) or "RANK" in os.environ:
+        raise UserError("the study trains on tasks that it builds, without --model, --dataset and torchrun")
+
+
+def check_task(s: OnToyTasks) -> None:
+    toy.check(s.annotator_noise, s.length_bias, s.world)
+    refuse_own_data(s)
+
+
+@dataclass
+class Study(OnToyTasks):
     compare: list[str] | None = setting(None, "tune and compare these objectives (all, names, or calls)")
     sweeps: list[str] | None = setting(None, "figures of these sweeps (all, or names of SWEEPS)")
     paper: str | None = setting(None, f"tables and figures of a paper: {', '.join(PAPERS)}")
@@ -161,13 +184,16 @@ def check(s: Study) -> None:
     workers()
     if s.seeds < 1:
         raise UserError(f"seeds is {s.seeds}; it must be at least 1")
-    if s.model != "tiny" or s.recipe or "RANK" in os.environ:
-        raise UserError("compare and sweeps run in the embedded world, without --model, --recipe and torchrun")
+    check_task(s)
     for name in sweeps_of(s):
         if name not in SWEEPS:
             raise UserError(f"unknown sweep {name!r}; known are {', '.join(SWEEPS)}")
-    for text in (text for texts in grid_of(s).values() for text in texts):
-        train.try_objective(train.parse_objective(text))
+    try:
+        for texts in grid_of(s).values():
+            for text in texts:
+                train.try_objective(train.parse_objective(text))
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def grid_of(s: Study) -> dict[str, tuple[str, ...]]:
@@ -182,24 +208,46 @@ def sweeps_of(s: Study) -> list[str]:
 
 def common_settings(s: Study) -> dict:
     """What all jobs share: the settings that differ from their defaults, but those that a job sets or that are no run's."""
-    default, own = Study(), ("compare", "sweeps", "paper", "seeds", "out", "overwrite", "resume", "objective", "lr", "seed")
+    default = Study()
+    own = ("compare", "sweeps", "paper", "seeds", "model", "dataset", "out", "resume", "objective", "lr", "seed")
     changed = {k: v for k, v in asdict(s).items() if k not in own and v != getattr(default, k)}
-    return changed | {"model": "tiny", "dataset": "tiny", "cache": s.cache}
+    return changed | {"world": s.world, "cache": s.cache}
 
 
 # ---- jobs ------------------------------------------------------------------------------------------------------------
 
 
+OF_THE_TASK = ("world", "annotator_noise", "length_bias")  # settings of a job that are none of the trainer's
+
+
+def task_of(job: dict) -> Path:
+    """The folder of the job's toy task, which is built where it is not there yet."""
+    names = {"seed": "seed", "cache": "cache", "world": "world", "annotator_noise": "noise", "length_bias": "length_bias"}
+    return toy.cached(**{names[name]: value for name, value in job.items() if name in names})
+
+
+def run_settings(job: dict, out: str) -> train.Settings:
+    """The trainer's settings for a job on its toy task."""
+    task = task_of(job)
+    usual = dict(model=str(task / "model"), dataset=str(task / "pairs.jsonl"), lr=2e-4, out=out)
+    usual |= dict(samples=0, layout="padded", dtype="fp32", tokens_per_microbatch=4096)
+    kind = lorr.Settings if "replays" in job else train.Settings
+    return kind(**usual | {name: value for name, value in job.items() if name not in OF_THE_TASK})
+
+
 def experiment(job: dict) -> dict:
     """A run with these settings: the settings and what was measured, or why it ended early."""
     with tempfile.TemporaryDirectory() as folder:
-        plain = dict(out=f"{folder}/run", samples=0, layout="padded", dtype="fp32", tokens_per_microbatch=4096)
         try:
-            summary = train.train(train.Settings(**plain | job))
+            s = run_settings(job, f"{folder}/run")
+            summary = lorr.train_lorr(s) if isinstance(s, lorr.Settings) else train.train(s)
         except UserError as error:
             return {"job": job, "error": str(error)}
-    world, before, after = summary["world"], summary["before"], summary["after"]
-    measured = {name: now for name, (_, now) in world.items()} | {"start": {name: was for name, (was, _) in world.items()}}
+        task = Path(s.model).parent
+        judged = toy.judge(Path(folder) / "run" / "model", task, Path(folder) / "answers.jsonl")
+    before, after = summary["before"], summary["after"]
+    measured = {name: now for name, (_, now) in judged.items()}
+    measured["start"] = {name: was for name, (was, _) in judged.items()}
     for side, name in (("w", "chosen"), ("l", "rejected")):  # sft has no rejected responses
         key = f"eval_logp_{side}_per_token"
         measured[name] = after[key] - before[key] if key in after else math.nan
@@ -209,7 +257,7 @@ def experiment(job: dict) -> dict:
 def one_of_many() -> None:
     """How a process of run_jobs begins: with one thread, silent, and without what a run does for a reader of its folder."""
     torch.set_num_threads(1)
-    train.matmul_rate, train.draw_curves = lambda *_: 1.0, lambda *_: None  # a fifth of a run's time
+    train.draw_curves = lambda *_: None
     sys.stderr = open(os.devnull, "w")
 
 
@@ -227,15 +275,15 @@ def workers() -> int:
 def run_jobs(jobs: list[dict], file: Path, work: Callable[[dict], dict] = experiment) -> list[dict]:
     """All jobs, WORKERS processes at a time; each result is a line of `file`, and those already there stay.
 
-    The embedded worlds of jobs whose model is "tiny" are built first.
+    The toy tasks of jobs that have a "world" are built first.
     """
     known = {job_key(result["job"]): result for result in train.read_lines(file, lambda line: "job" in line)}
     missing = [job for key, job in {job_key(job): job for job in jobs}.items() if key not in known]
-    own = ("seed", "cache", "world", "annotator_noise", "length_bias")  # what a world depends on
-    settings = [{name: job[name] for name in own if name in job} for job in missing if job.get("model") == "tiny"]
-    worlds = {job_key(of_world): train.Settings(**of_world) for of_world in settings}
+    own = ("seed", "cache", *OF_THE_TASK)  # what a task depends on
+    settings = [{name: job[name] for name in own if name in job} for job in missing if "world" in job]
+    tasks = {job_key(of_task): of_task for of_task in settings}
     with ProcessPoolExecutor(workers(), multiprocessing.get_context("spawn"), one_of_many) as pool:
-        for _ in data.progress(pool.map(train.embedded_world, worlds.values()), "worlds", "worlds", len(worlds)):
+        for _ in data.progress(pool.map(task_of, tasks.values()), "toy tasks", "tasks", len(tasks)):
             pass  # one process each, so that no two build the same
         futures = [pool.submit(work, job) for job in missing]
         for future in data.progress(as_completed(futures), "runs", "runs", len(futures)):
@@ -261,8 +309,6 @@ def study(s: Study) -> dict:
     started, out, common = time.time(), train.prepare_out(s), common_settings(s)
     train.write_whole(out / train.MARKER, json.dumps({"plainpo": {"study": "miniature"}}))
     train.write_whole(out / "settings.json", json.dumps(asdict(s), indent=2) + "\n")
-    if s.overwrite:
-        (out / "runs.jsonl").unlink(missing_ok=True)
     best = tune(grid_of(s), common, out / "runs.jsonl")
     results = run_groups({name: [job | {"seed": n} for n in range(s.seeds)] for name, job in best.items()}, out / "runs.jsonl")
     if results:

@@ -29,9 +29,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "tools")]
 
+import on_policy  # noqa: E402
 import torch  # noqa: E402
+import toy  # noqa: E402
 from miniature import markdown  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -65,8 +67,8 @@ class Study(Coding):
     max_tokens: int = setting(256, "of a text")
     top: int = setting(12, "latents in the table")
     synthetic: bool = setting(False, "the study with known truth")
-    world: bool = setting(False, "the embedded world's start against its SimPO model, in place of before, after and texts")
-    cache: str = setting("~/.cache/plainpo", "folder in which the embedded world is built")
+    world: bool = setting(False, "the toy task's initial model against its SimPO model, in place of before, after and texts")
+    cache: str = setting("~/.cache/plainpo", "folder in which the toy task is built")
     seeds: int = setting(3, "runs of each setting of the synthetic study")
     out: str = setting("runs/model-diff", "folder for tables and pictures; one with files is refused")
 
@@ -254,7 +256,7 @@ def activations(names: list[str], texts: list[list[int]], layer: int) -> tuple[T
     """Paired activations (n, 2, d) of one layer, scaled, and where they are from; the first token of a text is left out."""
     sides = []
     for name in names:
-        model = data._load_model(name, "CausalLM", torch.device("cpu")).float().base_model  # no head, no logits
+        model = on_policy.load_model(name, "CausalLM", torch.device("cpu")).float().base_model  # no head, no logits
         if not 0 <= layer <= model.config.num_hidden_layers:
             raise UserError(f"layer {layer}: {name} has {model.config.num_hidden_layers} layers; 0 is the embeddings")
         found = [
@@ -558,7 +560,7 @@ def draw_planted(found: dict[tuple, list[dict]], path: Path) -> None:
     plt.close(figure)
 
 
-# ---- the embedded world ----------------------------------------------------------------------------------------------
+# ---- the toy task ----------------------------------------------------------------------------------------------------
 
 
 def classes(words: list[str]) -> list[str]:
@@ -567,13 +569,13 @@ def classes(words: list[str]) -> list[str]:
     Items: repeated; else wrong, of a kind that was not asked for; else surplus, beyond the number asked for; else right.
     """
     at = words.index("<assistant>")
-    wanted, said, found = data._wanted(" ".join(words[1:at])), set(), ["prompt"] * at + ["start"]
+    wanted, said, found = toy.wanted(" ".join(words[1:at])), set(), ["prompt"] * at + ["start"]
     for word in words[at + 1 :]:
-        kind = data.KIND_OF.get(word)
+        kind = toy.KIND_OF.get(word)
         if kind is None:
             found.append({"<end>": "end", "and": "and"}.get(word, "idle"))
         else:
-            of_kind = sum(data.KIND_OF[other] == kind for other in said)
+            of_kind = sum(toy.KIND_OF[other] == kind for other in said)
             new = "wrong" if kind not in wanted else "surplus" if of_kind >= wanted[kind] else "right"
             found.append("repeated" if word in said else new)
             said.add(word)
@@ -587,7 +589,7 @@ def world_labels(tokens: Tokens, tokenizer) -> dict[str, Tensor]:
         words = tokenizer.convert_ids_to_tokens(ids)
         own = classes(words)
         after = ["before " + name for name in own[1:]] + [""]
-        kinds = [f"one of the {data.KIND_OF[word]}" if word in data.KIND_OF else "" for word in words]
+        kinds = [f"one of the {toy.KIND_OF[word]}" if word in toy.KIND_OF else "" for word in words]
         rows += list(zip(own, after, kinds))[1:]
     names = sorted({name for row in rows for name in row} - {"", "before prompt", "before start"})
     labels = {name: torch.tensor([name in row for row in rows]) for name in names}
@@ -632,10 +634,10 @@ def idle_without(names: list[str], x: Tensor, tokens: Tokens, tokenizer, coder: 
 
     Without a latent: f_j d_j is taken off what the layer gives, at every token of the prompt but the first. 100 prompts.
     """
-    words, found = tokenizer.convert_tokens_to_ids(list(data.IDLE)), []
+    words, found = tokenizer.convert_tokens_to_ids(list(toy.IDLE)), []
     f, start = coder.encode(x), tokenizer.convert_tokens_to_ids("<assistant>")
     for side, name in enumerate(names):
-        model, sums = data._load_model(name, "CausalLM", torch.device("cpu")).float(), torch.zeros(1 + len(latents))
+        model, sums = on_policy.load_model(name, "CausalLM", torch.device("cpu")).float(), torch.zeros(1 + len(latents))
         for i, ids in enumerate(tokens.texts[:100]):
             ids = torch.tensor(ids[: ids.index(start) + 1])
             rows = torch.nonzero(tokens.text == i).flatten()[: len(ids) - 1]
@@ -655,11 +657,13 @@ def idle_without(names: list[str], x: Tensor, tokens: Tokens, tokenizer, coder: 
 
 
 def world(s: Study, out: Path) -> dict:
-    """The embedded world's start against its SimPO model, on both models' answers to the held-out prompts."""
+    """The toy task's initial model against its SimPO model, on both models' answers to the held-out prompts."""
     if not 1 <= s.layer <= 2:
-        raise UserError(f"layer {s.layer}: latents are taken off layer 1 or 2 of the embedded world's three")
-    run = train.main(["--out", str(out / "run"), "--seed", str(s.seed), "--samples", "0", "--cache", s.cache])
-    folder, _ = train.embedded_world(train.Settings(seed=s.seed, cache=s.cache))
+        raise UserError(f"layer {s.layer}: latents are taken off layer 1 or 2 of the toy model's three")
+    folder = toy.cached(seed=s.seed, cache=s.cache)
+    options = ["--out", str(out / "run"), "--seed", str(s.seed), "--samples", "0", "--cache", s.cache]
+    train.main([str(folder / "simpo.yaml"), *options])
+    judged = toy.judge(out / "run" / "model", folder, out / "run" / "answers.jsonl")
     names, tokenizer = [str(folder / "model"), str(out / "run" / "model")], data.load_tokenizer(str(folder / "model"))
     sides = [[json.loads(line) for line in (f / "answers.jsonl").read_text().splitlines()] for f in (folder, out / "run")]
     rows = [[data.Row(row["prompt"], row["responses"][:1]) for row in side if row["responses"]] for side in sides]
@@ -668,7 +672,7 @@ def world(s: Study, out: Path) -> dict:
     labels = world_labels(tokens, tokenizer)
     coder, same = fit(x, s), x[:, :1].expand(-1, 2, -1).contiguous()
     reading, nothing, f = read_off(coder, x), read_off(fit(same, s), same), coder.encode(x)
-    changes = ", ".join(f"{name} {was:.2f} → {now:.2f}" for name, (was, now) in run["world"].items())
+    changes = ", ".join(f"{name} {was:.2f} → {now:.2f}" for name, (was, now) in judged.items())
     text = f"{len(x)} tokens of {len(tokens.texts)} answers; {changes}\n\nStart against SimPO: {summary(reading)}\n\n"
     text += f"Start against itself: {summary(nothing)}\n\n"
     for title, measure in (("distance of Δ from ½", lambda r: (r.delta - 0.5).abs()), ("1 − cos", lambda r: 1 - r.cos)):

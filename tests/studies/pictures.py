@@ -1,17 +1,20 @@
-"""The pictures of the README that need no training run.
+"""The pictures of the README that need no training run, and a table of the objectives on one worked pair.
 
     python tests/studies/pictures.py objectives [PICTURE.png]     loss and gradient of the objectives against the margin
+    python tests/studies/pictures.py --table                      both at the pair that the examples of losses.py share
 
-Needs matplotlib.
+The pictures need matplotlib.
 """
 
 import argparse
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -99,11 +102,64 @@ def objectives(path: str) -> None:
     plt.close(figure)
 
 
+# ---- the table ---------------------------------------------------------------------------------------------------------
+
+# Two pairs, chosen and rejected; the second has no margin, so that batch statistics are not empty.
+PAIRS = {
+    "logp_w": [-12.0, -20.0], "logp_l": [-24.0, -20.0], "ref_w": [-14.0, -20.0], "ref_l": [-22.0, -20.0],
+    "len_w": [10, 10], "len_l": [12, 10], "kl_w": [0.5, 0.0], "kl_l": [1.5, 0.0],
+    "old_w": [-13.5, -20.0], "old_l": [-22.5, -20.0], "margin": [2.0, 1.0],
+    "prefix_logp_w": [-12.0, -20.0], "prefix_logp_l": [-20.0, -20.0],
+    "ref_prefix_logp_w": [-14.0, -20.0], "ref_prefix_logp_l": [-19.0, -20.0],
+}  # fmt: skip
+# The first pair as two rows, and two KL completions.
+ROWS = {"logp": [-12.0, -24.0], "ref": [-14.0, -22.0], "logp_kl": [-30.0, -28.0], "ref_kl": [-31.0, -29.0]}
+
+
+def table(width: int = 128) -> str:
+    """One line per objective: what it asks for, loss and gradient of the first worked row, settings with defaults.
+
+    width: of the lines, in characters; at least 80.
+    """
+    head = f"{'objective':<13} {'needs':<19} {'loss':>11} {'gradient':>8}  settings with defaults"
+    lines = [head, "─" * width]
+    for name, loss in OBJECTIVES.items():
+        inputs = {k: tensor([True, False]) if k == "desirable" else tensor((PAIRS | ROWS)[k]) for k in loss.tensors}
+        draw = {"generator": torch.Generator().manual_seed(1)} if loss.random else {}
+        policy = inputs[loss.tensors[0]].requires_grad_()
+        values = loss(**inputs, **draw)
+        (slope,) = torch.autograd.grad(values.sum(), policy)
+        kinds = {k.partition("_")[0] for k in loss.tensors}
+        needs = [kind for kind in ("ref", "kl", "prefix", "old", "len", "margin") if kind in kinds]
+        needs += ["rows"] * ("desirable" in kinds) + {True: ["batch"], False: []}.get(loss.coupled, ["(batch)"])
+        settings = textwrap.wrap(
+            " ".join(f"{k}={v}" for k, v in loss.settings.items()) or "–", width - 56, break_long_words=False
+        )
+        start = f"{f'{name:<13} ' + (' '.join(needs) or '–'):<33} {values[0].item():>11.4f} {slope[0].item() + 0.0:>8.4f}  "
+        lines += [start + settings[0]] + [" " * len(start) + line for line in settings[1:]]
+    return "\n".join(lines)
+
+
+ABOUT = (
+    "Worked pair: s_w = −12 over 10 tokens, s_l = −24 over 12, reference −14 and −22, KL 0.5 and 1.5, earlier policy −13.5 "
+    "and −22.5, scores 2 apart. Losses that need the batch see a second pair, of no margin (−20 over 10 tokens, KL 0). "
+    "Rows: this pair as two rows, log-ratio of the KL completions 1. Loss of row 1; gradient ∂L/∂s_w, ∂L/∂s of the sum. "
+    "(batch): under one setting only."
+)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["objectives"])
+    parser.add_argument("what", nargs="?", choices=["objectives"])
     parser.add_argument("picture", nargs="?", default=".github/objectives.png")
+    parser.add_argument("--table", action="store_true", help="print the table instead")
     args = parser.parse_args(argv)
+    if args.table:
+        width = min(128, max(80, shutil.get_terminal_size((128, 24)).columns))
+        print(textwrap.fill(ABOUT, width), table(width), sep="\n\n")
+        return
+    if args.what is None:
+        parser.error("say objectives, or --table")
     try:
         objectives(args.picture)
     except ImportError:

@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests"), str(REPOSITORY / "tests" / "tools")]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=3)
@@ -69,6 +69,7 @@ def start(command: list[str] | str, folder: Path, output: Path, fresh: bool = Fa
 def _run(argv: list[str]) -> None:
     """What the interpreter does with a script, up to its exit code."""
     sys.argv, sys.stdin = argv, open(0)
+    sys.path.insert(0, str(Path(argv[0]).parent))
     sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), encoding="utf-8")
     sys.stderr = io.TextIOWrapper(open(2, "wb", 0, closefd=False), "utf-8", "backslashreplace", write_through=True)
     code = 0
@@ -110,12 +111,11 @@ def kill(process: int, number: int = signal.SIGKILL) -> None:
 def small_world(folder: Path, pairs: int = 40) -> None:
     """A folder as a user has it: `model` (an untrained Llama), pairs.jsonl, and the same as rows.jsonl with labels."""
     import torch
+    import toy
     from transformers import LlamaConfig, LlamaForCausalLM
     from worlds import world_pairs
 
-    import data
-
-    tokenizer, rows = data.world_tokenizer(), world_pairs(0, 0, pairs)
+    tokenizer, rows = toy.word_tokenizer(), world_pairs(0, 0, pairs)
     torch.manual_seed(0)
     more = dict(tie_word_embeddings=True, bos_token_id=None, eos_token_id=3, max_position_embeddings=256)
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SMALL, **more)).save_pretrained(folder / "model")

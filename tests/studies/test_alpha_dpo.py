@@ -8,6 +8,7 @@ import miniature
 import numpy as np
 import pytest
 import torch
+import toy
 from alpha_dpo import SETTINGS, VARIANTS
 from torch import tensor
 
@@ -26,7 +27,7 @@ def made_up_pairs(n: int = 6) -> dict[str, torch.Tensor]:
 
 def loss_of(text: str, x: dict[str, torch.Tensor]) -> torch.Tensor:
     objective = train.parse_objective(text)
-    return objective(train.Sums(x["length"], logp=x["logp"], ref=x["ref"], kl=x["kl"]).by_name(), [0])
+    return objective.row_losses({"logp": x["logp"], "kl": x["kl"]}, {"len": x["length"], "ref": x["ref"]}, [0])
 
 
 # ---- what is run
@@ -139,11 +140,11 @@ def cache(tmp_path_factory) -> str:
 
 @pytest.fixture
 def job(cache, monkeypatch) -> dict:
-    """A run of 4 steps in a small world, which is built once."""
+    """A run of 4 steps on a small toy task, which is built once."""
     for name, value in (("SUPERVISED_STEPS", 20), ("PROMPTS", 48)):
-        monkeypatch.setattr(train, name, value)
-    monkeypatch.setattr(data, "HELD_OUT_PROMPTS", 16)
-    common = dict(model="tiny", dataset="tiny", cache=cache, seed=0, eval_size=16, batch_size=8, lr=1e-3)
+        monkeypatch.setattr(toy, name, value)
+    monkeypatch.setattr(toy, "HELD_OUT_PROMPTS", 16)
+    common = dict(world="plain", cache=cache, seed=0, eval_size=16, batch_size=8, lr=1e-3)
     return common | {"max_steps": 4, "objective": "dpo(beta=0.5)"}
 
 
@@ -174,15 +175,15 @@ def test_a_run_that_ends_early_says_why(job):
 
 def test_gradient_norms_are_those_of_the_two_parts(job, tmp_path):
     """Each part is the gradient of the loss with the other side's log-probs held constant."""
-    run = train.prepare(train.Settings(**job | {"objective": "simpo"}, out=str(tmp_path / "run"), samples=0, layout="padded"))
-    pairs = run.rows.held_out
-    found = alpha_dpo.gradient_norms(run, pairs, run.rows.held_out_known)
+    run = train.prepare(miniature.run_settings(job | {"objective": "simpo"}, str(tmp_path / "run")))
+    pairs = run.held_out
+    found = alpha_dpo.gradient_norms(run, pairs, run.held_out_inputs)
     batch = data.padded_batch(list(pairs))
     for side in "wl":
         logp = run.policy(batch)["logp"].view(-1, 2)
         w, low = logp[:, 0], logp[:, 1]
         w, low = (w, low.detach()) if side == "w" else (w.detach(), low)
-        n_w, n_l = run.rows.held_out_known.length.T
+        n_w, n_l = run.held_out_inputs["len"].T
         run.policy.zero_grad()
         OBJECTIVES["simpo"](w, low, n_w, n_l).mean().backward()
         norm = sum(p.grad.square().sum() for p in run.policy.parameters()).sqrt().item()
@@ -281,8 +282,8 @@ def test_paper_numbers_of_table_2_are_those_of_table_1():
 
 
 def test_a_job_asked_for_twice_runs_once(tmp_path, monkeypatch):
-    job = dict(model="tiny", dataset="tiny", cache=str(tmp_path), seed=0)
-    monkeypatch.setattr(train, "embedded_world", str)
+    job = dict(world="plain", cache=str(tmp_path), seed=0)
+    monkeypatch.setattr(miniature, "task_of", str)
     monkeypatch.setattr(miniature, "ProcessPoolExecutor", InThisProcess)
     asked = []
     work = lambda job: asked.append(job) or {"job": job}  # noqa: E731

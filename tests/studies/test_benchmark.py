@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import data
+import train
 
 BUILT = dict(
     model=None, dataset=None, batch_size=2, steps=1, prompt_tokens=12, response_tokens=4, hidden=64, layers=1, vocabulary=1000,
@@ -54,6 +55,19 @@ def test_every_variant_counts_the_same_work(monkeypatch):
     assert all(r["seconds"] > 0 and r["peak_above_state"] > 0 for r in results)
 
 
+@pytest.mark.parametrize("layout, padding", [("packed", 0.0), ("padded", 1 - 45 / (2 * 15 + 4 * 10))])
+def test_balance_by_hand(layout, padding):
+    """Pairs of 20, 15 and 10 tokens, 25 at most in a microbatch: 20, and 15 + 10, so the heavier has 25 of a mean of 22.5.
+    Padded, the first takes 2 rows of 15 tokens, the others 4 of 10."""
+    pairs = [data.Example([1] * 5, [[1] * 10, [1] * 5]), data.Example([1] * 5, [[1] * 5, [1] * 5])]
+    pairs.append(data.Example([1] * 2, [[1] * 4, [1] * 4]))
+    s = train.Settings(layout=layout, tokens_per_microbatch=25)
+    run = train.Run(s, train.read_objective("simpo"), torch.device("cpu"), None, None, pairs, [])
+    found = benchmark.balance(run, pairs)
+    assert found["microbatches"] == 2 and found["imbalance"] == 25 * 2 / 45
+    assert found["padding"] == pytest.approx(padding)
+
+
 def in_this_process(args, variant: str, dtype: str, **more) -> dict:
     return benchmark.ours(argparse.Namespace(**{**vars(args), **more, "variant": variant, "dtype": dtype}))
 
@@ -85,7 +99,8 @@ def test_rounds_on_a_model_folder(small, tmp_path, monkeypatch, capsys):
     assert [r["variant"] for r in results] == variants and all(len(r["rounds"]) == 2 for r in results)
     examples, _ = data.load(str(small / "pairs.jsonl"), data.load_tokenizer(str(small / "model")))
     assert all(r["pairs"] == 12 and r["tokens"] == 2 * sum(map(data.tokens_of, examples[6:12])) for r in results)
-    head, more, _, _, _, packed, padded = said.out.rstrip("\n").splitlines()
+    head, more, _, _, _, packed, padded, _, *balance = said.out.rstrip("\n").splitlines()
+    assert [line.partition(":")[0] for line in balance] == ["packed tree, fp32", "padded, full logits, fp32"]
     assert "alone make a step" in more and "2 rounds of 2 steps of 3 pairs" in head and "trl" not in head
     assert packed.startswith("| packed tree | fp32 |") and packed.count("–") >= 2 and padded.endswith("| – | – | – |")
     ratio = float(packed.split(" | ")[6].split()[0])  # of the two rounds' ratios

@@ -106,7 +106,7 @@ def made_up(no_analyzer, monkeypatch):
     for name in ("vaderSentiment", "vaderSentiment.vaderSentiment"):
         monkeypatch.setitem(sys.modules, name, package)
     monkeypatch.setattr(miniature, "ProcessPoolExecutor", InThisProcess)
-    monkeypatch.setattr(train, "embedded_world", lambda s: pytest.fail("a real model needs no world"))
+    monkeypatch.setattr(miniature, "task_of", lambda job: pytest.fail("a real model needs no toy task"))
     monkeypatch.setattr(frontier, "ARMS", {"dpo": {"dpo(beta=0.1)": (3e-3,)}, "kto": {"kto(beta=0.5)": (1e-3,)}})
 
 
@@ -114,7 +114,7 @@ def made_up(no_analyzer, monkeypatch):
 
 
 def test_the_whole_study_and_its_resumption(made_up, small, tmp_path, monkeypatch, capsys):
-    """An untrained model of the embedded world. What is finished stays, byte for byte; a line that was cut is run again."""
+    """An untrained model of the toy task's words. What is finished stays, byte for byte; a line that was cut is run again."""
     out = tmp_path / "out"
     line = ["--model", str(small / "model"), "--out", str(out), "--prompts", "24", "--held-out", "3", "--steps", "2"]
     done = frontier.main([*line, "--batch-size", "4"])["results"]

@@ -9,14 +9,14 @@ import pytest
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("cap", [None, 50.0])
 def test_the_kernels_row(window, cap):
-    """FlexAttention over a filled-up pack gives what the segments give, in fp32 here; a wrong window is seen."""
+    """FlexAttention over a filled-up sequence gives what attention pair by pair gives, in fp32 here; a wrong window is seen."""
     row = gpu.kernel(16, window, cap)
     assert float(row["output"]) < 1e-5 and row["∂key"] == "–" and row["window"] == (window or "–")
 
 
 def test_a_wrong_mask_is_seen(monkeypatch):
     seen = gpu.logprobs.seen_ranges
-    monkeypatch.setattr(gpu.logprobs, "seen_ranges", lambda tree, window, block=None: seen(tree, 3, block))
+    monkeypatch.setattr(gpu.logprobs, "seen_ranges", lambda pairs, window, block=None: seen(pairs, 3, block))
     assert float(gpu.kernel(16, 4, None)["output"]) > 1e-2
 
 

@@ -1,6 +1,6 @@
 """The comparison and the sweeps: what is run, what is chosen, what is written, and that nothing is run twice.
 
-Runs are made up where only their results matter; the real ones are of 2 steps in a world made small.
+Runs are made up where only their results matter; the real ones are of 2 steps on a small toy task.
 """
 
 import json
@@ -9,12 +9,13 @@ import subprocess
 import sys
 from dataclasses import asdict, fields
 
+import lorr
 import miniature
 import pytest
 import torch
+import toy
 from miniature import GRID, MEASURES, SWEEPS
 
-import data
 import train
 from losses import OBJECTIVES
 
@@ -60,7 +61,7 @@ def test_comparison(tmp_path, made_up, capsys):
 
 
 def test_sweep_table(tmp_path, made_up):
-    """A line for every value of every series, in order; nothing is tuned, and the learning rate is the trainer's own."""
+    """A line for every value of every series, in order; nothing is tuned, and the learning rate is the toy task's own."""
     miniature.main(["--sweeps", "alpha", "--seeds", "2", "--out", str(tmp_path / "out"), "--annotator-noise", "0.5"])
     title, values, series = SWEEPS["alpha"]
     table = (tmp_path / "out" / "sweep-alpha.md").read_text().splitlines()
@@ -81,31 +82,31 @@ def test_where_every_run_ended_early(tmp_path, made_up):
 
 def test_a_job_holds_what_differs_from_the_default(tmp_path):
     """And no setting that is the study's own; so the jobs of an earlier comparison are found again."""
-    default = train.Settings()
+    default = miniature.Study()
     line = ["--compare", "simpo", "--seeds", "2", "--cache", "here", "--length-bias", "0.5", "--lr", "1", "--seed", "7"]
-    s = miniature.parse([*line, "--annotator-noise", str(default.annotator_noise), "--out", "there", "--overwrite"])
-    assert miniature.common_settings(s) == {"model": "tiny", "dataset": "tiny", "cache": "here", "length_bias": 0.5}
+    s = miniature.parse([*line, "--annotator-noise", str(default.annotator_noise), "--out", "there"])
+    assert miniature.common_settings(s) == {"world": "plain", "cache": "here", "length_bias": 0.5}
     assert s.seeds == 2 and s.lr == 1.0
 
 
-def test_settings_are_those_of_the_trainer_and_four_more(tmp_path):
+def test_settings_are_those_of_the_trainer_three_of_the_task_and_four_more(tmp_path):
     more = {f.name for f in fields(miniature.Study)} - {f.name for f in fields(train.Settings)}
-    assert more == {"compare", "sweeps", "paper", "seeds"}
-    (tmp_path / "s.yaml").write_text("epochs: 3\nmax-steps: 5\n")
+    assert more == {"annotator_noise", "length_bias", "world", "compare", "sweeps", "paper", "seeds"}
+    (tmp_path / "s.yaml").write_text("model: m\ndataset: d\nepochs: 3\nmax-steps: 5\n")
     s = miniature.parse([str(tmp_path / "s.yaml"), "--sweeps", "alpha", "gamma", "--max-steps", "6"])
     assert (s.epochs, s.max_steps, s.sweeps, s.compare, s.seeds) == (3, 6, ["alpha", "gamma"], None, 5)
 
 
-def in_a_small_world() -> None:
-    """How a process of run_jobs begins in test_jobs_are_run_once: a start that hardly learns, few prompts."""
-    train.SUPERVISED_STEPS, train.PROMPTS, data.HELD_OUT_PROMPTS = 20, 64, 64
+def on_a_small_task() -> None:
+    """How a process of run_jobs begins in test_jobs_are_run_once: an initial model that hardly learns, few prompts."""
+    toy.SUPERVISED_STEPS, toy.PROMPTS, toy.HELD_OUT_PROMPTS = 20, 64, 64
     miniature.one_of_many()  # its own, in a process where nothing is patched
 
 
 def test_jobs_are_run_once(tmp_path, monkeypatch):
     """Two real runs in processes of their own, and one that ends early; a second call finds all in the file."""
-    monkeypatch.setattr(miniature, "one_of_many", in_a_small_world)
-    job = dict(model="tiny", dataset="tiny", cache=str(tmp_path / "cache"), seed=0, max_steps=2, eval_size=16)
+    monkeypatch.setattr(miniature, "one_of_many", on_a_small_task)
+    job = dict(world="plain", cache=str(tmp_path / "cache"), seed=0, max_steps=2, eval_size=16)
     changes = {"objective": "simpo"}, {"objective": "sft", "lr": 1e-2}, {"objective": "simpo(tau=1.0)", "lr": 1e-3}
     jobs = [job | change for change in changes]
     results = miniature.run_jobs(jobs, tmp_path / "runs.jsonl")
@@ -132,22 +133,28 @@ def test_every_call_of_the_grid_and_the_sweeps_is_understood():
     for _, values, series in SWEEPS.values():
         for change in series.values():
             for x in values:
-                s = train.Settings(**{"lr": 1e-4, **change(x)})
+                of_trainer = {k: v for k, v in change(x).items() if k not in miniature.OF_THE_TASK}
+                kind = lorr.Settings if "replays" in of_trainer else train.Settings
+                s = kind(**{"model": "m", "dataset": "d", "lr": 1e-4, **of_trainer})
                 train.check_settings(s)
                 train.try_objective(train.parse_objective(s.objective))
 
 
 BAD = {
     "nothing to do": ([], ["nothing to do", "--compare", "--sweeps", "alpha, gamma, length"]),
-    "a real model": (["--compare", "dpo", "--model", "m", "--dataset", "d"], ["run in the embedded world, without --model"]),
-    "a real dataset": (["--compare", "dpo", "--dataset", "d"], ["embedded world"]),
-    "a recipe": (["--compare", "dpo", "--recipe", "gemma-2-9b-it-simpo"], ["without --model, --recipe"]),
+    "a real model": (
+        ["--compare", "dpo", "--model", "m", "--dataset", "d"],
+        ["trains on tasks that it builds, without --model"],
+    ),
+    "a real dataset": (["--compare", "dpo", "--dataset", "d"], ["model is missing"]),
     "unknown paper": (["--paper", "x"], ["paper", "'x'", "alpha_dpo"]),
     "unknown sweep": (["--sweeps", "x"], ["unknown sweep 'x'", "alpha, gamma, length"]),
     "unknown objective": (["--compare", "dpo", "simp"], ["unknown objective 'simp'", "simpo"]),
     "a call out of range": (["--compare", "dpo(beta=0.0)"], ["beta"]),
     "no seeds": (["--compare", "dpo", "--seeds", "0"], ["seeds is 0", "at least 1"]),
-    "a bad setting of the trainer": (["--compare", "dpo", "--annotator-noise", "-1"], ["annotator_noise is -1"]),
+    "a bad setting of the task": (["--compare", "dpo", "--annotator-noise", "-1"], ["annotator's noise is -1"]),
+    "an unknown world": (["--compare", "dpo", "--world", "x"], ["world is 'x'", "plain, stock"]),
+    "a bad setting of the trainer": (["--compare", "dpo", "--batch-size", "0"], ["batch_size is 0"]),
     "unknown setting": (["--compare", "dpo", "--seed-count", "3"], ["unknown setting --seed-count 3", "--help"]),
     "an out that holds files": (["--compare", "dpo", "--out", "OUT"], ["already holds files"]),
 }

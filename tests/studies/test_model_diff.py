@@ -6,6 +6,7 @@ import math
 import model_diff
 import pytest
 import torch
+import toy
 from model_diff import AUX_WEIGHT, Coding, Crosscoder, auc, fit, latent_scaling, read_off, relative_norm, topk_loss
 
 import data
@@ -250,7 +251,7 @@ def test_classes_of_tokens_by_hand():
     text = "<user> name two fruits and three tools <assistant> well pear pear cat plum fig and saw <end>"
     own = ["idle", "right", "repeated", "wrong", "right", "surplus", "and", "right", "end"]
     assert model_diff.classes(text.split()) == ["prompt"] * 7 + ["start"] + own
-    tokenizer = data.world_tokenizer()
+    tokenizer = toy.word_tokenizer()
     ids = tokenizer(text)["input_ids"]
     tokens = model_diff.Tokens(
         [ids] * 30, torch.arange(30).repeat_interleave(len(ids) - 1), torch.arange(1, len(ids)).repeat(30)
@@ -266,7 +267,7 @@ def test_taking_a_latent_off_a_layer(small):
     """Against the same numbers put into the next layer; a latent without a decoder changes nothing."""
     from transformers import LlamaForCausalLM
 
-    name, tokenizer = str(small / "model"), data.world_tokenizer()
+    name, tokenizer = str(small / "model"), toy.word_tokenizer()
     model, ids = LlamaForCausalLM.from_pretrained(name), tokenizer("<user> name two fruits <assistant> pear <end>")["input_ids"]
     x, tokens = model_diff.activations([name, name], [ids], 1)
     coder = Crosscoder(32, 6, seed=1).requires_grad_(False)
@@ -282,5 +283,5 @@ def test_taking_a_latent_off_a_layer(small):
         hook = model.model.layers[1].register_forward_pre_hook(lambda module, given, other=other: (other, *given[1:]))
         logits = model(torch.tensor([ids[:5]])).logits[0, -1]
         hook.remove()
-        idle = logits.softmax(-1)[tokenizer.convert_tokens_to_ids(list(data.IDLE))].sum().item()
+        idle = logits.softmax(-1)[tokenizer.convert_tokens_to_ids(list(toy.IDLE))].sum().item()
         assert found[side][1] == pytest.approx(idle, rel=1e-5) and found[side][1] != pytest.approx(found[side][0], rel=1e-4)

@@ -1,6 +1,7 @@
-"""The pictures: curves by hand, and a script that draws if it can."""
+"""The pictures: curves by hand, the table of the worked pair, and a script that draws if it can."""
 
 import importlib.util
+import math
 import sys
 
 import pictures
@@ -81,3 +82,34 @@ def test_script_without_matplotlib_says_how_to_get_the_picture(tmp_path, monkeyp
     with pytest.raises(SystemExit, match="pip install matplotlib"):
         pictures.main(["objectives", str(tmp_path / "objectives.png")])
     assert not list(tmp_path.iterdir())
+
+
+# ---- the table
+
+
+@pytest.mark.parametrize("width", [80, 100, 128])
+def test_table_names_every_objective_and_fits_the_terminal(width):
+    lines = pictures.table(width).splitlines()
+    assert [line.split()[0] for line in lines[2:] if not line.startswith(" ")] == list(OBJECTIVES)
+    assert max(map(len, lines)) == width
+
+
+def test_table_shows_the_worked_pair():
+    """dpo: −logσ(0.4) and −0.1σ(−0.4); sppo: 2 · 498² and −2 · 498; what each asks for."""
+    rows = {line.split()[0]: (line[14:33].strip(), *line[33:].split()[:2]) for line in pictures.table().splitlines()}
+    assert rows["dpo"] == ("ref", f"{math.log1p(math.exp(-0.4)):.4f}", f"{-0.1 / (1 + math.exp(0.4)):.4f}")
+    assert rows["sppo"][1:] == ("496008.0000", "-996.0000")
+    needs = dict(slic="–", orpo="len", tdpo1="ref kl", kto="ref rows batch", amapo="len batch", ld_dpo="ref prefix")
+    assert {name: rows[name][0] for name in needs} == needs and rows["online_simpo"][0] == "ref old len (batch)"
+
+
+def test_script_prints_the_table_as_wide_as_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
+    pictures.main(["--table"])
+    printed = capsys.readouterr().out
+    assert pictures.table(90) in printed and max(map(len, printed.splitlines())) == 90
+
+
+def test_a_long_name_does_not_move_the_columns():
+    lines = pictures.table().splitlines()
+    assert {line.index(".") for line in lines[2:] if not line.startswith(" ")} == {lines[2].index(".")}

@@ -5,11 +5,13 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import miniature
 import numpy as np
 import pytest
 import torch
+import toy
 import trails
 from torch import tensor
 from trails import ARMS, CLASSES, at_kl, classes_after, classes_of
@@ -44,15 +46,15 @@ def test_classes_of_every_next_word():
     assert classes_after("list two animals", ["so", "cat"], words) == expected
 
 
-@pytest.mark.parametrize("world", data.WORLDS)
+@pytest.mark.parametrize("world", toy.WORLDS)
 def test_classes_add_up_to_the_true_quality(world):
-    """A fresh item is a right one: (fresh − ½ (other items)) / n − 0.1 idle is data.world_quality, which knows no classes."""
+    """A fresh item is a right one: (fresh − ½ (other items)) / n − 0.1 idle is toy.quality, which knows no classes."""
     rng = np.random.default_rng(3)
-    for prompt in data.world_prompts(0)[:200]:
-        answer = data.world_demonstration(prompt, rng, data.WORLDS[world])
-        n, count = sum(data._wanted(prompt).values()), Counter(classes_of(prompt, answer.split()))
+    for prompt in toy.all_prompts(0)[:200]:
+        answer = toy.demonstration(prompt, rng, toy.WORLDS[world])
+        n, count = sum(toy.wanted(prompt).values()), Counter(classes_of(prompt, answer.split()))
         bad = count["wrong kind"] + count["repeated"] + count["surplus"]
-        assert data.world_quality(prompt, answer) == pytest.approx((count["fresh"] - 0.5 * bad) / n - 0.1 * count["idle"])
+        assert toy.quality(prompt, answer) == pytest.approx((count["fresh"] - 0.5 * bad) / n - 0.1 * count["idle"])
         assert count["other"] == 0
 
 
@@ -61,31 +63,31 @@ def test_classes_add_up_to_the_true_quality(world):
 
 def test_the_plain_world_is_what_it_was():
     """Its demonstrations, and with them every start and every published number, to the last byte."""
-    shown = json.dumps([row[:4] for row in data.tiny_world(0, 8192)[1]]).encode()  # prompt, responses, label, margin
+    shown = json.dumps([row[:4] for row in toy.demonstrations(0, 8192)]).encode()  # prompt, responses, label, margin
     assert hashlib.sha256(shown).hexdigest() == "3aae9be41bba0d716b328cff2fd8c609b0628abe4fd4b7c81717c5fc25227390"
 
 
 def test_habits_of_the_second_world():
     """Half of the answers open with the stock phrase; an item is a repeat, or of the next kind, more often than a fresh one."""
-    who, rng, opened, count = data.WORLDS["stock"], np.random.default_rng(0), 0, Counter()
-    for prompt in data.world_prompts(0):
-        words = data.world_demonstration(prompt, rng, who).split()
-        opened += words[:3] == list(data.STOCK)
+    who, rng, opened, count = toy.WORLDS["stock"], np.random.default_rng(0), 0, Counter()
+    for prompt in toy.all_prompts(0):
+        words = toy.demonstration(prompt, rng, who).split()
+        opened += words[:3] == list(toy.STOCK)
         count.update(classes_of(prompt, words))
     assert abs(opened / 3168 - who.stock) < 0.03
     assert count["wrong kind"] + count["repeated"] > count["fresh"] + count["surplus"]
 
 
 def test_the_usual_confusion_is_the_next_kind():
-    who, rng = data.Demonstrator(wrong=0.0, repeated=0.0, confused=1.0), np.random.default_rng(0)
+    who, rng = toy.Demonstrator(wrong=0.0, repeated=0.0, confused=1.0), np.random.default_rng(0)
     for prompt, kind in (("name two animals", "fruits"), ("name two clothes", "animals")):
-        words = data.world_demonstration(prompt, rng, who).split()
-        assert {data.KIND_OF[w] for w in words if w in data.KIND_OF} == {kind}
+        words = toy.demonstration(prompt, rng, who).split()
+        assert {toy.KIND_OF[w] for w in words if w in toy.KIND_OF} == {kind}
 
 
-def test_an_unknown_world_is_refused(capsys):
+def test_an_unknown_world_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        train.main(["--world", "stok"])
+        toy.main(["build", "--world", "stok", "--out", str(tmp_path / "out")])
     assert stop.value.code == 2 and "world is 'stok'; accepted are plain, stock" in capsys.readouterr().err
 
 
@@ -126,7 +128,8 @@ def test_every_arm_is_understood(monkeypatch):
         for name, loss in trails.VARIATIONS.items():
             patch.setitem(losses.OBJECTIVES, name, loss)
         for settings, rates, _ in ARMS.values():
-            s = train.Settings(**{k: v for k, v in settings.items() if k != "without_end"}, lr=rates[0])
+            of_trainer = {k: v for k, v in settings.items() if k != "without_end"}
+            s = train.Settings(model="m", dataset="d", lr=rates[0], **of_trainer)
             train.check_settings(s)
             train.try_objective(train.parse_objective(s.objective))
 
@@ -145,8 +148,10 @@ class Listed:
     "sides, expected", [("", [[4, 5, 3], [6, 3]]), ("rejected", [[4, 5, 3], [6]]), ("both", [[4, 5], [6]])]
 )
 def test_the_end_is_left_out(sides, expected):
-    load = lambda: train.Rows(Listed([Example([1], [[4, 5, 3], [6, 3]])]), Listed([]), {})  # noqa: E731
-    rows = trails.without_end(load, sides)().train
+    def load():
+        return Listed([Example([1], [[4, 5, 3], [6, 3]])]), Listed([]), {}
+
+    rows, _, _ = trails.without_end(load, sides)()
     assert (rows if sides else rows.examples)[0].responses == expected
 
 
@@ -197,17 +202,18 @@ def test_names_keep_their_order_and_distance():
 
 @pytest.fixture(scope="module")
 def small_world(tmp_path_factory) -> tuple:
-    """(settings, folder of the world, its pairs), of a start that has hardly learnt."""
+    """(settings, folder of the task), of an initial model that has hardly learnt."""
     with pytest.MonkeyPatch.context() as patch:
-        for where, name, value in ((train, "SUPERVISED_STEPS", 20), (train, "PROMPTS", 64), (data, "HELD_OUT_PROMPTS", 64)):
-            patch.setattr(where, name, value)
-        s = train.Settings(seed=0, eval_size=16, cache=str(tmp_path_factory.mktemp("cache")), layout="padded", dtype="fp32")
-        yield s, *train.embedded_world(s)
+        for name, value in (("SUPERVISED_STEPS", 20), ("PROMPTS", 64), ("HELD_OUT_PROMPTS", 64)):
+            patch.setattr(toy, name, value)
+        job = dict(world="plain", seed=0, eval_size=16, cache=str(tmp_path_factory.mktemp("cache")))
+        s = miniature.run_settings(job, "out")
+        yield s, Path(s.model).parent
 
 
 def test_measures_of_the_start_itself(small_world):
     """It is no distance from itself, nothing has moved, and its mass is that of its own answers."""
-    s, world, pairs = small_world
+    s, world = small_world
     found = trails.measure(world / "model", s)
     start = found.pop("start")
     assert found["kl"] == found["moved"] == found["moved_first"] == found["chosen"] == 0.0
@@ -222,17 +228,17 @@ def test_measures_of_the_start_itself(small_world):
 
 
 def test_token_log_probs_are_those_of_the_trainer(small_world):
-    """Summed over a response they are `train.summed_logps`, which goes through logprobs.py."""
-    s, world, pairs = small_world
+    """Summed over a response they are `toy.summed_logps`, which goes through logprobs.py."""
+    s, world = small_world
     examples = trails.encode(data.load_tokenizer(str(world / "model")), trails.read_answers(world / "answers.jsonl"))
     found = trails.of_targets(world / "model", examples).split([len(e.responses[0]) for e in examples])
-    torch.testing.assert_close(torch.stack([x.sum() for x in found]), train.summed_logps(world / "model", examples))
+    torch.testing.assert_close(torch.stack([x.sum() for x in found]), toy.summed_logps(world / "model", examples))
 
 
 def test_one_real_run(small_world):
     """Two steps of a variation: nothing is registered afterwards, and KL is above 0."""
-    s, world, pairs = small_world
-    job = dict(model="tiny", dataset="tiny", cache=s.cache, seed=0, eval_size=16, max_steps=2, lr=1e-3)
+    s, _ = small_world
+    job = dict(world="plain", cache=s.cache, seed=0, eval_size=16, max_steps=2, lr=1e-3)
     found = trails.experiment(job | {"objective": "sides(up=1.0, down=1.0)", "without_end": "rejected"})
     assert found["job"]["without_end"] == "rejected" and 0 < found["kl"] < 5 and 0 < found["moved"] < 1
     assert not set(trails.VARIATIONS) & set(losses.OBJECTIVES)
@@ -288,8 +294,8 @@ def test_the_study(tmp_path, made_up, capsys):
 BAD = {
     "an unknown arm": (["--arms", "simp"], ["arms is 'simp'", "simpo"]),
     "no seeds": (["--seeds", "0"], ["seeds is 0", "at least 1"]),
-    "a real model": (["--model", "m", "--dataset", "d"], ["embedded world, without --model"]),
-    "a bad setting of the trainer": (["--annotator-noise", "-1"], ["annotator_noise is -1"]),
+    "a real model": (["--model", "m", "--dataset", "d"], ["trains on tasks that it builds, without --model"]),
+    "a bad setting of the task": (["--annotator-noise", "-1"], ["annotator's noise is -1"]),
 }
 
 

@@ -13,18 +13,18 @@ stands; each result is a line of runs.jsonl.
 import functools
 import json
 import math
-import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "tools")]
 
 import miniature  # noqa: E402
 import torch  # noqa: E402
+import toy  # noqa: E402
 import transformers  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -42,17 +42,17 @@ CLASSES = ("fresh", "wrong kind", "repeated", "surplus", "idle", "and", "end, al
 def classes_after(prompt: str, before: list[str], words: list[str]) -> list[str]:
     """The class of each word, were it the next one of an answer that began with `before`.
 
-    fresh: an item that is asked for and still missing; it alone raises `data.world_quality`. Of items that do not: wrong kind,
+    fresh: an item that is asked for and still missing; it alone raises `toy.quality`. Of items that do not: wrong kind,
     repeated, surplus, the first that fits. The end: "all given" when no item is missing. other: what no answer should hold.
     """
-    named = {w for w in before if w in data.KIND_OF}
-    missing = {k: n - sum(data.KIND_OF[w] == k for w in named) for k, n in data._wanted(prompt).items()}
+    named = {w for w in before if w in toy.KIND_OF}
+    missing = {k: n - sum(toy.KIND_OF[w] == k for w in named) for k, n in toy.wanted(prompt).items()}
 
     def of(word: str) -> str:
-        kind = data.KIND_OF.get(word)
+        kind = toy.KIND_OF.get(word)
         if kind is None:
             end = "end, all given" if max(missing.values()) <= 0 else "end, too early"
-            return "idle" if word in data.IDLE else {"and": "and", END: end}.get(word, "other")
+            return "idle" if word in toy.IDLE else {"and": "and", END: end}.get(word, "other")
         if kind not in missing:
             return "wrong kind"
         return "repeated" if word in named else "fresh" if missing[kind] > 0 else "surplus"
@@ -151,9 +151,7 @@ def experiment(job: dict) -> dict:
     job = dict(job)
     asked, end = dict(job), job.pop("without_end", "")
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(losses.OBJECTIVES, VARIATIONS):
-        s = train.Settings(
-            **dict(out=f"{folder}/run", samples=0, layout="padded", dtype="fp32", tokens_per_microbatch=4096) | job
-        )
+        s = miniature.run_settings(job, f"{folder}/run")
         try:
             with mock.patch.object(train, "load_rows", without_end(train.load_rows, end)):
                 seconds = train.train(s)["seconds"]
@@ -168,9 +166,12 @@ def without_end(load, sides: str):
     def cut(e: Example) -> Example:
         return e._replace(responses=[r[:-1] if i or sides == "both" else r for i, r in enumerate(e.responses)])
 
-    def loaded(*args) -> train.Rows:
-        rows = load(*args)
-        return replace(rows, train=rows.train.mapped(cut), held_out=rows.held_out.mapped(cut)) if sides else rows
+    def loaded(*args) -> tuple:
+        trained, held_out, reports = load(*args)
+        if sides:
+            trained = trained.mapped(cut)
+            held_out = held_out.mapped(cut)
+        return trained, held_out, reports
 
     return loaded
 
@@ -183,17 +184,17 @@ def measure(model: Path, s: train.Settings) -> dict:
     and moved_first, half the summed change of probability, mean over positions and at the first.
     On held-out pairs: chosen/CLASS and rejected/CLASS, change of log-prob in nats per token of the class.
     """
-    world, pairs = train.embedded_world(s)
-    start = at_the_start(world, pairs, s)
+    task = Path(s.model).parent
+    start = at_the_start(task, s)
     with tempfile.TemporaryDirectory() as folder:
         drawn = []
         for seed in range(DRAWS):
-            train.answer(model, world / "held_out.jsonl", Path(folder) / f"{seed}.jsonl", seed)
+            toy.answer(model, task / "prompts.jsonl", Path(folder) / f"{seed}.jsonl", seed)
             drawn += read_answers(Path(folder) / f"{seed}.jsonl")
     now = of_answers(drawn)
     better = (quality_of(drawn).view(DRAWS, -1) - quality_of(start["answers"])).sign()
     answers = encode(start["tokenizer"], drawn)
-    p, q = (torch.cat(distributions(m, answers)) for m in (model, world / "model"))
+    p, q = (torch.cat(distributions(m, answers)) for m in (model, task / "model"))
     now |= {"win_rate": (0.5 + 0.5 * better).mean().item(), "kl": ((p.exp() * (p - q)).sum() / len(answers)).item()}
     p = torch.cat(distributions(model, start["examples"]))
     change = 0.5 * (p.exp() - start["p"].exp()).abs().sum(1)
@@ -208,23 +209,23 @@ def measure(model: Path, s: train.Settings) -> dict:
 
 
 @functools.lru_cache(maxsize=8)
-def _at_the_start(world: Path, pairs: Path, seed: int, how: str) -> dict:
-    s = train.Settings(**json.loads(how))
-    tokenizer, answers = data.load_tokenizer(str(world / "model")), read_answers(world / "answers.jsonl")
+def _at_the_start(task: Path, how: str) -> dict:
+    s = train.Settings(dataset=str(task / "pairs.jsonl"), **json.loads(how))
+    tokenizer, answers = data.load_tokenizer(str(task / "model")), read_answers(task / "answers.jsonl")
     examples, words = encode(tokenizer, answers), tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     table = torch.tensor([
         [CLASSES.index(c) for c in classes_after(prompt, text[:i], words)] for prompt, text in answers for i in range(len(text))
     ])  # fmt: skip
-    p = torch.cat(distributions(world / "model", examples))
+    p = torch.cat(distributions(task / "model", examples))
     measures = of_answers(answers) | by_class("mass", p.exp(), table, len(answers)) | {"win_rate": 0.5, "kl": 0.0, "moved": 0.0}
     start = dict(tokenizer=tokenizer, answers=answers, examples=examples, table=table, p=p)
-    pair = train.load_rows(replace(s, dataset=str(pairs)), tokenizer, train.parse_objective("dpo")).held_out
+    _, pair, _ = train.load_rows(s, tokenizer, train.parse_objective("dpo"))
     averages = []
     for i, side in enumerate(SIDES):
         start[side] = [e._replace(responses=[e.responses[i]]) for e in pair]
         classes = [c for e in start[side] for c in classes_of(*as_words(tokenizer, e))]
         start[f"{side}_classes"] = torch.tensor([CLASSES.index(c) for c in classes])
-        logp = start[f"{side}_logp"] = of_targets(world / "model", start[side])
+        logp = start[f"{side}_logp"] = of_targets(task / "model", start[side])
         averages.append([x.mean().item() for x in logp.split([len(e.responses[0]) for e in start[side]])])
         measures |= {f"{side}/{c}": 0.0 for c in CLASSES} | {side: 0.0}
         measures |= {f"tokens_{side}/{c}": classes.count(c) / len(pair) for c in CLASSES}
@@ -234,13 +235,13 @@ def _at_the_start(world: Path, pairs: Path, seed: int, how: str) -> dict:
     return start
 
 
-def at_the_start(world: Path, pairs: Path, s: train.Settings) -> dict:
-    """What is equal for all runs of a world and its pairs: kept, as a process makes many of them."""
-    return _at_the_start(world, pairs, s.seed, json.dumps({"seed": s.seed, "eval_size": s.eval_size, "cache": s.cache}))
+def at_the_start(task: Path, s: train.Settings) -> dict:
+    """What is equal for all runs of a task: kept, as a process makes many of them."""
+    return _at_the_start(task, json.dumps({"seed": s.seed, "eval_size": s.eval_size, "cache": s.cache}))
 
 
 def read_answers(file: Path) -> list[tuple[str, list[str]]]:
-    """(prompt, words with the end) of each line; an answer that was cut off gets an end all the same, as in train.judge."""
+    """(prompt, words with the end) of each line; an answer that was cut off gets an end all the same, as in toy.judge."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     return [(row["prompt"][-1]["content"], [*(row["responses"] or [""])[0].split(), END]) for row in rows]
 
@@ -257,7 +258,7 @@ def as_words(tokenizer, e: Example) -> tuple[str, list[str]]:
 
 
 def quality_of(answers: list[tuple[str, list[str]]]) -> Tensor:
-    return torch.tensor([data.world_quality(prompt, " ".join(text)) for prompt, text in answers], dtype=torch.float64)
+    return torch.tensor([toy.quality(prompt, " ".join(text)) for prompt, text in answers], dtype=torch.float64)
 
 
 def of_answers(answers: list[tuple[str, list[str]]]) -> dict[str, float]:
@@ -300,7 +301,7 @@ def of_targets(model: Path, examples: list[Example]) -> Tensor:
 
 
 @dataclass
-class Study(train.Settings):
+class Study(miniature.OnToyTasks):
     arms: list[str] | None = setting(None, "only these of ARMS; simpo and dpo, the two that all are compared with, always run")
     seeds: int = setting(3, "runs of each setting, each in a world of its own")
 
@@ -315,13 +316,12 @@ def check(s: Study) -> None:
         data.refuse_unless_known("arms", name, ARMS)
     if s.seeds < 1:
         raise UserError(f"seeds is {s.seeds}; it must be at least 1")
-    if s.model != "tiny" or s.recipe or "RANK" in os.environ:
-        raise UserError("the arms run in the embedded world, without --model, --recipe and torchrun")
+    miniature.check_task(s)
 
 
 def jobs_of(s: Study) -> dict[str, list[dict]]:
     """arm → its jobs, every rate in every world."""
-    of_trainer = {f.name: getattr(s, f.name) for f in fields(train.Settings)}
+    of_trainer = {f.name: getattr(s, f.name) for f in fields(miniature.OnToyTasks)}
     common, chosen = miniature.common_settings(miniature.Study(**of_trainer)), {"simpo", "dpo", *(s.arms or ARMS)}
     return {
         name: [common | settings | {"lr": lr, "seed": seed} for seed in range(s.seeds) for lr in rates]
@@ -336,8 +336,6 @@ def study(s: Study) -> dict:
     started, out = time.time(), train.prepare_out(s)
     train.write_whole(out / train.MARKER, json.dumps({"plainpo": {"study": "trails"}}))
     train.write_whole(out / "settings.json", json.dumps(asdict(s), indent=2) + "\n")
-    if s.overwrite:
-        (out / "runs.jsonl").unlink(missing_ok=True)
     results = miniature.run_groups(jobs_of(s), out / "runs.jsonl", experiment)
     text = f"{start_line(results)}\n\n{matched_table(results)}\n{held_out_line(results)}\n\n{class_tables(results)}"
     (out / "table.md").write_text(text)

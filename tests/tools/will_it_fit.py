@@ -161,7 +161,7 @@ def one_microbatch(
         text = config.get_text_config()
         chunk = chunk_rows(text.vocab_size, "cuda")
         for window in {*windows_of(text), None}:
-            masks += sum(x.nbytes for x in tree_leaves(Blocks.of(batch.tree, window, "cpu")))
+            masks += sum(x.nbytes for x in tree_leaves(Blocks.of(batch.pairs, window, "cpu")))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
         frozen = None
@@ -175,7 +175,7 @@ def one_microbatch(
         policy = shard(policy, checkpointing=checkpointing)
         tensors = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in batch._asdict().items() if isinstance(v, Tensor)}
         missing = max(0, (chunk or 0) - sum(responses))
-        for name in ("index", "targets", "response", "head"):
+        for name in ("index", "targets", "response", "in_prefix"):
             tensors[name] = nn.functional.pad(tensors[name], (0, missing))
 
         def after_gradient(p: nn.Parameter) -> None:
