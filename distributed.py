@@ -151,17 +151,15 @@ def on_rank_0(function: Callable, *args):
     global alone
     if world_size() == 1:
         return function(*args)
-    result = None
-    error = None
+    outcome = [None, None]
     if is_rank_0():
         alone = True
         try:
-            result = function(*args)
-        except Exception as e:
-            error = e
+            outcome[0] = function(*args)
+        except Exception as error:
+            outcome[1] = error
         finally:
             alone = False
-    outcome = [result, error]
     c10d.broadcast_object_list(outcome, src=0, group=patient)
     result, error = outcome
     if error is not None:
@@ -373,12 +371,9 @@ def hand_out(model: nn.Module, weights: dict[str, Tensor], device: torch.device)
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """What a file of the model holds: parameters, a tied one once, and persistent buffers."""
-    tensors = dict(model.named_parameters())
     buffers = dict(model.named_buffers())
-    for name in model.state_dict():
-        if name in buffers:
-            tensors[name] = buffers[name]
-    return tensors
+    persistent = {name: buffers[name] for name in model.state_dict() if name in buffers}
+    return dict(model.named_parameters()) | persistent
 
 
 def not_finite(model: nn.Module) -> list[str]:
@@ -478,7 +473,7 @@ def _sums(folder: Path) -> dict[str, list[int]]:
     for path in files[rank() :: world_size()]:
         crc = 0
         with open(path, "rb") as file:
-            for piece in iter(lambda: file.read(2**22), b""):
+            while piece := file.read(2**22):
                 crc = zlib.crc32(piece, crc)
         sums[path.name] = [path.stat().st_size, crc]
     return sums
