@@ -5,12 +5,11 @@ Runs are made up where only their results matter; the real ones are of 2 steps o
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import asdict, fields
 
 import lorr
 import miniature
+import processes
 import pytest
 import torch
 import toy
@@ -185,11 +184,10 @@ def test_workers_is_a_number(monkeypatch, capsys, made_up, number):
     assert stop.value.code == 2 and f"WORKERS is '{number}'" in capsys.readouterr().err and not made_up
 
 
-def test_the_command_line_itself():
+def test_the_command_line_itself(tmp_path):
     """As typed in a shell: the message on stderr, nothing on stdout, exit code 2."""
-    command = [sys.executable, miniature.__file__, "--compare", "dpo", "--seeds", "0"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: seeds is 0")
+    done = processes.run([miniature.__file__, "--compare", "dpo", "--seeds", "0"], tmp_path)
+    assert done.code == 2 and done.out == "" and done.err.startswith("error: seeds is 0")
 
 
 def test_the_settings_file_of_a_study_says_all(tmp_path, made_up):
