@@ -180,7 +180,7 @@ def test_a_run_by_a_settings_file(model, tmp_path, monkeypatch):
 
     def prepare(s):
         run = of_program(s)
-        trained.extend(run.rows.train)
+        trained.extend(run.train)
         return run
 
     monkeypatch.setattr(train, "prepare", prepare)
