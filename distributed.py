@@ -330,7 +330,7 @@ def _read_model(name: str, trust_remote_code: bool) -> nn.Module:
     except Exception as error:  # transformers raises many kinds; all mean that there is no loadable model
         reason = str(error).strip().splitlines()[0]
         if ".safetensors" in reason:
-            reason += "; other formats can run code: convert them to safetensors"
+            reason += "; .bin and .pt files can run code: convert them to safetensors"
         raise UserError(f"{name}: no loadable causal language model there ({reason})") from error
     _refuse_weights(name, info)
     model.config.dtype = config.dtype  # what the file has, and the export will have

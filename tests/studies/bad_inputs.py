@@ -499,7 +499,7 @@ def plans_and_exports() -> Iterator[Case]:
     for option, value in (("gpus", "0"), ("gpus", "-1"), ("gpu-memory", "nan"), ("gpu-memory", "-1"), ("lengths", "1 2"),
                           ("lengths", "0 8 8"), ("lengths", "-8 8 8"), ("model", "nonsense"), ("rows", "-1"),
                           ("batch-size", "-1"), ("mfu", "0"), ("mfu", "nan"), ("tflops", "0")):  # fmt: skip
-        yield Case(f"will_it_fit.py --{option} {value}", f"{PLAN} --{option} {value}", f"{option.replace('-', '.')}|nonsense")
+        yield Case(f"will_it_fit.py: --{option} {value}", f"{PLAN} --{option} {value}", f"{option.replace('-', '.')}|nonsense")
 
 
 def outputs() -> Iterator[Case]:
