@@ -1280,13 +1280,14 @@ DRAWN_EVERY = 10.0  # seconds, where nobody watches
 def progress(
     items: Iterable | None, what: str, unit: str, total: int | None = None, initial: int = 0, disable: bool = False
 ) -> tqdm:
-    """`items` with a bar; where nobody watches, it is drawn every ten seconds only, so never for what takes less.
+    """`items` with a bar; where nobody watches a line every ten seconds, so none for what takes less.
 
     It is tqdm's object: `set_postfix(…, refresh=False)` adds numbers, and without items `update` counts.
     """
     how = dict(unit=f" {unit}", initial=initial, disable=disable or sys.stderr is None, leave=False, dynamic_ncols=True)
     if not is_watched():
-        how |= {"mininterval": DRAWN_EVERY, "delay": DRAWN_EVERY}
+        line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]\n"
+        how |= {"mininterval": DRAWN_EVERY, "delay": DRAWN_EVERY, "bar_format": line}
     return tqdm(items, what, total, **how)
 
 

@@ -32,15 +32,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as c10d  # this library's name inside PyTorch
-import torch.distributed.checkpoint as dcp
 import transformers
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers.dynamic_module_utils import init_hf_modules
 
@@ -238,6 +235,9 @@ def shard(
             block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
     if not c10d.is_initialized():
         return policy
+    # late here and below: these libraries take a second, for which `--help` need not wait
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     precision = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32)
     options = dict(mesh=_mesh(mesh), mp_policy=precision)
     # 2. each block: at most this one and the next are whole at a time; a reference is sharded the same way
@@ -330,7 +330,7 @@ def _read_model(name: str, trust_remote_code: bool) -> nn.Module:
     except Exception as error:  # transformers raises many kinds; all mean that there is no loadable model
         reason = str(error).strip().splitlines()[0]
         if ".safetensors" in reason:
-            reason += "; other formats can run code: convert them to safetensors"
+            reason += "; .bin and .pt files can run code: convert them to safetensors"
         raise UserError(f"{name}: no loadable causal language model there ({reason})") from error
     _refuse_weights(name, info)
     model.config.dtype = config.dtype  # what the file has, and the export will have
@@ -361,6 +361,8 @@ def hand_out(model: nn.Module, weights: dict[str, Tensor], device: torch.device)
     if not c10d.is_initialized():
         model.to(device)
         return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.to_empty(device=device)
     for name, buffer in model.named_buffers():
@@ -508,6 +510,8 @@ def validate(checkpoint: Path) -> str | None:
 
 def _read_into(tensors: dict[str, Tensor], checkpoint: Path) -> None:
     """Fill tensors from those of the same names in a checkpoint, each rank its rows."""
+    import torch.distributed.checkpoint as dcp
+
     dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=world_size() == 1)
 
 
@@ -527,6 +531,8 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer, state: dict, keep
     Returns:
         whether it is there; when it cannot be written (a full disk) the reason is printed and older ones are left alone.
     """
+    import torch.distributed.checkpoint as dcp
+
     final = folder / f"step-{state['step']:06d}"
     part = final.with_suffix(".part")
     if on_rank_0(final.exists) and validate(final) is None:
@@ -563,6 +569,8 @@ def _start_part(part: Path, final: Path) -> None:
 
 def _write_checkpoint(part: Path, model: nn.Module, optimizer, state: dict, tokenizer) -> dict[str, list[int]]:
     """All files but the marker, on disk when it returns; the sums of this rank's share of them."""
+    import torch.distributed.checkpoint as dcp
+
     writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
     dcp.save(_everything(model, optimizer), storage_writer=writer, no_dist=world_size() == 1)
     adam_steps = [float(s["step"]) for s in optimizer.state.values() if "step" in s]
@@ -665,6 +673,8 @@ def export(model: nn.Module, tokenizer, folder: Path, dtype: torch.dtype, card: 
 
     Rank 0 gathers the whole model on its CPU: 4 bytes per parameter, and less and less of it while it becomes `dtype`.
     """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     weights = {name: whole[name] for name in _tensors(model) if name in whole}  # a tied one once; none but on rank 0
     del whole
@@ -708,6 +718,8 @@ class Export:
 
 def export_checkpoint(e: Export) -> None:
     """The model of a checkpoint as a `transformers` folder."""
+    import torch.distributed.checkpoint as dcp
+
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if e.dtype not in dtypes:
         raise UserError(f"dtype is {e.dtype!r}; accepted are {', '.join(dtypes)}")

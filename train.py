@@ -629,9 +629,10 @@ def plan_steps(s: Settings, rows: int) -> list[list[int]]:
             f"epochs {s.epochs} over {rows} rows are {steps} steps, and {MOST_STEPS} are planned at most; set max_steps"
         )
     plan = []
-    for epoch in range(s.epochs):
-        if len(plan) < steps:
-            plan += [batch.tolist() for batch in data.step_plan(rows, s.batch_size, s.seed, epoch)]
+    epoch = 0
+    while len(plan) < steps:
+        plan += [batch.tolist() for batch in data.step_plan(rows, s.batch_size, s.seed, epoch)]
+        epoch += 1
     return plan[:steps]
 
 

@@ -149,31 +149,18 @@ LONG = "9" * 400
 OPTIONS = "--max-steps 1 --lr 1e-3 --eval-size 8 --batch-size 8 --samples 1 --sample-tokens 4 --cache cache --dtype fp32"
 
 
-def overwriting() -> Iterator[Case]:
-    name = "overwrite: {}".format
-    put = lambda *moves: both(*(move(old, new) for old, new in moves))  # noqa: E731
+def output_folders() -> Iterator[Case]:
+    """Nothing of a user's is ever deleted: a folder that holds anything is refused as it is."""
+    name = "out: {}".format
     project = both(write("out/settings.json", "{}"), write("out/thesis.txt", "years of work"))
-    yield Case(name("a project with settings.json and a thesis"), f"{TRAIN} --overwrite", "out", project)
+    yield Case(name("a project with settings.json and a thesis"), TRAIN, "out", project)
     foreign = both(write("out/checkpoints/mine.txt", "mine"), write("out/notes.txt", "mine"))
-    yield Case(name("a folder with checkpoints/ and foreign files"), f"{TRAIN} --overwrite", "out", foreign)
-    yield Case(name("a folder of files"), f"{TRAIN} --overwrite", "out", write("out/notes.txt", "mine"))
-    yield Case(name("without --out"), TRAIN.replace("--out out", "--overwrite"), "out")
-    yield Case(name("with --resume"), f"{TRAIN} --overwrite --resume", "exclude|both|resume")
-    inside = TRAIN.replace("--out out", "--out run --overwrite")
-    for what, command, moved in (
-        ("dataset", inside.replace("pairs.jsonl", "run/pairs.jsonl"), put(("pairs.jsonl", "run/pairs.jsonl"))),
-        ("eval_dataset", f"{inside} --eval-dataset run/rows.jsonl", put(("pairs2.jsonl", "run/rows.jsonl"))),
-        ("model", inside.replace("--model model", "--model run/start"), put(("model", "run/start"))),
-        ("model of an earlier run", inside.replace("--model model", "--model run/model"), None),
-        ("settings file", inside.replace("train.py", "train.py run/mine.yaml"), write("run/mine.yaml", SETTINGS)),
-    ):
-        yield Case(name(f"{what} inside out"), command, "run", moved)
-    extra = write("run/checkpoints/../notes.txt", "mine")
-    mine = ("run/[!n]*", "run/checkpoints/*", "run/model/*")
-    yield Case(name("a run with a file of the user's"), inside, "", extra, (0, 2), mine)
-    yield Case(name("a run, but the model is missing"), inside.replace("--model model", "--model nowhere"), "nowhere")
-    yield Case(name("a run, but the data are missing"), inside.replace("pairs.jsonl", "nowhere.jsonl"), "nowhere")
-    yield Case(name("a run, without being asked"), inside.replace(" --overwrite", ""), "overwrite|resume")
+    yield Case(name("a folder with checkpoints/ and foreign files"), TRAIN, "out", foreign)
+    yield Case(name("a folder of files"), TRAIN, "out", write("out/notes.txt", "mine"))
+    yield Case(name("a run"), TRAIN.replace("--out out", "--out run"), "resume")
+    yield Case(name("a project, resumed"), f"{TRAIN} --resume", "no run to resume", project)
+    yield Case(name("none, resumed"), TRAIN.replace("--out out", "--resume"), "out")
+    yield Case(name("--overwrite, which is gone"), f"{TRAIN} --overwrite", "unknown setting")
 
 
 def resuming() -> Iterator[Case]:
@@ -190,7 +177,7 @@ def resuming() -> Iterator[Case]:
     early = both(lambda folder: shutil.rmtree(folder / "stopped" / "checkpoints"), remove("stopped/metrics.jsonl"))
     yield Case(name("killed before the first checkpoint"), STOPPED, "", early, (0,), **going_on)
     long = f"{TRAIN} --max-steps 100000 --epochs 30000 --save-every 10"
-    for second in ("--resume", "--overwrite", ""):
+    for second in ("--resume", ""):
         yield Case(
             name(f"of a run that runs ({second or 'neither'})"), f"{long} {second}", "run", None, (2,), ("out/*",), beside=long
         )
@@ -242,7 +229,7 @@ def settings() -> Iterator[Case]:
         "eval-size": "10000 -1", "seed": "-1 x", "mesh": "axb 2x2 0x0",
         "equal-length": "2 nan -1", "device": "cuda:7 gpu meta", "dtype": "fp64", "layout": "tree", "log-to": "nothing",
         "export-dtype": "int4",
-        "sft-weight": "nan -1", "tokens-per-microbatch": "0", "keep": "0", "save-every": "-1", "eval-every": "-1",
+        "tokens-per-microbatch": "0", "keep": "0", "save-every": "-1", "eval-every": "-1",
         "max-drop-fraction": "nan 2", "gradient-checkpointing": "perhaps", "max-length": "1 0 -5",
         "max-prompt-length": "0 4096", "learning-rate": "1e-3",
     }.items():  # fmt: skip
@@ -255,7 +242,11 @@ def settings() -> Iterator[Case]:
     yield Case("settings: batch cut short", f"{TRAIN} --batch 4", "batch")
     yield Case("settings: a value is missing", f"{TRAIN} --lr", "lr")
     yield Case("settings: a word too many", f"{TRAIN} surprise", "surprise")
-    yield Case("settings: reset_modules of no name", f"{TRAIN} --reset-alpha 0.5 --reset-modules nothing", "reset.modules")
+    for options, word in (
+        ("--replays 0", "replays"), ("--reset-alpha 2", "reset.alpha"), ("--reset-alpha nan", "reset.alpha"),
+        ("--sft-weight -1", "sft.weight"), ("--reset-alpha 0.5 --reset-modules nothing", "reset.modules"),
+    ):  # fmt: skip
+        yield Case(f"lorr.py: {options}", f"{TRAIN.replace('train.py', 'tests/studies/lorr.py')} {options}", word)
     yield Case("settings: no dataset", "train.py --model model --out out", "dataset")
     yield Case("settings: no model", "train.py --dataset pairs.jsonl --out out", "model")
     for option, value in (("noise", "nan"), ("noise", "-1"), ("length-bias", "nan"), ("world", "nobody"), ("seed", "x")):
@@ -332,7 +323,7 @@ def objectives() -> Iterator[Case]:
         ("alpha 1.5", "--objective dpo --sync-every 2 --sync-alpha 1.5", "sync.alpha"),
         ("alpha nan", "--objective dpo --sync-every 2 --sync-alpha nan", "sync.alpha"),
     ):  # fmt: skip
-        yield Case(f"objective: sync_every {what}", f"{TRAIN} {options}", word)
+        yield Case(f"tr_dpo.py: sync_every {what}", f"{TRAIN.replace('train.py', 'tests/studies/tr_dpo.py')} {options}", word)
     yield Case("objective: kto with one prompt", f"{TRAIN} --dataset new.jsonl --objective kto", "prompt", rows(
         "new.jsonl", *({"prompt": "a", "completion": f"b {'c ' * i}", "label": i % 2 == 0} for i in range(20))))  # fmt: skip
 
@@ -508,7 +499,7 @@ def plans_and_exports() -> Iterator[Case]:
     for option, value in (("gpus", "0"), ("gpus", "-1"), ("gpu-memory", "nan"), ("gpu-memory", "-1"), ("lengths", "1 2"),
                           ("lengths", "0 8 8"), ("lengths", "-8 8 8"), ("model", "nonsense"), ("rows", "-1"),
                           ("batch-size", "-1"), ("mfu", "0"), ("mfu", "nan"), ("tflops", "0")):  # fmt: skip
-        yield Case(f"will_it_fit.py --{option} {value}", f"{PLAN} --{option} {value}", f"{option.replace('-', '.')}|nonsense")
+        yield Case(f"will_it_fit.py: --{option} {value}", f"{PLAN} --{option} {value}", f"{option.replace('-', '.')}|nonsense")
 
 
 def outputs() -> Iterator[Case]:
@@ -604,7 +595,7 @@ def checkpoints() -> Iterator[Case]:
         yield Case(f"checkpoint: {what}", STOPPED, word, before, (0, 2), **going_on)
 
 
-GROUPS = (overwriting, resuming, models, settings, settings_files, objectives, datasets, commands, tools,
+GROUPS = (output_folders, resuming, models, settings, settings_files, objectives, datasets, commands, tools,
           plans_and_exports, outputs, checkpoints)  # fmt: skip
 
 

@@ -53,9 +53,10 @@ def test_a_snapshot_knows_what_changed_and_what_went(tmp_path):
 def test_names_are_different_and_commands_are_of_the_project():
     cases = bad_inputs.all_cases()
     files = {bad_inputs.words(case.command)[0] for case in cases if not case.shell}
-    tools = {f"tests/tools/{name}.py" for name in ("on_policy", "answers", "will_it_fit", "toy")}
+    tools = [f"tests/tools/{name}.py" for name in ("on_policy", "answers", "will_it_fit", "toy", "clean")]
+    studies = [f"tests/studies/{name}.py" for name in ("diversify", "lorr", "tr_dpo")]
     assert len({case.name for case in cases}) == len(cases)
-    assert files == {"train.py", "data.py", "distributed.py", *tools, "tests/studies/diversify.py"}
+    assert files == {"train.py", "data.py", "distributed.py", *tools, *studies}
 
 
 def test_cases_run_and_what_is_not_good_is_told(tmp_path):
