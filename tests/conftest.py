@@ -1,8 +1,12 @@
 """What all tests share."""
 
-import pytest
+import os
 
-import train
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more only wait for each other in models this small; read when torch is imported
+
+import pytest  # noqa: E402
+
+import train  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

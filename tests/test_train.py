@@ -5,16 +5,16 @@ Expected numbers are algebra (stated where used) or the same computation done an
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import toy
@@ -107,19 +107,31 @@ def still(monkeypatch):
     return gradients
 
 
-@pytest.fixture
-def shifted(world, tmp_path):
-    """prepare() on eight pairs, then weights a little away from the reference that it scored."""
+@pytest.fixture(scope="session")
+def shifted(world, tmp_path_factory):
+    """prepare() on eight pairs, then weights a little away from the reference that it scored; `still` keeps them there.
 
-    def build(objective: str, **more) -> train.Run:
-        out = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
-        values = dict(model=str(world / "model"), dataset=str(world / "pairs.jsonl[:8]"), eval_size=0, batch_size=8, lr=1.0)
-        values |= dict(out=str(out), cache=str(tmp_path / "cache"), dtype="fp32", samples=0, tokens_per_microbatch=10**6)
-        run = train.prepare(Settings(**values | dict(objective=objective) | more))
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for p in run.policy.model.parameters():
-                p.add_(0.05 * torch.randn_like(p))
+    It is done once for all objectives that need the same: as many responses, and as much of the reference.
+    """
+    prepared = {}
+    place = tmp_path_factory.mktemp("shifted")
+    s = Settings(
+        model=str(world / "model"), dataset=str(world / "pairs.jsonl[:8]"), cache=str(place / "cache"), eval_size=0,
+        batch_size=8, lr=1.0, dtype="fp32", samples=0, tokens_per_microbatch=10**6,
+    )  # fmt: skip
+
+    def build(name: str, **more) -> train.Run:
+        objective = parse_objective(name)
+        of_the_reference = [tensor for tensor in sorted(objective.tensors) if tensor.startswith(("ref", "kl"))]
+        kind = (objective.unpaired, objective.responses, *of_the_reference, str(more))
+        if kind not in prepared:
+            prepared[kind] = train.prepare(replace(s, objective=name, out=str(place / f"run-{len(prepared)}"), **more))
+            torch.manual_seed(1)
+            with torch.no_grad():
+                for p in prepared[kind].policy.model.parameters():
+                    p.add_(0.05 * torch.randn_like(p))
+        run = replace(prepared[kind], objective=objective)
+        run.policy.use_layout(run.s.layout)
         return run
 
     return build
@@ -428,8 +440,9 @@ def test_equal_length_changes_unequal_pairs_only_and_scores_its_own_reference(ar
     for name, dataset in (("equal", tmp_path / "equal.jsonl"), ("unequal", world / "pairs.jsonl")):
         losses = []
         for share in (0, 0.5, 1):
-            train.main(arguments(objective=objective, dataset=dataset, equal_length=share, out=tmp_path / f"{name}{share}"))
-            losses.append([x["loss"] for x in steps(tmp_path / f"{name}{share}")])
+            out = tmp_path / f"{name}{share}"
+            train.main(arguments(objective=objective, dataset=dataset, equal_length=share, out=out, max_steps=2, samples=0))
+            losses.append([x["loss"] for x in steps(out)])
         assert losses[0] == losses[1] == losses[2] if name == "equal" else len(set(map(tuple, losses))) == 3
 
 
@@ -505,10 +518,9 @@ def test_only_settings_that_differ_are_printed():
     ]  # fmt: skip
 
 
-def test_a_log_file_holds_no_bars(world, arguments):
+def test_a_log_file_holds_no_bars(arguments, tmp_path):
     """stderr into a pipe: whole lines, none rewritten, and no progress of what took less than ten seconds."""
-    line = [sys.executable, "train.py", *arguments()]
-    said = subprocess.run(line, cwd=Path(train.__file__).parent, capture_output=True).stderr.decode()
+    said = processes.run(["train.py", *arguments()], tmp_path).err
     assert "\r" not in said and "%|" not in said and "held-out loss" in said
 
 
@@ -824,14 +836,24 @@ def test_one_run_at_a_time_in_a_folder(arguments, tmp_path, capsys):
     train.main(arguments(max_steps=1))
     (tmp_path / "out" / "summary.json").unlink()  # as if killed at the very end
     before = files_in(tmp_path / "out")
-    code = f"import distributed, pathlib; lock = distributed.own(pathlib.Path({str(tmp_path / 'out')!r}))"
-    code += "; print('it is mine', flush=True); input()"
-    how = dict(cwd=Path(train.__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    with subprocess.Popen([sys.executable, "-c", code], **how) as other:
-        other.stdout.readline()
+    forking = multiprocessing.get_context("fork")
+    owned = forking.Event()
+
+    def own_it():
+        lock = dist.own(tmp_path / "out")
+        owned.set()
+        time.sleep(600)
+        del lock
+
+    other = forking.Process(target=own_it)
+    other.start()
+    try:
+        assert owned.wait(60)
         assert "is in use by another run" in refused(arguments(max_steps=1) + ["--resume"], capsys)
         assert files_in(tmp_path / "out") == before
+    finally:
         other.kill()
+        other.join()
     assert train.main(arguments(max_steps=1) + ["--resume"])["steps"] == 1
 
 
@@ -954,9 +976,8 @@ def test_ctrl_c_twice_stops_at_once_and_says_how_to_go_on(capsys, request):
 
 def test_the_command_line_itself(tmp_path):
     """As typed in a shell: the message on stderr, nothing on stdout, exit code 2."""
-    command = [sys.executable, "train.py", "--lr", "0"]
-    done = subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: lr is 0")
+    done = processes.run(["train.py", "--lr", "0"], tmp_path)
+    assert done.code == 2 and done.out == "" and done.err.startswith("error: lr is 0")
 
 
 @pytest.mark.parametrize("objective", ["tdpo1", "alpha_dpo_kl"])

@@ -1,8 +1,11 @@
 """What the tests of the studies share."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import toy
@@ -25,3 +28,29 @@ def small(tmp_path_factory) -> Path:
     for name, rows in (("pairs", paired), ("rows", single)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory) -> str:
+    """The folder of toy tasks that are built once."""
+    return str(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture
+def small_task(tasks, monkeypatch) -> dict:
+    """What jobs on a small toy task share, of which the initial model has hardly learnt."""
+    for name, value in (("DEMONSTRATIONS", 512), ("SUPERVISED_STEPS", 20), ("PROMPTS", 48), ("HELD_OUT_PROMPTS", 16)):
+        monkeypatch.setattr(toy, name, value)
+    return dict(world="plain", cache=tasks, seed=0, eval_size=16)
+
+
+@pytest.fixture
+def warm(monkeypatch, tmp_path) -> None:
+    """The processes of Python that a study starts are forks of this one, which has imported all that they import."""
+
+    def run(command: list[str], **_) -> subprocess.CompletedProcess:
+        assert command[0] == sys.executable
+        done = processes.run(command[1:], tmp_path)
+        return subprocess.CompletedProcess(command, done.code, done.out, done.err)
+
+    monkeypatch.setattr(subprocess, "run", run)

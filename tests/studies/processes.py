@@ -1,8 +1,8 @@
-"""Command lines of the project as processes of their own, for studies that need hundreds of them.
+"""Command lines of the project as processes of their own, for tests, and for studies that need hundreds of them.
 
 `start` forks: the child is a process with its own folder, output and exit code and runs the file as `python FILE …` would, but
-torch, transformers and datasets are imported already, which is 4 of the 4.5 seconds. The parent may have one thread only and
-never have computed with several: call `preload` in a script of its own. `fresh=True` starts a new interpreter.
+torch, transformers and datasets are imported already, which is 4 of the 4.5 seconds. It computes with one thread, since a fork
+has none of its parent's. `fresh=True` starts a new interpreter. `run` waits for the end and returns what was said.
 """
 
 import contextlib
@@ -12,10 +12,12 @@ import os
 import runpy
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from pathlib import Path
+from typing import NamedTuple
 
 REPOSITORY = Path(__file__).parents[2]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests"), str(REPOSITORY / "tests" / "tools")]
@@ -28,9 +30,16 @@ TRAIN = (
 )
 
 
+class Done(NamedTuple):
+    """A process that has ended."""
+
+    code: int | None  # below 0 the signal that ended it, None if it took too long and was killed
+    out: str
+    err: str
+
+
 def preload() -> None:
     """Import all that the command lines import, for one thread and without a network."""
-    assert "torch" not in sys.modules, "threads are counted when torch is imported"
     os.environ |= ENVIRONMENT
     import data, distributed  # noqa: E401, F401, I001
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -40,6 +49,15 @@ def preload() -> None:
     tqdm.monitor_interval = 0  # no thread of its own
     with contextlib.suppress(ImportError):
         import matplotlib.pyplot  # noqa: F401
+
+
+def run(command: list[str] | str, folder: Path, seconds: float = 120) -> Done:
+    """`start`, and wait so many seconds for the end."""
+    with tempfile.TemporaryDirectory() as place:
+        output = Path(place) / "said"
+        code = wait(start(command, folder, output), seconds)
+        out, err = (output.with_suffix(end).read_bytes().decode(errors="replace") for end in (".out", ".err"))
+    return Done(code, out, err)
 
 
 def start(command: list[str] | str, folder: Path, output: Path, fresh: bool = False) -> int:
@@ -68,6 +86,8 @@ def start(command: list[str] | str, folder: Path, output: Path, fresh: bool = Fa
 
 def _run(argv: list[str]) -> None:
     """What the interpreter does with a script, up to its exit code."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
     sys.argv, sys.stdin = argv, open(0)
     sys.path.insert(0, str(Path(argv[0]).parent))
     sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), encoding="utf-8")

@@ -8,7 +8,6 @@ import miniature
 import numpy as np
 import pytest
 import torch
-import toy
 from alpha_dpo import SETTINGS, VARIANTS
 from torch import tensor
 
@@ -133,19 +132,10 @@ def test_agreement_of_reward_and_likelihood():
 # ---- a followed run
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> str:
-    return str(tmp_path_factory.mktemp("cache"))
-
-
 @pytest.fixture
-def job(cache, monkeypatch) -> dict:
-    """A run of 4 steps on a small toy task, which is built once."""
-    for name, value in (("SUPERVISED_STEPS", 20), ("PROMPTS", 48)):
-        monkeypatch.setattr(toy, name, value)
-    monkeypatch.setattr(toy, "HELD_OUT_PROMPTS", 16)
-    common = dict(world="plain", cache=cache, seed=0, eval_size=16, batch_size=8, lr=1e-3)
-    return common | {"max_steps": 4, "objective": "dpo(beta=0.5)"}
+def job(small_task) -> dict:
+    """A run of 4 steps."""
+    return small_task | {"batch_size": 8, "lr": 1e-3, "max_steps": 4, "objective": "dpo(beta=0.5)"}
 
 
 def test_following_a_run_does_not_change_it(job):

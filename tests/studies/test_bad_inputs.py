@@ -1,10 +1,9 @@
 """The study of bad inputs: its verdicts by hand, and a few of its cases as they are run."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import bad_inputs
+import processes
 import pytest
 from bad_inputs import Case
 
@@ -60,10 +59,11 @@ def test_names_are_different_and_commands_are_of_the_project():
     assert files == {"train.py", "data.py", "distributed.py", *tools, *studies}
 
 
-def test_cases_run_and_what_is_not_good_is_told():
+def test_cases_run_and_what_is_not_good_is_told(tmp_path):
     """Three good ones; a command that is fine, so that its exit code is 0; a rule that destroys a file; and a run that goes on
     from other weights than its own."""
-    script = f"""
+    script = tmp_path / "cases.py"
+    script.write_text(f"""
 import sys
 sys.path.insert(0, {str(STUDY.parent)!r})
 from bad_inputs import Case, SCORE, SHOW, STOPPED, all_cases, main, write
@@ -81,10 +81,10 @@ def other(folder):
     (place / "step-000004" / "complete").write_text(json.dumps(sums))
 cases += [Case("other", STOPPED, "", other, (0,), ("stopped/*",), model="stopped/model")]
 sys.exit(main(["--jobs", "2"], cases))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1, done.stderr
-    lines = done.stdout.splitlines()
+""")
+    done = processes.run([str(script)], tmp_path)
+    assert done.code == 1, done.err
+    lines = done.out.splitlines()
     assert lines[-1] == "6 cases: 3 good, 1 file lost, 1 wrong exit code, 1 wrong model"
     told = [tuple(line.strip("| ").split(" | ")[:2]) for line in lines[2:5]]
     assert told == [("fine", "wrong exit code"), ("harm", "file lost"), ("other", "wrong model")]

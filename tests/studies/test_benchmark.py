@@ -47,6 +47,7 @@ def test_table_by_hand():
 def test_every_variant_counts_the_same_work(monkeypatch):
     """Tokens and FLOP are those of the pairs, a prompt once, whatever a variant computes; all use the same built model."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # half a minute that says nothing of the count
+    monkeypatch.setattr(benchmark, "matmul_rate", lambda *_: 1e9)  # seconds that say nothing of it either
     results = [
         benchmark.ours(argparse.Namespace(**BUILT, variant=name, dtype="fp32", child=None)) for name in benchmark.VARIANTS
     ]
@@ -87,6 +88,7 @@ def test_arithmetic_of_the_textbook_by_hand():
 def test_rounds_on_a_model_folder(small, tmp_path, monkeypatch, capsys):
     """Variants take turns; the file keeps every round; the measured pairs are those after the first two batches."""
     monkeypatch.setattr(benchmark, "child", in_this_process)
+    monkeypatch.setattr(benchmark, "matmul_rate", lambda *_: 1e9)
     folders = ["--model", str(small / "model"), "--dataset", str(small / "pairs.jsonl"), "--out", str(tmp_path / "out.json")]
     variants = ["packed tree", "padded, full logits"]
     benchmark.main(
@@ -113,7 +115,7 @@ def test_the_header_says_what_trl_is_on_a_cpu():
     assert ("falls back to on a CPU" in benchmark.header(args, 1.0)) == (not torch.cuda.is_available())
 
 
-def test_a_round_in_a_process_of_its_own():
+def test_a_round_in_a_process_of_its_own(warm):
     result = benchmark.child(argparse.Namespace(**BUILT), "packed tree", "fp32", layers=2, profile=True)
     assert result["pairs"] == 2 and result["tokens"] == 40 and result["rate"] > 0
     shares = result["shares"]

@@ -40,5 +40,5 @@ def test_the_report_goes_on_where_a_part_fails(monkeypatch):
     assert text.count("| 1B Llama | True |") == 2 and "| resumed | 0.0e+00 |" in text
 
 
-def test_a_part_in_a_process_of_its_own():
+def test_a_part_in_a_process_of_its_own(warm):
     assert gpu.in_a_process("step", "nothing", 60, True, False, 1, 1.0) == "KeyError: 'nothing'"

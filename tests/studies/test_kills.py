@@ -2,10 +2,9 @@
 
 import json
 import random
-import subprocess
-import sys
 
 import kills
+import processes
 import pytest
 
 import train
@@ -71,7 +70,7 @@ def test_the_command_saves_every_second_of_twelve_steps():
     assert (s.max_steps, s.save_every, s.out) == (12, 2, "out") and 40 - s.eval_size == 4 * s.batch_size and s.epochs * 4 == 12
 
 
-def test_a_killed_run_goes_on_to_the_same_end():
-    done = subprocess.run([sys.executable, kills.__file__, "--runs", "1"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1].startswith("1 runs, ") and " 1 equal, 0 different, 0 lost, 0 error" in done.stdout
+def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
+    done = processes.run([kills.__file__, "--runs", "1"], tmp_path)
+    assert done.code == 0, done.out + done.err
+    assert done.out.splitlines()[-1].startswith("1 runs, ") and " 1 equal, 0 different, 0 lost, 0 error" in done.out

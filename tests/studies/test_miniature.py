@@ -5,15 +5,14 @@ Runs are made up where only their results matter; the real ones are of 2 steps o
 
 import json
 import math
-import subprocess
-import sys
+import multiprocessing
 from dataclasses import asdict, fields
 
 import lorr
 import miniature
+import processes
 import pytest
 import torch
-import toy
 from miniature import GRID, MEASURES, SWEEPS
 
 import train
@@ -97,16 +96,11 @@ def test_settings_are_those_of_the_trainer_three_of_the_task_and_four_more(tmp_p
     assert (s.epochs, s.max_steps, s.sweeps, s.compare, s.seeds) == (3, 6, ["alpha", "gamma"], None, 5)
 
 
-def on_a_small_task() -> None:
-    """How a process of run_jobs begins in test_jobs_are_run_once: an initial model that hardly learns, few prompts."""
-    toy.SUPERVISED_STEPS, toy.PROMPTS, toy.HELD_OUT_PROMPTS = 20, 64, 64
-    miniature.one_of_many()  # its own, in a process where nothing is patched
-
-
-def test_jobs_are_run_once(tmp_path, monkeypatch):
-    """Two real runs in processes of their own, and one that ends early; a second call finds all in the file."""
-    monkeypatch.setattr(miniature, "one_of_many", on_a_small_task)
-    job = dict(world="plain", cache=str(tmp_path / "cache"), seed=0, max_steps=2, eval_size=16)
+def test_jobs_are_run_once(small_task, tmp_path, monkeypatch):
+    """Two real runs in processes of their own, forks of this one, and one that ends early; a second call finds all in the
+    file."""
+    monkeypatch.setattr(miniature.multiprocessing, "get_context", lambda _, of=multiprocessing.get_context: of("fork"))
+    job = small_task | {"max_steps": 2}
     changes = {"objective": "simpo"}, {"objective": "sft", "lr": 1e-2}, {"objective": "simpo(tau=1.0)", "lr": 1e-3}
     jobs = [job | change for change in changes]
     results = miniature.run_jobs(jobs, tmp_path / "runs.jsonl")
@@ -185,11 +179,10 @@ def test_workers_is_a_number(monkeypatch, capsys, made_up, number):
     assert stop.value.code == 2 and f"WORKERS is '{number}'" in capsys.readouterr().err and not made_up
 
 
-def test_the_command_line_itself():
+def test_the_command_line_itself(tmp_path):
     """As typed in a shell: the message on stderr, nothing on stdout, exit code 2."""
-    command = [sys.executable, miniature.__file__, "--compare", "dpo", "--seeds", "0"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: seeds is 0")
+    done = processes.run([miniature.__file__, "--compare", "dpo", "--seeds", "0"], tmp_path)
+    assert done.code == 2 and done.out == "" and done.err.startswith("error: seeds is 0")
 
 
 def test_the_settings_file_of_a_study_says_all(tmp_path, made_up):

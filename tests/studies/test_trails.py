@@ -200,20 +200,10 @@ def test_names_keep_their_order_and_distance():
     assert trails.spread([0.5, 0.0, 0.05, 0.9], 0.25) == [0.5, 0.0, 0.25, 0.9]
 
 
-@pytest.fixture(scope="module")
-def small_world(tmp_path_factory) -> tuple:
-    """(settings, folder of the task), of an initial model that has hardly learnt."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("SUPERVISED_STEPS", 20), ("PROMPTS", 64), ("HELD_OUT_PROMPTS", 64)):
-            patch.setattr(toy, name, value)
-        job = dict(world="plain", seed=0, eval_size=16, cache=str(tmp_path_factory.mktemp("cache")))
-        s = miniature.run_settings(job, "out")
-        yield s, Path(s.model).parent
-
-
-def test_measures_of_the_start_itself(small_world):
+def test_measures_of_the_start_itself(small_task):
     """It is no distance from itself, nothing has moved, and its mass is that of its own answers."""
-    s, world = small_world
+    s = miniature.run_settings(small_task, "out")
+    world = Path(s.model).parent
     found = trails.measure(world / "model", s)
     start = found.pop("start")
     assert found["kl"] == found["moved"] == found["moved_first"] == found["chosen"] == 0.0
@@ -227,18 +217,17 @@ def test_measures_of_the_start_itself(small_world):
     )
 
 
-def test_token_log_probs_are_those_of_the_trainer(small_world):
+def test_token_log_probs_are_those_of_the_trainer(small_task):
     """Summed over a response they are `toy.summed_logps`, which goes through logprobs.py."""
-    s, world = small_world
+    world = miniature.task_of(small_task)
     examples = trails.encode(data.load_tokenizer(str(world / "model")), trails.read_answers(world / "answers.jsonl"))
     found = trails.of_targets(world / "model", examples).split([len(e.responses[0]) for e in examples])
     torch.testing.assert_close(torch.stack([x.sum() for x in found]), toy.summed_logps(world / "model", examples))
 
 
-def test_one_real_run(small_world):
+def test_one_real_run(small_task):
     """Two steps of a variation: nothing is registered afterwards, and KL is above 0."""
-    s, _ = small_world
-    job = dict(world="plain", cache=s.cache, seed=0, eval_size=16, max_steps=2, lr=1e-3)
+    job = small_task | {"max_steps": 2, "lr": 1e-3}
     found = trails.experiment(job | {"objective": "sides(up=1.0, down=1.0)", "without_end": "rejected"})
     assert found["job"]["without_end"] == "rejected" and 0 < found["kl"] < 5 and 0 < found["moved"] < 1
     assert not set(trails.VARIATIONS) & set(losses.OBJECTIVES)

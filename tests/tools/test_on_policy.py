@@ -3,11 +3,10 @@
 import datetime
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import on_policy
+import processes
 import pyarrow
 import pytest
 import torch
@@ -472,22 +471,15 @@ def test_another_output_is_not_continued(world_model, tmp_path):
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
-def run(*argv):
-    """(code, messages) of on_policy.py as a process."""
-    command = [sys.executable, on_policy.__file__, *map(str, argv)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
-    return done.returncode, done.stderr.decode()
-
-
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     source, out = write(tmp_path, "s.jsonl", [{"prompt": p, "responses": ["a", "b"]} for p in "ABC"]), tmp_path / "out"
     (tmp_path / "r.py").write_text(
         "import os, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background lacks\n"
         "def f(row, x):\n    row['prompt'] == 'B' and os.kill(os.getpid(), signal.SIGINT)\n    return 1"
     )
-    code, err = run("score", source, out, "--rule", f"{tmp_path}/r.py:f")
-    assert code == 130 and err.endswith("stopped; nothing is lost, the same command goes on from here\n")
-    assert "Traceback" not in err and [row["prompt"] for row in lines_of(out)] == ["A"]
+    done = processes.run([on_policy.__file__, "score", source, str(out), "--rule", f"{tmp_path}/r.py:f"], tmp_path)
+    assert done.code == 130 and done.err.endswith("stopped; nothing is lost, the same command goes on from here\n")
+    assert "Traceback" not in done.err and [row["prompt"] for row in lines_of(out)] == ["A"]
 
 
 def test_the_commands(tmp_path, capsys):

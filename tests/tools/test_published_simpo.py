@@ -2,10 +2,9 @@
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import published_simpo
 import pytest
 from published_simpo import encode
@@ -181,7 +180,7 @@ def test_a_run_by_a_settings_file(model, tmp_path, monkeypatch):
 
     def prepare(s):
         run = of_program(s)
-        trained.extend(run.rows.train)
+        trained.extend(run.train)
         return run
 
     monkeypatch.setattr(train, "prepare", prepare)
@@ -194,6 +193,6 @@ def test_a_run_by_a_settings_file(model, tmp_path, monkeypatch):
 
 
 def test_show_on_the_command_line(model, tmp_path):
-    command = [sys.executable, published_simpo.__file__, "show", str(model), write(tmp_path, "a.jsonl", [PAIR]), "--ids"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout.count("<|start_header_id|>") == 3 and done.stderr == ""
+    command = [published_simpo.__file__, "show", str(model), write(tmp_path, "a.jsonl", [PAIR]), "--ids"]
+    done = processes.run(command, tmp_path)
+    assert done.code == 0 and done.out.count("<|start_header_id|>") == 3 and done.err == ""

@@ -35,10 +35,10 @@ def test_plan_against_measured_memory(family, pairs, checkpointing, reference):
 
     What the kernel counts as resident is no measure here: it takes pages away from a process when others want them.
     """
-    sizes = dict(hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_key_value_heads=4, vocab_size=8000)
-    config = LlamaConfig(num_hidden_layers=3, **sizes)
+    sizes = dict(hidden_size=256, intermediate_size=768, num_attention_heads=8, num_key_value_heads=4, vocab_size=4000)
+    config = LlamaConfig(num_hidden_layers=4, **sizes)
     if family == "gemma":
-        config = Gemma2Config(num_hidden_layers=2, head_dim=64, **sizes)
+        config = Gemma2Config(num_hidden_layers=3, head_dim=32, **sizes)
     counted = will_it_fit.one_microbatch(config, pairs, (200, 150, 150), torch.float32, checkpointing, reference, gpu=False)
     planned = (16 if reference else 12) * counted["parameters"] + counted["peak"]
     assert planned == pytest.approx(ranks(0, peak_of_two_steps, config, pairs, checkpointing, reference)[0], rel=0.02)
@@ -64,7 +64,7 @@ def test_keys_seen_through_a_window_by_hand():
 @pytest.fixture
 def small(monkeypatch):
     """A shape of which a plan takes seconds."""
-    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=1000)
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=1000)
     monkeypatch.setitem(will_it_fit.SHAPES, "gemma-2-9b", ("llama", sizes))
 
 

@@ -1,0 +1,32 @@
+"""What the five files and the README may grow to, and that a training run needs nothing of the tests."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parents[1]
+LINES = {
+    "losses.py": 1700, "logprobs.py": 520, "data.py": 1000, "train.py": 900, "distributed.py": 600, "README.md": 620,
+}  # fmt: skip
+FILES = [name for name in LINES if name.endswith(".py")]
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_as_many_lines_as_may_be(name):
+    assert len((HERE / name).read_text().splitlines()) <= LINES[name]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_plain_lines_that_import_nothing_of_the_tests(name):
+    text = (HERE / name).read_text()
+    of_the_tests = {path.stem for path in (HERE / "tests").rglob("*.py")} | {"tests"}
+    imported = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            imported |= {node.module or "", *(alias.name for alias in node.names)}
+    assert not {word for module in imported for word in module.split(".")} & of_the_tests
+    assert "noqa: E731" not in text
+    assert max(map(len, text.splitlines())) <= 128
