@@ -51,7 +51,7 @@ if TYPE_CHECKING:  # pyarrow, datasets and transformers' models are imported whe
 
 
 class UserError(Exception):
-    """Something its owner can mend: what was wrong, where, what to do. Every command line prints it and ends with code 2."""
+    """A user error: what was wrong, where, what to do. Every command line prints it and ends with code 2."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -512,11 +512,11 @@ def format_of(row: dict, where: str, name: str = "auto") -> tuple[Callable[[dict
     if name != "auto":
         refuse_unless_known("format", name, ["auto", *FORMATS])
         return FORMATS[name][1], f"format {name}, as asked for"
-    for name, (needed, reader) in FORMATS.items():
-        if set(needed) <= set(row) and (name != "hh" or _is_hh(row)):
-            why = f"format {name}, because there are columns {', '.join(needed)}"
-            return reader, why + (' and chosen is a transcript with "Human:" turns' if name == "hh" else "")
-    accepted = "; ".join(f"{name} {{{', '.join(needed)}}}" for name, (needed, _) in FORMATS.items())
+    for found, (needed, reader) in FORMATS.items():
+        if set(needed) <= set(row) and (found != "hh" or _is_hh(row)):
+            transcript = ' and chosen is a transcript with "Human:" turns' if found == "hh" else ""
+            return reader, f"format {found}, because there are columns {', '.join(needed)}{transcript}"
+    accepted = "; ".join(f"{found} {{{', '.join(needed)}}}" for found, (needed, _) in FORMATS.items())
     columns = sorted(map(str, row))
     raise UserError(
         f"{where}: unknown shape of dataset: its columns are {columns}; accepted are {accepted} (--columns renames)"
@@ -1537,7 +1537,7 @@ def command_line(
 
 
 def main(argv: list[str] | None = None):
-    """The command line as a function. What the user can mend ends with a message and exit code 2."""
+    """The command line as a function. A user error ends with a message and exit code 2."""
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     disable_progress_bar()
