@@ -222,7 +222,7 @@ def files_of(dataset: str) -> list[Path]:
 def _lines(source: Path | str) -> Iterator[bytes]:
     """The rows of a file or hub name as JSON; those of JSON lines as they stand, so that a bad one costs one row only."""
     if isinstance(source, str) or source.suffix == ".parquet":
-        for row in _table(source):
+        for row in _hub(source) if isinstance(source, str) else _parquet(source):
             yield json.dumps(row, default=str).encode()
     elif not source.name.endswith(SUFFIXES):
         raise UserError(f"{source}: unknown kind of file; accepted are {', '.join(SUFFIXES)}")
@@ -245,20 +245,24 @@ def _split(file: Path, text: bytes) -> list[bytes]:
     return [json.dumps(row).encode() for row in rows]
 
 
+def _parquet(file: Path) -> Iterable[dict]:
+    from datasets import load_dataset
+
+    return load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+
+
 @functools.lru_cache(maxsize=8)
-def _table(source: Path | str):
-    """The rows of a parquet file, or of a hub name."""
+def _hub(name: str) -> "Dataset":
     from datasets import config as settings
     from datasets import load_dataset
     from huggingface_hub import constants
 
-    if isinstance(source, Path):
-        return load_dataset("parquet", data_files=str(source), split="train", streaming=True)
-    path, *rest = source.split(":")
+    path, *rest = name.split(":")
+    config = rest[0] if len(rest) == 2 else None
+    split = rest[-1] if rest else ""
     reachable(path, "dataset")
     settings.HF_HUB_OFFLINE |= constants.HF_HUB_OFFLINE  # found out just now
-    config = rest[0] if len(rest) == 2 else None
-    return load_dataset(path, config, split=rest[-1] if rest and rest[-1] else "train")
+    return load_dataset(path, config, split=split or "train")
 
 
 def _sources(dataset: str) -> list[tuple[str, float]]:
@@ -883,7 +887,7 @@ def _cache_keys(source: str, tokenizer, how: Reading) -> tuple[str, str]:
     name, _ = _cut(source)
     files = _files(name)
     if files is None:
-        state = _table(name)._fingerprint
+        state = _hub(name)._fingerprint
     else:
         state = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     origin = hashed(source, state, Path(__file__).read_text())
@@ -1437,12 +1441,11 @@ def command_line(
     fail: Callable[[Exception], None] = fail,
     stopped: str = "stopped",
 ):
-    """work(argv) as a command line, without a traceback for a user error; returns what it returns.
+    """work(argv) as a command line; returns what it returns.
 
-    A UserError, an OSError of the system (a place that cannot be written, a full disk) or the end of the GPU's memory goes to
-    `fail` as a UserError; `distributed.fail` is the one of several ranks. Ctrl-C prints `stopped` and ends with code 130.
-    Output that nobody reads any more (`| head`) ends the work quietly. Characters that the output's encoding lacks are
-    written as escapes.
+    A user error, an OSError of the system (such as a full disk) or the end of the GPU's memory goes to `fail` as a UserError;
+    `distributed.fail` is the one of several ranks. Ctrl-C prints `stopped`, code 130. Output that nobody reads any more
+    (`| head`) ends the work quietly. Characters that the output's encoding lacks are written as escapes.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # and not None, or what a notebook puts there

@@ -384,7 +384,7 @@ def test_hub_names(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(data, "reachable", lambda name, kind: None)
-    data._table.cache_clear()
+    data._hub.cache_clear()
     assert [w for w, _ in data.read("org/name")][4] == "org/name row 5"
     assert all_rows("org/name:test[:2]") == [{"a": 0}, {"a": 1}]
     assert all_rows("org/name:small:dev") == [{"a": i} for i in range(5)]
