@@ -11,20 +11,19 @@ caller reduces (the trainer divides the sum by the rows of the whole optimizer b
     s^k, s̄^k   prefix_logp_w, ref_prefix_logp_w, …  (B,)  s, s̄ over a response's first k = min(n_w, n_l) tokens alone
     m          margin           (B,)  score of the chosen less score of the rejected response, as the data has them
     s, s̄       logp, ref        (N,)  unpaired objectives: one row per completion
+               desirable        (N,)  bool, its label
     s', s̄'     logp_kl, ref_kl  (N,)  unpaired: KL completions (another prompt's) under policy / reference, no gradient
 
     a = s/n   average log-prob per token         d = a_w − a_l       average margin
     u = s − s̄   log-ratio                        Δ = u_w − u_l       log-ratio margin
     Δ̃ = (u_w/n_w) − (u_l/n_l)   averaged Δ       h                   what the sigmoid sees
     σ  sigmoid     sg[·]  held constant in the gradient     B pairs, N completions
+    ε  label_smoothing, the probability that a label is wrong          β beta, γ gamma, …  settings, named as they sound
 
 A gradient g on a sum s is a gradient g on the log-prob of every token in it; averaging enters as the formulas' 1/n.
-All Bradley–Terry losses share ∂L/∂h = −σ(−h), so only ∂h/∂s changes from one to the next.
-
-`python losses.py` lists them all, and `python losses.py simpo` prints one with all that it needs, ready to be pasted into
-an empty file. To add one, write one function, here or in a file of your own. The examples below share one worked pair:
-s_w = −12 over 10 tokens, s_l = −24 over 12, reference −14 and −22; so a_w = −1.2, a_l = −2, d = 0.8, u_w = 2, u_l = −2,
-Δ = 4.
+All Bradley–Terry losses share ∂L/∂h = −σ(−h), so only ∂h/∂s changes from one to the next. What this table says of an
+argument is not said again. The examples share one worked pair: s_w = −12 over 10 tokens, s_l = −24 over 12, reference −14
+and −22; so a_w = −1.2, a_l = −2, d = 0.8, u_w = 2, u_l = −2, Δ = 4.
 """
 
 import argparse
@@ -36,9 +35,7 @@ import math
 import os
 import re
 import runpy
-import shutil
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -56,7 +53,8 @@ def objective(*, reward: Callable[..., Tensor], coupled: bool | str = False) -> 
 
     tensors    the names of its positional arguments
     settings   its hyper-parameters with their defaults, but for the `generator` of one that draws: `random`
-    reward     the reward of its paper, (logp, ref, length, **settings other than the defaults) → (B,)
+    reward     the reward of its paper, (logp, ref, length, **settings other than the defaults) → (B,), under those settings
+               that it names; average=False is the same reward at length 1
     coupled    whether the loss of a row depends on the other rows, so that it must see the whole optimizer batch:
                False, True, or the name of the setting that makes it so
     """
@@ -68,12 +66,19 @@ def objective(*, reward: Callable[..., Tensor], coupled: bool | str = False) -> 
         def checked(*args, **kwargs):
             return loss(**check(checked, signature.bind(*args, **kwargs).arguments))
 
+        def reward_of(logp, ref, length, **given):
+            given = checked.settings | given
+            if given.get("average") is False:
+                length = torch.ones_like(length)
+            return reward(logp, ref, length, **{name: given[name] for name in given if name in of_reward})
+
+        of_reward = inspect.signature(reward).parameters
         settings = {p.name: p.default for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
         checked.tensors = tuple(name for name in signature.parameters if name not in settings)
         checked.random = "generator" in settings
         checked.settings = {name: default for name, default in settings.items() if name != "generator"}
         checked.coupled = coupled
-        checked.reward = lambda logp, ref, length, **given: call_reward(reward, logp, ref, length, checked.settings | given)
+        checked.reward = reward_of
         OBJECTIVES[loss.__name__] = checked
         return checked
 
@@ -176,10 +181,7 @@ def dpo_norm(
         L = −(1−ε) logσ(βΔ̃) − ε logσ(−βΔ̃)          Δ̃ = (s_w − s̄_w)/n_w − (s_l − s̄_l)/n_l
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      len_w, len_l: (B,) response tokens.
       beta: β; some fifty times DPO's, because Δ̃ is a difference of averages.
-      label_smoothing: ε.
 
     Gradient: ∂L/∂s_w = (β/n_w)[σ(βΔ̃) − (1−ε)], ∂L/∂s_l = −(β/n_l)[σ(βΔ̃) − (1−ε)].
 
@@ -201,8 +203,6 @@ def robust_dpo(
         L = [−(1−ε) logσ(βΔ) + ε logσ(−βΔ)] / (1 − 2ε)
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
       label_smoothing: ε < ½, the flip probability. `dpo` with ε smooths the labels; this inverts the noise.
 
     Returns: (B,); unbounded below, since a flipped label counts negatively.
@@ -227,7 +227,6 @@ def ipo(
         L = (Δ̃ − 1/(2τ))²          average=False: Δ in place of Δ̃
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
       len_w, len_l: (B,) response tokens, used when averaging.
       tau: τ; not comparable between the two readings, Δ is a sum over tokens and Δ̃ a mean.
       average: per-token averages instead of sums.
@@ -259,9 +258,6 @@ def rdpo(
         L = −logσ(βΔ + α(n_w − n_l))
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      len_w, len_l: (B,) response tokens.
-      beta: β.
       alpha: α, the price of a token.
 
     Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l; the length term only says how much margin is still missing.
@@ -287,8 +283,6 @@ def dpop(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: 
         L = −logσ(β[Δ − λ max(0, −u_w)])
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
       lam: λ, nats of margin per nat lost; 0 is dpo.
 
     Returns: (B,); log 2 where policy = reference.
@@ -314,8 +308,6 @@ def dpo_shift(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, b
         L = −logσ(β(u_w − λu_l))
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
       lam: λ, the paper's f(λ); 1 is dpo. Smaller holds the chosen response up and costs margin.
 
     Gradient: ∂L/∂s_w = −βσ(−h), ∂L/∂s_l = λβσ(−h).
@@ -338,8 +330,6 @@ def focal(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta:
         L = −p^γ log p          p = σ(βΔ)
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
       gamma: γ, how fast doubtful pairs fade; 0 is dpo. (Vision's focal loss has (1 − p)^γ, which does the opposite.)
 
     Returns: (B,); 2^−γ log 2 where policy = reference.
@@ -367,10 +357,8 @@ def ld_dpo(
         L = −logσ(β(v_w − v_l))          v = u^k + α(u − u^k),  u^k = s^k − s̄^k
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      prefix_logp_w, prefix_logp_l, ref_prefix_logp_w, ref_prefix_logp_l: (B,) the same over the first k = min(n_w, n_l)
-        tokens; of the shorter response these are all, so that there v = u.
-      beta: β.
+      prefix_logp_w, prefix_logp_l, ref_prefix_logp_w, ref_prefix_logp_l: (B,) s^k, s̄^k; of the shorter response the first
+        k tokens are all, so that there v = u.
       alpha: α, weight of the tokens from k + 1 on; 1 is dpo, 0 ends both responses at k.
 
     Returns: (B,); log 2 where policy = reference.
@@ -400,10 +388,8 @@ def odpo(
         L = −logσ(βΔ − α log m)
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      margin: (B,) score of the chosen less score of the rejected response. A tie, or scores that say the opposite, have the
-        offset −∞: such a pair costs nothing and trains nothing.
-      beta: β.
+      margin: (B,) m. A tie, or scores that say the opposite, have the offset −∞: such a pair costs nothing and trains
+        nothing.
       alpha: α, weight of the offset; 0 is dpo.
 
     Returns: (B,); log(1 + m^α) where policy = reference.
@@ -437,9 +423,7 @@ def rpo_bwd(
         L = KL(σ(t) ‖ σ(βΔ))          t = ηm, constant
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      margin: (B,) score of the chosen less score of the rejected response; of either sign.
-      beta: β.
+      margin: (B,) m, of either sign.
       eta: η, turns a unit of score into a unit of βΔ.
 
     Returns: (B,), 0 where βΔ = t.
@@ -485,7 +469,6 @@ def rso_hinge(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, b
         L = max(0, 1 − βΔ)
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
       beta: β; the hinge rests from Δ = 1/β on.
 
     Gradient: ∂L/∂s_w = −β·1[βΔ < 1] = −∂L/∂s_l.
@@ -507,8 +490,6 @@ def exo(
         L = q[logσ(z) − log(1−ε)] + (1−q)[logσ(−z) − log ε]          q = σ(z), z = βΔ
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
       label_smoothing: ε > 0, without which the target has no finite KL.
 
     Returns: (B,) nats; 0 at z = logit(1−ε).
@@ -532,10 +513,6 @@ def nca(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: f
 
         L = −logσ(v_w) − ½ logσ(−v_w) − ½ logσ(−v_l)          v = βu
 
-    Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
-
     Returns: (B,); 2 log 2 where policy = reference.
     Gradient: ∂L/∂s_w = β(1.5σ(v_w) − 1), ∂L/∂s_l = ½βσ(v_l); the chosen reward stops at v_w = log 2.
 
@@ -553,10 +530,6 @@ def bco_pair(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, be
     """A classifier whose logit is the reward, on pairs: chosen above the reference, rejected below, each by itself.
 
         L = −logσ(βu_w) − logσ(−βu_l)
-
-    Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
 
     Returns: (B,); 2 log 2 where policy = reference.
     Gradient: ∂L/∂s_w = −βσ(−βu_w), ∂L/∂s_l = βσ(βu_l).
@@ -579,7 +552,6 @@ def sppo(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: 
         L = (u_w − 1/(2β))² + (u_l + 1/(2β))²
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
       beta: β (1/η in the paper); the targets are ±1/(2β).
 
     Returns: (B,) nats²; 1/(2β²) where policy = reference.
@@ -601,10 +573,6 @@ def apo_zero(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, be
 
         L = 1 − σ(βu_w) + σ(βu_l)
 
-    Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
-
     Returns: (B,) in (0, 2); 1 where policy = reference.
     Gradient: ∂L/∂s_w = −βσ(βu_w)σ(−βu_w), ∂L/∂s_l = βσ(βu_l)σ(−βu_l).
 
@@ -621,10 +589,6 @@ def apo_down(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, be
     """Pushes both responses down, the rejected one more. For chosen answers below the model's level.
 
         L = σ(βu_w) + 1 − σ(βΔ)
-
-    Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
 
     Returns: (B,) in (0, 2); 1 where policy = reference.
     Gradient: ∂L/∂s_w = βσ(βu_w)σ(−βu_w) − βσ(βΔ)σ(−βΔ), ∂L/∂s_l = βσ(βΔ)σ(−βΔ). At step 0 the first is exactly 0.
@@ -645,8 +609,6 @@ def discopop(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, be
         L = (1 − m)(−logσ(h)) + m e^{−h}          m = σ(h/τ), h = βΔ
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
       tau: τ, the width of the blend in units of h.
 
     Gradient: ∂L/∂s_w = β[(m'/τ)(e^{−h} + logσ(h)) − (1−m)σ(−h) − m e^{−h}] = −∂L/∂s_l, with m' = m(1−m). At h = 0 it is
@@ -692,9 +654,6 @@ def f_dpo(
         js          g = logσ(u)           alpha       g = e^{(c−1)u}/(c−1)
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
-      divergence: "reverse_kl", "forward_kl", "js" or "alpha".
       coef: c ≠ 1, for "alpha": c → 1 is reverse_kl, c = 0 is forward_kl. It is trl's
         f_alpha_divergence_coef, where 1 stands for reverse_kl; the paper's α is 1 − c.
 
@@ -718,11 +677,6 @@ def tdpo1(
 
         L = −logσ(β[Δ − (D_l − D_w)])
 
-    Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      kl_w, kl_l: (B,) summed forward KL(π_ref ‖ π_θ) along each response, nats, with gradient.
-      beta: β.
-
     Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l, ∂L/∂D_l = βσ(−h) = −∂L/∂D_w; ∂D/∂logits = π_θ − π_ref at each position.
 
     >>> tdpo1(*map(tensor, ([-12.0], [-24.0], [-14.0], [-22.0], [0.5], [1.5])))  # D_l − D_w = 1, h = 0.3
@@ -744,9 +698,6 @@ def tdpo2(
         L = −logσ(β[Δ − α(D_l − sg[D_w])])
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      kl_w, kl_l: (B,) summed forward KL(π_ref ‖ π_θ) along each response, nats.
-      beta: β.
       alpha: α, the weight of the KL term.
 
     Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l, ∂L/∂D_l = αβσ(−h), ∂L/∂D_w = 0.
@@ -772,8 +723,6 @@ def beta_dpo(
         β_b = max(1e-3, β[1 + a(mean of Δ over the drawn rows − m)]),  L = −(B/k) logσ(sg[β_b] Δ) if drawn, else 0
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β, the base.
       a: how strongly β follows the margin.
       keep: ρ, the share of rows drawn.
       mean, std: m, v: a running estimate in units of Δ; None means of this batch. v = 0 draws uniformly.
@@ -813,10 +762,6 @@ def aot(
         L_i = −(1−ε) logσ(βδ_i) − ε logσ(−βδ_i)
         δ_i = (s_w − s_l)_i − the reference margin s̄_w − s̄_l of the same rank in the batch
 
-    Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta, label_smoothing: β, ε.
-
     Returns: (B,), in the order of the pairs; sorting only decides which reference margin a pair is compared with.
     Gradient: ∂L/∂s_w = β[σ(βδ) − (1−ε)] = −∂L/∂s_l.
 
@@ -841,7 +786,6 @@ def aot_unpaired(
     Args:
       logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats; w and l rows need not belong
         to one prompt.
-      beta, label_smoothing: β, ε.
 
     Returns: (B,), in the order of the chosen responses.
     Gradient: ∂L/∂s_w = β[σ(βδ) − (1−ε)], and the opposite on the s_l it was matched with.
@@ -865,9 +809,7 @@ def cpo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, *, beta: float = 0.1, lam
         L = −logσ(β(s_w − s_l)) − λ s_w/n_w
 
     Args:
-      logp_w, logp_l: (B,) summed log-probs, nats.
       len_w: (B,) tokens of the chosen response; the likelihood term is an average, the preference term a sum.
-      beta: β.
       lam: λ, weight of the likelihood term.
 
     Gradient: ∂L/∂s_w = −βσ(−β(s_w − s_l)) − λ/n_w, ∂L/∂s_l = βσ(−β(s_w − s_l)).
@@ -890,7 +832,6 @@ def slic(logp_w: Tensor, logp_l: Tensor, *, delta: float = 1.0, lam: float = 0.1
         L = max(0, δ − s_w + s_l) − λ s_w
 
     Args:
-      logp_w, logp_l: (B,) summed log-probs, nats.
       delta: δ, the margin in nats at which the hinge rests.
       lam: λ, weight of the likelihood term (a sum, so long responses weigh more).
 
@@ -912,8 +853,6 @@ def rrhf(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, lam: f
         L = max(0, a_l − a_w) − λ s_w
 
     Args:
-      logp_w, logp_l: (B,) summed log-probs, nats.
-      len_w, len_l: (B,) response tokens.
       lam: λ, weight of the likelihood term (a sum).
 
     Returns: (B,) nats.
@@ -934,8 +873,6 @@ def orpo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, lam: f
         L = −a_w − λ logσ(o)          o = log odds(e^{a_w}) − log odds(e^{a_l}),  log odds(eᵃ) = a − log(1 − eᵃ)
 
     Args:
-      logp_w, logp_l: (B,) summed log-probs, nats.
-      len_w, len_l: (B,) response tokens.
       lam: λ, weight of the odds-ratio term (trl calls it beta).
 
     Gradient: ∂L/∂s_w = −1/n_w − (λ/n_w)σ(−o)/(1 − e^{a_w}), ∂L/∂s_l = (λ/n_l)σ(−o)/(1 − e^{a_l}); for a > −1e-6 the
@@ -993,8 +930,6 @@ def repo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, gamma:
         L = max(0, γ − d)
 
     Args:
-      logp_w, logp_l: (B,) summed log-probs, nats.
-      len_w, len_l: (B,) response tokens.
       gamma: γ, the margin to reach, nats per token (SimPO's γ/β).
 
     Returns: (B,) nats per token.
@@ -1013,10 +948,6 @@ def simper(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor) -> Tens
     """Maximises the inverse perplexity of the chosen response and minimises that of the rejected one. Nothing to tune.
 
         L = −e^{a_w} + e^{a_l}
-
-    Args:
-      logp_w, logp_l: (B,) summed log-probs, nats.
-      len_w, len_l: (B,) response tokens.
 
     Returns: (B,) in (−1, 1).
     Gradient: ∂L/∂s_w = −e^{a_w}/n_w, ∂L/∂s_l = e^{a_l}/n_l. An untrained model has a ≈ −log V and hardly any gradient:
@@ -1048,9 +979,6 @@ def alphapo(
         L = −logσ(r_w − r_l − γ)          r = β(1 − e^{−αa})/α,  α = 0: r = βa
 
     Args:
-      logp_w, logp_l: (B,) summed log-probs, nats.
-      len_w, len_l: (B,) response tokens.
-      beta: β.
       gamma: γ, the target margin inside the sigmoid.
       alpha: α, the bend; 0 is SimPO.
 
@@ -1082,8 +1010,6 @@ def alpha_dpo(
         L = −logσ(u − sg[γ + αM*])          u = βd,  M = β·Δ̃,  M* = (M − μ)/σ_M
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      len_w, len_l: (B,) response tokens.
       beta, gamma, alpha: β, γ, α in the paper's units.
       margin: where M comes from, the implicit reference model of Table 2: "ratio" U(π_θ/π_ref)^α; "policy" Uπ_θ^α,
         M = βd; "reference" Uπ_ref^α, M = β(ā_w − ā_l); "inverse_reference" U(1/π_ref)^α, minus that.
@@ -1127,9 +1053,6 @@ def alpha_dpo_kl(
         L = −logσ(βd − sg[γ + αδ*])          δ = β(D_l − D_w),  δ* = (δ − μ)/σ_δ
 
     Args:
-      logp_w, logp_l: (B,) summed log-probs, nats.
-      len_w, len_l: (B,) response tokens.
-      kl_w, kl_l: (B,) summed forward KL(π_ref ‖ π_θ) along each response, nats; no gradient flows into them.
       beta, gamma, alpha: β, γ, α in the paper's units.
       mean, std: μ, σ_δ in units of δ; None means of this batch.
 
@@ -1161,10 +1084,7 @@ def online_simpo(
         corrected: log w = (s^old_w − s̄_w) − (s^old_l − s̄_l)          else: log w = (s^old_w − s̄_w) + (s^old_l − s̄_l)
 
     Args:
-      logp_w, logp_l: (B,) summed log-probs under the policy, nats.
       ref_w, ref_l: (B,) under the policy that sampled the pairs.
-      old_w, old_l: (B,) under the earlier policy.
-      len_w, len_l: (B,) response tokens.
       beta, gamma: β, γ of SimPO.
       corrected: eq. 16, which divides by the rejected ratio; False is plain importance sampling, eq. 15.
       clip: |log w| ≤ clip, in nats. A sum over hundreds of tokens makes w 0 or infinity; math.inf for none.
@@ -1221,8 +1141,6 @@ def gamma_dpo(
         L = −logσ(r − sg[γ_i − γ₀])          r = βΔ, γ_i from `gamma_margins`
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
       gamma: γ₀, the mean of the γ_i.
       tau: τ; large keeps all γ_i near γ₀, and τ → ∞ is dpo.
 
@@ -1246,9 +1164,6 @@ def gamma_simpo(
         L = −logσ(r − sg[γ_i])          r = βd, γ_i from `gamma_margins`
 
     Args:
-      logp_w, logp_l: (B,) summed log-probs, nats.
-      len_w, len_l: (B,) response tokens.
-      beta: β.
       gamma: γ₀, the mean of the γ_i.
       tau: τ; large keeps all γ_i near γ₀, and τ → ∞ is simpo.
 
@@ -1271,9 +1186,6 @@ def amapo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, beta:
         L = −logσ(βd − sg[m])          code: m = β exp(((μ − d)/s)·μ) where d < μ, else 0
 
     Args:
-      logp_w, logp_l: (B,) summed log-probs, nats.
-      len_w, len_l: (B,) response tokens.
-      beta: β.
       paper: the formula of the text, in units of r = βd: m = exp(e), e = ((μ_r − r)/s_r)·μ_r = β((μ − d)/s)μ, where
         e > 0, else 0.
 
@@ -1343,12 +1255,8 @@ def bco(logp: Tensor, ref: Tensor, desirable: Tensor, *, beta: float = 0.1, delt
         L = −logσ(r − δ) if desirable, −logσ(δ − r) if not          r = β(s − s̄)
 
     Args:
-      logp, ref: (N,) summed log-probs under policy and reference, nats.
-      desirable: (N,) bool.
-      beta: β.
       delta: δ in units of r, e.g. a running mean; None means the mean of r over this batch.
 
-    Returns: (N,).
     Gradient: ∂L/∂s = −βσ(−(r − δ)) if desirable, +βσ(r − δ) if not; none through δ.
 
     >>> bco(tensor([-12.0, -24.0]), tensor([-14.0, -22.0]), tensor([True, False]))  # r = 0.2, −0.2, δ = 0
@@ -1366,11 +1274,6 @@ def apo_zero_unpaired(logp: Tensor, ref: Tensor, desirable: Tensor, *, beta: flo
     """`apo_zero` on single completions: desirable ones up, undesirable ones down, both anchored at the reference.
 
         L = 1 − σ(βu) if desirable, σ(βu) if not          u = s − s̄
-
-    Args:
-      logp, ref: (N,) summed log-probs under policy and reference, nats.
-      desirable: (N,) bool.
-      beta: β.
 
     Returns: (N,) in (0, 1); ½ where policy = reference.
     Gradient: ∂L/∂s = −βσ(βu)σ(−βu) if desirable, the opposite if not.
@@ -1401,12 +1304,9 @@ def uapo(
 
     Args:
       logp, ref: (N,) summed log-probs under policy and reference, nats. Reference-free: pass s/n as logp and 0 as ref.
-      desirable: (N,) bool.
-      beta: β.
       anchor: b in units of r; None means the mean of r over this batch, held constant.
       temperature: T, the uncertainty: larger trusts the labels less.
 
-    Returns: (N,).
     Gradient: ∂L/∂s = −(β/T)σ(−(r − b)) if desirable, +(β/T)σ(r − b) if not; none through b.
 
     Public text fixes only this much: an anchor, each response compared with it, unpaired data allowed. The mean as
@@ -1503,12 +1403,8 @@ LIMITS = {
 
 
 def check(loss: Callable[..., Tensor], given: dict) -> dict:
-    """The arguments `given` to a loss, log-probs and lengths in fp32 or, given float64, in float64.
-
-    Raises ValueError naming the function and the argument: not a tensor, not one-dimensional, another shape or device
-    than the first tensor, `desirable` not bool, log-probs not floating point, a length below 1, a hyper-parameter out
-    of its range.
-    """
+    """The arguments `given` to a loss, log-probs and lengths in fp32 or, given float64, in float64. Raises ValueError that
+    names the function and the argument."""
     rows = {name: x for name, x in given.items() if name in loss.tensors}
     first, like = next(iter(rows.items()))
 
@@ -1553,14 +1449,6 @@ def is_false(condition: bool | Tensor) -> bool:
         if torch.compiler.is_compiling() or is_transformed(condition) or condition.device.type != "cpu":
             return False
     return not condition
-
-
-def call_reward(reward: Callable[..., Tensor], logp: Tensor, ref: Tensor | None, length: Tensor, settings: dict) -> Tensor:
-    """The reward under those of the settings that it names. average=False is the same reward at length 1."""
-    if settings.get("average") is False:
-        length = torch.ones_like(length)
-    named = inspect.signature(reward).parameters
-    return reward(logp, ref, length, **{name: value for name, value in settings.items() if name in named})
 
 
 # ---- What a trainer asks for and calls: a loss with its settings, or a weighted sum of such --------------------------
@@ -1689,8 +1577,8 @@ def parse_objective(text: str) -> Objective:
             'such as "dpo(beta=0.1) + 0.5*sft"'
         ) from None
     objective = Objective([named_term(*call) for call in calls])
-    unpaired = dict.fromkeys(term.name for term in objective.terms if "desirable" in term.loss.tensors)
-    paired = dict.fromkeys(term.name for term in objective.terms if "desirable" not in term.loss.tensors)
+    unpaired = [term.name for term in objective.terms if "desirable" in term.loss.tensors]
+    paired = [term.name for term in objective.terms if "desirable" not in term.loss.tensors]
     if unpaired and paired:
         kinds = f"{', '.join(unpaired)} takes single completions, {', '.join(paired)} pairs"
         raise ValueError(f"objective: {kinds}; a sum takes one or the other")
@@ -1799,47 +1687,44 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 # ---- python losses.py: the list. python losses.py simpo: a function to paste -----------------------------------------
 
 
-def listing(width: int) -> str:
-    """Each objective in lines of `width` characters: what it does, what it needs besides log-probs, settings with defaults."""
+def listing() -> str:
+    """Each objective in four lines: its name, what it does, what it needs besides log-probs, its settings with defaults."""
     lines = []
     for name, loss in OBJECTIVES.items():
         needs = [tensor_name for tensor_name in loss.tensors if tensor_name not in ("logp_w", "logp_l", "logp")]
         if loss.coupled:
             needs.append("the whole batch" if loss.coupled is True else f"the whole batch if {loss.coupled}")
         settings = [f"{key}={value!r}" for key, value in loss.settings.items()]
-        about = (loss.__doc__ or "no docstring").splitlines()[0]
-        texts = (about, f"needs {', '.join(needs) or 'log-probs only'}", f"settings {', '.join(settings) or '–'}")
-        for text in texts:
-            indent = {"initial_indent": f"{name:<19}", "subsequent_indent": " " * 19}
-            lines += textwrap.wrap(text, width, break_on_hyphens=False, **indent)
-            name = ""
+        about = loss.__doc__.splitlines()[0]
+        lines += [name, f"    {about}", f"    needs {', '.join(needs) or 'log-probs only'}"]
+        lines += [f"    settings {', '.join(settings) or '–'}"]
     return "\n".join(lines)
 
 
 def source_of(names: list[str]) -> str:
-    """A program of their own for objectives: the imports and functions that they use, and they, without the decorator."""
+    """A program of their own for objectives: what the symbols mean, the imports and functions that they use, and they,
+    without the decorator."""
     text = Path(__file__).read_text(encoding="utf-8")
-    lines = text.splitlines()
-    statements = {}  # name → the statement of this file that gives it its meaning
+    defined = {}  # name → the statement of this file that gives it its meaning
     for statement in ast.parse(text).body:
         if isinstance(statement, (ast.Import, ast.ImportFrom)):
-            statements |= {alias.asname or alias.name: statement for alias in statement.names}
+            defined |= {alias.asname or alias.name: statement for alias in statement.names}
         elif isinstance(statement, ast.FunctionDef):
             statement.decorator_list = []
-            statements[statement.name] = statement
+            defined[statement.name] = statement
     used = set()
     names = list(names)
     while names:
-        statement = statements.get(names.pop())
+        statement = defined.get(names.pop())
         if statement is not None and statement not in used:
             used.add(statement)
             names += [node.id for node in ast.walk(statement) if isinstance(node, ast.Name)]
-    imports, functions = [], []
-    for statement in dict.fromkeys(statements.values()):
-        if statement in used:
-            kind = functions if isinstance(statement, ast.FunctionDef) else imports
-            kind.append("\n".join(lines[statement.lineno - 1 : statement.end_lineno]).replace("  # fmt: skip", ""))
-    return "\n\n\n".join(["\n".join(imports), *functions])
+    source = f'"""{__doc__}"""\n\n'
+    for statement in sorted(used, key=lambda statement: statement.lineno):
+        if isinstance(statement, ast.FunctionDef):
+            source += "\n\n"
+        source += ast.get_source_segment(text, statement).replace("  # fmt: skip", "") + "\n"
+    return source
 
 
 def main() -> None:
@@ -1849,16 +1734,11 @@ def main() -> None:
     for name in names:
         if name not in OBJECTIVES:
             parser.error(f"unknown objective {name!r}{did_you_mean(name, OBJECTIVES)} (without a name, all are listed)")
-    width = min(128, max(80, shutil.get_terminal_size((128, 24)).columns))
-    if sys.stdout is not None:
-        sys.stdout.reconfigure(errors="replace")  # where a terminal lacks these letters
+    sys.stdout.reconfigure(errors="replace")  # where a terminal lacks these letters
     try:
-        print(source_of(names) if names else listing(width), flush=True)
-    except OSError as error:
+        print(source_of(names) if names else listing(), flush=True)
+    except BrokenPipeError:  # a reader that has seen enough is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # a reader that has seen enough is no error
-            print(f"error: the output cannot be written ({error.strerror})", file=sys.stderr)
-            raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
