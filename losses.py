@@ -66,13 +66,14 @@ def objective(*, reward: Callable[..., Tensor], coupled: bool | str = False) -> 
         def checked(*args, **kwargs):
             return loss(**check(checked, signature.bind(*args, **kwargs).arguments))
 
+        of_reward = inspect.signature(reward).parameters
+
         def reward_of(logp, ref, length, **given):
             given = checked.settings | given
             if given.get("average") is False:
                 length = torch.ones_like(length)
             return reward(logp, ref, length, **{name: given[name] for name in given if name in of_reward})
 
-        of_reward = inspect.signature(reward).parameters
         settings = {p.name: p.default for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
         checked.tensors = tuple(name for name in signature.parameters if name not in settings)
         checked.random = "generator" in settings
@@ -117,10 +118,6 @@ def sft(logp_w: Tensor, len_w: Tensor) -> Tensor:
 
         L = −a_w = −s_w/n_w
 
-    Args:
-      logp_w: (B,) summed log-prob of the chosen response, nats.
-      len_w: (B,) its number of tokens.
-
     Returns: (B,) nats per token.
     Gradient: ∂L/∂s_w = −1/n_w.
 
@@ -150,8 +147,6 @@ def dpo(
         L = −(1−ε) logσ(βΔ) − ε logσ(−βΔ)          Δ = (s_w − s̄_w) − (s_l − s̄_l)
 
     Args:
-      logp_w, logp_l: (B,) summed log-probs of chosen and rejected under the policy, nats.
-      ref_w, ref_l: (B,) the same under the reference.
       beta: β, the price of leaving the reference.
       label_smoothing: ε, the probability that a label is wrong (conservative DPO).
 
@@ -357,9 +352,7 @@ def ld_dpo(
         L = −logσ(β(v_w − v_l))          v = u^k + α(u − u^k),  u^k = s^k − s̄^k
 
     Args:
-      prefix_logp_w, prefix_logp_l, ref_prefix_logp_w, ref_prefix_logp_l: (B,) s^k, s̄^k; of the shorter response the first
-        k tokens are all, so that there v = u.
-      alpha: α, weight of the tokens from k + 1 on; 1 is dpo, 0 ends both responses at k.
+      alpha: α, weight of the tokens from k + 1 on, none in the shorter response; 1 is dpo, 0 ends both at k.
 
     Returns: (B,); log 2 where policy = reference.
     Gradient: with g = −βσ(−β(v_w − v_l)): ∂L/∂s_w = αg and ∂L/∂s^k_w = (1 − α)g, of the rejected response −g. So a token of the
@@ -388,8 +381,7 @@ def odpo(
         L = −logσ(βΔ − α log m)
 
     Args:
-      margin: (B,) m. A tie, or scores that say the opposite, have the offset −∞: such a pair costs nothing and trains
-        nothing.
+      margin: (B,) m; a tie, or scores that say the opposite, have the offset −∞: such a pair costs and trains nothing.
       alpha: α, weight of the offset; 0 is dpo.
 
     Returns: (B,); log(1 + m^α) where policy = reference.
@@ -448,7 +440,6 @@ def rpo_fwd(
 
         L = KL(σ(βΔ) ‖ σ(t))          t = ηm, constant
 
-    Args: as `rpo_bwd`.
     Returns: (B,), 0 where βΔ = t.
     Gradient: ∂L/∂s_w = βσ(βΔ)σ(−βΔ)(βΔ − t) = −∂L/∂s_l, which fades where the policy is sure, right or wrong. With t =
     log((1 − ε)/ε) for all pairs it is `exo`.
@@ -697,9 +688,6 @@ def tdpo2(
 
         L = −logσ(β[Δ − α(D_l − sg[D_w])])
 
-    Args:
-      alpha: α, the weight of the KL term.
-
     Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l, ∂L/∂D_l = αβσ(−h), ∂L/∂D_w = 0.
 
     >>> tdpo2(*map(tensor, ([-12.0], [-24.0], [-14.0], [-22.0], [0.5], [1.5])))  # h = 0.1·(4 − 0.5)
@@ -783,11 +771,7 @@ def aot_unpaired(
         L_i = −(1−ε) logσ(βδ_i) − ε logσ(−βδ_i)
         δ_i = (u_w)_i − the u_l of the same rank in the batch
 
-    Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats; w and l rows need not belong
-        to one prompt.
-
-    Returns: (B,), in the order of the chosen responses.
+    Returns: (B,), in the order of the chosen responses. The w and l of a row need not belong to one prompt.
     Gradient: ∂L/∂s_w = β[σ(βδ) − (1−ε)], and the opposite on the s_l it was matched with.
 
     >>> aot_unpaired(*map(tensor, ([-12.0, -20.0], [-24.0, -20.0], [-14.0, -20.0], [-22.0, -20.0])))  # 2 − 0, 0 − (−2)
@@ -809,8 +793,7 @@ def cpo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, *, beta: float = 0.1, lam
         L = −logσ(β(s_w − s_l)) − λ s_w/n_w
 
     Args:
-      len_w: (B,) tokens of the chosen response; the likelihood term is an average, the preference term a sum.
-      lam: λ, weight of the likelihood term.
+      lam: λ, weight of the likelihood term, which is an average, while the preference term is a sum.
 
     Gradient: ∂L/∂s_w = −βσ(−β(s_w − s_l)) − λ/n_w, ∂L/∂s_l = βσ(−β(s_w − s_l)).
     Search: β ∈ {0.01, 0.05, 0.1}, λ = 1.
@@ -835,7 +818,6 @@ def slic(logp_w: Tensor, logp_l: Tensor, *, delta: float = 1.0, lam: float = 0.1
       delta: δ, the margin in nats at which the hinge rests.
       lam: λ, weight of the likelihood term (a sum, so long responses weigh more).
 
-    Returns: (B,) nats.
     Gradient: with k = 1[δ − s_w + s_l > 0], ∂L/∂s_w = −k − λ, ∂L/∂s_l = k.
 
     >>> slic(tensor([-12.0]), tensor([-24.0]))  # the hinge rests; 0.1·12
@@ -852,10 +834,6 @@ def rrhf(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, lam: f
 
         L = max(0, a_l − a_w) − λ s_w
 
-    Args:
-      lam: λ, weight of the likelihood term (a sum).
-
-    Returns: (B,) nats.
     Gradient: with k = 1[a_l > a_w], ∂L/∂s_w = −k/n_w − λ, ∂L/∂s_l = k/n_l.
 
     >>> rrhf(tensor([-12.0]), tensor([-24.0]), tensor([10]), tensor([12]))  # ranked right: 0 + 12
@@ -902,11 +880,7 @@ def simpo(
         L = −(1−ε) logσ(h) − ε logσ(−h)          h = βd − γ
 
     Args:
-      logp_w, logp_l: (B,) summed log-probs, nats.
-      len_w, len_l: (B,) response tokens.
-      beta: β.
       gamma: γ, the target margin inside the sigmoid.
-      label_smoothing: ε.
       average: False drops the length normalisation: sums in place of averages.
 
     Gradient: ∂L/∂s_w = (β/n_w)[σ(h) − (1−ε)], ∂L/∂s_l = −(β/n_l)[σ(h) − (1−ε)]; without 1/n on sums.
@@ -979,7 +953,6 @@ def alphapo(
         L = −logσ(r_w − r_l − γ)          r = β(1 − e^{−αa})/α,  α = 0: r = βa
 
     Args:
-      gamma: γ, the target margin inside the sigmoid.
       alpha: α, the bend; 0 is SimPO.
 
     Gradient: ∂L/∂s_w = −(β/n_w)e^{−αa_w}σ(−h), ∂L/∂s_l = (β/n_l)e^{−αa_l}σ(−h). The exponent −αa is capped at 40,
@@ -1085,7 +1058,6 @@ def online_simpo(
 
     Args:
       ref_w, ref_l: (B,) under the policy that sampled the pairs.
-      beta, gamma: β, γ of SimPO.
       corrected: eq. 16, which divides by the rejected ratio; False is plain importance sampling, eq. 15.
       clip: |log w| ≤ clip, in nats. A sum over hundreds of tokens makes w 0 or infinity; math.inf for none.
       self_normalize: divide w by its mean over the batch.
@@ -1164,8 +1136,7 @@ def gamma_simpo(
         L = −logσ(r − sg[γ_i])          r = βd, γ_i from `gamma_margins`
 
     Args:
-      gamma: γ₀, the mean of the γ_i.
-      tau: τ; large keeps all γ_i near γ₀, and τ → ∞ is simpo.
+      gamma, tau: as in `gamma_dpo`; τ → ∞ is simpo.
 
     Gradient: ∂L/∂s_w = −(β/n_w)σ(−h), ∂L/∂s_l = (β/n_l)σ(−h).
     Published: β 2.5–10, γ₀ 0.375–5, τ 3–20.
@@ -1225,10 +1196,7 @@ def kto(
         L = λ_d(1 − σ(v)) if desirable, λ_u(1 − σ(−v)) if not
 
     Args:
-      logp, ref: (N,) summed log-probs of the completions under policy and reference, nats.
-      desirable: (N,) bool.
-      logp_kl, ref_kl: (N,) the same for prompts paired with *another* prompt's completion; they only estimate z.
-      beta: β.
+      logp_kl, ref_kl: (N,) of prompts paired with *another* prompt's completion; they only estimate z.
       lambda_d, lambda_u: weights of desirable and undesirable rows; balance them when the labels are not balanced.
 
     Returns: (N,) in (0, λ).
@@ -1425,11 +1393,11 @@ def check(loss: Callable[..., Tensor], given: dict) -> dict:
             refuse(name, f"has dtype {x.dtype}; pass torch.bool, True for a desirable completion")
         if name != "desirable" and not (x.is_floating_point() or name.startswith("len_") and x.dtype != torch.bool):
             refuse(name, f"has dtype {x.dtype}; log-probs and margins are floating point and lengths are numbers")
-        if name.startswith("len_") and is_false((x >= 1).all()):
+        if name.startswith("len_") and may_be_looked_at(x) and not (x >= 1).all():
             refuse(name, f"holds {x.min().item():g}; lengths count tokens and are at least 1: drop the row")
     for name in given.keys() & LIMITS.keys():
         requirement, holds = LIMITS[name]
-        if is_false(holds(given[name])):
+        if not holds(given[name]):
             refuse(name, f"is {given[name]}; it must be {requirement}")
 
     floats = [x.dtype for x in rows.values() if x.is_floating_point()]
@@ -1442,18 +1410,12 @@ def is_transformed(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
-def is_false(condition: bool | Tensor) -> bool:
-    """Whether it is False. A tensor counts as true where a look is impossible (torch.compile, vmap), or would make the host
-    wait (an accelerator)."""
-    if isinstance(condition, Tensor):
-        if torch.compiler.is_compiling() or is_transformed(condition) or condition.device.type != "cpu":
-            return False
-    return not condition
+def may_be_looked_at(x: Tensor) -> bool:
+    """Not where x has no value yet (torch.compile, vmap) or the host would wait for it (an accelerator)."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed(x)
 
 
 # ---- What a trainer asks for and calls: a loss with its settings, or a weighted sum of such --------------------------
-
-TRAINED = ("logp", "kl", "prefix_logp")  # of the policy's pass: those through which a loss reaches the weights
 
 
 class Term(NamedTuple):
@@ -1524,7 +1486,15 @@ class Objective:
             desirable) (n, k), "margin" (n,), "logp_kl", "ref_kl" (n·k,); those that the objective needs.
           seed: see `__call__`.
         """
-        loss = self(named_tensors(outputs, inputs), seed)
+        old = outputs["logp"].detach()  # under the policy as it is at the start of the step
+        columns = {}  # of "logp": logp (n·k,), and logp_w and logp_l (n,), its first and last column
+        for name, x in (inputs | outputs | {"old": old}).items():
+            columns[name] = x.flatten()
+            if x.dim() == 2:
+                columns[f"{name}_w"] = x[:, 0]
+                columns[f"{name}_l"] = x[:, -1]
+        columns["desirable"] = columns.get("label")
+        loss = self(columns, seed)
         if "log_sum_p_squared" not in outputs:
             return loss
         sizes = (-1, 1) if self.unpaired else outputs["logp"].shape  # responses of a row: one, or both of its pair
@@ -1534,28 +1504,13 @@ class Objective:
     def loss_and_grad(
         self, outputs: dict[str, Tensor], inputs: dict[str, Tensor], seed: list[int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`row_losses`, and the gradient of their sum with respect to each of TRAINED that is in outputs, (n, k)."""
-        leaves = {name: outputs[name].detach().requires_grad_() for name in TRAINED if name in outputs}
+        """`row_losses`, and the gradient of their sum with respect to each of the outputs that reach the weights, (n, k)."""
+        leaves = {name: outputs[name].detach().requires_grad_() for name in ("logp", *self.outputs)}
         if len(outputs["logp"]) == 0:  # a rank without rows in this microbatch
             return outputs["logp"].detach().flatten(), {name: x.detach() for name, x in leaves.items()}
         loss = self.row_losses(outputs | leaves, inputs, seed)
         grads = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
         return loss.detach(), dict(zip(leaves, grads))
-
-
-def named_tensors(outputs: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a signature may ask for: of "logp" (n, k) logp (n·k,), and logp_w and logp_l (n,), its first and last column."""
-    tensors = inputs | outputs
-    tensors["old"] = outputs["logp"].detach()  # the policy as it is at the start of the step
-    named = {}
-    for name, x in tensors.items():
-        named[name] = x.flatten()
-        if x.dim() == 2:
-            named[f"{name}_w"] = x[:, 0]
-            named[f"{name}_l"] = x[:, -1]
-    if "label" in named:
-        named["desirable"] = named["label"]
-    return named
 
 
 # ---- An objective from text ------------------------------------------------------------------------------------------
@@ -1640,14 +1595,13 @@ def load_loss(name: str) -> Callable[..., Tensor]:
     finally:
         OBJECTIVES.clear()
         OBJECTIVES.update(here)  # a name of this file keeps its meaning
-    loss = defined.get(function)
-    if not callable(loss):
-        raise ValueError(f"objective {name}: {file} has no function {function}{did_you_mean(function, defined)}")
-    if not hasattr(loss, "tensors"):
+    registered = {key: value for key, value in defined.items() if hasattr(value, "tensors")}
+    if function not in registered:
         raise ValueError(
-            f"objective {name}: {function} is not registered; write `from losses import average_logp, objective` into {file} "
-            "and above the function @objective(reward=average_logp), or another reward of losses.py"
+            f"objective {name}: {file} has no objective {function}{did_you_mean(function, registered)}; to make one of a "
+            "function, `from losses import average_logp, objective` and write @objective(reward=average_logp) above it"
         )
+    loss = registered[function]
     for tensor_name in loss.tensors:
         if not any(tensor_name in other.tensors for other in here.values()):
             raise ValueError(f"objective {name}: no trainer has `{tensor_name}`; losses.py begins with the names there are")
