@@ -325,6 +325,15 @@ def _sent(array: np.ndarray, device) -> Tensor:
     return tensor
 
 
+def pairs_mask(pairs: Pairs, dtype: torch.dtype, device) -> Tensor:
+    """The same as an additive mask (1, 1, T, T), for models whose attention cannot be exchanged. O(T²) memory."""
+    own, low, high = to_device(torch.from_numpy(seen_ranges(pairs)), device)[:, :, None]
+    key = torch.arange(len(own), device=device)
+    query = key[:, None]
+    seen = ((own <= key) & (key <= query)) | ((low <= key) & (key < high))
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)[None, None]
+
+
 class Blocks(NamedTuple):
     """What FlexAttention needs to know of a sequence of n blocks, for one window; nothing of it is a constant of the kernel.
 
@@ -483,8 +492,8 @@ class ResponseLogProbs(nn.Module):
         positions = batch.position_ids
         attention = {}  # padded: no mask either, as padding is on the right, where a causal position never looks
         if batch.pairs is not None and not model._can_set_attn_implementation():
-            raise ValueError(f"packed layout: {type(model).__name__} has an attention of its own; use --layout padded")
-        if batch.pairs is not None and ids.device.type in FUSED:
+            attention["attention_mask"] = pairs_mask(batch.pairs, model.dtype, ids.device)
+        elif batch.pairs is not None and ids.device.type in FUSED:
             windows = {None, getattr(model.config.get_text_config(), "sliding_window", None)}
             blocks = {window: Blocks.of(batch.pairs, window, ids.device) for window in windows}
             missing = len(blocks[None].ranges[0]) - ids.shape[1]
