@@ -30,6 +30,7 @@ import os
 import random
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -1361,20 +1362,36 @@ def is_watched() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
-DRAWN_EVERY = 10.0  # seconds, where nobody watches
+LINE_EVERY = 10.0  # seconds
+
+
+class _Lines(tqdm):
+    """Where nobody watches: a whole line now and then instead of a bar that is drawn over and over."""
+
+    last_line = None  # when
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        now = time.monotonic()
+        self.last_line = self.last_line or now
+        if msg is None and now - self.last_line >= LINE_EVERY:
+            self.last_line = now
+            print(self, file=sys.stderr, flush=True)
+
+    def clear(self, nolock: bool = False) -> None: ...
 
 
 def progress(
     items: Iterable | None, what: str, unit: str, total: int | None = None, initial: int = 0, disable: bool = False
 ) -> tqdm:
-    """`items` with a bar; where nobody watches, it is drawn every ten seconds only, so never for what takes less.
+    """`items` with a bar on a terminal; elsewhere with a line every ten seconds, so none for what takes less.
 
-    It is tqdm's object: `set_postfix(…, refresh=False)` adds numbers, and without items `update` counts.
+    It is tqdm's object: `set_postfix` adds numbers, and without items `update` counts.
     """
-    how = dict(unit=f" {unit}", initial=initial, disable=disable or sys.stderr is None, leave=False, dynamic_ncols=True)
-    if not is_watched():
-        how |= {"mininterval": DRAWN_EVERY, "delay": DRAWN_EVERY}
-    return tqdm(items, what, total, **how)
+    disable = disable or sys.stderr is None
+    how = dict(unit=f" {unit}", initial=initial, disable=disable, leave=False)
+    if is_watched():
+        return tqdm(items, what, total, dynamic_ncols=True, **how)
+    return _Lines(items, what, total, bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]", **how)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -1113,7 +1113,7 @@ class Journal:
         self.done.update({k: line[k] for k in ("pairs", "tokens", "flops", "seconds")})
         self._record(line)
         headline = {"loss": "loss", "reward_margin": "margin", "reward_accuracy": "accuracy", "tokens_per_second": "tok/s"}
-        self.bar.set_postfix({v: f"{line[k]:.4g}" for k, v in headline.items() if k in line}, refresh=False)
+        self.bar.set_postfix({v: f"{line[k]:.4g}" for k, v in headline.items() if k in line})
 
     def evaluated(self, line: dict, texts: list[str]) -> None:
         """Record an evaluation and the answers to the sample prompts; warn, once each, of what looks like divergence."""

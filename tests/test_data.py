@@ -1537,22 +1537,23 @@ def test_progress_on_a_terminal_is_a_bar_that_goes_away(monkeypatch):
     assert sys.stderr.getvalue().endswith("\r") and "\n" not in sys.stderr.getvalue()
 
 
-def test_progress_elsewhere_is_drawn_now_and_then(monkeypatch):
+def test_progress_elsewhere_is_a_line_now_and_then(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    monkeypatch.setattr(data, "DRAWN_EVERY", 0.2)
+    monkeypatch.setattr(data, "LINE_EVERY", 0.2)
     start = time.monotonic()
     for i in (bar := data.progress(range(100), "work", "rows")):
         time.sleep(0.006)
-        bar.set_postfix(loss=i, refresh=False)
-    longest = (time.monotonic() - start) / 0.2
-    drawn = [text for text in sys.stderr.getvalue().split("\r") if text.strip()]
-    assert 2 <= len(drawn) <= longest and all("work:" in text and "/100" in text and "loss=" in text for text in drawn)
+        bar.set_postfix(loss=i)
+    said, longest = sys.stderr.getvalue(), (time.monotonic() - start) / 0.2
+    assert "\r" not in said and "|" not in said and said.endswith("\n")
+    lines = said.splitlines()
+    assert 2 <= len(lines) <= longest and all("work:" in line and "/100" in line and "loss=" in line for line in lines)
 
 
 def test_progress_of_short_work_says_nothing_elsewhere(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     for i in (bar := data.progress(range(1000), "work", "rows")):
-        bar.set_postfix(loss=i, refresh=False)
+        bar.set_postfix(loss=i)
     assert sys.stderr.getvalue() == ""
 
 
