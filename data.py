@@ -30,7 +30,6 @@ import os
 import random
 import re
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -46,11 +45,11 @@ from transformers import HfArgumentParser
 from logprobs import to_device
 
 if TYPE_CHECKING:  # pyarrow, datasets and transformers' models are imported where they are used: --help comes at once
-    from datasets import Dataset, Features
+    from datasets import Dataset
 
 
 class UserError(Exception):
-    """Something its owner can mend: what was wrong, where, what to do. Every command line prints it and ends with code 2."""
+    """A user error: what was wrong, where, what to do. Every command line prints it and ends with code 2."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -89,27 +88,24 @@ HUB_SECONDS = 5.0  # that the hub has for its first answer
 def reachable(name: str, kind: str = "model") -> None:
     """UserError within seconds where a name (of a "model" or "dataset") is neither a path nor on the hub nor in its cache.
 
-    The hub is asked once, with HUB_SECONDS to answer; its own client would try for a minute. Where it does not answer, the
-    process goes on offline.
+    The hub is asked once; its own client would try for a minute. Where it does not answer, the process goes on offline.
     """
     from huggingface_hub import HfApi, constants, errors
 
     if os.path.exists(os.path.expanduser(name)):
         return
     absent = f"{name[:200]}: no such file or folder, and"
-    if not constants.HF_HUB_OFFLINE:
-        try:
-            HfApi(endpoint=constants.ENDPOINT).repo_info(name, repo_type=kind, timeout=HUB_SECONDS)
-            return
-        except (errors.RepositoryNotFoundError, errors.HFValidationError):  # the latter without asking: ./x, a/b/c
-            raise UserError(f"{absent} no such {kind} on the hub (or a private one)") from None
-        except errors.HfHubHTTPError:  # it is there and says something else, which the loader will report
-            return
-        except Exception:  # the HTTP client raises many kinds; all mean that there was no answer
-            constants.HF_HUB_OFFLINE = True
-            os.environ["HF_HUB_OFFLINE"] = "1"
-    if not Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}").is_dir():
-        raise UserError(f"{absent} the hub cannot be reached (offline?), nor is such a {kind} in its cache")
+    try:
+        HfApi().repo_info(name, repo_type=kind, timeout=HUB_SECONDS)
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):  # the latter without asking: ./x, a/b/c
+        raise UserError(f"{absent} no such {kind} on the hub (or a private one)") from None
+    except errors.HfHubHTTPError:  # it is there and says something else, which the loader will report
+        return
+    except Exception:  # the HTTP client raises many kinds; all mean that there was no answer
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        if not Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}").is_dir():
+            raise UserError(f"{absent} the hub cannot be reached (offline?), nor is such a {kind} in its cache") from None
 
 
 def setting(default, text: str, **more):
@@ -156,9 +152,25 @@ def read(dataset: str) -> Iterator[tuple[str, dict | Exception]]:
     Raises:
         UserError: nothing there, or a file that cannot be read at all.
     """
+    return ((item["where"], _parsed(item["row"])) for item in _rows(dataset))
+
+
+def _decoded(text: bytes):
+    # bytes that are not UTF-8 become lone surrogates, which _text reports for the row that holds them
+    return json.loads(text.decode("utf-8-sig", "surrogateescape"))
+
+
+def _parsed(text: bytes) -> dict | UserError:
+    try:
+        return _decoded(text)
+    except (ValueError, RecursionError) as error:
+        return UserError(f"not valid JSON ({error})")
+
+
+def _rows(dataset: str) -> Iterator[dict]:
+    """The rows of a source as {"where": file and number, "row": its JSON}."""
     name, cut = _cut(dataset)
-    files = _files(name)
-    rows = _numbered(name, _hub(name)) if files is None else itertools.chain.from_iterable(map(_read_file, files))
+    rows = _numbered(name)
     if cut is None:
         return rows
     first, last = (int(x[:18]) if x else None for x in cut[1:-1].split(":"))  # no file has 10¹⁸ rows
@@ -169,6 +181,20 @@ def read(dataset: str) -> Iterator[tuple[str, dict | Exception]]:
 
 def _cut(dataset: str) -> tuple[str, str | None]:
     return re.fullmatch(r"(.*?)(\[-?\d*:-?\d*\])?", dataset, re.DOTALL).groups()
+
+
+def _numbered(name: str) -> Iterator[dict]:
+    for source in _files(name) or [name]:
+        number = 0
+        try:
+            for number, line in enumerate(_lines(source), 1):
+                if line.strip():
+                    yield {"where": f"{source} row {number}", "row": line}
+        except UserError:
+            raise
+        except Exception as error:  # gzip, json, pyarrow and the hub's client raise many kinds
+            after = f" after row {number}" if number else ""
+            raise UserError(f"{source}: cannot be read{after} ({_brief(error)})") from error
 
 
 def _files(name: str) -> list[Path] | None:
@@ -187,69 +213,40 @@ def _files(name: str) -> list[Path] | None:
     return None
 
 
-def _read_file(file: Path) -> Iterator[tuple[str, dict | Exception]]:
-    if not file.name.endswith(SUFFIXES):
-        raise UserError(f"{file}: unknown kind of file; accepted are {', '.join(SUFFIXES)}")
-    return _read_parquet(file) if file.suffix == ".parquet" else _read_json(file)
+def _lines(source: Path | str) -> Iterator[bytes]:
+    """The rows of a file or hub name as JSON; those of JSON lines as they stand, so that a bad one costs one row only."""
+    if isinstance(source, str) or source.suffix == ".parquet":
+        for row in _hub(source) if isinstance(source, str) else _parquet(source):
+            yield json.dumps(row, default=str).encode()
+    elif not source.name.endswith(SUFFIXES):
+        raise UserError(f"{source}: unknown kind of file; accepted are {', '.join(SUFFIXES)}")
+    else:
+        opened = gzip.open if source.suffix == ".gz" else open
+        with opened(source, "rb") as lines:
+            yield from _split(source, lines.read()) if ".json" in source.suffixes else lines
 
 
-def _numbered(name: str | Path, rows: Iterable) -> Iterator[tuple[str, dict | Exception]]:
-    return ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _read_parquet(file: Path):
-    from datasets import load_dataset
-
+def _split(file: Path, text: bytes) -> list[bytes]:
+    """The rows of a .json file: of the list in it, or its lines."""
     try:
-        yield from _numbered(file, load_dataset("parquet", data_files=str(file), split="train", streaming=True))
-    except Exception as error:  # datasets and pyarrow raise many kinds; all mean that the file gives no rows
-        raise UserError(f"{file}: not a readable parquet file ({_brief(error)})") from error
-
-
-def _read_json(file: Path):
-    """A list of rows, or a row a line: then a bad line costs that row only."""
-    opened = gzip.open if file.suffix == ".gz" else open
-    number = 0
-    try:
-        # bytes that are not UTF-8 become lone surrogates, which _text reports for the row that holds them
-        with opened(file, "rt", encoding="utf-8-sig", errors="surrogateescape") as lines:
-            if ".json" in file.suffixes:
-                text = lines.read()
-                rows = _json_list(file, text)
-                if rows is not None:
-                    yield from _numbered(file, rows)
-                    return
-                lines = io.StringIO(text)
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{file} row {number}", _json_line(line)
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        after = f" after row {number}" if number else ""
-        raise UserError(f"{file}: cannot be read{after} ({error})") from error
-
-
-def _json_list(file: Path, text: str) -> list | None:
-    """The rows of a JSON list; None for JSON lines under another name."""
-    try:
-        rows = json.loads(text)
+        rows = _decoded(text)
     except json.JSONDecodeError as error:
-        if error.msg.startswith("Extra data"):
-            return None
+        if error.msg.startswith("Extra data"):  # JSON lines under another name
+            return text.split(b"\n")
         raise
     if not isinstance(rows, list):
         raise UserError(f"{file}: holds a JSON {type(rows).__name__}, not a list of rows")
-    return rows
+    return [json.dumps(row).encode() for row in rows]
 
 
-def _json_line(line: str) -> dict | UserError:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return UserError(f"not valid JSON ({error})")
+def _parquet(file: Path) -> Iterable[dict]:
+    from datasets import load_dataset
+
+    return load_dataset("parquet", data_files=str(file), split="train", streaming=True)
 
 
 @functools.lru_cache(maxsize=8)
-def _hub(name: str):
+def _hub(name: str) -> "Dataset":
     from datasets import config as settings
     from datasets import load_dataset
     from huggingface_hub import constants
@@ -259,10 +256,7 @@ def _hub(name: str):
     split = rest[-1] if rest else ""
     reachable(path, "dataset")
     settings.HF_HUB_OFFLINE |= constants.HF_HUB_OFFLINE  # found out just now
-    try:
-        return load_dataset(path, config, split=split or "train")
-    except Exception as error:  # the hub client raises many kinds; all mean that the name gives no rows
-        raise UserError(f"{name}: no such file or folder, and not loadable from the hub ({_brief(error)})") from error
+    return load_dataset(path, config, split=split or "train")
 
 
 def _sources(dataset: str) -> list[tuple[str, float]]:
@@ -506,11 +500,11 @@ def format_of(row: dict, where: str, name: str = "auto") -> tuple[Callable[[dict
     if name != "auto":
         refuse_unless_known("format", name, ["auto", *FORMATS])
         return FORMATS[name][1], f"format {name}, as asked for"
-    for name, (needed, reader) in FORMATS.items():
-        if set(needed) <= set(row) and (name != "hh" or _is_hh(row)):
-            why = f"format {name}, because there are columns {', '.join(needed)}"
-            return reader, why + (' and chosen is a transcript with "Human:" turns' if name == "hh" else "")
-    accepted = "; ".join(f"{name} {{{', '.join(needed)}}}" for name, (needed, _) in FORMATS.items())
+    for found, (needed, reader) in FORMATS.items():
+        if set(needed) <= set(row) and (found != "hh" or _is_hh(row)):
+            transcript = ' and chosen is a transcript with "Human:" turns' if found == "hh" else ""
+            return reader, f"format {found}, because there are columns {', '.join(needed)}{transcript}"
+    accepted = "; ".join(f"{found} {{{', '.join(needed)}}}" for found, (needed, _) in FORMATS.items())
     columns = sorted(map(str, row))
     raise UserError(
         f"{where}: unknown shape of dataset: its columns are {columns}; accepted are {accepted} (--columns renames)"
@@ -695,7 +689,6 @@ class Reading:
 
 
 PARALLEL_FROM = 20_000  # rows
-LABELS = {True: "desirable", False: "undesirable"}  # in the place of a second response
 
 
 class Report(NamedTuple):
@@ -707,12 +700,10 @@ class Report(NamedTuple):
     first: list[str]  # the first few dropped rows, "file row n: reason"
     cut: dict[str, int]  # "prompt cut" / "response cut" / … → rows
     formats: list[str]  # per source: name, format and the reason for it
-    quality: dict[str, int]  # "duplicates" / "identical responses" / "conflicts" → rows, dropped or not
 
     def __str__(self) -> str:
         lines = [f"{self.kept} of {self.rows} rows kept" + "".join(f", {n} {what}" for what, n in self.cut.items())]
         lines += [f"  {line}" for line in self.formats]
-        lines += [f"  {n} {what}" for what, n in self.quality.items() if n]
         lines += [f"  dropped {n}: {reason}" for reason, n in self.dropped.items()]
         return "\n".join(lines + [f"    {line}" for line in self.first])
 
@@ -769,12 +760,11 @@ def load(dataset: str, tokenizer, how: Reading | None = None) -> tuple[Examples,
     parts, formats, weights = [], [], []
     for source, weight in _sources(dataset):
         part, why = _outcomes(source, tokenizer, how)
-        parts.append((source, part))
+        parts.append(part)
         times = f" × {weight:g}" if weight != 1 else ""
         formats.append(f"{source}{times}: {why}")
         weights += [weight] * len(part)
-    _refuse_mixture(parts)
-    outcomes = concatenate_datasets([part for _, part in parts])
+    outcomes = concatenate_datasets(parts)
     report = _report(outcomes, formats)
     if report.kept == 0:
         raise UserError(f"{dataset}: no valid rows\n{report}")
@@ -783,6 +773,7 @@ def load(dataset: str, tokenizer, how: Reading | None = None) -> tuple[Examples,
         share = f"{how.max_drop_fraction:.0%}"
         raise UserError(f"{dataset}: more than {share} of the rows were dropped as invalid (--max_drop_fraction)\n{report}")
     rows = [i for i, problem in enumerate(outcomes["dropped"][:]) if problem is None]
+    _refuse_mixture(outcomes, rows)
     if set(weights) != {1}:
         rows = _weighted(rows, weights, how.seed)
     if not rows:
@@ -817,78 +808,49 @@ def _renamed(columns: str) -> dict[str, str]:
 
 def _outcomes(source: str, tokenizer, how: Reading) -> tuple["Dataset", str]:
     """What becomes of each row of a source, in order, as `_outcome` says it; and the reason for the format."""
-    from datasets import Dataset
+    from datasets import Dataset, Features, List, Value
     from datasets.exceptions import DatasetGenerationError
 
-    rows = read(source)
-    head = list(itertools.islice(rows, PARALLEL_FROM))
-    if not head:
-        raise UserError(f"{source}: no valid rows, it is empty")
     renamed = _renamed(how.columns)
-    reader, why = reader_of(source, head, renamed, how.format)
+    reader, why = reader_of(source, renamed, how.format)
     outcome = functools.partial(_outcome, reader=reader, encode=encode, renamed=renamed, tokenizer=tokenizer, how=how)
-    given, made = _features()
-    how_to_map = dict(features=made, remove_columns=["row", "problem"], desc="tokenise")
+    text, ids = Value("string"), List(Value("int32"))
+    columns = {"where": text, "prompt": ids, "responses": List(ids), "desirable": Value("bool"), "margin": Value("float64")}
+    columns |= {"dropped": text, "cuts": List(text)}
+    made = dict(features=Features(columns), remove_columns="row", desc="tokenise")
+    rows = _rows(source)
+    head = list(itertools.islice(rows, PARALLEL_FROM))
     if len(head) < PARALLEL_FROM:
-        small = Dataset.from_list(list(_as_texts(head)), given)
-        return small.map(outcome, new_fingerprint="small", **how_to_map), why  # without a name, all arguments would be hashed
+        return Dataset.from_list(head).map(outcome, new_fingerprint="small", **made), why  # or all arguments would be hashed
     origin, key = _cache_keys(source, tokenizer, how)
     folder = Path(os.environ.get("PLAINPO_CACHE", "~/.cache/plainpo")).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{key}.lock", "w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)  # of several processes one makes them, the rest wait; no worker inherits this lock
         try:
-            texts = functools.partial(_as_texts, itertools.chain(head, rows))
-            whole = Dataset.from_generator(texts, given, cache_dir=str(folder), fingerprint=origin)
+            all_rows = functools.partial(itertools.chain, head, rows)
+            whole = Dataset.from_generator(all_rows, cache_dir=str(folder), fingerprint=origin)
         except DatasetGenerationError as error:
             raise error.__cause__ or error from None
-        return whole.map(outcome, num_proc=os.cpu_count(), new_fingerprint=key, **how_to_map), why
+        return whole.map(outcome, num_proc=os.cpu_count(), new_fingerprint=key, **made), why
 
 
-def reader_of(
-    source: str, rows: list[tuple[str, dict | Exception]], renamed: dict[str, str], name: str
-) -> tuple[Callable[[dict], Row] | None, str]:
-    """(reader, why it was taken) for a source, by the first of these rows that is one."""
-    for where, first in rows:
-        if isinstance(first, dict):
-            missing = [old for old in renamed.values() if old not in first]
-            if missing:
-                columns = sorted(map(str, first))
-                guess = did_you_mean(missing[0], columns)
-                raise UserError(f"{where}: --columns names {', '.join(missing)}, but its columns are {columns}{guess}")
-            return format_of(first | {new: first[old] for new, old in renamed.items()}, where, name)
-    return None, "no row"
+def reader_of(source: str, renamed: dict[str, str], name: str) -> tuple[Callable[[dict], Row], str]:
+    """(reader, why it was taken) for a source, by the first row that is one."""
+    where, first = next(((where, row) for where, row in read(source) if isinstance(row, dict)), (source, None))
+    if first is None:
+        raise UserError(f"{source}: no valid rows, not one is an object with columns")
+    missing = [old for old in renamed.values() if old not in first]
+    if missing:
+        columns = sorted(map(str, first))
+        guess = did_you_mean(missing[0], columns)
+        raise UserError(f"{where}: --columns names {', '.join(missing)}, but its columns are {columns}{guess}")
+    return format_of(first | {new: first[old] for new, old in renamed.items()}, where, name)
 
 
-def _as_texts(rows: Iterable[tuple[str, dict | Exception]]) -> Iterator[dict]:
-    """Rows of any columns as rows of the same three, which a Dataset can hold."""
-    for where, row in rows:
-        text = None
-        problem = None
-        try:
-            if isinstance(row, Exception):
-                raise row
-            text = json.dumps(row, default=str)
-        except (UserError, RecursionError) as error:
-            problem = str(error)
-        yield {"where": where, "row": text, "problem": problem}
-
-
-def _features() -> tuple["Features", "Features"]:
-    """The columns of `_as_texts` and of `_outcome`: an example's, and what became of its row."""
-    from datasets import Features, List, Value
-
-    text = Value("string")
-    ids = List(Value("int32"))
-    given = {"where": text, "row": text, "problem": text}
-    made = {"where": text, "prompt": ids, "responses": List(ids), "desirable": Value("bool"), "margin": Value("float64")}
-    made |= {"dropped": text, "cuts": List(text), "keys": List(Value("int64"))}
-    return Features(given), Features(made)
-
-
-def row_of(raw, reader: Callable, renamed: dict[str, str]) -> Row:
+def row_of(raw, reader: Callable[[dict], Row], renamed: dict[str, str]) -> Row:
     """One row as it was read → checked; UserError for what is none."""
-    if isinstance(raw, Exception):
+    if isinstance(raw, UserError):
         raise raw
     if not isinstance(raw, dict):
         raise UserError(f"the row is a {type(raw).__name__}, not an object with columns")
@@ -896,55 +858,38 @@ def row_of(raw, reader: Callable, renamed: dict[str, str]) -> Row:
 
 
 def _outcome(item: dict, reader: Callable, encode: Callable, renamed: dict[str, str], tokenizer, how: Reading) -> dict:
-    """What becomes of one row of `_as_texts`: its token ids, or the reason for which it is dropped."""
-    found = {"prompt": None, "responses": None, "desirable": None, "margin": None, "dropped": None, "cuts": [], "keys": []}
+    """What becomes of one row of `_rows`: its token ids, or the reason for which it is dropped."""
+    found = {"prompt": None, "responses": None, "desirable": None, "margin": None, "dropped": None, "cuts": []}
     try:
-        raw = json.loads(item["row"]) if item["problem"] is None else UserError(item["problem"])
-        row = row_of(raw, reader, renamed)
+        row = row_of(_parsed(item["row"]), reader, renamed)
         example, cuts = encode(row, tokenizer, how.max_length, how.max_prompt_length, how.control_tokens)
-    except (UserError, RecursionError) as error:  # the latter of a thousand brackets
+    except UserError as error:
         return found | {"dropped": str(error)}
     equal = to_equal_length(example, how.equal_length, how.seed) if how.equal_length else example
     if equal != example:
         cuts = [*cuts, "made equally long"]
-    found |= {"prompt": example.prompt, "responses": equal.responses, "desirable": row.desirable, "margin": row.margin}
-    return found | {"cuts": cuts, "keys": keys_of(row)}
-
-
-def _hash(*parts) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+    found |= {"prompt": example.prompt, "responses": equal.responses, "desirable": row.desirable}
+    return found | {"margin": row.margin, "cuts": cuts}
 
 
 def _cache_keys(source: str, tokenizer, how: Reading) -> tuple[str, str]:
-    """Hashes of everything that the rows of a source, and what becomes of them, depend on.
+    """Hashes of everything that the rows of a source, and what becomes of them, depend on."""
 
-    The rows: files, this file. The outcomes: also tokenizer, template, settings, and the file of `encode`.
-    """
+    def hashed(*parts) -> str:
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
     name, _ = _cut(source)
     files = _files(name)
     if files is None:
         state = _hub(name)._fingerprint
     else:
         state = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    origin = _hash(source, state, Path(__file__).read_text())
+    origin = hashed(source, state, Path(__file__).read_text())
     spelling = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
     settings = asdict(how)
     del settings["max_drop_fraction"]  # which chooses nothing
-    code = Path(inspect.getsourcefile(encode)).read_text()
-    return origin, _hash(origin, spelling, tokenizer.chat_template, settings, code)
-
-
-def _refuse_mixture(parts: list[tuple[str, "Dataset"]]) -> None:
-    """UserError where some sources hold pairs and others single completions."""
-    pairs, singles = [], []
-    for source, part in parts:
-        for label, problem in zip(part["desirable"][:], part["dropped"][:]):
-            if problem is None and label is None:
-                pairs.append(source)
-            elif problem is None:
-                singles.append(source)
-    if pairs and singles:
-        raise UserError(f"{pairs[0]} holds pairs, {singles[0]} single completions with a label: give one kind at a time")
+    code = Path(inspect.getsourcefile(encode)).read_text()  # a program may have put another in its place
+    return origin, hashed(origin, spelling, tokenizer.chat_template, settings, code)
 
 
 def _report(outcomes: "Dataset", formats: list[str]) -> Report:
@@ -953,41 +898,17 @@ def _report(outcomes: "Dataset", formats: list[str]) -> Report:
     reasons = Counter(problem for _, problem in dropped)
     first = [f"{where}: {problem}" for where, problem in dropped[:5]]
     cut = Counter(itertools.chain.from_iterable(outcomes["cuts"][:]))
-    valid = [tuple(keys) for keys, problem in zip(outcomes["keys"][:], problems) if problem is None]
-    counts = {name: len(rows) for name, rows in quality(valid).items()}
-    return Report(len(problems), len(valid), dict(reasons.most_common()), first, dict(cut), formats, counts)
+    return Report(len(problems), len(problems) - len(dropped), dict(reasons.most_common()), first, dict(cut), formats)
 
 
-def keys_of(row: Row) -> tuple[int, int, int]:
-    """Hashes of a row's prompt and its two responses, or its response and label: equal where two rows say the same."""
-    second = row.responses[1] if row.desirable is None else LABELS[row.desirable]
-    return _key(json.dumps(row.prompt)), _key(row.responses[0]), _key(second)
-
-
-def _key(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
-
-
-def quality(rows: list[tuple[int, int, int]]) -> dict[str, list[int]]:
-    """Which of rows, given as `keys_of`, say the same as an earlier one, compare a response with itself, or say the opposite of
-    another row."""
-    said = set(rows)
-    seen = set()
-    good = _key(LABELS[True])
-    bad = _key(LABELS[False])
-    opposite_label = {good: bad, bad: good}
-    duplicates, identical, conflicts = [], [], []
-    for i, (prompt, first, second) in enumerate(rows):
-        unpaired = second in opposite_label
-        opposite = (prompt, first, opposite_label[second]) if unpaired else (prompt, second, first)
-        if (prompt, first, second) in seen:
-            duplicates.append(i)
-        if not unpaired and first == second:
-            identical.append(i)
-        elif opposite in said:
-            conflicts.append(i)
-        seen.add((prompt, first, second))
-    return {"duplicates": duplicates, "identical responses": identical, "conflicts": conflicts}
+def _refuse_mixture(outcomes: "Dataset", rows: list[int]) -> None:
+    """UserError where some of these rows are pairs and others single completions."""
+    labels = outcomes["desirable"][:]
+    pairs = [i for i in rows if labels[i] is None]
+    singles = [i for i in rows if labels[i] is not None]
+    if pairs and singles:
+        pair, single = outcomes[pairs[0]]["where"], outcomes[singles[0]]["where"]
+        raise UserError(f"{pair} is a pair, {single} a single completion with a label: give one kind at a time")
 
 
 def _weighted(rows: list[int], weights: list[float], seed: int) -> list[int]:
@@ -1186,11 +1107,28 @@ def show(example: Example, tokenizer, colour: bool = True, ids: bool = False, to
     return "\n".join(lines)
 
 
+def quality(examples: Sequence[Example]) -> dict[str, int]:
+    """How many say the same as an earlier one, compare a response with itself, or say the opposite of another one."""
+    said = Counter()
+    for e in examples:
+        said[tuple(e.prompt), tuple(map(tuple, e.responses)), e.desirable] += 1
+    identical, conflicts = 0, 0
+    for (prompt, responses, label), n in said.items():
+        opposite = (prompt, responses[::-1], label if label is None else not label)
+        if label is None and responses[0] == responses[1]:
+            identical += n
+        elif opposite in said:
+            conflicts += n
+    return {"duplicates": len(examples) - len(said), "identical responses": identical, "conflicts": conflicts}
+
+
 def stats(examples: Sequence[Example], report: Report) -> str:
     """The report, lengths in tokens with a histogram, length bias, and what to do about what was found, as text."""
     names = ["prompt", "completion"] if examples[0].desirable is not None else ["prompt", "chosen", "rejected"]
     sizes = np.array([[len(e.prompt), *map(len, e.responses)] for e in examples])
-    lines = [str(report), "", f"{'tokens':<12}{'mean':>8}{'p50':>8}{'p90':>8}{'p99':>8}{'max':>8}{'sum':>12}"]
+    found = quality(examples)
+    lines = [str(report), *(f"  {n} {what}" for what, n in found.items() if n)]
+    lines += ["", f"{'tokens':<12}{'mean':>8}{'p50':>8}{'p90':>8}{'p99':>8}{'max':>8}{'sum':>12}"]
     for name, size in zip(names, sizes.T):
         quantiles = "".join(f"{q:>8.0f}" for q in np.percentile(size, [50, 90, 99, 100]))
         lines.append(f"{name:<12}{size.mean():>8.1f}{quantiles}{size.sum():>12}")
@@ -1209,16 +1147,16 @@ def stats(examples: Sequence[Example], report: Report) -> str:
     else:
         lines.append(f"\n{np.mean([e.desirable for e in examples]):.1%} of the rows are desirable")
         bias = 0.0
-    return "\n".join([*lines, *(f"→ {text}" for text in advice(report, bias))])
+    return "\n".join([*lines, *(f"→ {text}" for text in advice(report, found, bias))])
 
 
-def advice(report: Report, bias: float) -> list[str]:
+def advice(report: Report, quality: dict[str, int], bias: float) -> list[str]:
     """What to do about what was found; bias: share of pairs whose chosen response is the longer one, less the opposite."""
     found = []
     for name, what in (("duplicates", "repeat an earlier one"), ("identical responses", "compare a response with itself"),
                        ("conflicts", "say the opposite of another one")):  # fmt: skip
-        if report.quality.get(name):
-            found.append(f"{report.quality[name]} rows {what}: tests/tools/clean.py --{name.split()[0]} drops them")
+        if quality.get(name):
+            found.append(f"{quality[name]} rows {what}: tests/tools/clean.py --{name.split()[0]} drops them")
     no_ending = report.cut.get("response cut", 0)
     if no_ending > 0.01 * report.kept:
         found.append(f"{no_ending} rows have a cut response, which teaches no ending: raise --max_length")
@@ -1355,12 +1293,11 @@ def command_line(
     fail: Callable[[Exception], None] = fail,
     stopped: str = "stopped",
 ):
-    """work(argv) as a command line, without a traceback for a user error; returns what it returns.
+    """work(argv) as a command line; returns what it returns.
 
-    A UserError, an OSError of the system (a place that cannot be written, a full disk) or the end of the GPU's memory goes to
-    `fail` as a UserError; `distributed.fail` is the one of several ranks. Ctrl-C prints `stopped` and ends with code 130.
-    Output that nobody reads any more (`| head`) ends the work quietly. Characters that the output's encoding lacks are
-    written as escapes.
+    A user error, an OSError of the system (such as a full disk) or the end of the GPU's memory goes to `fail` as a UserError;
+    `distributed.fail` is the one of several ranks. Ctrl-C prints `stopped`, code 130. Output that nobody reads any more
+    (`| head`) ends the work quietly. Characters that the output's encoding lacks are written as escapes.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # and not None, or what a notebook puts there
@@ -1389,7 +1326,7 @@ def command_line(
 
 
 def main(argv: list[str] | None = None):
-    """The command line as a function. What the user can mend ends with a message and exit code 2."""
+    """The command line as a function. A user error ends with a message and exit code 2."""
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     disable_progress_bar()

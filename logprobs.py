@@ -44,10 +44,8 @@ class Head(NamedTuple):
 
 
 def head_of(model: nn.Module) -> Head:
-    """The head of a transformers model, with its config's logit scale (Cohere multiplies, Granite divides) and soft-cap.
-
-    A model that does anything else between hidden state and logits is found out by `check_head`, not guessed at here.
-    """
+    """The head of a model, with its config's logit scale (Cohere multiplies, Granite divides) and soft-cap. One that does
+    anything else is found out by `check_head`, not guessed at here."""
     linear = model.get_output_embeddings()
     config = model.config.get_text_config()
     factor = getattr(config, "logit_scale", None) or 1.0
@@ -155,16 +153,11 @@ def _as_computed(hidden: Tensor) -> Tensor:
 def token_logprobs(
     hidden: Tensor, head: Head, targets: Tensor, chunk: int | None = None, log_sum_p_squared: Tensor | None = None
 ) -> Tensor:
-    """Log-probability of each target token.
+    """Log-probs of the tokens `targets` (N,), in nats, fp32 (fp64 for fp64 input), from the states (N, D) that predict them.
 
-    Args:
-        hidden: (N, D) states at the positions that predict the targets.
-        head: the output layer.
-        targets: (N,) token ids.
-        chunk: tokens whose logits exist at once; None picks `chunk_rows`.
-        log_sum_p_squared: (N,) fp32, to be filled with log Σ_v p(v)², the log of a drawn token's expected probability.
-    Returns:
-        (N,) log-probs in nats, fp32 (fp64 for fp64 input). Gradients reach hidden, head.weight and head.bias.
+    chunk: tokens whose logits exist at once; None picks `chunk_rows`.
+    log_sum_p_squared: (N,) fp32, to be filled with log Σ_v p(v)², the log of a drawn token's expected probability.
+    Gradients reach hidden, head.weight and head.bias.
     """
     hidden = _as_computed(hidden)
     kind = hidden.device.type
@@ -182,14 +175,8 @@ def _kl_rows(hidden: Tensor, ref_hidden: Tensor, head: Head, ref_head: Head) -> 
 def token_kl(hidden: Tensor, ref_hidden: Tensor, head: Head, ref_head: Head, chunk: int | None = None) -> Tensor:
     """KL(π_ref ‖ π_θ) over the whole vocabulary at each position, the D of TDPO (Zeng et al. 2024, arXiv 2404.11999).
 
-    D = Σ_v π_ref(v) (log π_ref(v) − log π_θ(v)), from two log-softmaxes in fp32; ∂D/∂logits = π_θ − π_ref.
-
-    Args:
-        hidden, ref_hidden: (N, D) policy and reference states at the same positions; no gradient reaches the reference.
-        head, ref_head: their output layers.
-        chunk: positions whose logits exist at once; each chunk is computed again in backward.
-    Returns:
-        (N,) nats, fp32 (fp64 for fp64 input).
+    D = Σ_v π_ref(v) (log π_ref(v) − log π_θ(v)), from two log-softmaxes in fp32; ∂D/∂logits = π_θ − π_ref. (N,) nats from
+    the policy's and the reference's states (N, D), chunk by chunk, again in backward. No gradient reaches the reference.
     """
     hidden = _as_computed(hidden)
     ref_hidden = _as_computed(ref_hidden.detach())
@@ -218,23 +205,19 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: i
     torch's fused kernel where it is the faster one; written out as matmuls for the soft-cap, and for bf16 on CPUs, where the
     fused backward takes twice as long up to some 400 tokens.
     """
+    queries, keys = query.shape[2], key.shape[2]
     bf16_on_cpu = query.dtype == torch.bfloat16 and query.device.type == "cpu"
     if softcap is None and not bf16_on_cpu:
-        return _attend_fused(query, key, value, scaling, window)
+        causal = queries == keys and (window is None or window >= keys)
+        mask = None if causal else _seen_in_sequence(queries, keys, window, query.device)
+        grouped = query.shape[1] > key.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scaling, enable_gqa=grouped)
     out = []
-    end = key.shape[2] - query.shape[2]
+    end = keys - queries
     for block in query.split(QUERY_BLOCK, dim=2):
         end += block.shape[2]
         out.append(_attend_by_matmuls(block, key[:, :, :end], value[:, :, :end], scaling, window, softcap))
     return torch.cat(out, dim=2)
-
-
-def _attend_fused(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
-    queries, keys = query.shape[2], key.shape[2]
-    causal = queries == keys and (window is None or window >= keys)
-    mask = None if causal else _seen_in_sequence(queries, keys, window, query.device)
-    grouped = query.shape[1] > key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scaling, enable_gqa=grouped)
 
 
 def _attend_by_matmuls(
@@ -256,9 +239,7 @@ def _seen_in_sequence(queries: int, keys: int, window: int | None, device) -> Te
     """(queries, keys) bool: what each of the last `queries` tokens sees of all `keys`."""
     first = keys - queries
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(first)
-    if window is not None:
-        seen = seen.triu(first - window + 1)
-    return seen
+    return seen if window is None else seen.triu(first - window + 1)
 
 
 class PrefixSharedPairs:
@@ -325,21 +306,6 @@ def seen_ranges(pairs: Pairs, window: int | None = None, block: int | None = Non
     return np.stack([own, low, high]).astype(np.int32)
 
 
-def _sees(ranges, q: Tensor, k: Tensor) -> Tensor:
-    own, low, high = (x[q] for x in ranges)
-    in_own = (own <= k) & (k <= q)
-    in_prompt = (low <= k) & (k < high)
-    return in_own | in_prompt
-
-
-def pairs_mask(pairs: Pairs, dtype: torch.dtype, device) -> Tensor:
-    """The same as an additive mask (1, 1, T, T), for models whose attention is not exchangeable. O(T²) memory."""
-    ranges = to_device(torch.from_numpy(seen_ranges(pairs)), device)
-    index = torch.arange(ranges.shape[1], device=device)
-    seen = _sees(ranges, index[:, None], index[None, :])
-    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)[None, None]
-
-
 def _cells_before(edge: np.ndarray) -> np.ndarray:
     """(n, n): of T = BLOCK·n queries, how many cells (q, k) with k < edge[q] lie in query block i and key block j."""
     n = len(edge) // BLOCK
@@ -357,6 +323,15 @@ def _sent(array: np.ndarray, device) -> Tensor:
     tensor = to_device(torch.from_numpy(array.astype(np.int32)), device)
     torch._dynamo.maybe_mark_dynamic(tensor, list(range(tensor.ndim)))
     return tensor
+
+
+def pairs_mask(pairs: Pairs, dtype: torch.dtype, device) -> Tensor:
+    """The same as an additive mask (1, 1, T, T), for models whose attention cannot be exchanged. O(T²) memory."""
+    own, low, high = to_device(torch.from_numpy(seen_ranges(pairs)), device)[:, :, None]
+    key = torch.arange(len(own), device=device)
+    query = key[:, None]
+    seen = ((own <= key) & (key <= query)) | ((low <= key) & (key < high))
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)[None, None]
 
 
 class Blocks(NamedTuple):
@@ -386,7 +361,8 @@ class Blocks(NamedTuple):
 
     def mask(self) -> BlockMask:
         def sees(batch, head, q, k):
-            return _sees(self.ranges, q, k)
+            own, low, high = (x[q] for x in self.ranges)
+            return ((own <= k) & (k <= q)) | ((low <= k) & (k < high))
 
         size = self.ranges[0].shape[0]
         lists = (x[None, None] for x in self.lists)  # the same for every batch and head
@@ -481,10 +457,8 @@ def packed_attention() -> str:
 class ResponseLogProbs(nn.Module):
     """A causal language model that answers a batch with one summed log-prob per response instead of logits.
 
-    Args:
-        model: a transformers causal language model.
-        reference: a second one, frozen, only for token KLs and for a reference that moves.
-        chunk: see `token_logprobs`; the token KL, which has the logits of two models, takes half.
+    reference: a second one, frozen, only for token KLs and for a reference that moves.
+    chunk: see `token_logprobs`; the token KL, which has the logits of two models, takes half.
     """
 
     def __init__(self, model: nn.Module, reference: nn.Module | None = None, chunk: int | None = None):
@@ -573,15 +547,11 @@ def continuations(
     model: nn.Module, tokenizer, prompts: list[list[int]], max_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
     together: bool = False,
 ) -> tuple[list[list[int]], list[bool]]:  # fmt: skip
-    """What the model answers to each prompt, all as one batch, with its own attention.
+    """What the model answers to prompts of token ids, as one batch padded on the left, with its own attention: ids of at most
+    `max_tokens` tokens, with the token that ended them, and whether each ended by itself.
 
-    Args:
-        prompts: token ids; shorter ones are padded on the left.
-        max_tokens: longer answers are cut there.
-        together: the model is cut over processes, which all take as many steps as the one that takes the most.
-        temperature: 0 is greedy; else sampled by torch's global generator, from the share `top_p` of the probability.
-    Returns:
-        the answers' token ids, with the token that ended them, and whether each ended by itself.
+    temperature: 0 is greedy; else sampled by torch's global generator, from the share `top_p` of the probability.
+    together: the model is sharded over processes, which all take as many steps as the one that takes the most.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     stop = model.generation_config.eos_token_id or tokenizer.eos_token_id

@@ -11,20 +11,19 @@ caller reduces (the trainer divides the sum by the rows of the whole optimizer b
     s^k, s̄^k   prefix_logp_w, ref_prefix_logp_w, …  (B,)  s, s̄ over a response's first k = min(n_w, n_l) tokens alone
     m          margin           (B,)  score of the chosen less score of the rejected response, as the data has them
     s, s̄       logp, ref        (N,)  unpaired objectives: one row per completion
+               desirable        (N,)  bool, its label
     s', s̄'     logp_kl, ref_kl  (N,)  unpaired: KL completions (another prompt's) under policy / reference, no gradient
 
     a = s/n   average log-prob per token         d = a_w − a_l       average margin
     u = s − s̄   log-ratio                        Δ = u_w − u_l       log-ratio margin
     Δ̃ = (u_w/n_w) − (u_l/n_l)   averaged Δ       h                   what the sigmoid sees
     σ  sigmoid     sg[·]  held constant in the gradient     B pairs, N completions
+    ε  label_smoothing, the probability that a label is wrong          β beta, γ gamma, …  settings, named as they sound
 
 A gradient g on a sum s is a gradient g on the log-prob of every token in it; averaging enters as the formulas' 1/n.
-All Bradley–Terry losses share ∂L/∂h = −σ(−h), so only ∂h/∂s changes from one to the next.
-
-`python losses.py` lists them all, and `python losses.py simpo` prints one with all that it needs, ready to be pasted into
-an empty file. To add one, write one function, here or in a file of your own. The examples below share one worked pair:
-s_w = −12 over 10 tokens, s_l = −24 over 12, reference −14 and −22; so a_w = −1.2, a_l = −2, d = 0.8, u_w = 2, u_l = −2,
-Δ = 4.
+All Bradley–Terry losses share ∂L/∂h = −σ(−h), so only ∂h/∂s changes from one to the next. What this table says of an
+argument is not said again. The examples share one worked pair: s_w = −12 over 10 tokens, s_l = −24 over 12, reference −14
+and −22; so a_w = −1.2, a_l = −2, d = 0.8, u_w = 2, u_l = −2, Δ = 4.
 """
 
 import argparse
@@ -36,9 +35,7 @@ import math
 import os
 import re
 import runpy
-import shutil
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -56,7 +53,8 @@ def objective(*, reward: Callable[..., Tensor], coupled: bool | str = False) -> 
 
     tensors    the names of its positional arguments
     settings   its hyper-parameters with their defaults, but for the `generator` of one that draws: `random`
-    reward     the reward of its paper, (logp, ref, length, **settings other than the defaults) → (B,)
+    reward     the reward of its paper, (logp, ref, length, **settings other than the defaults) → (B,), under those settings
+               that it names; average=False is the same reward at length 1
     coupled    whether the loss of a row depends on the other rows, so that it must see the whole optimizer batch:
                False, True, or the name of the setting that makes it so
     """
@@ -68,12 +66,20 @@ def objective(*, reward: Callable[..., Tensor], coupled: bool | str = False) -> 
         def checked(*args, **kwargs):
             return loss(**check(checked, signature.bind(*args, **kwargs).arguments))
 
+        of_reward = inspect.signature(reward).parameters
+
+        def reward_of(logp, ref, length, **given):
+            given = checked.settings | given
+            if given.get("average") is False:
+                length = torch.ones_like(length)
+            return reward(logp, ref, length, **{name: given[name] for name in given if name in of_reward})
+
         settings = {p.name: p.default for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
         checked.tensors = tuple(name for name in signature.parameters if name not in settings)
         checked.random = "generator" in settings
         checked.settings = {name: default for name, default in settings.items() if name != "generator"}
         checked.coupled = coupled
-        checked.reward = lambda logp, ref, length, **given: call_reward(reward, logp, ref, length, checked.settings | given)
+        checked.reward = reward_of
         OBJECTIVES[loss.__name__] = checked
         return checked
 
@@ -112,10 +118,6 @@ def sft(logp_w: Tensor, len_w: Tensor) -> Tensor:
 
         L = −a_w = −s_w/n_w
 
-    Args:
-      logp_w: (B,) summed log-prob of the chosen response, nats.
-      len_w: (B,) its number of tokens.
-
     Returns: (B,) nats per token.
     Gradient: ∂L/∂s_w = −1/n_w.
 
@@ -145,8 +147,6 @@ def dpo(
         L = −(1−ε) logσ(βΔ) − ε logσ(−βΔ)          Δ = (s_w − s̄_w) − (s_l − s̄_l)
 
     Args:
-      logp_w, logp_l: (B,) summed log-probs of chosen and rejected under the policy, nats.
-      ref_w, ref_l: (B,) the same under the reference.
       beta: β, the price of leaving the reference.
       label_smoothing: ε, the probability that a label is wrong (conservative DPO).
 
@@ -176,10 +176,7 @@ def dpo_norm(
         L = −(1−ε) logσ(βΔ̃) − ε logσ(−βΔ̃)          Δ̃ = (s_w − s̄_w)/n_w − (s_l − s̄_l)/n_l
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      len_w, len_l: (B,) response tokens.
       beta: β; some fifty times DPO's, because Δ̃ is a difference of averages.
-      label_smoothing: ε.
 
     Gradient: ∂L/∂s_w = (β/n_w)[σ(βΔ̃) − (1−ε)], ∂L/∂s_l = −(β/n_l)[σ(βΔ̃) − (1−ε)].
 
@@ -201,8 +198,6 @@ def robust_dpo(
         L = [−(1−ε) logσ(βΔ) + ε logσ(−βΔ)] / (1 − 2ε)
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
       label_smoothing: ε < ½, the flip probability. `dpo` with ε smooths the labels; this inverts the noise.
 
     Returns: (B,); unbounded below, since a flipped label counts negatively.
@@ -227,7 +222,6 @@ def ipo(
         L = (Δ̃ − 1/(2τ))²          average=False: Δ in place of Δ̃
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
       len_w, len_l: (B,) response tokens, used when averaging.
       tau: τ; not comparable between the two readings, Δ is a sum over tokens and Δ̃ a mean.
       average: per-token averages instead of sums.
@@ -259,9 +253,6 @@ def rdpo(
         L = −logσ(βΔ + α(n_w − n_l))
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      len_w, len_l: (B,) response tokens.
-      beta: β.
       alpha: α, the price of a token.
 
     Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l; the length term only says how much margin is still missing.
@@ -287,8 +278,6 @@ def dpop(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: 
         L = −logσ(β[Δ − λ max(0, −u_w)])
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
       lam: λ, nats of margin per nat lost; 0 is dpo.
 
     Returns: (B,); log 2 where policy = reference.
@@ -314,8 +303,6 @@ def dpo_shift(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, b
         L = −logσ(β(u_w − λu_l))
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
       lam: λ, the paper's f(λ); 1 is dpo. Smaller holds the chosen response up and costs margin.
 
     Gradient: ∂L/∂s_w = −βσ(−h), ∂L/∂s_l = λβσ(−h).
@@ -338,8 +325,6 @@ def focal(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta:
         L = −p^γ log p          p = σ(βΔ)
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
       gamma: γ, how fast doubtful pairs fade; 0 is dpo. (Vision's focal loss has (1 − p)^γ, which does the opposite.)
 
     Returns: (B,); 2^−γ log 2 where policy = reference.
@@ -367,11 +352,7 @@ def ld_dpo(
         L = −logσ(β(v_w − v_l))          v = u^k + α(u − u^k),  u^k = s^k − s̄^k
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      prefix_logp_w, prefix_logp_l, ref_prefix_logp_w, ref_prefix_logp_l: (B,) the same over the first k = min(n_w, n_l)
-        tokens; of the shorter response these are all, so that there v = u.
-      beta: β.
-      alpha: α, weight of the tokens from k + 1 on; 1 is dpo, 0 ends both responses at k.
+      alpha: α, weight of the tokens from k + 1 on, none in the shorter response; 1 is dpo, 0 ends both at k.
 
     Returns: (B,); log 2 where policy = reference.
     Gradient: with g = −βσ(−β(v_w − v_l)): ∂L/∂s_w = αg and ∂L/∂s^k_w = (1 − α)g, of the rejected response −g. So a token of the
@@ -400,10 +381,7 @@ def odpo(
         L = −logσ(βΔ − α log m)
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      margin: (B,) score of the chosen less score of the rejected response. A tie, or scores that say the opposite, have the
-        offset −∞: such a pair costs nothing and trains nothing.
-      beta: β.
+      margin: (B,) m; a tie, or scores that say the opposite, have the offset −∞: such a pair costs and trains nothing.
       alpha: α, weight of the offset; 0 is dpo.
 
     Returns: (B,); log(1 + m^α) where policy = reference.
@@ -437,9 +415,7 @@ def rpo_bwd(
         L = KL(σ(t) ‖ σ(βΔ))          t = ηm, constant
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      margin: (B,) score of the chosen less score of the rejected response; of either sign.
-      beta: β.
+      margin: (B,) m, of either sign.
       eta: η, turns a unit of score into a unit of βΔ.
 
     Returns: (B,), 0 where βΔ = t.
@@ -464,7 +440,6 @@ def rpo_fwd(
 
         L = KL(σ(βΔ) ‖ σ(t))          t = ηm, constant
 
-    Args: as `rpo_bwd`.
     Returns: (B,), 0 where βΔ = t.
     Gradient: ∂L/∂s_w = βσ(βΔ)σ(−βΔ)(βΔ − t) = −∂L/∂s_l, which fades where the policy is sure, right or wrong. With t =
     log((1 − ε)/ε) for all pairs it is `exo`.
@@ -485,7 +460,6 @@ def rso_hinge(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, b
         L = max(0, 1 − βΔ)
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
       beta: β; the hinge rests from Δ = 1/β on.
 
     Gradient: ∂L/∂s_w = −β·1[βΔ < 1] = −∂L/∂s_l.
@@ -507,8 +481,6 @@ def exo(
         L = q[logσ(z) − log(1−ε)] + (1−q)[logσ(−z) − log ε]          q = σ(z), z = βΔ
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
       label_smoothing: ε > 0, without which the target has no finite KL.
 
     Returns: (B,) nats; 0 at z = logit(1−ε).
@@ -532,10 +504,6 @@ def nca(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: f
 
         L = −logσ(v_w) − ½ logσ(−v_w) − ½ logσ(−v_l)          v = βu
 
-    Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
-
     Returns: (B,); 2 log 2 where policy = reference.
     Gradient: ∂L/∂s_w = β(1.5σ(v_w) − 1), ∂L/∂s_l = ½βσ(v_l); the chosen reward stops at v_w = log 2.
 
@@ -553,10 +521,6 @@ def bco_pair(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, be
     """A classifier whose logit is the reward, on pairs: chosen above the reference, rejected below, each by itself.
 
         L = −logσ(βu_w) − logσ(−βu_l)
-
-    Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
 
     Returns: (B,); 2 log 2 where policy = reference.
     Gradient: ∂L/∂s_w = −βσ(−βu_w), ∂L/∂s_l = βσ(βu_l).
@@ -579,7 +543,6 @@ def sppo(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: 
         L = (u_w − 1/(2β))² + (u_l + 1/(2β))²
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
       beta: β (1/η in the paper); the targets are ±1/(2β).
 
     Returns: (B,) nats²; 1/(2β²) where policy = reference.
@@ -601,10 +564,6 @@ def apo_zero(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, be
 
         L = 1 − σ(βu_w) + σ(βu_l)
 
-    Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
-
     Returns: (B,) in (0, 2); 1 where policy = reference.
     Gradient: ∂L/∂s_w = −βσ(βu_w)σ(−βu_w), ∂L/∂s_l = βσ(βu_l)σ(−βu_l).
 
@@ -621,10 +580,6 @@ def apo_down(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, be
     """Pushes both responses down, the rejected one more. For chosen answers below the model's level.
 
         L = σ(βu_w) + 1 − σ(βΔ)
-
-    Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
 
     Returns: (B,) in (0, 2); 1 where policy = reference.
     Gradient: ∂L/∂s_w = βσ(βu_w)σ(−βu_w) − βσ(βΔ)σ(−βΔ), ∂L/∂s_l = βσ(βΔ)σ(−βΔ). At step 0 the first is exactly 0.
@@ -645,8 +600,6 @@ def discopop(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, be
         L = (1 − m)(−logσ(h)) + m e^{−h}          m = σ(h/τ), h = βΔ
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
       tau: τ, the width of the blend in units of h.
 
     Gradient: ∂L/∂s_w = β[(m'/τ)(e^{−h} + logσ(h)) − (1−m)σ(−h) − m e^{−h}] = −∂L/∂s_l, with m' = m(1−m). At h = 0 it is
@@ -692,9 +645,6 @@ def f_dpo(
         js          g = logσ(u)           alpha       g = e^{(c−1)u}/(c−1)
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
-      divergence: "reverse_kl", "forward_kl", "js" or "alpha".
       coef: c ≠ 1, for "alpha": c → 1 is reverse_kl, c = 0 is forward_kl. It is trl's
         f_alpha_divergence_coef, where 1 stands for reverse_kl; the paper's α is 1 − c.
 
@@ -718,11 +668,6 @@ def tdpo1(
 
         L = −logσ(β[Δ − (D_l − D_w)])
 
-    Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      kl_w, kl_l: (B,) summed forward KL(π_ref ‖ π_θ) along each response, nats, with gradient.
-      beta: β.
-
     Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l, ∂L/∂D_l = βσ(−h) = −∂L/∂D_w; ∂D/∂logits = π_θ − π_ref at each position.
 
     >>> tdpo1(*map(tensor, ([-12.0], [-24.0], [-14.0], [-22.0], [0.5], [1.5])))  # D_l − D_w = 1, h = 0.3
@@ -742,12 +687,6 @@ def tdpo2(
     """TDPO with the KL term scaled and held constant on the chosen side, so that it reins in the rejected one only.
 
         L = −logσ(β[Δ − α(D_l − sg[D_w])])
-
-    Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      kl_w, kl_l: (B,) summed forward KL(π_ref ‖ π_θ) along each response, nats.
-      beta: β.
-      alpha: α, the weight of the KL term.
 
     Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l, ∂L/∂D_l = αβσ(−h), ∂L/∂D_w = 0.
 
@@ -772,8 +711,6 @@ def beta_dpo(
         β_b = max(1e-3, β[1 + a(mean of Δ over the drawn rows − m)]),  L = −(B/k) logσ(sg[β_b] Δ) if drawn, else 0
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β, the base.
       a: how strongly β follows the margin.
       keep: ρ, the share of rows drawn.
       mean, std: m, v: a running estimate in units of Δ; None means of this batch. v = 0 draws uniformly.
@@ -813,10 +750,6 @@ def aot(
         L_i = −(1−ε) logσ(βδ_i) − ε logσ(−βδ_i)
         δ_i = (s_w − s_l)_i − the reference margin s̄_w − s̄_l of the same rank in the batch
 
-    Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta, label_smoothing: β, ε.
-
     Returns: (B,), in the order of the pairs; sorting only decides which reference margin a pair is compared with.
     Gradient: ∂L/∂s_w = β[σ(βδ) − (1−ε)] = −∂L/∂s_l.
 
@@ -838,12 +771,7 @@ def aot_unpaired(
         L_i = −(1−ε) logσ(βδ_i) − ε logσ(−βδ_i)
         δ_i = (u_w)_i − the u_l of the same rank in the batch
 
-    Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats; w and l rows need not belong
-        to one prompt.
-      beta, label_smoothing: β, ε.
-
-    Returns: (B,), in the order of the chosen responses.
+    Returns: (B,), in the order of the chosen responses. The w and l of a row need not belong to one prompt.
     Gradient: ∂L/∂s_w = β[σ(βδ) − (1−ε)], and the opposite on the s_l it was matched with.
 
     >>> aot_unpaired(*map(tensor, ([-12.0, -20.0], [-24.0, -20.0], [-14.0, -20.0], [-22.0, -20.0])))  # 2 − 0, 0 − (−2)
@@ -865,10 +793,7 @@ def cpo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, *, beta: float = 0.1, lam
         L = −logσ(β(s_w − s_l)) − λ s_w/n_w
 
     Args:
-      logp_w, logp_l: (B,) summed log-probs, nats.
-      len_w: (B,) tokens of the chosen response; the likelihood term is an average, the preference term a sum.
-      beta: β.
-      lam: λ, weight of the likelihood term.
+      lam: λ, weight of the likelihood term, which is an average, while the preference term is a sum.
 
     Gradient: ∂L/∂s_w = −βσ(−β(s_w − s_l)) − λ/n_w, ∂L/∂s_l = βσ(−β(s_w − s_l)).
     Search: β ∈ {0.01, 0.05, 0.1}, λ = 1.
@@ -890,11 +815,9 @@ def slic(logp_w: Tensor, logp_l: Tensor, *, delta: float = 1.0, lam: float = 0.1
         L = max(0, δ − s_w + s_l) − λ s_w
 
     Args:
-      logp_w, logp_l: (B,) summed log-probs, nats.
       delta: δ, the margin in nats at which the hinge rests.
       lam: λ, weight of the likelihood term (a sum, so long responses weigh more).
 
-    Returns: (B,) nats.
     Gradient: with k = 1[δ − s_w + s_l > 0], ∂L/∂s_w = −k − λ, ∂L/∂s_l = k.
 
     >>> slic(tensor([-12.0]), tensor([-24.0]))  # the hinge rests; 0.1·12
@@ -911,12 +834,6 @@ def rrhf(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, lam: f
 
         L = max(0, a_l − a_w) − λ s_w
 
-    Args:
-      logp_w, logp_l: (B,) summed log-probs, nats.
-      len_w, len_l: (B,) response tokens.
-      lam: λ, weight of the likelihood term (a sum).
-
-    Returns: (B,) nats.
     Gradient: with k = 1[a_l > a_w], ∂L/∂s_w = −k/n_w − λ, ∂L/∂s_l = k/n_l.
 
     >>> rrhf(tensor([-12.0]), tensor([-24.0]), tensor([10]), tensor([12]))  # ranked right: 0 + 12
@@ -934,8 +851,6 @@ def orpo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, lam: f
         L = −a_w − λ logσ(o)          o = log odds(e^{a_w}) − log odds(e^{a_l}),  log odds(eᵃ) = a − log(1 − eᵃ)
 
     Args:
-      logp_w, logp_l: (B,) summed log-probs, nats.
-      len_w, len_l: (B,) response tokens.
       lam: λ, weight of the odds-ratio term (trl calls it beta).
 
     Gradient: ∂L/∂s_w = −1/n_w − (λ/n_w)σ(−o)/(1 − e^{a_w}), ∂L/∂s_l = (λ/n_l)σ(−o)/(1 − e^{a_l}); for a > −1e-6 the
@@ -965,11 +880,7 @@ def simpo(
         L = −(1−ε) logσ(h) − ε logσ(−h)          h = βd − γ
 
     Args:
-      logp_w, logp_l: (B,) summed log-probs, nats.
-      len_w, len_l: (B,) response tokens.
-      beta: β.
       gamma: γ, the target margin inside the sigmoid.
-      label_smoothing: ε.
       average: False drops the length normalisation: sums in place of averages.
 
     Gradient: ∂L/∂s_w = (β/n_w)[σ(h) − (1−ε)], ∂L/∂s_l = −(β/n_l)[σ(h) − (1−ε)]; without 1/n on sums.
@@ -993,8 +904,6 @@ def repo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, gamma:
         L = max(0, γ − d)
 
     Args:
-      logp_w, logp_l: (B,) summed log-probs, nats.
-      len_w, len_l: (B,) response tokens.
       gamma: γ, the margin to reach, nats per token (SimPO's γ/β).
 
     Returns: (B,) nats per token.
@@ -1013,10 +922,6 @@ def simper(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor) -> Tens
     """Maximises the inverse perplexity of the chosen response and minimises that of the rejected one. Nothing to tune.
 
         L = −e^{a_w} + e^{a_l}
-
-    Args:
-      logp_w, logp_l: (B,) summed log-probs, nats.
-      len_w, len_l: (B,) response tokens.
 
     Returns: (B,) in (−1, 1).
     Gradient: ∂L/∂s_w = −e^{a_w}/n_w, ∂L/∂s_l = e^{a_l}/n_l. An untrained model has a ≈ −log V and hardly any gradient:
@@ -1048,10 +953,6 @@ def alphapo(
         L = −logσ(r_w − r_l − γ)          r = β(1 − e^{−αa})/α,  α = 0: r = βa
 
     Args:
-      logp_w, logp_l: (B,) summed log-probs, nats.
-      len_w, len_l: (B,) response tokens.
-      beta: β.
-      gamma: γ, the target margin inside the sigmoid.
       alpha: α, the bend; 0 is SimPO.
 
     Gradient: ∂L/∂s_w = −(β/n_w)e^{−αa_w}σ(−h), ∂L/∂s_l = (β/n_l)e^{−αa_l}σ(−h). The exponent −αa is capped at 40,
@@ -1082,8 +983,6 @@ def alpha_dpo(
         L = −logσ(u − sg[γ + αM*])          u = βd,  M = β·Δ̃,  M* = (M − μ)/σ_M
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      len_w, len_l: (B,) response tokens.
       beta, gamma, alpha: β, γ, α in the paper's units.
       margin: where M comes from, the implicit reference model of Table 2: "ratio" U(π_θ/π_ref)^α; "policy" Uπ_θ^α,
         M = βd; "reference" Uπ_ref^α, M = β(ā_w − ā_l); "inverse_reference" U(1/π_ref)^α, minus that.
@@ -1127,9 +1026,6 @@ def alpha_dpo_kl(
         L = −logσ(βd − sg[γ + αδ*])          δ = β(D_l − D_w),  δ* = (δ − μ)/σ_δ
 
     Args:
-      logp_w, logp_l: (B,) summed log-probs, nats.
-      len_w, len_l: (B,) response tokens.
-      kl_w, kl_l: (B,) summed forward KL(π_ref ‖ π_θ) along each response, nats; no gradient flows into them.
       beta, gamma, alpha: β, γ, α in the paper's units.
       mean, std: μ, σ_δ in units of δ; None means of this batch.
 
@@ -1161,11 +1057,7 @@ def online_simpo(
         corrected: log w = (s^old_w − s̄_w) − (s^old_l − s̄_l)          else: log w = (s^old_w − s̄_w) + (s^old_l − s̄_l)
 
     Args:
-      logp_w, logp_l: (B,) summed log-probs under the policy, nats.
       ref_w, ref_l: (B,) under the policy that sampled the pairs.
-      old_w, old_l: (B,) under the earlier policy.
-      len_w, len_l: (B,) response tokens.
-      beta, gamma: β, γ of SimPO.
       corrected: eq. 16, which divides by the rejected ratio; False is plain importance sampling, eq. 15.
       clip: |log w| ≤ clip, in nats. A sum over hundreds of tokens makes w 0 or infinity; math.inf for none.
       self_normalize: divide w by its mean over the batch.
@@ -1221,8 +1113,6 @@ def gamma_dpo(
         L = −logσ(r − sg[γ_i − γ₀])          r = βΔ, γ_i from `gamma_margins`
 
     Args:
-      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      beta: β.
       gamma: γ₀, the mean of the γ_i.
       tau: τ; large keeps all γ_i near γ₀, and τ → ∞ is dpo.
 
@@ -1246,11 +1136,7 @@ def gamma_simpo(
         L = −logσ(r − sg[γ_i])          r = βd, γ_i from `gamma_margins`
 
     Args:
-      logp_w, logp_l: (B,) summed log-probs, nats.
-      len_w, len_l: (B,) response tokens.
-      beta: β.
-      gamma: γ₀, the mean of the γ_i.
-      tau: τ; large keeps all γ_i near γ₀, and τ → ∞ is simpo.
+      gamma, tau: as in `gamma_dpo`; τ → ∞ is simpo.
 
     Gradient: ∂L/∂s_w = −(β/n_w)σ(−h), ∂L/∂s_l = (β/n_l)σ(−h).
     Published: β 2.5–10, γ₀ 0.375–5, τ 3–20.
@@ -1271,9 +1157,6 @@ def amapo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, beta:
         L = −logσ(βd − sg[m])          code: m = β exp(((μ − d)/s)·μ) where d < μ, else 0
 
     Args:
-      logp_w, logp_l: (B,) summed log-probs, nats.
-      len_w, len_l: (B,) response tokens.
-      beta: β.
       paper: the formula of the text, in units of r = βd: m = exp(e), e = ((μ_r − r)/s_r)·μ_r = β((μ − d)/s)μ, where
         e > 0, else 0.
 
@@ -1313,10 +1196,7 @@ def kto(
         L = λ_d(1 − σ(v)) if desirable, λ_u(1 − σ(−v)) if not
 
     Args:
-      logp, ref: (N,) summed log-probs of the completions under policy and reference, nats.
-      desirable: (N,) bool.
-      logp_kl, ref_kl: (N,) the same for prompts paired with *another* prompt's completion; they only estimate z.
-      beta: β.
+      logp_kl, ref_kl: (N,) of prompts paired with *another* prompt's completion; they only estimate z.
       lambda_d, lambda_u: weights of desirable and undesirable rows; balance them when the labels are not balanced.
 
     Returns: (N,) in (0, λ).
@@ -1343,12 +1223,8 @@ def bco(logp: Tensor, ref: Tensor, desirable: Tensor, *, beta: float = 0.1, delt
         L = −logσ(r − δ) if desirable, −logσ(δ − r) if not          r = β(s − s̄)
 
     Args:
-      logp, ref: (N,) summed log-probs under policy and reference, nats.
-      desirable: (N,) bool.
-      beta: β.
       delta: δ in units of r, e.g. a running mean; None means the mean of r over this batch.
 
-    Returns: (N,).
     Gradient: ∂L/∂s = −βσ(−(r − δ)) if desirable, +βσ(r − δ) if not; none through δ.
 
     >>> bco(tensor([-12.0, -24.0]), tensor([-14.0, -22.0]), tensor([True, False]))  # r = 0.2, −0.2, δ = 0
@@ -1366,11 +1242,6 @@ def apo_zero_unpaired(logp: Tensor, ref: Tensor, desirable: Tensor, *, beta: flo
     """`apo_zero` on single completions: desirable ones up, undesirable ones down, both anchored at the reference.
 
         L = 1 − σ(βu) if desirable, σ(βu) if not          u = s − s̄
-
-    Args:
-      logp, ref: (N,) summed log-probs under policy and reference, nats.
-      desirable: (N,) bool.
-      beta: β.
 
     Returns: (N,) in (0, 1); ½ where policy = reference.
     Gradient: ∂L/∂s = −βσ(βu)σ(−βu) if desirable, the opposite if not.
@@ -1401,12 +1272,9 @@ def uapo(
 
     Args:
       logp, ref: (N,) summed log-probs under policy and reference, nats. Reference-free: pass s/n as logp and 0 as ref.
-      desirable: (N,) bool.
-      beta: β.
       anchor: b in units of r; None means the mean of r over this batch, held constant.
       temperature: T, the uncertainty: larger trusts the labels less.
 
-    Returns: (N,).
     Gradient: ∂L/∂s = −(β/T)σ(−(r − b)) if desirable, +(β/T)σ(r − b) if not; none through b.
 
     Public text fixes only this much: an anchor, each response compared with it, unpaired data allowed. The mean as
@@ -1503,12 +1371,8 @@ LIMITS = {
 
 
 def check(loss: Callable[..., Tensor], given: dict) -> dict:
-    """The arguments `given` to a loss, log-probs and lengths in fp32 or, given float64, in float64.
-
-    Raises ValueError naming the function and the argument: not a tensor, not one-dimensional, another shape or device
-    than the first tensor, `desirable` not bool, log-probs not floating point, a length below 1, a hyper-parameter out
-    of its range.
-    """
+    """The arguments `given` to a loss, log-probs and lengths in fp32 or, given float64, in float64. Raises ValueError that
+    names the function and the argument."""
     rows = {name: x for name, x in given.items() if name in loss.tensors}
     first, like = next(iter(rows.items()))
 
@@ -1529,11 +1393,11 @@ def check(loss: Callable[..., Tensor], given: dict) -> dict:
             refuse(name, f"has dtype {x.dtype}; pass torch.bool, True for a desirable completion")
         if name != "desirable" and not (x.is_floating_point() or name.startswith("len_") and x.dtype != torch.bool):
             refuse(name, f"has dtype {x.dtype}; log-probs and margins are floating point and lengths are numbers")
-        if name.startswith("len_") and is_false((x >= 1).all()):
+        if name.startswith("len_") and may_be_looked_at(x) and not (x >= 1).all():
             refuse(name, f"holds {x.min().item():g}; lengths count tokens and are at least 1: drop the row")
     for name in given.keys() & LIMITS.keys():
         requirement, holds = LIMITS[name]
-        if is_false(holds(given[name])):
+        if not holds(given[name]):
             refuse(name, f"is {given[name]}; it must be {requirement}")
 
     floats = [x.dtype for x in rows.values() if x.is_floating_point()]
@@ -1546,26 +1410,12 @@ def is_transformed(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
-def is_false(condition: bool | Tensor) -> bool:
-    """Whether it is False. A tensor counts as true where a look is impossible (torch.compile, vmap), or would make the host
-    wait (an accelerator)."""
-    if isinstance(condition, Tensor):
-        if torch.compiler.is_compiling() or is_transformed(condition) or condition.device.type != "cpu":
-            return False
-    return not condition
-
-
-def call_reward(reward: Callable[..., Tensor], logp: Tensor, ref: Tensor | None, length: Tensor, settings: dict) -> Tensor:
-    """The reward under those of the settings that it names. average=False is the same reward at length 1."""
-    if settings.get("average") is False:
-        length = torch.ones_like(length)
-    named = inspect.signature(reward).parameters
-    return reward(logp, ref, length, **{name: value for name, value in settings.items() if name in named})
+def may_be_looked_at(x: Tensor) -> bool:
+    """Not where x has no value yet (torch.compile, vmap) or the host would wait for it (an accelerator)."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed(x)
 
 
 # ---- What a trainer asks for and calls: a loss with its settings, or a weighted sum of such --------------------------
-
-TRAINED = ("logp", "kl", "prefix_logp")  # of the policy's pass: those through which a loss reaches the weights
 
 
 class Term(NamedTuple):
@@ -1636,7 +1486,15 @@ class Objective:
             desirable) (n, k), "margin" (n,), "logp_kl", "ref_kl" (n·k,); those that the objective needs.
           seed: see `__call__`.
         """
-        loss = self(named_tensors(outputs, inputs), seed)
+        old = outputs["logp"].detach()  # under the policy as it is at the start of the step
+        columns = {}  # of "logp": logp (n·k,), and logp_w and logp_l (n,), its first and last column
+        for name, x in (inputs | outputs | {"old": old}).items():
+            columns[name] = x.flatten()
+            if x.dim() == 2:
+                columns[f"{name}_w"] = x[:, 0]
+                columns[f"{name}_l"] = x[:, -1]
+        columns["desirable"] = columns.get("label")
+        loss = self(columns, seed)
         if "log_sum_p_squared" not in outputs:
             return loss
         sizes = (-1, 1) if self.unpaired else outputs["logp"].shape  # responses of a row: one, or both of its pair
@@ -1646,28 +1504,13 @@ class Objective:
     def loss_and_grad(
         self, outputs: dict[str, Tensor], inputs: dict[str, Tensor], seed: list[int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`row_losses`, and the gradient of their sum with respect to each of TRAINED that is in outputs, (n, k)."""
-        leaves = {name: outputs[name].detach().requires_grad_() for name in TRAINED if name in outputs}
+        """`row_losses`, and the gradient of their sum with respect to each of the outputs that reach the weights, (n, k)."""
+        leaves = {name: outputs[name].detach().requires_grad_() for name in ("logp", *self.outputs)}
         if len(outputs["logp"]) == 0:  # a rank without rows in this microbatch
             return outputs["logp"].detach().flatten(), {name: x.detach() for name, x in leaves.items()}
         loss = self.row_losses(outputs | leaves, inputs, seed)
         grads = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
         return loss.detach(), dict(zip(leaves, grads))
-
-
-def named_tensors(outputs: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a signature may ask for: of "logp" (n, k) logp (n·k,), and logp_w and logp_l (n,), its first and last column."""
-    tensors = inputs | outputs
-    tensors["old"] = outputs["logp"].detach()  # the policy as it is at the start of the step
-    named = {}
-    for name, x in tensors.items():
-        named[name] = x.flatten()
-        if x.dim() == 2:
-            named[f"{name}_w"] = x[:, 0]
-            named[f"{name}_l"] = x[:, -1]
-    if "label" in named:
-        named["desirable"] = named["label"]
-    return named
 
 
 # ---- An objective from text ------------------------------------------------------------------------------------------
@@ -1689,8 +1532,8 @@ def parse_objective(text: str) -> Objective:
             'such as "dpo(beta=0.1) + 0.5*sft"'
         ) from None
     objective = Objective([named_term(*call) for call in calls])
-    unpaired = dict.fromkeys(term.name for term in objective.terms if "desirable" in term.loss.tensors)
-    paired = dict.fromkeys(term.name for term in objective.terms if "desirable" not in term.loss.tensors)
+    unpaired = [term.name for term in objective.terms if "desirable" in term.loss.tensors]
+    paired = [term.name for term in objective.terms if "desirable" not in term.loss.tensors]
     if unpaired and paired:
         kinds = f"{', '.join(unpaired)} takes single completions, {', '.join(paired)} pairs"
         raise ValueError(f"objective: {kinds}; a sum takes one or the other")
@@ -1752,14 +1595,13 @@ def load_loss(name: str) -> Callable[..., Tensor]:
     finally:
         OBJECTIVES.clear()
         OBJECTIVES.update(here)  # a name of this file keeps its meaning
-    loss = defined.get(function)
-    if not callable(loss):
-        raise ValueError(f"objective {name}: {file} has no function {function}{did_you_mean(function, defined)}")
-    if not hasattr(loss, "tensors"):
+    registered = {key: value for key, value in defined.items() if hasattr(value, "tensors")}
+    if function not in registered:
         raise ValueError(
-            f"objective {name}: {function} is not registered; write `from losses import average_logp, objective` into {file} "
-            "and above the function @objective(reward=average_logp), or another reward of losses.py"
+            f"objective {name}: {function} is not registered in {file}{did_you_mean(function, registered)}; to register a "
+            "function, `from losses import average_logp, objective` and write @objective(reward=average_logp) above it"
         )
+    loss = registered[function]
     for tensor_name in loss.tensors:
         if not any(tensor_name in other.tensors for other in here.values()):
             raise ValueError(f"objective {name}: no trainer has `{tensor_name}`; losses.py begins with the names there are")
@@ -1799,47 +1641,44 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 # ---- python losses.py: the list. python losses.py simpo: a function to paste -----------------------------------------
 
 
-def listing(width: int) -> str:
-    """Each objective in lines of `width` characters: what it does, what it needs besides log-probs, settings with defaults."""
+def listing() -> str:
+    """Each objective in four lines: its name, what it does, what it needs besides log-probs, its settings with defaults."""
     lines = []
     for name, loss in OBJECTIVES.items():
         needs = [tensor_name for tensor_name in loss.tensors if tensor_name not in ("logp_w", "logp_l", "logp")]
         if loss.coupled:
             needs.append("the whole batch" if loss.coupled is True else f"the whole batch if {loss.coupled}")
         settings = [f"{key}={value!r}" for key, value in loss.settings.items()]
-        about = (loss.__doc__ or "no docstring").splitlines()[0]
-        texts = (about, f"needs {', '.join(needs) or 'log-probs only'}", f"settings {', '.join(settings) or '–'}")
-        for text in texts:
-            indent = {"initial_indent": f"{name:<19}", "subsequent_indent": " " * 19}
-            lines += textwrap.wrap(text, width, break_on_hyphens=False, **indent)
-            name = ""
+        about = loss.__doc__.splitlines()[0]
+        lines += [name, f"    {about}", f"    needs {', '.join(needs) or 'log-probs only'}"]
+        lines += [f"    settings {', '.join(settings) or '–'}"]
     return "\n".join(lines)
 
 
 def source_of(names: list[str]) -> str:
-    """A program of their own for objectives: the imports and functions that they use, and they, without the decorator."""
+    """A program of their own for objectives: what the symbols mean, the imports and functions that they use, and they,
+    without the decorator."""
     text = Path(__file__).read_text(encoding="utf-8")
-    lines = text.splitlines()
-    statements = {}  # name → the statement of this file that gives it its meaning
+    defined = {}  # name → the statement of this file that gives it its meaning
     for statement in ast.parse(text).body:
         if isinstance(statement, (ast.Import, ast.ImportFrom)):
-            statements |= {alias.asname or alias.name: statement for alias in statement.names}
+            defined |= {alias.asname or alias.name: statement for alias in statement.names}
         elif isinstance(statement, ast.FunctionDef):
             statement.decorator_list = []
-            statements[statement.name] = statement
+            defined[statement.name] = statement
     used = set()
     names = list(names)
     while names:
-        statement = statements.get(names.pop())
+        statement = defined.get(names.pop())
         if statement is not None and statement not in used:
             used.add(statement)
             names += [node.id for node in ast.walk(statement) if isinstance(node, ast.Name)]
-    imports, functions = [], []
-    for statement in dict.fromkeys(statements.values()):
-        if statement in used:
-            kind = functions if isinstance(statement, ast.FunctionDef) else imports
-            kind.append("\n".join(lines[statement.lineno - 1 : statement.end_lineno]).replace("  # fmt: skip", ""))
-    return "\n\n\n".join(["\n".join(imports), *functions])
+    source = f'"""{__doc__}"""\n\n'
+    for statement in sorted(used, key=lambda statement: statement.lineno):
+        if isinstance(statement, ast.FunctionDef):
+            source += "\n\n"
+        source += ast.get_source_segment(text, statement).replace("  # fmt: skip", "") + "\n"
+    return source
 
 
 def main() -> None:
@@ -1849,16 +1688,11 @@ def main() -> None:
     for name in names:
         if name not in OBJECTIVES:
             parser.error(f"unknown objective {name!r}{did_you_mean(name, OBJECTIVES)} (without a name, all are listed)")
-    width = min(128, max(80, shutil.get_terminal_size((128, 24)).columns))
-    if sys.stdout is not None:
-        sys.stdout.reconfigure(errors="replace")  # where a terminal lacks these letters
+    sys.stdout.reconfigure(errors="replace")  # where a terminal lacks these letters
     try:
-        print(source_of(names) if names else listing(width), flush=True)
-    except OSError as error:
+        print(source_of(names) if names else listing(), flush=True)
+    except BrokenPipeError:  # a reader that has seen enough is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # a reader that has seen enough is no error
-            print(f"error: the output cannot be written ({error.strerror})", file=sys.stderr)
-            raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

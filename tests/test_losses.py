@@ -25,10 +25,8 @@ import os
 import re
 import runpy
 import statistics
-import subprocess
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -2059,8 +2057,7 @@ def test_a_length_below_1_is_still_refused_where_it_can_be_seen():
         OBJECTIVES["simpo"](**inputs)
     with pytest.raises(ValueError, match="`logp_w` has shape"):
         torch.vmap(OBJECTIVES["dpo"])(*[torch.zeros(2, 3, 4)] * 4)
-    assert not losses.is_false(tensor(False, device="meta"))
-    assert losses.is_false(tensor(False)) and losses.is_false(False) and not losses.is_false(tensor(True))
+    assert losses.may_be_looked_at(tensor(1)) and not losses.may_be_looked_at(tensor(1, device="meta"))
 
 
 # --- an objective as a trainer has it --------------------------------------------------------------------------------
@@ -2284,9 +2281,9 @@ def test_an_objective_of_ones_own_is_found_from_the_home_folder(own, monkeypatch
     ("broken.py:f", ["broken.py cannot be run (SyntaxError", "broken.py, line 2"]),
     ("raises.py:f", ["raises.py cannot be run (AttributeError", "line 2 of raises.py"]),
     ("exits.py:f", ["exits.py cannot be run (SystemExit: 3, line 1 of exits.py)"]),
-    ("mine.py:mime", ["mine.py has no function mime; did you mean mine?"]),
-    ("mine.py:__name__", ["has no function __name__"]),
-    ("mine.py:helper", ["not registered", "from losses import average_logp, objective", "@objective(reward=average_logp)"]),
+    ("mine.py:mime", ["mime is not registered in mine.py; did you mean mine?"]),
+    ("mine.py:__name__", ["__name__ is not registered"]),
+    ("mine.py:helper", ["helper is not registered", "from losses import average_logp, objective", "@objective(reward=average"]),
     ("mine.py:foreign", ["no trainer has `score_w`"]),
     ("mine.py:mine(bta=1.0)", ["has no argument 'bta'; did you mean beta?", "mine.py:mine(beta=2.0, gamma=0.0)"]),
     ("mine.py:mine(beta=-1.0)", ["mine: `beta` is -1.0; it must be above 0"]),
@@ -2313,18 +2310,15 @@ def printed(capsys, monkeypatch, *names):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("width", [80, 100, 128])
-def test_list_says_what_each_objective_does_needs_and_has_for_settings(capsys, monkeypatch, width):
-    monkeypatch.setenv("COLUMNS", str(width))
+def test_list_says_what_each_objective_does_needs_and_has_for_settings(capsys, monkeypatch):
     lines = printed(capsys, monkeypatch).splitlines()
-    assert max(map(len, lines)) <= width
     blocks = {}
     for line in lines:
         if not line.startswith(" "):
-            name = line.split()[0]
+            name = line
             blocks[name] = ""
-            line = line.removeprefix(name)
-        blocks[name] += " " + " ".join(line.split())
+        else:
+            blocks[name] += " " + " ".join(line.split())
     assert list(blocks) == list(OBJECTIVES)
     for name, loss in OBJECTIVES.items():
         about, _, needs = blocks[name].partition(" needs ")
@@ -2332,7 +2326,7 @@ def test_list_says_what_each_objective_does_needs_and_has_for_settings(capsys, m
         assert about.split() == loss.__doc__.splitlines()[0].split()
         assert all(k in needs.split(", ") for k in loss.tensors if not k.startswith("logp") or k == "logp_kl")
         assert settings == (", ".join(f"{k}={v!r}" for k, v in loss.settings.items()) or "–")
-    assert " needs log-probs only " in blocks["slic"] and " needs len_w, len_l, the whole batch " in blocks["amapo"]
+    assert " needs log-probs only " in blocks["slic"] and " needs len_w, len_l, the whole batch settings " in blocks["amapo"]
     assert "the whole batch if self_normalize" in blocks["online_simpo"] and "batch" not in blocks["dpo"]
 
 
@@ -2365,39 +2359,18 @@ def test_an_unknown_name_is_an_error_for_people(capsys, monkeypatch):
     assert stopped.value.code == 2 and "unknown objective 'simppo'; did you mean simpo?" in said
 
 
-WHERE = """
-import os, runpy, sys
-import losses  # once for all
-sys.argv = ["losses.py"]
-for where in ("a reader that is gone", "a full disk", "nowhere"):
-    child = os.fork()
-    if child == 0:
-        if where == "a reader that is gone":
-            reader, writer = os.pipe()
-            os.close(reader)
-            os.dup2(writer, 1)
-        elif where == "a full disk":
-            os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
-        else:
-            os.close(1)
-            sys.stdout = None
-        runpy.run_path(losses.__file__, run_name="__main__")
-        break  # and end as every program does
-    _, status = os.waitpid(child, 0)
-    print(where, os.waitstatus_to_exitcode(status), file=sys.stderr, flush=True)
-"""
-
-
-def test_where_the_list_cannot_go(tmp_path):
-    """From another folder, in a terminal of ASCII: nothing but a message, and none where nobody reads on."""
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(losses.__file__).parent)}
-    done = subprocess.run([sys.executable, "-c", WHERE], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    said = ["a reader that is gone 0", "error: the output cannot be written (No space left on device)", "a full disk 2"]
-    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (0, "", [*said, "nowhere 0"])
+def test_the_list_in_a_pipe_whose_reader_is_gone(tmp_path, monkeypatch):
+    """From another folder, in a terminal of ASCII: no error, neither now nor when Python writes out what is left."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["losses.py"])
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="ascii") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        losses.main()
 
 
 def test_script_prints_the_list(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["losses.py"])
-    monkeypatch.setenv("COLUMNS", "100")
     runpy.run_path(losses.__file__, run_name="__main__")
-    assert capsys.readouterr().out == losses.listing(100) + "\n"
+    assert capsys.readouterr().out == losses.listing() + "\n"

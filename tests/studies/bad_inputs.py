@@ -510,8 +510,6 @@ def outputs() -> Iterator[Case]:
         ("losses.py from another folder", f"{python} {losses}", (0,)),
         ("losses.py | head -1", f"{python} {losses} | head -1", (0, 2, 141)),
         ("losses.py into a pipe that is closed", f"{python} {losses} | (exec <&-; sleep 4)", (0, 2, 141)),
-        ("losses.py > /dev/full", f"{python} {losses} > /dev/full", (2,)),
-        ("losses.py without standard output", f"{python} {losses} >&-", (0, 2)),
         ("losses.py in ASCII", f"PYTHONIOENCODING=ascii {python} {losses}", (0,)),
         ("losses.py in the C locale", f"LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 {python} {losses}", (0,)),
         ("data.py show in ASCII", f"PYTHONIOENCODING=ascii {show}", (0,)),

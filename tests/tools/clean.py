@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import data  # noqa: E402
-from data import UserError, setting  # noqa: E402
+from data import Row, UserError, setting  # noqa: E402
 
 
 @dataclass
@@ -38,19 +38,15 @@ def clean(c: Cleaning) -> Counter:
     if os.path.exists(c.out):
         raise UserError(f"{c.out}: is there already; choose another file, or delete it")
     rows, dropped = valid_rows(c)
-    found = data.quality([data.keys_of(row) for _, row in rows])
-    reasons = {}
-    for name, at in found.items():  # a row has the first reason of several
-        if getattr(c, name.split()[0]):
-            for i in at:
-                reasons.setdefault(i, name)
-    if c.min_margin > 0:
-        margins = [row.margin for _, row in rows]
-        if all(margin is None for margin in margins):
-            raise UserError(f"{c.source}: min_margin needs scores, and no row has any")
-        for i, margin in enumerate(margins):
-            if margin is not None and margin < c.min_margin:
-                reasons.setdefault(i, f"score margin below {c.min_margin:g}")
+    reasons = {}  # number of a row → the first reason to drop it
+    if c.duplicates:
+        reasons = dict.fromkeys(repeated(rows), "duplicates")
+    for i in identical(rows) if c.identical else ():
+        reasons.setdefault(i, "identical responses")
+    for i in contradicted(rows) if c.conflicts else ():
+        reasons.setdefault(i, "conflicts")
+    for i in close(rows, c) if c.min_margin > 0 else ():
+        reasons.setdefault(i, f"score margin below {c.min_margin:g}")
     dropped.update(reasons.values())
     kept = [raw for i, (raw, _) in enumerate(rows) if i not in reasons]
     if not kept:
@@ -66,21 +62,60 @@ def clean(c: Cleaning) -> Counter:
     return dropped
 
 
-def valid_rows(c: Cleaning) -> tuple[list[tuple[dict, data.Row]], Counter]:
+def valid_rows(c: Cleaning) -> tuple[list[tuple[dict, Row]], Counter]:
     """([(columns as they stand, what they mean)], why the others are dropped) of all sources."""
     renamed = data._renamed(c.columns)
     rows, dropped = [], Counter()
     for source, weight in data._sources(c.source):
         if weight != 1:
             raise UserError(f"{c.source}: a weight (@) says how often to train on a row; here it has no meaning")
-        given = list(data.read(source))
-        reader, _ = data.reader_of(source, given, renamed, c.format)
-        for _, raw in given:
+        reader, _ = data.reader_of(source, renamed, c.format)
+        for _, raw in data.read(source):
             try:
                 rows.append((raw, data.row_of(raw, reader, renamed)))
             except UserError as error:
                 dropped[str(error)] += 1
     return rows, dropped
+
+
+def said(row: Row) -> tuple:
+    """Equal where two rows say the same."""
+    return json.dumps(row.prompt), tuple(row.responses), row.desirable
+
+
+def repeated(rows: list[tuple[dict, Row]]) -> list[int]:
+    """Those that say the same as an earlier one."""
+    seen, found = set(), []
+    for i, (_, row) in enumerate(rows):
+        if said(row) in seen:
+            found.append(i)
+        seen.add(said(row))
+    return found
+
+
+def identical(rows: list[tuple[dict, Row]]) -> list[int]:
+    """Pairs of a response with itself."""
+    return [i for i, (_, row) in enumerate(rows) if row.desirable is None and row.responses[0] == row.responses[1]]
+
+
+def contradicted(rows: list[tuple[dict, Row]]) -> list[int]:
+    """Those of which another one says the opposite: the pair the other way round, or the other label."""
+    everything = {said(row) for _, row in rows}
+    found = []
+    for i, (_, row) in enumerate(rows):
+        label = None if row.desirable is None else not row.desirable
+        opposite = said(row._replace(responses=row.responses[::-1], desirable=label))
+        if opposite != said(row) and opposite in everything:
+            found.append(i)
+    return found
+
+
+def close(rows: list[tuple[dict, Row]], c: Cleaning) -> list[int]:
+    """Those whose scores differ by too little; UserError where no row has any."""
+    margins = [row.margin for _, row in rows]
+    if all(margin is None for margin in margins):
+        raise UserError(f"{c.source}: min_margin needs scores, and no row has any")
+    return [i for i, margin in enumerate(margins) if margin is not None and margin < c.min_margin]
 
 
 def main(argv: list[str] | None = None) -> Counter:
