@@ -247,7 +247,9 @@ def read_answers(file: Path) -> list[tuple[str, list[str]]]:
 
 
 def encode(tokenizer, answers: list[tuple[str, list[str]]]) -> list[Example]:
-    ask = lambda prompt: [{"role": "user", "content": prompt}]  # noqa: E731
+    def ask(prompt):
+        return [{"role": "user", "content": prompt}]
+
     return [data.encode(data.Row(ask(p), [" ".join(text[:-1])]), tokenizer, 256, 128)[0] for p, text in answers]
 
 
@@ -390,7 +392,10 @@ def best_of(runs: list[dict]) -> tuple[Tensor, float, float]:
 
 def start_line(results: dict[str, list[dict]]) -> str:
     starts = {run["job"]["seed"]: run["start"] for runs in results.values() for run in runs if "start" in run}
-    over = lambda name, digits: written(torch.tensor([s[name] for s in starts.values()], dtype=torch.float64), digits)  # noqa: E731
+
+    def over(name, digits):
+        return written(torch.tensor([s[name] for s in starts.values()], dtype=torch.float64), digits)
+
     return (
         f"The start: quality {over('quality', 3)}, {over('words', 1)} words; its average log-prob ranks {over('ranked', 2)} of "
         f"the held-out pairs right; mean e^a {over('likelihood_chosen', 2)} chosen, {over('likelihood_rejected', 2)} rejected."
