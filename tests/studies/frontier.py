@@ -139,7 +139,7 @@ def compound(row: dict, response: str) -> float:
 
 
 def make_pairs(s: Study, out: Path) -> None:
-    """pairs.jsonl: the start's answers to the training prompts (temperature 1, finished ones only), best against worst."""
+    """pairs.jsonl: the initial model's answers to the training prompts (temperature 1, those that end), best against worst."""
     asked = sorted(prompts(s.seed)[0][: s.prompts], key=len)  # a batch's prompts are padded to the longest
     lines = [json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in asked]
     train.write_whole(out / "prompts.jsonl", "".join(lines))
@@ -345,7 +345,7 @@ def draw(results: dict[str, list[dict]], file: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """The command line as a function. What the user can mend ends with a message and exit code 2."""
+    """The command line as a function. A user error ends with a message and exit code 2."""
     return train.main(argv, lambda argv: study(data.parse(Study, argv, "tests/studies/frontier.py", __doc__)))
 
 
