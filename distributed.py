@@ -272,9 +272,9 @@ def mesh_sizes(text: str | None) -> tuple[int, ...]:
     if text is None:
         return (world_size(),)
     sizes = re.fullmatch(r"(\d{1,9})x(\d{1,9})", text)
-    if sizes is None or int(sizes[1]) * int(sizes[2]) != world_size() or not c10d.is_initialized():
-        ranks = f"{world_size()} ranks" if c10d.is_initialized() else "ranks that torchrun starts"
-        raise UserError(f'mesh is {text!r}; write replicas x shards, such as "2x4", whose product is the number of {ranks}')
+    if sizes is None or int(sizes[1]) * int(sizes[2]) != world_size():
+        count = f"the number of ranks, here {world_size()}"
+        raise UserError(f'mesh is {text!r}; write replicas x shards, such as "2x4", whose product is {count}')
     return int(sizes[1]), int(sizes[2])
 
 
@@ -295,10 +295,9 @@ def clip_gradients(policy: nn.Module, limit: float) -> Tensor:
 def load_model(name: str, trust_remote_code: bool = False) -> tuple[nn.Module, dict[str, Tensor]]:
     """A causal language model with fp32 weights, read by transformers, and the weights that are still to be handed out.
 
-    In one process the model has its weights and there is nothing to hand out. Under torchrun rank 0 alone reads them and keeps
-    them until `hand_out`: it needs the whole model in fp32 on its CPU, 4 bytes per parameter beside its own shards (measured:
-    983 MB for 653 MB of weights on 2 ranks). Every rank gets the model that rank 0 read, same ties and buffers, its parameters
-    on meta.
+    In one process nothing is left to hand out. Under torchrun rank 0 alone reads the weights and keeps them until `hand_out`,
+    in fp32 on its CPU, 4 bytes per parameter beside its own shards. Every rank gets the model that rank 0 read, same ties and
+    buffers, its parameters on meta.
 
     Raises:
         UserError: on all ranks: no such model, or weights that are missing, unexpected or of another shape, each by name.
@@ -323,7 +322,7 @@ def _read_model(name: str, trust_remote_code: bool) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, **how)
     except Exception as error:  # transformers raises many kinds; all mean that there is no loadable model
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if ".safetensors" in reason:
             reason += "; .bin and .pt files can run code: convert them to safetensors"
         raise UserError(f"{name}: no loadable causal language model there ({reason})") from error
@@ -680,7 +679,7 @@ def _write_model(folder: Path, model: nn.Module, weights: dict, tokenizer, dtype
         (part / "README.md").write_text(card)
         for path in part.iterdir():
             _flush(path)
-        if folder.exists():  # of an attempt that was killed later; what else lies there is not touched
+        if folder.exists():  # empty, or of an attempt that was killed later; what else lies there is not touched
             shutil.copytree(part, folder, copy_function=os.replace, dirs_exist_ok=True)
             shutil.rmtree(part)
         else:
@@ -701,7 +700,6 @@ class Export:
 
 
 def export_checkpoint(e: Export) -> None:
-    """The model of a checkpoint as a `transformers` folder."""
     import torch.distributed.checkpoint as dcp
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -715,12 +713,10 @@ def export_checkpoint(e: Export) -> None:
     config = transformers.AutoConfig.from_pretrained(e.checkpoint)
     with torch.device("meta"):  # its shape is enough: the weights come from the checkpoint
         model = transformers.AutoModelForCausalLM.from_config(config)
-    weights = {}
-    for name, about in dcp.HuggingFaceStorageReader(str(e.checkpoint)).read_metadata().state_dict_metadata.items():
-        if name.startswith("weight."):
-            weights[name] = torch.empty(about.size, dtype=about.properties.dtype)
-    _read_into(weights, e.checkpoint)
-    weights = {name.removeprefix("weight."): tensor for name, tensor in weights.items()}
+    metadata = dcp.HuggingFaceStorageReader(str(e.checkpoint)).read_metadata().state_dict_metadata
+    saved = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in metadata.items() if name.startswith("weight.")}
+    _read_into(saved, e.checkpoint)
+    weights = {name.removeprefix("weight."): tensor for name, tensor in saved.items()}
     tokenizer = data.load_tokenizer(str(e.checkpoint))
     state = json.loads((e.checkpoint / "step.json").read_text())
     card = model_card(e.out.name, state.get("run", {}), {"step": state["step"]})
@@ -743,9 +739,9 @@ def model_card(title: str, settings: dict, metrics: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line as a function. What the user can mend ends with a message and exit code 2."""
+    """The command line as a function. A user error ends with a message and exit code 2."""
     commands = {"export": (Export, export_checkpoint)}
-    data.command_line(lambda argv: data.commands(argv, "distributed.py", __doc__, commands), argv, fail)
+    data.command_line(lambda argv: data.commands(argv, "distributed.py", __doc__, commands), argv)
 
 
 if __name__ == "__main__":
