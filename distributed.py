@@ -588,9 +588,11 @@ def _commit(part: Path, final: Path, sums: dict, keep: int) -> None:
     marker.write_text(json.dumps(sums))
     _flush(marker)
     _flush(final)
-    for old in complete_checkpoints(final.parent)[:-keep]:
-        (old / "complete").unlink()  # first the marker, so that a half-deleted one is not taken for a whole one
-        shutil.rmtree(old)
+    kept = complete_checkpoints(final.parent)[-keep:]
+    for old in checkpoints(final.parent):
+        if old not in kept:
+            (old / "complete").unlink(missing_ok=True)  # first, so that a half-deleted one is not taken for a whole one
+            shutil.rmtree(old)
 
 
 def check_space(out: Path, model: nn.Module, checkpoints: int, dtype: torch.dtype) -> None:
