@@ -273,7 +273,7 @@ def mesh_sizes(text: str | None) -> tuple[int, ...]:
         return (world_size(),)
     sizes = re.fullmatch(r"(\d{1,9})x(\d{1,9})", text)
     if sizes is None or int(sizes[1]) * int(sizes[2]) != world_size():
-        count = f"the number of ranks, here {world_size()}"
+        count = f"the number of ranks that torchrun starts, here {world_size()}"
         raise UserError(f'mesh is {text!r}; write replicas x shards, such as "2x4", whose product is {count}')
     return int(sizes[1]), int(sizes[2])
 
