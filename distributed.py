@@ -37,7 +37,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers.dynamic_module_utils import init_hf_modules
 
@@ -99,7 +99,7 @@ def _leave(kind, error, trace) -> None:
 
 def fail(error: Exception) -> None:
     """End the run with a message for its owner and exit code 2. Where every rank fails alike, the first one speaks."""
-    if world_size() > 1 and not is_rank_0():
+    if not is_rank_0():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)  # torchrun ends us here if rank 0 failed too
     print(f"error: {error}" if is_rank_0() else f"error on rank {rank()}: {error}", file=sys.stderr, flush=True)
@@ -238,8 +238,11 @@ def shard(
     # late here and below: these libraries take a second, for which `--help` need not wait
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    sizes = mesh_sizes(mesh)
+    place = "cuda" if "nccl" in c10d.get_backend() else "cpu"  # each rank's own GPU
+    ranks = init_device_mesh(place, sizes, mesh_dim_names=("replicate", "shard")[-len(sizes) :])
     precision = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32)
-    options = dict(mesh=_mesh(mesh), mp_policy=precision)
+    options = dict(mesh=ranks, mp_policy=precision)
     # 2. each block: at most this one and the next are whole at a time; a reference is sharded the same way
     for block in blocks + frozen:
         fully_shard(block, **options)
@@ -269,17 +272,10 @@ def mesh_sizes(text: str | None) -> tuple[int, ...]:
     if text is None:
         return (world_size(),)
     sizes = re.fullmatch(r"(\d{1,9})x(\d{1,9})", text)
-    if sizes is None or int(sizes[1]) * int(sizes[2]) != world_size() or not c10d.is_initialized():
-        ranks = f"{world_size()} ranks" if c10d.is_initialized() else "ranks that torchrun starts"
-        raise UserError(f'mesh is {text!r}; write replicas x shards, such as "2x4", whose product is the number of {ranks}')
+    if sizes is None or int(sizes[1]) * int(sizes[2]) != world_size():
+        count = f"the number of ranks that torchrun starts, here {world_size()}"
+        raise UserError(f'mesh is {text!r}; write replicas x shards, such as "2x4", whose product is {count}')
     return int(sizes[1]), int(sizes[2])
-
-
-def _mesh(text: str | None) -> DeviceMesh:
-    sizes = mesh_sizes(text)
-    names = ("replicate", "shard")[-len(sizes) :]
-    device = "cuda" if "nccl" in c10d.get_backend() else "cpu"  # each rank's own GPU
-    return init_device_mesh(device, sizes, mesh_dim_names=names)
 
 
 def sync_gradients(policy: nn.Module, last: bool) -> None:
@@ -290,8 +286,7 @@ def sync_gradients(policy: nn.Module, last: bool) -> None:
 
 def clip_gradients(policy: nn.Module, limit: float) -> Tensor:
     """Scale all gradients so that their global 2-norm is at most `limit` (0: no limit); returns the norm before."""
-    with_gradient = [p for p in policy.parameters() if p.grad is not None]
-    return _whole(nn.utils.clip_grad_norm_(with_gradient, limit or float("inf")))
+    return _whole(nn.utils.clip_grad_norm_(policy.parameters(), limit or float("inf")))
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -300,10 +295,9 @@ def clip_gradients(policy: nn.Module, limit: float) -> Tensor:
 def load_model(name: str, trust_remote_code: bool = False) -> tuple[nn.Module, dict[str, Tensor]]:
     """A causal language model with fp32 weights, read by transformers, and the weights that are still to be handed out.
 
-    In one process the model has its weights and there is nothing to hand out. Under torchrun rank 0 alone reads them and keeps
-    them until `hand_out`: it needs the whole model in fp32 on its CPU, 4 bytes per parameter beside its own shards (measured:
-    983 MB for 653 MB of weights on 2 ranks). Every rank gets the model that rank 0 read, same ties and buffers, its parameters
-    on meta.
+    In one process nothing is left to hand out. Under torchrun rank 0 alone reads the weights and keeps them until `hand_out`,
+    in fp32 on its CPU, 4 bytes per parameter beside its own shards. Every rank gets the model that rank 0 read, same ties and
+    buffers, its parameters on meta.
 
     Raises:
         UserError: on all ranks: no such model, or weights that are missing, unexpected or of another shape, each by name.
@@ -328,7 +322,7 @@ def _read_model(name: str, trust_remote_code: bool) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, **how)
     except Exception as error:  # transformers raises many kinds; all mean that there is no loadable model
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if ".safetensors" in reason:
             reason += "; .bin and .pt files can run code: convert them to safetensors"
         raise UserError(f"{name}: no loadable causal language model there ({reason})") from error
@@ -412,12 +406,10 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 def load_tensors(file: Path) -> dict[str, Tensor] | None:
     """What save_tensors wrote, as rank 0 reads it; None if there is no such file or it is damaged."""
-
-    def read() -> dict[str, Tensor] | None:
-        with contextlib.suppress(OSError, SafetensorError):
-            return load_file(file)
-
-    return on_rank_0(read)
+    try:
+        return on_rank_0(load_file, file)
+    except (OSError, SafetensorError):
+        return None
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -468,16 +460,34 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _sums(folder: Path) -> dict[str, list[int]]:
-    """{file: [bytes, CRC-32]} of this rank's share of a checkpoint's files, all but the marker."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != "complete")
+def _new_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
+    folder.mkdir(parents=True)
+
+
+def _checksums(folder: Path) -> dict[str, list[int]]:
+    """{file: [bytes, CRC-32]} of a checkpoint's files, all but the marker; each rank reads its share of them.
+
+    Raises:
+        OSError: on all ranks, where one of them cannot read.
+    """
+    mine = {}
+    failure = None
+    try:
+        files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != "complete")
+        for path in files[rank() :: world_size()]:
+            crc = 0
+            with open(path, "rb") as file:
+                while piece := file.read(2**22):
+                    crc = zlib.crc32(piece, crc)
+            mine[path.name] = [path.stat().st_size, crc]
+    except OSError as error:
+        failure = error
     sums = {}
-    for path in files[rank() :: world_size()]:
-        crc = 0
-        with open(path, "rb") as file:
-            while piece := file.read(2**22):
-                crc = zlib.crc32(piece, crc)
-        sums[path.name] = [path.stat().st_size, crc]
+    for failure_there, sums_there in gather_objects((failure, mine)):
+        if failure_there is not None:
+            raise failure_there
+        sums |= sums_there
     return sums
 
 
@@ -486,24 +496,23 @@ def validate(checkpoint: Path) -> str | None:
     try:
         marker = json.loads((checkpoint / "complete").read_text())
         expected = {name: [int(size), int(crc)] for name, (size, crc) in marker.items()}
+        found = _checksums(checkpoint)
     except FileNotFoundError:
         return "it was not finished"
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except OSError as error:
+        return f"it cannot be read ({error})"
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return "its marker is damaged"
-    found = {}
-    for sums in gather_objects(_sums(checkpoint)):
-        found |= sums
-    for name in ("step.json", *expected):
+    for name, sums in expected.items():
         if name not in found:
             return f"{name} is missing"
-        if found[name] != expected.get(name):
-            shorter = name in expected and found[name][0] < expected[name][0]
-            return f"{name} is {'cut short' if shorter else 'damaged'}"
+        if found[name] != sums:
+            return f"{name} is {'cut short' if found[name][0] < sums[0] else 'damaged'}"
     for name in found:
         if name.endswith(".safetensors") and name not in expected:
             return f"{name} is not part of it"
     step = json.loads((checkpoint / "step.json").read_text())["step"]
-    if step != int(checkpoint.name.removeprefix("step-")):
+    if checkpoint.name != f"step-{step:06d}":
         return f"it is called {checkpoint.name} and holds step {step}"
     return None
 
@@ -515,13 +524,18 @@ def _read_into(tensors: dict[str, Tensor], checkpoint: Path) -> None:
     dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=world_size() == 1)
 
 
-def _everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All tensors of a checkpoint: `weight.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`."""
+def _everything(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Tensor]:
+    """All tensors of a checkpoint: `weight.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`.
+
+    Moments that AdamW has not made, before its first step or where no gradient has arrived, are made here, as zeros.
+    """
     tensors = {f"weight.{name}": tensor.detach() for name, tensor in _tensors(model).items()}
-    for name, parameter in model.named_parameters():
+    for name, p in model.named_parameters():
+        if p not in optimizer.state:
+            count = torch.tensor(float(step), device=p.device)
+            optimizer.state[p] = {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         for key in ("exp_avg", "exp_avg_sq"):
-            if key in optimizer.state.get(parameter, {}):
-                tensors[f"{key}.{name}"] = optimizer.state[parameter][key]
+            tensors[f"{key}.{name}"] = optimizer.state[p][key]
     return tensors
 
 
@@ -537,50 +551,20 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer, state: dict, keep
     part = final.with_suffix(".part")
     if on_rank_0(final.exists) and validate(final) is None:
         return True  # resumed from it and stopped before the next
-    trouble = None
-    sums = {}
-    try:
-        on_rank_0(_start_part, part, final)
-        sums = _write_checkpoint(part, model, optimizer, state, tokenizer)
+    try:  # what fails on one rank raises on all
+        on_rank_0(_new_folder, part)
+        writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
+        dcp.save(_everything(model, optimizer, state["step"]), storage_writer=writer, no_dist=world_size() == 1)
+        on_rank_0((part / "step.json").write_text, json.dumps(state))
+        on_rank_0(_describe, part, model, tokenizer)
+        on_rank_0(_commit, part, final, _checksums(part), keep)
     except (Exception, dcp.CheckpointException) as error:
-        said = str(error).strip() or type(error).__name__
-        trouble = said.splitlines()[-1]
-    all_sums = {}
-    for trouble_there, sums_there in gather_objects((trouble, sums)):
-        trouble = trouble or trouble_there
-        all_sums |= sums_there
-    if trouble is None:
-        try:
-            on_rank_0(_commit, part, final, all_sums, keep)
-            return True
-        except OSError as error:
-            trouble = str(error)
-    if is_rank_0():
-        shutil.rmtree(part, ignore_errors=True)
-        print(f"checkpoint {final} could not be written ({trouble}); earlier ones are untouched", file=sys.stderr)
-    return False
-
-
-def _start_part(part: Path, final: Path) -> None:
-    for old in (part, final):  # an earlier `final` is incomplete or damaged
-        shutil.rmtree(old, ignore_errors=True)
-    part.mkdir(parents=True)
-
-
-def _write_checkpoint(part: Path, model: nn.Module, optimizer, state: dict, tokenizer) -> dict[str, list[int]]:
-    """All files but the marker, on disk when it returns; the sums of this rank's share of them."""
-    import torch.distributed.checkpoint as dcp
-
-    writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
-    dcp.save(_everything(model, optimizer), storage_writer=writer, no_dist=world_size() == 1)
-    adam_steps = [float(s["step"]) for s in optimizer.state.values() if "step" in s]
-    state = {**state, "adam_step": adam_steps[0] if adam_steps else 0.0}
-    on_rank_0((part / "step.json").write_text, json.dumps(state))
-    on_rank_0(_describe, part, model, tokenizer)
-    sums = _sums(part)
-    for name in sums:
-        _flush(part / name)
-    return sums
+        if is_rank_0():
+            shutil.rmtree(part, ignore_errors=True)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            print(f"checkpoint {final} could not be written ({reason}); earlier ones are untouched", file=sys.stderr)
+        return False
+    return True
 
 
 def _describe(folder: Path, model: nn.Module, tokenizer) -> None:
@@ -593,16 +577,22 @@ def _describe(folder: Path, model: nn.Module, tokenizer) -> None:
 
 
 def _commit(part: Path, final: Path, sums: dict, keep: int) -> None:
+    """Files, folder, its name, the marker: each is on disk before the next."""
+    for name in sums:
+        _flush(part / name)
     _flush(part)
+    shutil.rmtree(final, ignore_errors=True)  # incomplete or damaged, as it is written again
     os.rename(part, final)
     _flush(final.parent)
     marker = final / "complete"
     marker.write_text(json.dumps(sums))
     _flush(marker)
     _flush(final)
-    for old in complete_checkpoints(final.parent)[:-keep]:
-        (old / "complete").unlink()  # first the marker, so that a half-deleted one is not taken for a whole one
-        shutil.rmtree(old)
+    kept = complete_checkpoints(final.parent)[-keep:]
+    for old in checkpoints(final.parent):
+        if old not in kept:
+            (old / "complete").unlink(missing_ok=True)  # first, so that a half-deleted one is not taken for a whole one
+            shutil.rmtree(old)
 
 
 def check_space(out: Path, model: nn.Module, checkpoints: int, dtype: torch.dtype) -> None:
@@ -650,18 +640,14 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, run: dict) ->
     """Put weights and moments back in place, for any number of ranks; returns the saved state.
 
     Args:
+        optimizer: one that has not made a step.
         run: what makes this run the one that was saved, {name: value}; compared with `state["run"]`.
     Raises:
         UserError: it is another run's, by name of what differs.
     """
     state = json.loads((checkpoint / "step.json").read_text())
     check_same(run, state.get("run", {}), checkpoint)
-    if state["adam_step"]:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                step = torch.tensor(state["adam_step"], device=p.device)
-                optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    _read_into(_everything(model, optimizer), checkpoint)
+    _read_into(_everything(model, optimizer, state["step"]), checkpoint)
     return state
 
 
@@ -688,23 +674,22 @@ def _write_model(folder: Path, model: nn.Module, weights: dict, tokenizer, dtype
         if tensor.is_floating_point():
             weights[name] = tensor.to(dtype)
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        _new_folder(part)
         model.save_pretrained(part, state_dict=weights, max_shard_size=FILE_LIMIT)  # under the names that the hub has
         model.config.dtype = dtype
         _describe(part, model, tokenizer)
         (part / "README.md").write_text(card)
         for path in part.iterdir():
             _flush(path)
-        if folder.exists():  # of an attempt that was killed later; what else lies there is not touched
+        if folder.exists():  # empty, or of an attempt that was killed later; what else lies there is not touched
             shutil.copytree(part, folder, copy_function=os.replace, dirs_exist_ok=True)
             shutil.rmtree(part)
         else:
             os.rename(part, folder)
     except (OSError, SafetensorError) as error:  # most often a disk that is full
         shutil.rmtree(part, ignore_errors=True)
-        why = f"{folder} could not be written ({error})"
-        raise UserError(f"{why}; make room or choose another place, then export a checkpoint or go on with --resume") from error
+        advice = "make room or choose another place, then export a checkpoint or go on with --resume"
+        raise UserError(f"{folder} could not be written ({error}); {advice}") from error
 
 
 @dataclass
@@ -717,12 +702,10 @@ class Export:
 
 
 def export_checkpoint(e: Export) -> None:
-    """The model of a checkpoint as a `transformers` folder."""
     import torch.distributed.checkpoint as dcp
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if e.dtype not in dtypes:
-        raise UserError(f"dtype is {e.dtype!r}; accepted are {', '.join(dtypes)}")
+    data.refuse_unless_known("dtype", e.dtype, dtypes)
     reason = validate(e.checkpoint)
     if reason is not None:
         raise UserError(f"{e.checkpoint} cannot be exported: {reason}")
@@ -732,12 +715,10 @@ def export_checkpoint(e: Export) -> None:
     config = transformers.AutoConfig.from_pretrained(e.checkpoint)
     with torch.device("meta"):  # its shape is enough: the weights come from the checkpoint
         model = transformers.AutoModelForCausalLM.from_config(config)
-    weights = {}
-    for name, about in dcp.HuggingFaceStorageReader(str(e.checkpoint)).read_metadata().state_dict_metadata.items():
-        if name.startswith("weight."):
-            weights[name] = torch.empty(about.size, dtype=about.properties.dtype)
-    _read_into(weights, e.checkpoint)
-    weights = {name.removeprefix("weight."): tensor for name, tensor in weights.items()}
+    metadata = dcp.HuggingFaceStorageReader(str(e.checkpoint)).read_metadata().state_dict_metadata
+    saved = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in metadata.items() if name.startswith("weight.")}
+    _read_into(saved, e.checkpoint)
+    weights = {name.removeprefix("weight."): tensor for name, tensor in saved.items()}
     tokenizer = data.load_tokenizer(str(e.checkpoint))
     state = json.loads((e.checkpoint / "step.json").read_text())
     card = model_card(e.out.name, state.get("run", {}), {"step": state["step"]})
@@ -760,9 +741,9 @@ def model_card(title: str, settings: dict, metrics: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line as a function. What the user can mend ends with a message and exit code 2."""
+    """The command line as a function. A user error ends with a message and exit code 2."""
     commands = {"export": (Export, export_checkpoint)}
-    data.command_line(lambda argv: data.commands(argv, "distributed.py", __doc__, commands), argv, fail)
+    data.command_line(lambda argv: data.commands(argv, "distributed.py", __doc__, commands), argv)
 
 
 if __name__ == "__main__":

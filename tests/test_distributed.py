@@ -601,6 +601,37 @@ def test_damaged_checkpoints_are_skipped(world, uninterrupted, tmp_path, capfd):
     assert "resumed after step 1" in said and same(resumed, uninterrupted["packed", 0])
 
 
+def test_a_half_deleted_checkpoint_goes_with_the_next(world, tmp_path):
+    """What a kill left of an old checkpoint, its marker gone, is deleted when a new one is written."""
+    s = settings(world, out=str(tmp_path / "o"), save_every=1)
+    ranks(0, stopped_after, s, 3)
+    left = tmp_path / "o/checkpoints/step-000001"
+    left.mkdir()
+    (left / "config.json").write_text("{}")
+    s.resume = True
+    ranks(0, trained, s)
+    assert sorted(p.name for p in left.parent.iterdir()) == ["step-000004", "step-000005"]
+
+
+def test_a_weight_without_gradient_is_saved_and_read_again(world, tmp_path):
+    """AdamW makes no moments for it; a checkpoint holds zeros. The rest had gradient 1: moments 1 − β = 0.1, 0.001."""
+    s = settings(world)
+    policy = loaded(s)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
+    first, *others = policy.model.parameters()
+    for p in others:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    tokenizer = data.load_tokenizer(s.model)
+    assert dist.save_checkpoint(tmp_path, policy.model, optimizer, {"step": 1, "run": {}}, 1, tokenizer)
+    again = torch.optim.AdamW(policy.parameters(), lr=0.0)
+    dist.load_checkpoint(tmp_path / "step-000001", policy.model, again, {})
+    for p in (first, *others):
+        assert again.state[p]["step"] == 1
+        assert torch.allclose(again.state[p]["exp_avg"], torch.tensor(0.0 if p is first else 0.1))
+        assert torch.allclose(again.state[p]["exp_avg_sq"], torch.tensor(0.0 if p is first else 0.001))
+
+
 def test_another_run_is_refused_by_name(world, tmp_path):
     s = settings(world, out=str(tmp_path / "o"), save_every=2, max_steps=2)
     ranks(0, trained, s)
