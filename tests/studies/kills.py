@@ -80,11 +80,11 @@ def place_of(out: Path) -> str:
     step = last_step(out)
     if step == 0:
         return "before the first step"
+    if (out / "summary.json").exists():
+        return "after the end"
     for folder in (out / "checkpoints").glob("step-*"):
         if folder.suffix == ".part" or not (folder / "complete").exists():
             return "while a checkpoint is written"
-    if (out / "summary.json").exists():
-        return "after the end"
     return "at the export" if step == STEPS else "between checkpoints"
 
 
