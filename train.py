@@ -76,7 +76,7 @@ class Settings(data.Reading):
     samples: int = setting(4, "held-out prompts whose greedy completions are recorded before, at evaluations and after")
     sample_tokens: int = setting(64, "length limit of those completions")
     cache: str = setting("~/.cache/plainpo", "folder for reference log-probs, found again by a hash of all they depend on")
-    log_to: str | None = setting(None, "also send the metrics there, if installed", choices=("tensorboard", "wandb"))
+    log_to: str | None = setting(None, "send the metrics there too, if it is installed", choices=("tensorboard", "wandb"))
     device: str = setting("auto", "cpu, cuda, or auto")
     mesh: str | None = setting(None, "under torchrun: replicas x shards, such as 2x4; without it one replica over all ranks")
     trust_remote_code: bool = setting(False, "allow a model folder to bring Python code that is then run")
@@ -98,7 +98,7 @@ def parse_settings(argv: list[str], kind: type[Settings] = Settings, prog: str =
     def parse(words: list[str]) -> Settings:
         return data.parse(kind, words, prog, text, hints)
 
-    options = []  # that stand in a file
+    options = []  # those of a file
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         file = Path(argv[0])
         argv = argv[1:]
@@ -708,7 +708,8 @@ def resume(run: Run) -> None:
     """Go to where the newest complete checkpoint stands."""
     checkpoint = dist.newest_checkpoint(Path(run.s.out) / "checkpoints", say)
     if checkpoint is None:
-        return say("no checkpoint; starting from step 0")
+        say("no checkpoint; starting from step 0")
+        return
     run.step = dist.load_checkpoint(checkpoint, run.policy.model, run.optimizer, run.same)["step"]
     say(f"resumed after step {run.step} from {checkpoint}")
 

@@ -511,6 +511,20 @@ def test_the_report_says_what_became_better(capsys):
     assert capsys.readouterr().err.startswith("held-out accuracy")
 
 
+def test_divergence_by_hand():
+    """Each warning just below and just above its bounds; what is not recorded gives none."""
+    initial = {"repetition": 0.3, "eval_drift": 0.0, "eval_logp_w_per_token": -2.0}
+    sound = {"repetition": 0.5, "eval_drift": 1.5, "eval_logp_w_per_token": -4.0}
+    assert train.divergence(initial, sound) == train.divergence(initial, {}) == train.divergence(initial, initial) == {}
+    spoilt = {"repetition": 0.51, "eval_drift": 1.51, "eval_logp_w_per_token": -4.01}
+    assert list(train.divergence(initial, spoilt)) == ["repetition", "drift", "collapse"]
+    assert list(train.divergence({}, spoilt)) == ["repetition", "drift"]
+    assert "51%" in train.divergence(initial, spoilt)["repetition"]
+    # the second bound of each pair: 0.4 of all 3-grams, and 1 nat per token lost
+    assert train.divergence({"repetition": 0.0}, {"repetition": 0.4}) == {}
+    assert train.divergence({"eval_logp_w_per_token": -0.4}, {"eval_logp_w_per_token": -1.4}) == {}
+
+
 def test_only_settings_that_differ_are_printed():
     said = train.settings_table(Settings(lr=1e-5, out="there", max_length=99)).splitlines()
     assert "there/settings.json" in said[0] and [line.split() for line in said[1:]] == [
