@@ -1598,7 +1598,7 @@ def load_loss(name: str) -> Callable[..., Tensor]:
     registered = {key: value for key, value in defined.items() if hasattr(value, "tensors")}
     if function not in registered:
         raise ValueError(
-            f"objective {name}: {file} has no objective {function}{did_you_mean(function, registered)}; to make one of a "
+            f"objective {name}: {function} is not registered in {file}{did_you_mean(function, registered)}; to register a "
             "function, `from losses import average_logp, objective` and write @objective(reward=average_logp) above it"
         )
     loss = registered[function]

@@ -918,7 +918,10 @@ def test_equal_length_by_hand():
 
 def test_equal_length_of_a_share_depends_on_seed_and_ids_only():
     pairs = [Example([i], [[1, 2], [3]]) for i in range(400)]
-    cut = lambda fraction, seed: [data.to_equal_length(e, fraction, seed) != e for e in pairs]  # noqa: E731
+
+    def cut(fraction, seed):
+        return [data.to_equal_length(e, fraction, seed) != e for e in pairs]
+
     assert sum(cut(0.0, 0)) == 0 and sum(cut(1.0, 0)) == 400
     assert 140 < sum(cut(0.5, 0)) < 260  # 200 ± 10 expected
     assert cut(0.5, 0) == cut(0.5, 0) != cut(0.5, 1)
@@ -1127,7 +1130,10 @@ def test_step_plans_differ_between_seeds_and_epochs():
 
 def test_split_held_out():
     rows = np.arange(20)
-    parts = lambda n, seed: [part.rows.tolist() for part in data.split_held_out(Examples(None, rows), n, seed)]  # noqa: E731
+
+    def parts(n, seed):
+        return [part.rows.tolist() for part in data.split_held_out(Examples(None, rows), n, seed)]
+
     train, held_out = parts(5, 0)
     assert len(held_out) == 5 and sorted(train + held_out) == rows.tolist()
     assert train == sorted(train) and held_out == sorted(held_out)
@@ -1360,7 +1366,9 @@ def test_outputs_of_every_kind(chatml, tmp_path):
 
 def test_command_line_hands_on_what_is_no_mistake_of_its_owner(tmp_path, capsys):
     told = []
-    ended = lambda error: data.command_line(functools.partial(fails, error), [], fail=told.append)  # noqa: E731
+
+    def ended(error):
+        return data.command_line(functools.partial(fails, error), [], fail=told.append)
 
     def fails(error, argv):
         raise error
@@ -1444,7 +1452,10 @@ def test_help_shows_texts_and_defaults(capsys):
 
 def test_commands(capsys):
     table = {"do": (Work, lambda w: w.batch_size), "say": (Reading, lambda how: how.format)}
-    run = lambda *argv: data.commands(list(argv), "work.py", "Works.", table)  # noqa: E731
+
+    def run(*argv):
+        return data.commands(list(argv), "work.py", "Works.", table)
+
     assert run("do", "a", "b", "--batch-size", "3") == 3 and run("say") == "auto"
     with pytest.raises(SystemExit) as stop:
         run("--help")

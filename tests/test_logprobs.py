@@ -119,7 +119,10 @@ def model(request):
 
 def examples(seed: int = 0, shapes=((7, 4, 9), (1, 1, 3), (12, 6, 2), (3, 8, 8))) -> list[Example]:
     g = torch.Generator().manual_seed(seed)
-    ids = lambda n: torch.randint(3, V, (n,), generator=g).tolist()  # noqa: E731
+
+    def ids(n):
+        return torch.randint(3, V, (n,), generator=g).tolist()
+
     return [Example(ids(p), [ids(n) for n in responses]) for p, *responses in shapes]
 
 
@@ -324,7 +327,10 @@ def fused(monkeypatch):
 def random_pairs(count: int, longest: int, seed: int = 0) -> list[list[tuple[int, list[int]]]]:
     """`count` times one to four prompts of one to three responses; the first is the single token of a rank without work."""
     g = torch.Generator().manual_seed(seed)
-    draw = lambda high: torch.randint(1, high + 1, (), generator=g).item()  # noqa: E731
+
+    def draw(high):
+        return torch.randint(1, high + 1, (), generator=g).item()
+
     drawn = [[(draw(longest), [draw(longest) for _ in range(draw(3))]) for _ in range(draw(4))] for _ in range(count - 1)]
     return [[(0, [1])], *drawn]
 
@@ -661,7 +667,10 @@ HEADS = {
 
 def a_head(dtype, n=11, d=6, v=19, bias=False, **extra):
     g = torch.Generator().manual_seed(1)
-    rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()  # noqa: E731
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+
     hidden, weight = rand(n, d), rand(v, d)
     return hidden, Head(weight, rand(v) if bias else None, **extra), torch.randint(0, v, (n,), generator=g)
 

@@ -432,7 +432,10 @@ def test_unpaired_objective_takes_each_pair_as_two_rows(arguments, tmp_path):
 def test_equal_length_changes_unequal_pairs_only_and_scores_its_own_reference(arguments, world, tmp_path, objective):
     """The cut pairs train; the step-0 check would stop a run whose reference was scored on other tokens."""
     pairs = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
-    words = lambda text: len(text.split())  # noqa: E731 (the world's tokenizer: a token a word)
+
+    def words(text):
+        return len(text.split())
+
     (tmp_path / "equal.jsonl").write_text(
         "".join(json.dumps(p | {"rejected": " ".join(reversed(p["chosen"].split()))}) + "\n" for p in pairs)
     )

@@ -207,7 +207,10 @@ def theorem_3_1(logp: Tensor, length: Tensor, vocabulary: int, beta: float) -> d
     averages −logσ(βd), for log U is the same per token: γ = 0. `constant`: how far SimPO with their mean as γ is off.
     """
     ref = -length * math.log(vocabulary)
-    columns = lambda *tensors: [x[:, i] for x in tensors for i in (0, 1)]  # noqa: E731
+
+    def columns(*tensors):
+        return [x[:, i] for x in tensors for i in (0, 1)]
+
     dpo = OBJECTIVES["dpo"](*columns(logp, ref), beta=beta)
     gamma = beta * (ref[:, 0] - ref[:, 1])
     simpo = functools.partial(OBJECTIVES["simpo"], *columns(logp, length), beta=beta)
@@ -381,7 +384,10 @@ def order(values: dict[str, float]) -> str:
 def table_1(best: dict, results: dict) -> str:
     """Nine methods; SFT is the start. Rank correlations of LC with the paper's columns, and of these with each other."""
     starts = [run["start"] | {"kl": 0.0} for run in results["DPO"] if "start" in run]
-    paper = lambda name: [f"{x}" for x in PAPER_1[name][:2]]  # noqa: E731
+
+    def paper(name):
+        return [f"{x}" for x in PAPER_1[name][:2]]
+
     lines = [["SFT (the start)", "–", "–", *(cell(starts, m) for m in MEASURED), *paper("SFT")]]
     for name in METHODS:
         lines.append([name, *row_of(name, best, results), *(paper(name) if name in PAPER_1 else ["–", "–"])])

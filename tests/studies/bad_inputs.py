@@ -551,10 +551,19 @@ def half_listed(checkpoint: Path) -> None:
 def checkpoints() -> Iterator[Case]:
     newest, going_on = "stopped/checkpoints/step-000004", dict(changes=("stopped/*",), model="stopped/model")
     weights = f"{newest}/shard-00001-model-00001-of-00001.safetensors"
-    cut = lambda folder: os.truncate(folder / weights, 5000)  # noqa: E731
-    inside = lambda folder: (folder / newest / "mine").mkdir()  # noqa: E731
-    dangling = lambda folder: (folder / newest / "link").symlink_to("nowhere")  # noqa: E731
-    half = lambda folder: os.truncate(folder / newest / "complete", 40)  # noqa: E731
+
+    def cut(folder):
+        return os.truncate(folder / weights, 5000)
+
+    def inside(folder):
+        return (folder / newest / "mine").mkdir()
+
+    def dangling(folder):
+        return (folder / newest / "link").symlink_to("nowhere")
+
+    def half(folder):
+        return os.truncate(folder / newest / "complete", 40)
+
     for what, before, word in (
         ("a bit flipped", lambda folder: flipped(folder / newest), "damaged"), ("a file cut", cut, "cut|damaged"),
         ("a file removed", remove(weights), "missing"), ("step.json removed", remove(f"{newest}/step.json"), "missing"),
@@ -779,7 +788,10 @@ def in_parallel(cases: list[Case], given: Path, jobs: int, fresh: bool, seconds:
 
 def table(results: list[tuple[Case, Result]]) -> str:
     """What is not good, a line each."""
-    cell = lambda text: text.replace("|", "\\|").replace("\n", " ")  # noqa: E731
+
+    def cell(text):
+        return text.replace("|", "\\|").replace("\n", " ")
+
     lines = ["| case | verdict | message |", "| --- | --- | --- |"]
     return "\n".join(lines + [f"| {cell(c.name)} | {r.verdict} | {cell(r.message)} |" for c, r in results])
 

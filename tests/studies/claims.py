@@ -149,7 +149,7 @@ def study(s: Study) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """The command line as a function. What the user can mend ends with a message and exit code 2."""
+    """The command line as a function. A user error ends with a message and exit code 2."""
     return train.main(argv, lambda argv: study(train.parse_settings(argv, Study, "tests/studies/claims.py", __doc__)))
 
 

@@ -433,7 +433,7 @@ def load_steps(dataset: str, tokenizer, how: data.Reading) -> tuple[Examples, Re
     n = len(examples)
     if not n:
         raise UserError(f"{dataset}: no pairs of steps")
-    report = Report(n, n, dropped={}, first=[], cut={}, formats=[f"{dataset}: steps as token ids"], quality={})
+    report = Report(n, n, dropped={}, first=[], cut={}, formats=[f"{dataset}: steps as token ids"])
     return Examples(Dataset.from_list(examples), np.arange(n)), report
 
 

@@ -139,7 +139,7 @@ def compound(row: dict, response: str) -> float:
 
 
 def make_pairs(s: Study, out: Path) -> None:
-    """pairs.jsonl: the start's answers to the training prompts (temperature 1, finished ones only), best against worst."""
+    """pairs.jsonl: the initial model's answers to the training prompts (temperature 1, those that end), best against worst."""
     asked = sorted(prompts(s.seed)[0][: s.prompts], key=len)  # a batch's prompts are padded to the longest
     lines = [json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in asked]
     train.write_whole(out / "prompts.jsonl", "".join(lines))
@@ -208,7 +208,10 @@ def evaluate(model: str, job: dict) -> dict:
     examples = [Example(p, answers[n * i : n * i + n]) for i, p in enumerate(ids)]
     kl = torch.zeros(len(answers)) if model == job["model"] else kl_of(policy, network(job["model"]), examples)
     words = [word.strip('.,;:!?"').lower() for text in texts for word in text.split()]
-    per_prompt = lambda values: torch.as_tensor(values).view(-1, n).mean(1).tolist()  # noqa: E731
+
+    def per_prompt(values):
+        return torch.as_tensor(values).view(-1, n).mean(1).tolist()
+
     return {
         "reward": per_prompt([compound({}, text) for text in texts]), "kl": per_prompt(kl), "words": len(words) / len(texts),
         "unfinished": 1 - sum(ended) / len(ended), "distinct": len(set(words[:COUNTED])) / max(1, len(words[:COUNTED])),
@@ -286,7 +289,11 @@ def table(results: dict[str, list[dict]]) -> str:
 
 def shown(results: dict[str, list[dict]], asked: list[str]) -> str:
     """What the start and three points of the frontier (its first, middle and last) answer to the first held-out prompts."""
-    best, clean = frontier(everything(results))[1:], lambda text: " ".join(text.split()).replace("|", "\\|")  # noqa: E731
+    best = frontier(everything(results))[1:]
+
+    def clean(text: str) -> str:
+        return " ".join(text.split()).replace("|", "\\|")
+
     points = [results["the start"][0], *(best[i] for i in sorted({0, len(best) // 2, len(best) - 1}) if best)]
     lines = [["prompt", "KL", "policy", "answer"], ["---"] * 4]
     for i, prompt in enumerate(asked[:SHOWN]):
@@ -314,7 +321,10 @@ def draw(results: dict[str, list[dict]], file: Path) -> None:
             (x, dx), (y, dy) = (mean_and_error(torch.tensor(run[m], dtype=torch.float64)) for m in ("kl", "reward"))
             how = dict(color=color, mfc=color if run["job"]["objective"] == first else "white", ms=6, lw=0.7, zorder=3)
             axis.errorbar(x, y, dy, dx, fmt=shapes.get(run["job"]["lr"], "o"), **how)
-        at = lambda runs: [(mean(run, "kl"), mean(run, "reward")) for run in runs]  # noqa: E731
+
+        def at(runs):
+            return [(mean(run, "kl"), mean(run, "reward")) for run in runs]
+
         way, points = at(frontier([start, *runs])), at(run for run in runs if "kl" in run)
         axis.plot(*zip(*way), color=color, lw=1.2, alpha=0.6)
         if points:
@@ -335,7 +345,7 @@ def draw(results: dict[str, list[dict]], file: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """The command line as a function. What the user can mend ends with a message and exit code 2."""
+    """The command line as a function. A user error ends with a message and exit code 2."""
     return train.main(argv, lambda argv: study(data.parse(Study, argv, "tests/studies/frontier.py", __doc__)))
 
 

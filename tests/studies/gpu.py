@@ -169,7 +169,10 @@ def going_on() -> list[dict]:
             "resumed after step 3": run("resumed", "--resume"),
             "one rank of a process group": run("rank", launcher=("-m", "torch.distributed.run", "--standalone")),
         }
-        gap = lambda losses: max(abs(losses[step] - loss) for step, loss in unbroken.items())  # noqa: E731
+
+        def gap(losses):
+            return max(abs(losses[step] - loss) for step, loss in unbroken.items())
+
         return [{"run": name, "losses apart from the unbroken run's": f"{gap(x):.1e}"} for name, x in others.items()]
 
 

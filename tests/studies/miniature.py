@@ -478,7 +478,7 @@ def draw_sweep(title: str, values: tuple, labels: list[str], results: dict, file
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """The command line as a function. What the user can mend ends with a message and exit code 2."""
+    """The command line as a function. A user error ends with a message and exit code 2."""
     return train.main(argv, lambda argv: study(parse(argv)))
 
 

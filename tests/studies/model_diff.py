@@ -733,7 +733,7 @@ def study(s: Study) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """The command line as a function. What the user can mend ends with a message and exit code 2."""
+    """The command line as a function. A user error ends with a message and exit code 2."""
     return train.main(argv, lambda argv: study(data.parse(Study, argv, "tests/studies/model_diff.py", __doc__)))
 
 

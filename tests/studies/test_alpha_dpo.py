@@ -19,7 +19,10 @@ from losses import OBJECTIVES
 def made_up_pairs(n: int = 6) -> dict[str, torch.Tensor]:
     """logp, ref, kl, length, (n, 2) each, float64."""
     draw = torch.Generator().manual_seed(0)
-    number = lambda low, high: low + (high - low) * torch.rand(n, 2, generator=draw, dtype=torch.float64)  # noqa: E731
+
+    def number(low, high):
+        return low + (high - low) * torch.rand(n, 2, generator=draw, dtype=torch.float64)
+
     length = torch.randint(2, 9, (n, 2), generator=draw).double()
     return {"logp": number(-20, -2), "ref": number(-20, -2), "kl": number(0, 3), "length": length}
 
@@ -83,7 +86,10 @@ def test_theorem_3_1():
     log10 = math.log(10)
     assert t["own"] < 1e-12 and t["averaged"] < 1e-12 and t["equal"] == 0.5
     assert [t[k] for k in ("mean", "std", "low", "high")] == pytest.approx([-log10 / 2, log10 / 2, -log10, 0.0])
-    softplus = lambda h: math.log1p(math.exp(-h))  # noqa: E731
+
+    def softplus(h):
+        return math.log1p(math.exp(-h))
+
     exact, one = [softplus(1.0), softplus(-2.0 + log10)], [softplus(1 + log10 / 2), softplus(-2 + log10 / 2)]
     assert t["constant"] == pytest.approx(np.abs(np.subtract(exact, one)).mean())
 
@@ -245,7 +251,10 @@ def test_report_where_runs_ended_early(tmp_path, made_up, monkeypatch, broken):
         "α-DPO": lambda job: "alpha_dpo" in job["objective"],
         "all": lambda job: True,
     }
-    one = lambda job, file: {"job": job, "error": "x"} if ends[broken](job) else run_jobs([job], file)[0]  # noqa: E731
+
+    def one(job, file):
+        return {"job": job, "error": "x"} if ends[broken](job) else run_jobs([job], file)[0]
+
     monkeypatch.setattr(miniature, "run_jobs", lambda jobs, file, work=None: [one(job, file) for job in jobs])
     miniature.main(["--paper", "alpha_dpo", "--seeds", "1", "--out", str(tmp_path / "out")])
     assert "### Table 6" in (tmp_path / "out" / "report.md").read_text()
@@ -276,7 +285,10 @@ def test_a_job_asked_for_twice_runs_once(tmp_path, monkeypatch):
     monkeypatch.setattr(miniature, "task_of", str)
     monkeypatch.setattr(miniature, "ProcessPoolExecutor", InThisProcess)
     asked = []
-    work = lambda job: asked.append(job) or {"job": job}  # noqa: E731
+
+    def work(job):
+        return asked.append(job) or {"job": job}
+
     assert miniature.run_jobs([job, job], tmp_path / "runs.jsonl", work) == [{"job": job}] * 2 and asked == [job]
     assert json.loads((tmp_path / "runs.jsonl").read_text()) == {"job": job}
 

@@ -49,7 +49,10 @@ def test_held_out_prompts_are_about_other_things():
     (training, held_out), things = frontier.prompts(0), " ".join(THINGS.split()).split(", ")
     assert len(set(things)) == len(things) and (training, held_out) == frontier.prompts(0) != frontier.prompts(1)
     assert len(set(training)) == len(training) == 400 and len(set(held_out)) == len(held_out) == 100
-    about = lambda part: {t for t in things if any(p == x.format(t) for p in part for x in TEMPLATES)}  # noqa: E731
+
+    def about(part):
+        return {t for t in things if any(p == x.format(t) for p in part for x in TEMPLATES)}
+
     assert not about(training) & about(held_out) and about(training) | about(held_out) == set(things)
 
 
@@ -184,7 +187,10 @@ def test_a_run_that_ends_early_says_why(small, tmp_path):
 
 def results_by_hand() -> dict[str, list[dict]]:
     """Mean KL 0, 2, 1, 4 and rewards 0, 0.2, 0.3, 0.5: the second is beaten by the third, with less KL."""
-    of = lambda kl, reward, **job: {**RUN, "kl": kl, "reward": reward, "job": {"objective": "", "lr": 0.0} | job}  # noqa: E731
+
+    def of(kl, reward, **job):
+        return {**RUN, "kl": kl, "reward": reward, "job": {"objective": "", "lr": 0.0} | job}
+
     return {
         "the start": [of([0.0, 0.0], [-0.1, 0.1])],
         "dpo": [of([1.0, 3.0], [0.1, 0.3], objective="dpo(beta=0.1)", lr=2e-5),

@@ -110,7 +110,10 @@ def test_variations_of_the_pair_weights_by_hand():
     ranked, weighed = (trails.VARIATIONS[name] for name in ("ranked", "weighed"))
     logps, lengths = (tensor([-12.0] * 2), tensor([-24.0] * 2)), (tensor([10] * 2), tensor([12] * 2))
     ref = tensor([-10.0, -20.0]), tensor([-18.0, -18.0])  # averages −1 and −1.5; −2 and −1.5
-    softplus = lambda x: math.log1p(math.exp(x))  # noqa: E731, −logσ(−x)
+
+    def softplus(x):
+        return math.log1p(math.exp(x))
+
     assert ranked(*logps, *ref, *lengths).tolist() == pytest.approx([softplus(-0.6), 0.0])
     assert ranked(*logps, *ref, *lengths, beta=4.5, reference=True).tolist() == pytest.approx([softplus(-4.5 * 0.3), 0.0])
     expected = [2 / (1 + math.exp(0.0)) * softplus(-4.5 * 0.3), 2 / (1 + math.exp(-2.0)) * softplus(-4.5 * 1.3)]

@@ -89,7 +89,7 @@ def sides(logp_w, logp_l, len_w, len_l, *, up: float = 0.0, down: float = 0.0) -
 def ranked(
     logp_w, logp_l, ref_w, ref_l, len_w, len_l, *, beta: float = 2.0, gamma: float = 1.0, reference: bool = False
 ) -> Tensor:
-    """SimPO, or with the reference `dpo_norm`, on the pairs alone that the start's average log-prob ranks right."""
+    """SimPO, or with the reference `dpo_norm`, on the pairs alone that the initial model's average log-prob ranks right."""
     own = losses.simpo(logp_w, logp_l, len_w, len_l, beta=beta, gamma=gamma)
     against = losses.dpo_norm(logp_w, logp_l, ref_w, ref_l, len_w, len_l, beta=beta)
     return (against if reference else own) * (ref_w / len_w > ref_l / len_l)
@@ -99,7 +99,7 @@ def ranked(
 def weighed(logp_w, logp_l, ref_w, ref_l, len_w, len_l, *, beta: float = 4.5, own: float = 2.0, gamma: float = 1.0) -> Tensor:
     """`dpo_norm`, each pair with the weight that SimPO gives it at the start: L = 2σ(γ − own·d̄) · dpo_norm.
 
-    d̄ is the start's average margin; own and γ are SimPO's β and γ. Without the factor all pairs begin alike.
+    d̄ is the initial model's average margin; own and γ are SimPO's β and γ. Without the factor all pairs begin alike.
     """
     weight = 2 * torch.sigmoid(gamma - own * (ref_w / len_w - ref_l / len_l))
     return weight * losses.dpo_norm(logp_w, logp_l, ref_w, ref_l, len_w, len_l, beta=beta)
@@ -179,9 +179,9 @@ def without_end(load, sides: str):
 def measure(model: Path, s: train.Settings) -> dict:
     """{measure: value}, and under "start" the same of the start. KL is exact at each position of the model's answers.
 
-    Of answers (DRAWS to each held-out prompt): quality, win_rate against the start's, words, count/CLASS per answer.
-    On the start's own answers: mass/CLASS, the probability that each class gets at its positions, summed over an answer; moved
-    and moved_first, half the summed change of probability, mean over positions and at the first.
+    Of answers (DRAWS to each held-out prompt): quality, win_rate against the initial model's, words, count/CLASS per answer.
+    On the initial model's own answers: mass/CLASS, the probability that each class gets at its positions, summed over an
+    answer; moved and moved_first, half the summed change of probability, mean over positions and at the first.
     On held-out pairs: chosen/CLASS and rejected/CLASS, change of log-prob in nats per token of the class.
     """
     task = Path(s.model).parent
@@ -247,7 +247,9 @@ def read_answers(file: Path) -> list[tuple[str, list[str]]]:
 
 
 def encode(tokenizer, answers: list[tuple[str, list[str]]]) -> list[Example]:
-    ask = lambda prompt: [{"role": "user", "content": prompt}]  # noqa: E731
+    def ask(prompt):
+        return [{"role": "user", "content": prompt}]
+
     return [data.encode(data.Row(ask(p), [" ".join(text[:-1])]), tokenizer, 256, 128)[0] for p, text in answers]
 
 
@@ -390,7 +392,10 @@ def best_of(runs: list[dict]) -> tuple[Tensor, float, float]:
 
 def start_line(results: dict[str, list[dict]]) -> str:
     starts = {run["job"]["seed"]: run["start"] for runs in results.values() for run in runs if "start" in run}
-    over = lambda name, digits: written(torch.tensor([s[name] for s in starts.values()], dtype=torch.float64), digits)  # noqa: E731
+
+    def over(name, digits):
+        return written(torch.tensor([s[name] for s in starts.values()], dtype=torch.float64), digits)
+
     return (
         f"The start: quality {over('quality', 3)}, {over('words', 1)} words; its average log-prob ranks {over('ranked', 2)} of "
         f"the held-out pairs right; mean e^a {over('likelihood_chosen', 2)} chosen, {over('likelihood_rejected', 2)} rejected."
@@ -429,8 +434,8 @@ def held_out_line(results: dict[str, list[dict]]) -> str:
 
 
 CHANGES = {  # measure → what changed
-    "count": "tokens per answer, minus the start's",
-    "mass": "probability on the start's own answers, tokens per answer, minus the start's",
+    "count": "tokens per answer, minus the initial model's",
+    "mass": "probability on the initial model's own answers, tokens per answer, minus the initial model's",
     "chosen": "log-prob of held-out chosen responses, change in nats per token of the class",
     "rejected": "log-prob of held-out rejected responses, change in nats per token of the class",
 }
@@ -465,7 +470,7 @@ def spread(heights: list[float], gap: float) -> list[float]:
     return [placed[i] for i in range(len(heights))]
 
 
-FURTHEST, DEEPEST = 3.0, 0.1  # nats of KL, and quality below the start's: what lies beyond is not drawn
+FURTHEST, DEEPEST = 3.0, 0.1  # nats of KL, and quality below the initial model's: what lies beyond is not drawn
 
 
 def draw_quality(results: dict[str, list[dict]], file: Path) -> None:
@@ -540,7 +545,7 @@ def draw_classes(results: dict[str, list[dict]], file: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """The command line as a function. What the user can mend ends with a message and exit code 2."""
+    """The command line as a function. A user error ends with a message and exit code 2."""
     return train.main(argv, lambda argv: study(parse(argv)))
 
 

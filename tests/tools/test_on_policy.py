@@ -43,7 +43,7 @@ def lines_of(path):
 
 @pytest.fixture(scope="module")
 def world_model(tmp_path_factory):
-    """A folder with an untrained model of the embedded world, which ends a response about once in 70 tokens."""
+    """A folder with an untrained model of the toy task, which ends a response about once in 70 tokens."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer = toy.word_tokenizer()
     torch.manual_seed(0)
