@@ -462,9 +462,7 @@ def load_rows(s: Settings, tokenizer, objective: Objective) -> tuple[Sequence[Ex
         where = train_rows.without_margin() or held_out.without_margin()
         if where:
             scores = "score_chosen and score_rejected (or all_rm_scores; tests/tools/on_policy.py makes them)"
-            raise UserError(
-                f"{objective.name} needs the margin of the scores, but {where} has none; give {scores} in every row"
-            )
+            raise UserError(f"{objective.name} needs a margin of scores, but {where} has none; give {scores} in every row")
     most = 2 if objective.unpaired else objective.responses  # scored responses of an example: both of a pair, or the chosen one
 
     def scored(e: Example) -> Example:
@@ -545,7 +543,7 @@ def export_dtype(s: Settings, model: torch.nn.Module) -> torch.dtype:
 
 def check_policy(run: Run) -> None:
     """Two checks that cost a small pass each: is the head one that we know, and do the two layouts agree?"""
-    few = [run.train[i] for i in range(min(4, len(run.train)))]
+    few = list(run.train[:4])
     run.policy.use_layout("padded")
     try:
         with run.arithmetic():
@@ -567,23 +565,19 @@ def compare_layouts(run: Run, examples: list[Example], bound: float) -> float:
     run.policy.use_layout("packed")
     lengths = counted_inputs(examples, run.device)["len"]
     worst = ((with_packed - with_padded).abs() / lengths).max().item()
-    say(
-        f"layouts: packed and padded differ by at most {worst:.2g} nats per token on {len(examples)} examples (bound {bound:g})"
-    )
+    say(f"layouts: packed and padded differ by at most {worst:.2g} nats per token (bound {bound:g})")
     if not worst <= bound:
         raise UserError(f"the packed layout disagrees with the padded one by {worst:.3g} nats per token; use --layout padded")
     return worst
 
 
 @torch.no_grad()
-def log_probs(
-    run: Run, examples: Sequence[Example], outputs: tuple[str, ...] = (), progress: str | None = None
-) -> dict[str, Tensor]:
+def log_probs(run: Run, examples: Sequence[Example], outputs: tuple[str, ...] = (), progress: str = "") -> dict[str, Tensor]:
     """Sequence log-probs of all responses, "logp", and what `outputs` names, without gradient: (n, k) each, on every rank."""
     k = len(examples[0].responses)
     rows = []
     passes = []
-    bar = data.progress(None, progress or "", "batches", disable=progress is None or not dist.is_rank_0())
+    bar = data.progress(None, progress, "batches", disable=not progress or not dist.is_rank_0())
     with bar, run.arithmetic():
         for start in range(0, len(examples), 256):  # so many are made into microbatches at a time
             for at, batch in run.microbatches(examples[start : start + 256]):
@@ -894,7 +888,7 @@ class MetricsWriter:
             self.initial = line
         for guard, warning in divergence(self.initial, line).items():
             if guard not in self.warned:
-                say(f"warning: {warning}. Or lower lr (try a third), or stop earlier: --eval-every shows where it began")
+                say(f"warning: {warning}. Lower lr (try a third), or stop earlier: --eval-every shows where it began")
                 self.warned.add(guard)
 
     def _append(self, name: str, record: dict) -> None:
@@ -909,15 +903,16 @@ class MetricsWriter:
 
 def settings_table(s: Settings) -> str:
     """What differs from the defaults, a line each."""
-    changed = {f.name: getattr(s, f.name) for f in fields(s) if getattr(s, f.name) != f.default and f.name != "resume"}
+    changed = {f.name: getattr(s, f.name) for f in fields(s) if f.name != "resume" and getattr(s, f.name) != f.default}
     width = max(map(len, changed))
-    lines = [f"  {name:<{width}}  {value}" for name, value in changed.items()]
-    return "\n".join([f"settings that differ from the defaults (all are in {s.out}/settings.json):", *lines])
+    table = f"settings that differ from the defaults (all are in {s.out}/settings.json):"
+    for name, value in changed.items():
+        table += f"\n  {name:<{width}}  {value}"
+    return table
 
 
 def open_records(run: Run) -> list[dict]:
-    """Write what this run is; keep of an earlier part's records those up to the step that is resumed from, and return its
-    metrics."""
+    """Write what this run is; of earlier records keep those up to the step resumed from, and return the metrics of them."""
     s = run.s
     out = Path(s.out)
     (out / "checkpoints").mkdir(exist_ok=True)
@@ -1009,9 +1004,7 @@ def divergence(initial: dict, now: dict) -> dict[str, str]:
     is_now = now.get("eval_logp_w_per_token", 0.0)
     if is_now < was - 1 and is_now < 2 * was:
         change = f"{was:.2f} → {is_now:.2f} nats per token on held-out rows"
-        warnings["collapse"] = (
-            f"the chosen responses themselves become unlikely: {change}. A term + 0.1*sft in --objective holds them up"
-        )
+        warnings["collapse"] = f"the chosen responses themselves become unlikely: {change}. A term + 0.1*sft holds them up"
     return warnings
 
 
@@ -1052,7 +1045,8 @@ def pyplot():
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        return say('no pictures: matplotlib is missing (pip install "plainpo[plot]")')
+        say('no pictures: matplotlib is missing (pip install "plainpo[plot]")')
+        return None
     return plt
 
 

@@ -683,7 +683,7 @@ def test_a_fresh_folder_has_the_names_of_a_sum(tmp_path, monkeypatch):
 
 BAD = {
     "an own objective without its file": (dict(objective="nowhere.py:mine"), ["nowhere.py cannot be read"]),
-    "an own objective that is not registered": (dict(objective=f"{__file__}:softplus"), ["has no objective softplus"]),
+    "an own objective that is not registered": (dict(objective=f"{__file__}:softplus"), ["softplus is not registered"]),
     "a difference": (dict(objective="dpo - sft"), ["write it as a call", "as a sum"]),
     "a quotient": (dict(objective="dpo/2 + sft"), ["write it as a call"]),
     "a product of objectives": (dict(objective="dpo*sft"), ["write it as a call"]),
