@@ -23,6 +23,7 @@ import os
 import platform
 import re
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,8 @@ from losses import OBJECTIVES, Objective, parse_objective, try_objective
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
+DTYPES = ("auto", "fp32", "bf16")
+
 
 @dataclass
 class Settings(data.Reading):
@@ -56,15 +59,15 @@ class Settings(data.Reading):
     lr: float = setting(1e-6, "peak learning rate")
     batch_size: int = setting(32, "rows of one optimizer step (pairs, or completions when unpaired), all ranks together")
     tokens_per_microbatch: int = setting(2048, "token budget of one forward and backward pass")
-    layout: str = setting("packed", "packed (the prompt computed once, no padding) or padded (the textbook batch)")
+    layout: str = setting("packed", "the prompt once and no padding, or the textbook batch", choices=("packed", "padded"))
     epochs: int = setting(1, "passes over the training rows")
     max_steps: int | None = setting(None, "stop after this many optimizer steps; the schedule ends there")
     warmup_ratio: float = setting(0.1, "share of the steps in which the learning rate rises to lr")
     weight_decay: float = setting(0.0, "AdamW weight decay, on matrices only")
     max_grad_norm: float = setting(1.0, "gradients are scaled to at most this global norm (0: never)")
     wpo: bool = setting(False, "WPO: a row's loss counts for less where its responses are not what the policy would say")
-    dtype: str = setting("auto", "arithmetic: fp32, bf16 (autocast; weights stay fp32) or auto (bf16 where it is in hardware)")
-    export_dtype: str = setting("auto", "weights of out/model: fp32, bf16, or auto (as the model came)")
+    dtype: str = setting("auto", "arithmetic (weights stay fp32); auto: bf16 where it is in hardware", choices=DTYPES)
+    export_dtype: str = setting("auto", "weights of out/model; auto: as the model came", choices=DTYPES)
     gradient_checkpointing: bool = setting(False, "recompute activations in backward: less memory, a third more work")
     compile: bool = setting(False, "torch.compile the decoder's blocks (packed layout; on CPUs with a C++ compiler)")
     eval_every: int = setting(0, "evaluate every so many steps (always before and after)")
@@ -73,7 +76,7 @@ class Settings(data.Reading):
     samples: int = setting(4, "held-out prompts whose greedy completions are recorded before, at evaluations and after")
     sample_tokens: int = setting(64, "length limit of those completions")
     cache: str = setting("~/.cache/plainpo", "folder for reference log-probs, found again by a hash of all they depend on")
-    log_to: str | None = setting(None, "also send the metrics to tensorboard or wandb, if installed")
+    log_to: str | None = setting(None, "send the metrics there too, if it is installed", choices=("tensorboard", "wandb"))
     device: str = setting("auto", "cpu, cuda, or auto")
     mesh: str | None = setting(None, "under torchrun: replicas x shards, such as 2x4; without it one replica over all ranks")
     trust_remote_code: bool = setting(False, "allow a model folder to bring Python code that is then run")
@@ -91,21 +94,24 @@ def parse_settings(argv: list[str], kind: type[Settings] = Settings, prog: str =
     for name, loss in OBJECTIVES.items():
         for key, value in loss.settings.items():
             hints.setdefault(key, f'{key} belongs into the call of the objective: --objective "{name}({key}={value!r})"')
-    file = None
+
+    def parse(words: list[str]) -> Settings:
+        return data.parse(kind, words, prog, text, hints)
+
+    options = []  # those of a file
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         file = Path(argv[0])
         argv = argv[1:]
-    if file is None:
-        s = data.parse(kind, argv, prog, text, hints)
-        if s.model is None and s.dataset is None:
-            file = DEFAULT
-    if file is not None:
-        options = options_of(file, kind)
         try:
-            data.parse(kind, options, prog, text, hints)
+            options = options_of(file, kind)
+            parse(options)
         except UserError as error:
             raise UserError(f"{file}: {error}") from error
-        s = data.parse(kind, [*options, *argv], prog, text, hints)
+    else:
+        s = parse(argv)
+        if s.model is None and s.dataset is None:
+            options = options_of(DEFAULT, kind)
+    s = parse([*options, *argv])
     check_settings(s)
     return s
 
@@ -116,53 +122,42 @@ def options_of(file: Path, kind: type[Settings]) -> list[str]:
         text = file.read_text(encoding="utf-8-sig")
         settings = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read as settings ({error})") from error
+        raise UserError(f"cannot be read as settings ({error})") from error
     if not isinstance(settings, dict) or not settings:
-        raise UserError(f"{file}: holds no settings, which are lines of key: value")
-    lines = re.findall(r"^[\w-]+(?=\s*:)", text, re.MULTILINE)
-    for name in settings:
-        if lines.count(name) > 1:  # of which YAML would take the last
-            raise UserError(f"{file}: {name} is there twice")
+        raise UserError("holds no settings, which are lines of key: value")
+    written = re.findall(r"^[\w-]+(?=\s*:)", text, re.MULTILINE)
     may_be_empty = [f.name for f in fields(kind) if f.default is None]
     options = []
     for name, value in settings.items():
         key = str(name).replace("-", "_")
         values = value if isinstance(value, list) else [value]
-        if any(isinstance(x, (dict, list)) for x in values):
-            raise UserError(f"{file}: {key}: a setting is one value, or a list of some")
-        if None in values and key not in may_be_empty:
-            raise UserError(f"{file}: {key} has no value; give it one, or leave the line out")
-        if value is not None:
-            text = ",".join(map(str, values))
-            if key in ("model", "dataset", "eval_dataset"):
-                sources = [part.strip() for part in text.split(",")]
-                text = ",".join(str(file.parent / part[2:]) if part.startswith("./") else part for part in sources)
-            options.append(f"--{key}={text}")
+        if written.count(name) > 1:  # of which YAML has taken the last
+            raise UserError(f"{name} is there twice")
+        if value is None and key in may_be_empty:
+            continue
+        if any(x is None or isinstance(x, (dict, list)) for x in values):
+            raise UserError(f"{key} needs a value: one, or a list of some")
+        option = ",".join(map(str, values))
+        if key in ("model", "dataset", "eval_dataset"):
+            sources = [part.strip() for part in option.split(",")]
+            option = ",".join(str(file.parent / part[2:]) if part.startswith("./") else part for part in sources)
+        options.append(f"--{key}={option}")
     return options
 
 
-CHOICES = {
-    "layout": ("packed", "padded"),
-    "dtype": ("auto", "fp32", "bf16"),
-    "export_dtype": ("auto", "fp32", "bf16"),
-    "log_to": ("tensorboard", "wandb"),
-}
-RANGES = dict.fromkeys(("warmup_ratio", "max_drop_fraction"), (0, 1))  # setting: least and greatest value
-RANGES |= dict.fromkeys(("batch_size", "tokens_per_microbatch", "epochs", "keep", "max_steps", "sample_tokens"), (1, math.inf))
-RANGES |= dict.fromkeys(("eval_size", "eval_every", "save_every", "samples", "seed"), (0, math.inf))
-RANGES |= dict.fromkeys(("weight_decay", "max_grad_norm"), (0, math.inf))
+LEAST = dict.fromkeys(("batch_size", "tokens_per_microbatch", "epochs", "keep", "max_steps", "sample_tokens"), 1)
+LEAST |= dict.fromkeys(("eval_size", "eval_every", "save_every", "samples", "seed"), 0)
+LEAST |= dict.fromkeys(("warmup_ratio", "weight_decay", "max_grad_norm"), 0)
 
 
 def check_settings(s: Settings) -> None:
     """UserError naming the first setting, or pair of settings, that cannot be meant."""
-    for name, accepted in CHOICES.items():
-        if getattr(s, name) is not None:
-            data.refuse_unless_known(name, getattr(s, name), accepted)
-    for name, (least, greatest) in RANGES.items():
+    for name, least in LEAST.items():
         value = getattr(s, name)
-        if value is not None and not least <= value <= greatest:
-            limits = f"at least {least}" if greatest == math.inf else f"from {least} to {greatest}"
-            raise UserError(f"{name} is {value}; it must be {limits}")
+        if value is not None and value < least:
+            raise UserError(f"{name} is {value}; it must be at least {least}")
+    if s.warmup_ratio > 1:
+        raise UserError(f"warmup_ratio is {s.warmup_ratio}; it is a share of the steps, at most 1")
     if not 0 < s.lr <= 1:
         raise UserError(f"lr is {s.lr}; it is above 0 and at most 1, as AdamW moves every weight by about as much")
     if s.log_to is not None and importlib.util.find_spec(s.log_to) is None:
@@ -324,9 +319,10 @@ def train(s: Settings) -> dict:
     """One run from settings to exported model; returns the summary that is also written to out/summary.json."""
     started = time.perf_counter()
     dist.setup(s.device)
-    summary = dist.on_rank_0(finished, Path(s.out)) if s.resume else None
-    if summary is not None:
-        return summary
+    if s.resume:
+        summary = dist.on_rank_0(finished, Path(s.out))
+        if summary:
+            return summary
     run = prepare(s)
     writer = MetricsWriter(run)
     if run.held_out and run.step == 0:
@@ -338,9 +334,8 @@ def train(s: Settings) -> dict:
             if run.held_out and (last or due(run, s.eval_every)):
                 writer.evaluated(evaluate(run), answers(run))
             stopping = stop.requested()
-            saved = save(run) if stopping or due(run, s.save_every) else None
-            if stopping:
-                stopped(run, saved)
+            if stopping or due(run, s.save_every):
+                save(run, stopping)
     return finish(run, writer, started)
 
 
@@ -348,19 +343,16 @@ def due(run: Run, every: int) -> bool:
     return every > 0 and run.step % every == 0
 
 
-def save(run: Run) -> bool:
-    """Write a checkpoint; whether it is there."""
+def save(run: Run, stopping: bool) -> None:
+    """Write a checkpoint; end the run where SIGTERM or Ctrl-C asked it to stop."""
     state = {"step": run.step, "run": run.same}
     folder = Path(run.s.out) / "checkpoints"
-    return dist.save_checkpoint(folder, run.policy.model, run.optimizer, state, run.s.keep, run.tokenizer)
-
-
-def stopped(run: Run, saved: bool) -> None:
-    """End a run that SIGTERM or Ctrl-C asked to stop."""
-    if not saved:
+    saved = dist.save_checkpoint(folder, run.policy.model, run.optimizer, state, run.s.keep, run.tokenizer)
+    if stopping and not saved:
         raise UserError(f"stopped after step {run.step} without a checkpoint; --resume goes on from an earlier one")
-    say(f"stopped after step {run.step}; go on with --resume --out {run.s.out}")
-    raise SystemExit(0)
+    if stopping:
+        say(f"stopped after step {run.step}; go on with --resume --out {run.s.out}")
+        raise SystemExit(0)
 
 
 def finish(run: Run, writer: "MetricsWriter", started: float) -> dict:
@@ -369,11 +361,14 @@ def finish(run: Run, writer: "MetricsWriter", started: float) -> dict:
     out = Path(s.out)
     model = run.policy.model
     lines = writer.close()
-    initial = {}
+    before = {}
     after = {}
     for line in lines:
         found = {key: value for key, value in line.items() if key.startswith("eval_") or key == "repetition"}
-        (after if line["step"] else initial).update(found)
+        if line["step"] == 0:
+            before |= found
+        else:
+            after |= found
     if dist.not_finite(model) or not all(map(math.isfinite, after.values())):
         raise UserError(f"after the last step weights or held-out losses are not finite: nothing is in {out}/model. Lower lr")
     run.policy.use_layout("padded")
@@ -385,7 +380,7 @@ def finish(run: Run, writer: "MetricsWriter", started: float) -> dict:
         "steps": len(run.plan),
         "rows": len(run.train),
         "held_out": len(run.held_out),
-        "before": initial,
+        "before": before,
         "after": after,
         **speeds(lines),
         "seconds": time.perf_counter() - started,
@@ -411,13 +406,10 @@ def prepare_out(s: Settings) -> Path:
     """The output folder, new or empty, or with `resume` that of an earlier run; nothing of a user's is ever deleted."""
     if s.out is None:
         names = [word for word in re.split(r"\W+", s.objective) if word in OBJECTIVES]
-        stamp = "-".join([time.strftime("%Y%m%d-%H%M%S"), *names])
-        out = Path("runs") / stamp
+        out = Path("runs", "-".join([time.strftime("%Y%m%d-%H%M%S"), *names]))
     else:
         out = Path(s.out)
     try:
-        if out.exists() and not out.is_dir():
-            raise UserError(f"out {out} is a file, not a folder")
         if s.resume and not marker(out):
             raise UserError(f"out {out} holds no run to resume (no {MARKER} of plainpo)")
         if not s.resume and out.exists() and any(path.name != ".lock" for path in out.iterdir()):
@@ -430,24 +422,26 @@ def prepare_out(s: Settings) -> Path:
     return out
 
 
-def marker(out: Path) -> dict:
-    """What the run in a folder is, as `identity` says it; empty where the folder holds no run."""
+def read_json(file: Path) -> dict:
+    """What a file of JSON holds; {} where there is none, or not a whole one."""
     try:
-        return dict(json.loads((out / MARKER).read_text())["plainpo"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
         return {}
 
 
-def finished(out: Path) -> dict | None:
-    """The summary of the run in a folder, if it has come to its end."""
-    try:
-        summary = json.loads((out / "summary.json").read_text())
-        said = f"out {out} holds a finished run of {summary['steps']} steps: nothing to do"
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if not marker(out):
-        return None
-    say(f"{said}. To train on from its model: --model {out}/model and another --out")
+def marker(out: Path) -> dict:
+    """What the run in a folder is, as `identity` says it; empty where the folder holds no run."""
+    return read_json(out / MARKER).get("plainpo", {})
+
+
+def finished(out: Path) -> dict:
+    """The summary of the run in a folder; empty where it has not come to its end."""
+    summary = read_json(out / "summary.json")
+    if not marker(out) or "steps" not in summary:
+        return {}
+    done = f"out {out} holds a finished run of {summary['steps']} steps: nothing to do"
+    say(f"{done}. To train on from its model: --model {out}/model and another --out")
     return summary
 
 
@@ -463,24 +457,18 @@ def load_rows(s: Settings, tokenizer, objective: Objective) -> tuple[Sequence[Ex
         train_rows, held_out = data.split_held_out(train_rows, s.eval_size, s.seed)
     for e in (*train_rows[:1], *held_out[:1]):
         if e.desirable is not None and not objective.unpaired:
-            raise UserError(
-                f"{objective.name} compares pairs, but {e.where} is a single labelled completion; use kto, bco or uapo"
-            )
+            raise UserError(f"{objective.name} compares pairs, but {e.where} is a labelled completion; use kto, bco or uapo")
     if objective.needs("margin"):
         where = train_rows.without_margin() or held_out.without_margin()
         if where:
-            raise UserError(
-                f"{objective.name} needs the margin of the scores, and {where} has none; give score_chosen and score_rejected "
-                "in every row (or all_rm_scores; tests/tools/on_policy.py makes them), or take another objective"
-            )
+            scores = "score_chosen and score_rejected (or all_rm_scores; tests/tools/on_policy.py makes them)"
+            raise UserError(f"{objective.name} needs a margin of scores, but {where} has none; give {scores} in every row")
+    most = 2 if objective.unpaired else objective.responses  # scored responses of an example: both of a pair, or the chosen one
 
-    def fitting(e: Example) -> Example:
-        """A pair keeps both responses for paired and unpaired objectives, its chosen one where only that is scored."""
-        if objective.unpaired or len(e.responses) == objective.responses:
-            return e
-        return e._replace(responses=e.responses[:1])
+    def scored(e: Example) -> Example:
+        return e._replace(responses=e.responses[:most])
 
-    return train_rows.mapped(fitting), held_out.mapped(fitting), reports
+    return train_rows.mapped(scored), held_out.mapped(scored), reports
 
 
 def build_policy(s: Settings, objective: Objective, tokenizer, device: torch.device) -> ResponseLogProbs:
@@ -532,8 +520,7 @@ def refuse_packed(model: torch.nn.Module) -> None:
 
 
 def refuse_compile(s: Settings, model: torch.nn.Module, device: torch.device) -> None:
-    """torch.compile takes packs only, of models whose attention can be exchanged, and needs a C++ compiler on a CPU, which is
-    tried here on a line of code."""
+    """UserError where nothing would be compiled, or where the compiler does not work: it is tried on a line of code."""
     if s.layout != "packed":
         raise UserError(f"compile works on packs; with --layout {s.layout} leave it out")
     if not model._can_set_attn_implementation():
@@ -556,7 +543,7 @@ def export_dtype(s: Settings, model: torch.nn.Module) -> torch.dtype:
 
 def check_policy(run: Run) -> None:
     """Two checks that cost a small pass each: is the head one that we know, and do the two layouts agree?"""
-    few = [run.train[i] for i in range(min(4, len(run.train)))]
+    few = list(run.train[:4])
     run.policy.use_layout("padded")
     try:
         with run.arithmetic():
@@ -569,45 +556,35 @@ def check_policy(run: Run) -> None:
 
 
 def compare_layouts(run: Run, examples: list[Example], bound: float) -> float:
-    """Score the first examples in the packed and in the padded layout; they must agree per token within `bound` nats. Returns
-    by how much they are apart."""
+    """By how many nats per token packed and padded log-probs of the examples differ at most; UserError above `bound`."""
     if run.s.layout != "packed":
         return 0.0
     with_packed = log_probs(run, examples)["logp"]
     run.policy.use_layout("padded")
     with_padded = log_probs(replace(run, s=replace(run.s, layout="padded")), examples)["logp"]
     run.policy.use_layout("packed")
-    lengths = torch.tensor([[len(r) for r in e.responses] for e in examples], device=with_packed.device)
+    lengths = counted_inputs(examples, run.device)["len"]
     worst = ((with_packed - with_padded).abs() / lengths).max().item()
-    apart = f"packed and padded differ by at most {worst:.2g} nats per token on {len(examples)} examples"
-    say(f"layouts: {apart} (bound {bound:g})")
+    say(f"layouts: packed and padded differ by at most {worst:.2g} nats per token (bound {bound:g})")
     if not worst <= bound:
         raise UserError(f"the packed layout disagrees with the padded one by {worst:.3g} nats per token; use --layout padded")
     return worst
 
 
 @torch.no_grad()
-def log_probs(
-    run: Run, examples: Sequence[Example], outputs: tuple[str, ...] = (), progress: str | None = None
-) -> dict[str, Tensor]:
+def log_probs(run: Run, examples: Sequence[Example], outputs: tuple[str, ...] = (), progress: str = "") -> dict[str, Tensor]:
     """Sequence log-probs of all responses, "logp", and what `outputs` names, without gradient: (n, k) each, on every rank."""
     k = len(examples[0].responses)
     rows = []
     passes = []
-    show = progress is not None and dist.is_rank_0()
-    batches = data.progress(_microbatches_of_all(run, examples), progress or "", "batches", disable=not show)
-    with run.arithmetic():
-        for at, batch in batches:
-            rows += at
-            passes.append({name: x.view(len(at), k) for name, x in run.policy(batch, outputs).items()})
+    bar = data.progress(None, progress, "batches", disable=not progress or not dist.is_rank_0())
+    with bar, run.arithmetic():
+        for start in range(0, len(examples), 256):  # so many are made into microbatches at a time
+            for at, batch in run.microbatches(examples[start : start + 256]):
+                rows += [start + i for i in at]
+                passes.append({name: x.view(len(at), k) for name, x in run.policy(batch, outputs).items()})
+                bar.update()
     return gathered(rows, passes, len(examples))
-
-
-def _microbatches_of_all(run: Run, examples: Sequence[Example]) -> Iterator[tuple[list[int], data.Batch]]:
-    """Microbatches of a whole dataset, made some hundred examples at a time, longest first within each."""
-    for start in range(0, len(examples), 256):
-        for at, batch in run.microbatches(examples[start : start + 256]):
-            yield [start + i for i in at], batch
 
 
 def gathered(rows: list[int], passes: list[dict[str, Tensor]], total: int) -> dict[str, Tensor]:
@@ -616,18 +593,13 @@ def gathered(rows: list[int], passes: list[dict[str, Tensor]], total: int) -> di
     return {name: dist.gather_rows(index, torch.cat([one[name] for one in passes]), total) for name in passes[0]}
 
 
-MOST_STEPS = 10**7
-
-
 def plan_steps(s: Settings, rows: int) -> list[list[int]]:
     """The training rows of each optimizer step, from the first step to the last."""
     steps = s.epochs * math.ceil(rows / s.batch_size)
     if s.max_steps is not None:
         steps = min(steps, s.max_steps)
-    if steps > MOST_STEPS:
-        raise UserError(
-            f"epochs {s.epochs} over {rows} rows are {steps} steps, and {MOST_STEPS} are planned at most; set max_steps"
-        )
+    if steps > 10**7:
+        raise UserError(f"epochs {s.epochs} over {rows} rows are {steps} steps, above 10 million; set max_steps")
     plan = []
     epoch = 0
     while len(plan) < steps:
@@ -653,23 +625,24 @@ def identity(run: Run) -> dict:
 
 def score_initial_model(run: Run) -> None:
     """What the initial model says of every row and answers to the sample prompts: the reference, and where the run set out."""
-    reference = {}
-    ref_kl = None
-    if run.objective.needs("ref"):
+    needs_ref = run.objective.needs("ref")
+    needs_ref_kl = run.objective.needs("ref_kl")
+    if needs_ref:
         run.ref = reference_logps(run, run.train, "rows")
-        reference = reference_logps(run, run.held_out, "held-out rows")
-    if run.objective.needs("ref_kl"):
+    if needs_ref_kl:
         groups = [kl_completions([run.train[i] for i in rows]) for rows in run.plan]
         everything = [e for group in groups for e in group]
         flat = reference_logps(run, everything, "KL completions")["ref"].flatten()
         run.ref_kl = list(flat.split([len(group) for group in groups]))
-        if run.held_out:
-            ref_kl = reference_logps(run, kl_completions(run.held_out), "held-out KL completions")["ref"].flatten()
     if run.held_out:
-        run.held_out_inputs = counted_inputs(run.held_out, run.device) | reference
-        if ref_kl is not None:
-            run.held_out_inputs["ref_kl"] = ref_kl
-        run.held_out_initial = reference["ref"] if reference else log_probs(run, run.held_out)["logp"]
+        inputs = counted_inputs(run.held_out, run.device)
+        if needs_ref:
+            inputs |= reference_logps(run, run.held_out, "held-out rows")
+        if needs_ref_kl:
+            ref_kl = reference_logps(run, kl_completions(run.held_out), "held-out KL completions")["ref"]
+            inputs["ref_kl"] = ref_kl.flatten()
+        run.held_out_inputs = inputs
+        run.held_out_initial = inputs["ref"] if needs_ref else log_probs(run, run.held_out)["logp"]
     run.initial_answers = answers(run)
 
 
@@ -682,9 +655,7 @@ def kl_completions(examples: Sequence[Example]) -> list[Example]:
         following = completions[i + 1 :] + completions[:i]
         other = next((response for its_prompt, response in following if its_prompt != prompt), None)
         if other is None:
-            raise UserError(
-                "kto needs at least two different prompts in every optimizer batch; raise batch_size or mix the data"
-            )
+            raise UserError("kto needs two different prompts in every optimizer batch; raise batch_size or mix the data")
         found.append(Example(prompt, [other], where=examples[0].where))
     return found
 
@@ -696,8 +667,6 @@ def reference_logps(run: Run, examples: Sequence[Example], what: str) -> dict[st
     Cached as safetensors under a hash of everything that they depend on: weights, token ids (so tokenizer, template, data
     and truncation), arithmetic and layout. A file that is not complete and finite is not used.
     """
-    if not examples:
-        return {}
     s = run.s
     names = {"logp": "ref"}
     if run.objective.needs("ref_prefix") and len(examples[0].responses) > 1:
@@ -733,7 +702,8 @@ def resume(run: Run) -> None:
     """Go to where the newest complete checkpoint stands."""
     checkpoint = dist.newest_checkpoint(Path(run.s.out) / "checkpoints", say)
     if checkpoint is None:
-        return say("no checkpoint; starting from step 0")
+        say("no checkpoint; starting from step 0")
+        return
     run.step = dist.load_checkpoint(checkpoint, run.policy.model, run.optimizer, run.same)["step"]
     say(f"resumed after step {run.step} from {checkpoint}")
 
@@ -868,9 +838,6 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-FEW = 50  # held-out rows: the standard error of an accuracy is then above 0.05
-
-
 class MetricsWriter:
     """Appends to metrics.jsonl and samples.jsonl, says what happens, and sends the metrics where log_to says."""
 
@@ -880,33 +847,28 @@ class MetricsWriter:
         say(settings_table(run.s))
         for name, report in run.reports.items():
             say(f"{name}: {report}")
-        if 0 < len(run.held_out) < FEW:
-            few = f"{len(run.held_out)} held-out rows are too few to compare runs by"
-            say(f"{few}; take some hundreds (eval_size, eval_dataset)")
-        dist.on_rank_0(open_records, run)
-        self.metrics = self._open("metrics.jsonl")
-        self.samples = self._open("samples.jsonl")
+        held_out = len(run.held_out)
+        if 0 < held_out < 50:  # the standard error of an accuracy is then about 0.07
+            say(f"{held_out} held-out rows are too few to compare runs by; take some hundreds (eval_size, eval_dataset)")
+        lines = dist.on_rank_0(open_records, run)
+        self.initial = next((line for line in lines if line["step"] == 0), {})
         self.send = open_log(run.s, self.out)
         self.prompts = [run.tokenizer.decode(e.prompt) for e in run.held_out[: run.s.samples]]
-        lines = dist.on_rank_0(read_lines, self.out / "metrics.jsonl", is_metrics)
-        self.initial = next((line for line in lines if line["step"] == 0), {})
         self.warned = set()
-        counts = f"{len(run.train)} rows, {len(run.held_out)} held out, {len(run.plan)} steps"
+        counts = f"{len(run.train)} rows, {held_out} held out, {len(run.plan)} steps"
         say(f"{run.objective}: {counts} of {run.s.batch_size}, {'bf16' if run.bf16 else 'fp32'}, {run.device}")
-
-    def _open(self, name: str):
-        return open(self.out / name if dist.is_rank_0() else os.devnull, "a", buffering=1, encoding="utf-8")
 
     def progress(self, plan: list[list[int]]) -> Iterator[list[int]]:
         """The rows of each step that is left, on a progress bar."""
-        show = dict(initial=self.run.step, total=len(self.run.plan), disable=not dist.is_rank_0())
-        self.bar = data.progress(plan, "train", "steps", **show)
+        steps = len(self.run.plan)
+        self.bar = data.progress(plan, "train", "steps", steps, self.run.step, disable=not dist.is_rank_0())
         yield from self.bar
 
     def stepped(self, line: dict) -> None:
         """Record a step, with its speed."""
         line["tokens_per_second"] = line["tokens"] / line["seconds"]
-        self._record(line)
+        self._append("metrics.jsonl", line)
+        self.send(line)
         headline = {"loss": "loss", "reward_margin": "margin", "reward_accuracy": "accuracy", "tokens_per_second": "tok/s"}
         self.bar.set_postfix({title: f"{line[name]:.4g}" for name, title in headline.items() if name in line}, refresh=False)
 
@@ -915,52 +877,55 @@ class MetricsWriter:
         step = self.run.step
         if texts:
             line = line | {"repetition": repetition(texts)}
-        self._record({"step": step, **line})
+        record = {"step": step, **line}
+        self._append("metrics.jsonl", record)
+        self.send(record)
         for prompt, text in zip(self.prompts, texts):
-            sample = {"step": step, "prompt": prompt, "answer": text}
-            self.samples.write(json.dumps(sample, ensure_ascii=False) + "\n")
-        say(f"{f'step {step}' if step else 'before'}: {', '.join(f'{name} {value:.4f}' for name, value in line.items())}")
+            self._append("samples.jsonl", {"step": step, "prompt": prompt, "answer": text})
+        when = f"step {step}" if step else "before"
+        say(f"{when}: {', '.join(f'{name} {value:.4f}' for name, value in line.items())}")
         if step == 0:
             self.initial = line
-            return
         for guard, warning in divergence(self.initial, line).items():
             if guard not in self.warned:
-                say(f"warning: {warning}")
+                say(f"warning: {warning}. Lower lr (try a third), or stop earlier: --eval-every shows where it began")
                 self.warned.add(guard)
 
-    def _record(self, line: dict) -> None:
-        self.metrics.write(json.dumps(line) + "\n")
-        self.send(line)
+    def _append(self, name: str, record: dict) -> None:
+        if dist.is_rank_0():
+            with open(self.out / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def close(self) -> list[dict]:
         """All lines of metrics.jsonl, when the last step is done."""
-        self.metrics.close()
-        self.samples.close()
         return dist.on_rank_0(read_lines, self.out / "metrics.jsonl", is_metrics)
 
 
 def settings_table(s: Settings) -> str:
     """What differs from the defaults, a line each."""
-    changed = {f.name: getattr(s, f.name) for f in fields(s) if getattr(s, f.name) != f.default and f.name != "resume"}
+    changed = {f.name: getattr(s, f.name) for f in fields(s) if f.name != "resume" and getattr(s, f.name) != f.default}
     width = max(map(len, changed))
-    lines = [f"  {name:<{width}}  {value}" for name, value in changed.items()]
-    return "\n".join([f"settings that differ from the defaults (all are in {s.out}/settings.json):", *lines])
+    table = f"settings that differ from the defaults (all are in {s.out}/settings.json):"
+    for name, value in changed.items():
+        table += f"\n  {name:<{width}}  {value}"
+    return table
 
 
-def open_records(run: Run) -> None:
-    """Note what this run is; of an earlier part of it keep the records up to the step that is resumed from."""
+def open_records(run: Run) -> list[dict]:
+    """Write what this run is; of earlier records keep those up to the step resumed from, and return the metrics of them."""
     s = run.s
     out = Path(s.out)
-    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    if s.resume:
-        for name, is_record in (("metrics.jsonl", is_metrics), ("samples.jsonl", is_sample)):
-            lines = read_lines(out / name, is_record)
-            kept = [line for line in lines if run.step and line["step"] <= run.step]
-            write_whole(out / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+    (out / "checkpoints").mkdir(exist_ok=True)
+    kept = {}
+    for name, is_record in (("metrics.jsonl", is_metrics), ("samples.jsonl", is_sample)):
+        lines = read_lines(out / name, is_record)
+        kept[name] = [line for line in lines if run.step and line["step"] <= run.step]
+        write_whole(out / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept[name]))
     settings = {name: value for name, value in asdict(s).items() if name != "resume"}
     reports = {name: report._asdict() for name, report in run.reports.items()}
     write_whole(out / "settings.json", json.dumps(settings, indent=2) + "\n")
     write_whole(out / MARKER, json.dumps({"plainpo": run.same, "rows": reports}, indent=2) + "\n")
+    return kept["metrics.jsonl"]
 
 
 def read_lines(file: Path, is_record: Callable[[dict], bool]) -> list[dict]:
@@ -1020,35 +985,26 @@ def repetition(texts: list[str]) -> float:
     return 1 - different / total if total else 0.0
 
 
-# Bounds of the divergence guards: ours, between what good and what spoilt runs of small models showed.
-REPETITION, REPETITION_RISE = 0.4, 0.2  # shares of 3-grams: at all, and above the initial model's
-DRIFT = 1.5  # nats per token
-COLLAPSE, COLLAPSE_RATIO = 1.0, 2.0  # nats per token lost, and times as low as initially
-
-
 def divergence(initial: dict, now: dict) -> dict[str, str]:
-    """{guard: warning with advice} of an evaluation, as recorded, against the one at step 0; what is not recorded is passed."""
+    """{guard: warning with advice} of an evaluation against the one at step 0; what is not recorded gives no warning.
+
+    The bounds are ours, between what good and what spoilt runs of small models showed.
+    """
     warnings = {}
-    slower = "Lower lr (try a third), or stop earlier: --eval-every shows where it began"
     was = initial.get("repetition", 0.0)
     is_now = now.get("repetition", 0.0)
-    if is_now > REPETITION and is_now > was + REPETITION_RISE:
-        warnings["repetition"] = (
-            f"the sample completions repeat themselves: {is_now:.0%} of their word 3-grams occurred before in the same answer, "
-            f"{was:.0%} initially. Read samples.jsonl. {slower}"
-        )
-    if now.get("eval_drift", 0.0) > DRIFT:
-        warnings["drift"] = (
-            f"the model is far from where it began: held-out responses have lost {now['eval_drift']:.2f} nats per token. "
-            f"{slower}; objectives with a reference hold on to it with a larger beta"
-        )
-    was = initial.get("eval_logp_w_per_token")
-    is_now = now.get("eval_logp_w_per_token")
-    if was is not None and is_now is not None and is_now < was - COLLAPSE and is_now < COLLAPSE_RATIO * was:
-        warnings["collapse"] = (
-            f"the chosen responses themselves become unlikely: {was:.2f} → {is_now:.2f} nats per token on held-out rows. "
-            f"{slower}; a term + 0.1*sft in --objective holds them up"
-        )
+    if is_now > 0.4 and is_now > was + 0.2:
+        repeated = f"{is_now:.0%} of their word 3-grams occurred before in the same answer, {was:.0%} initially"
+        warnings["repetition"] = f"the sample completions repeat themselves: {repeated}. Read samples.jsonl"
+    lost = now.get("eval_drift", 0.0)
+    if lost > 1.5:
+        far = f"far from where it began: held-out responses have lost {lost:.2f} nats per token"
+        warnings["drift"] = f"the model is {far}. Objectives with a reference hold on to it with a larger beta"
+    was = initial.get("eval_logp_w_per_token", -math.inf)
+    is_now = now.get("eval_logp_w_per_token", 0.0)
+    if is_now < was - 1 and is_now < 2 * was:
+        change = f"{was:.2f} → {is_now:.2f} nats per token on held-out rows"
+        warnings["collapse"] = f"the chosen responses themselves become unlikely: {change}. A term + 0.1*sft holds them up"
     return warnings
 
 
@@ -1089,7 +1045,8 @@ def pyplot():
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        return say('no pictures: matplotlib is missing (pip install "plainpo[plot]")')
+        say('no pictures: matplotlib is missing (pip install "plainpo[plot]")')
+        return None
     return plt
 
 
@@ -1126,22 +1083,23 @@ def report_end(summary: dict, samples: list[dict]) -> None:
     first = {sample["prompt"]: sample["answer"] for sample in reversed(samples)}
     last = {sample["prompt"]: sample["answer"] for sample in samples}
     if last:
-        was, is_now = (sum(len(text.split()) for text in texts.values()) / len(texts) for texts in (first, last))
+        was = statistics.mean(len(text.split()) for text in first.values())
+        is_now = statistics.mean(len(text.split()) for text in last.values())
         say(f"words per sample answer: {was:.1f} → {is_now:.1f}")
     for prompt in list(last)[:3]:
-        for name, text in (("prompt", prompt[-160:]), ("before", first[prompt]), ("after", last[prompt])):
-            say(f"  {name:<7} {text[:160]!r}")
-    before = summary["before"]
-    after = summary["after"]
-    for key, name in (("reward_accuracy", "accuracy"), ("reward_margin", "margin"), ("loss", "loss")):
-        if f"eval_{key}" in before and f"eval_{key}" in after:
-            was = before[f"eval_{key}"]
-            is_now = after[f"eval_{key}"]
-            error = ""
-            if name == "accuracy":
-                share = min(max(is_now, 0.0), 1.0)
-                error = f" (± {math.sqrt(share * (1 - share) / summary['held_out']):.3f} standard error)"
-            say(f"held-out {name}: {was:.4f} → {is_now:.4f}{error}")
+        say(f"  prompt  {prompt[-160:]!r}")
+        say(f"  before  {first[prompt][:160]!r}")
+        say(f"  after   {last[prompt][:160]!r}")
+    for key in ("reward_accuracy", "reward_margin", "loss"):
+        was = summary["before"].get(f"eval_{key}")
+        is_now = summary["after"].get(f"eval_{key}")
+        if was is None or is_now is None:
+            continue
+        error = ""
+        if key == "reward_accuracy":
+            deviation = math.sqrt(max(0.0, is_now * (1 - is_now)))  # of one row; a mean may be rounded to above 1
+            error = f" (± {deviation / math.sqrt(summary['held_out']):.3f} standard error)"
+        say(f"held-out {key.removeprefix('reward_')}: {was:.4f} → {is_now:.4f}{error}")
     speed = f"{summary['pairs_per_second']:.2f} rows/s while training"
     say(f"{speed}, {summary['seconds']:.0f} s in all, peak memory {summary['peak_memory_gib']:.2f} GiB")
     say(f"everything is in {summary['out']}; the model is in {summary['out']}/model")

@@ -514,6 +514,20 @@ def test_the_report_says_what_became_better(capsys):
     assert capsys.readouterr().err.startswith("held-out accuracy")
 
 
+def test_divergence_by_hand():
+    """Each warning just below and just above its bounds; what is not recorded gives none."""
+    initial = {"repetition": 0.3, "eval_drift": 0.0, "eval_logp_w_per_token": -2.0}
+    sound = {"repetition": 0.5, "eval_drift": 1.5, "eval_logp_w_per_token": -4.0}
+    assert train.divergence(initial, sound) == train.divergence(initial, {}) == train.divergence(initial, initial) == {}
+    spoilt = {"repetition": 0.51, "eval_drift": 1.51, "eval_logp_w_per_token": -4.01}
+    assert list(train.divergence(initial, spoilt)) == ["repetition", "drift", "collapse"]
+    assert list(train.divergence({}, spoilt)) == ["repetition", "drift"]
+    assert "51%" in train.divergence(initial, spoilt)["repetition"]
+    # the second bound of each pair: 0.4 of all 3-grams, and 1 nat per token lost
+    assert train.divergence({"repetition": 0.0}, {"repetition": 0.4}) == {}
+    assert train.divergence({"eval_logp_w_per_token": -0.4}, {"eval_logp_w_per_token": -1.4}) == {}
+
+
 def test_only_settings_that_differ_are_printed():
     said = train.settings_table(Settings(lr=1e-5, out="there", max_length=99)).splitlines()
     assert "there/settings.json" in said[0] and [line.split() for line in said[1:]] == [
@@ -700,7 +714,7 @@ BAD = {
     "no sample tokens": (dict(sample_tokens=0), ["sample_tokens is 0"]),
     "endless epochs": (dict(epochs=10**9, max_steps=None), ["epochs 1000000000 over 32 rows", "set max_steps"]),
     "an out of 300 characters": (dict(out="x" * 300), ["out xxx", "cannot be written"]),
-    "an out that is a file": (dict(out=__file__), ["is a file, not a folder"]),
+    "an out that is a file": (dict(out=__file__), ["cannot be written (Not a directory)"]),
     "compiled padding": (dict(compile=True, layout="padded"), ["compile works on packs", "--layout padded"]),
     "a mesh without torchrun": (dict(mesh="2x2"), ["mesh", "torchrun"]),
     "missing file": (dict(dataset="nowhere.jsonl"), ["nowhere.jsonl", "no such file"]),
@@ -717,7 +731,7 @@ BAD = {
     "unknown setting": (dict(learning_speed=1), ["learning-speed"]),
     "max_length too small": (dict(max_length=1), ["max_length 1"]),
     "no room at this max_length": (dict(max_length=8, max_prompt_length=8), ["max_length 8", "max_prompt_length 8"]),
-    "layout": (dict(layout="dense"), ["layout is 'dense'", "packed, padded"]),
+    "layout": (dict(layout="dense"), ["--layout: invalid choice: 'dense'", "packed", "padded"]),
     "held out all": (dict(eval_size=40), ["eval_size 40"]),
     "resume without a run": (dict(resume=True), ["no run to resume"]),
     "unpaired data for a paired objective": (dict(dataset="ROWS"), ["compares pairs", "kto"]),
@@ -747,11 +761,11 @@ FILES = {  # content of a settings file → what is said of it
     b"learning_rate: 1": "unknown setting --learning_rate=1",
     b"resume: 3": "--resume: Truthy value expected: got 3",
     b"lr: yes": "--lr: invalid float value",
-    b"batch_size:": "batch_size has no value",
+    b"batch_size:": "batch_size needs a value",
     b"lr: 1e-6\nbatch_size: 2\nlr: 1e-5": "lr is there twice",
-    b"lr: {peak: 1}": "lr: a setting is one value",
+    b"lr: {peak: 1}": "lr needs a value: one, or a list of some",
     b"out: !!python/object/apply:os.getcwd []": "cannot be read",
-    b"a: &a [x, x]\nb: &b [*a, *a]\ndataset: [*b, *b]": "b: a setting is one value",
+    b"a: &a [x, x]\nb: &b [*a, *a]\ndataset: [*b, *b]": "b needs a value: one",
     "objective: ä".encode("latin-1"): "cannot be read as settings ('utf-8' codec",
     "lr: 1e-6".encode("utf-16"): "cannot be read as settings ('utf-8' codec",
     bytes(range(1, 32)): "cannot be read",

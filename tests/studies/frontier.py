@@ -97,7 +97,7 @@ def check(s: Study) -> None:
     """UserError for what cannot be meant, before anything is loaded."""
     for name in s.arms or ():
         data.refuse_unless_known("arms", name, ARMS)
-    data.refuse_unless_known("dtype", s.dtype, train.CHOICES["dtype"])
+    data.refuse_unless_known("dtype", s.dtype, train.DTYPES)
     if not all(0 < lr < 1 for lr in s.rates or ()):
         raise UserError(f"rates are {s.rates}; each is above 0 and below 1")
     most = {"prompts": len(prompts(0)[0]), "held_out": len(prompts(0)[1]), "seed": 2**31}

@@ -150,7 +150,7 @@ def test_refuses_what_cannot_be_meant(made_up, small, tmp_path, capsys):
         (["--held-out", "0"], "held_out is 0"), (["--draws", "0"], "draws is 0"), (["--steps", "0"], "steps is 0"),
         (["--rates", "1e-5", "0"], "rates are [1e-05, 0.0]"),
         (["--model", str(tmp_path / "none")], "none: no such file or folder"), (["--lr", "1"], "unknown setting --lr"),
-        (["--out", str(tmp_path / "file")], "not a folder"), (["--out", str(small)], "already holds"),
+        (["--out", str(tmp_path / "file")], "Not a directory"), (["--out", str(small)], "already holds"),
         (["--resume"], "holds no run to resume"), (["--dtype", "fp16"], "dtype is 'fp16'"), (["--seed", "-1"], "seed is -1"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
