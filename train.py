@@ -90,7 +90,7 @@ def parse_settings(argv: list[str], kind: type[Settings] = Settings, prog: str =
 
     kind: a study may have settings of its own besides; prog, text: its name and what its help says.
     """
-    hints = {}
+    hints = {"learning_rate": "did you mean lr?"}
     for name, loss in OBJECTIVES.items():
         for key, value in loss.settings.items():
             hints.setdefault(key, f'{key} belongs into the call of the objective: --objective "{name}({key}={value!r})"')
