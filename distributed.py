@@ -500,7 +500,7 @@ def validate(checkpoint: Path) -> str | None:
     except FileNotFoundError:
         return "it was not finished"
     except OSError as error:
-        return f"it cannot be read ({error})"
+        return f"its files or its marker cannot be read ({error})"
     except (ValueError, TypeError, AttributeError, RecursionError):
         return "its marker is damaged"
     for name, sums in expected.items():
@@ -742,6 +742,7 @@ def model_card(title: str, settings: dict, metrics: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line as a function. A user error ends with a message and exit code 2."""
+    transformers.utils.logging.disable_progress_bar()
     commands = {"export": (Export, export_checkpoint)}
     data.command_line(lambda argv: data.commands(argv, "distributed.py", __doc__, commands), argv)
 
