@@ -21,9 +21,8 @@ caller reduces (the trainer divides the sum by the rows of the whole optimizer b
     ε  label_smoothing, the probability that a label is wrong          β beta, γ gamma, …  settings, named as they sound
 
 A gradient g on a sum s is a gradient g on the log-prob of every token in it; averaging enters as the formulas' 1/n.
-All Bradley–Terry losses share ∂L/∂h = −σ(−h), so only ∂h/∂s changes from one to the next. What this table says of an
-argument is not said again. The examples share one worked pair: s_w = −12 over 10 tokens, s_l = −24 over 12, reference −14
-and −22; so a_w = −1.2, a_l = −2, d = 0.8, u_w = 2, u_l = −2, Δ = 4.
+All Bradley–Terry losses share ∂L/∂h = −σ(−h), so only ∂h/∂s changes from one to the next. The examples share one worked pair:
+s_w = −12 over 10 tokens, s_l = −24 over 12, reference −14 and −22; so a_w = −1.2, a_l = −2, d = 0.8, u_w = 2, u_l = −2, Δ = 4.
 """
 
 import argparse
@@ -118,6 +117,10 @@ def sft(logp_w: Tensor, len_w: Tensor) -> Tensor:
 
         L = −a_w = −s_w/n_w
 
+    Args:
+      logp_w: (B,) summed log-prob of the chosen response, nats.
+      len_w: (B,) its number of tokens.
+
     Returns: (B,) nats per token.
     Gradient: ∂L/∂s_w = −1/n_w.
 
@@ -147,6 +150,8 @@ def dpo(
         L = −(1−ε) logσ(βΔ) − ε logσ(−βΔ)          Δ = (s_w − s̄_w) − (s_l − s̄_l)
 
     Args:
+      logp_w, logp_l: (B,) summed log-probs of chosen and rejected under the policy, nats.
+      ref_w, ref_l: (B,) the same under the reference.
       beta: β, the price of leaving the reference.
       label_smoothing: ε, the probability that a label is wrong (conservative DPO).
 
@@ -176,7 +181,10 @@ def dpo_norm(
         L = −(1−ε) logσ(βΔ̃) − ε logσ(−βΔ̃)          Δ̃ = (s_w − s̄_w)/n_w − (s_l − s̄_l)/n_l
 
     Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      len_w, len_l: (B,) response tokens.
       beta: β; some fifty times DPO's, because Δ̃ is a difference of averages.
+      label_smoothing: ε.
 
     Gradient: ∂L/∂s_w = (β/n_w)[σ(βΔ̃) − (1−ε)], ∂L/∂s_l = −(β/n_l)[σ(βΔ̃) − (1−ε)].
 
@@ -198,6 +206,8 @@ def robust_dpo(
         L = [−(1−ε) logσ(βΔ) + ε logσ(−βΔ)] / (1 − 2ε)
 
     Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
       label_smoothing: ε < ½, the flip probability. `dpo` with ε smooths the labels; this inverts the noise.
 
     Returns: (B,); unbounded below, since a flipped label counts negatively.
@@ -222,6 +232,7 @@ def ipo(
         L = (Δ̃ − 1/(2τ))²          average=False: Δ in place of Δ̃
 
     Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
       len_w, len_l: (B,) response tokens, used when averaging.
       tau: τ; not comparable between the two readings, Δ is a sum over tokens and Δ̃ a mean.
       average: per-token averages instead of sums.
@@ -253,6 +264,9 @@ def rdpo(
         L = −logσ(βΔ + α(n_w − n_l))
 
     Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      len_w, len_l: (B,) response tokens.
+      beta: β.
       alpha: α, the price of a token.
 
     Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l; the length term only says how much margin is still missing.
@@ -278,6 +292,8 @@ def dpop(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: 
         L = −logσ(β[Δ − λ max(0, −u_w)])
 
     Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
       lam: λ, nats of margin per nat lost; 0 is dpo.
 
     Returns: (B,); log 2 where policy = reference.
@@ -303,6 +319,8 @@ def dpo_shift(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, b
         L = −logσ(β(u_w − λu_l))
 
     Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
       lam: λ, the paper's f(λ); 1 is dpo. Smaller holds the chosen response up and costs margin.
 
     Gradient: ∂L/∂s_w = −βσ(−h), ∂L/∂s_l = λβσ(−h).
@@ -325,6 +343,8 @@ def focal(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta:
         L = −p^γ log p          p = σ(βΔ)
 
     Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
       gamma: γ, how fast doubtful pairs fade; 0 is dpo. (Vision's focal loss has (1 − p)^γ, which does the opposite.)
 
     Returns: (B,); 2^−γ log 2 where policy = reference.
@@ -352,7 +372,11 @@ def ld_dpo(
         L = −logσ(β(v_w − v_l))          v = u^k + α(u − u^k),  u^k = s^k − s̄^k
 
     Args:
-      alpha: α, weight of the tokens from k + 1 on, none in the shorter response; 1 is dpo, 0 ends both at k.
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      prefix_logp_w, prefix_logp_l, ref_prefix_logp_w, ref_prefix_logp_l: (B,) the same over the first k = min(n_w, n_l)
+        tokens; of the shorter response these are all, so that there v = u.
+      beta: β.
+      alpha: α, weight of the tokens from k + 1 on; 1 is dpo, 0 ends both responses at k.
 
     Returns: (B,); log 2 where policy = reference.
     Gradient: with g = −βσ(−β(v_w − v_l)): ∂L/∂s_w = αg and ∂L/∂s^k_w = (1 − α)g, of the rejected response −g. So a token of the
@@ -381,7 +405,10 @@ def odpo(
         L = −logσ(βΔ − α log m)
 
     Args:
-      margin: (B,) m; a tie, or scores that say the opposite, have the offset −∞: such a pair costs and trains nothing.
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      margin: (B,) score of the chosen less score of the rejected response. A tie, or scores that say the opposite, have the
+        offset −∞: such a pair costs nothing and trains nothing.
+      beta: β.
       alpha: α, weight of the offset; 0 is dpo.
 
     Returns: (B,); log(1 + m^α) where policy = reference.
@@ -415,7 +442,9 @@ def rpo_bwd(
         L = KL(σ(t) ‖ σ(βΔ))          t = ηm, constant
 
     Args:
-      margin: (B,) m, of either sign.
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      margin: (B,) score of the chosen less score of the rejected response; of either sign.
+      beta: β.
       eta: η, turns a unit of score into a unit of βΔ.
 
     Returns: (B,), 0 where βΔ = t.
@@ -440,6 +469,7 @@ def rpo_fwd(
 
         L = KL(σ(βΔ) ‖ σ(t))          t = ηm, constant
 
+    Args: as `rpo_bwd`.
     Returns: (B,), 0 where βΔ = t.
     Gradient: ∂L/∂s_w = βσ(βΔ)σ(−βΔ)(βΔ − t) = −∂L/∂s_l, which fades where the policy is sure, right or wrong. With t =
     log((1 − ε)/ε) for all pairs it is `exo`.
@@ -460,6 +490,7 @@ def rso_hinge(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, b
         L = max(0, 1 − βΔ)
 
     Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
       beta: β; the hinge rests from Δ = 1/β on.
 
     Gradient: ∂L/∂s_w = −β·1[βΔ < 1] = −∂L/∂s_l.
@@ -481,6 +512,8 @@ def exo(
         L = q[logσ(z) − log(1−ε)] + (1−q)[logσ(−z) − log ε]          q = σ(z), z = βΔ
 
     Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
       label_smoothing: ε > 0, without which the target has no finite KL.
 
     Returns: (B,) nats; 0 at z = logit(1−ε).
@@ -504,6 +537,10 @@ def nca(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: f
 
         L = −logσ(v_w) − ½ logσ(−v_w) − ½ logσ(−v_l)          v = βu
 
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
+
     Returns: (B,); 2 log 2 where policy = reference.
     Gradient: ∂L/∂s_w = β(1.5σ(v_w) − 1), ∂L/∂s_l = ½βσ(v_l); the chosen reward stops at v_w = log 2.
 
@@ -521,6 +558,10 @@ def bco_pair(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, be
     """A classifier whose logit is the reward, on pairs: chosen above the reference, rejected below, each by itself.
 
         L = −logσ(βu_w) − logσ(−βu_l)
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
 
     Returns: (B,); 2 log 2 where policy = reference.
     Gradient: ∂L/∂s_w = −βσ(−βu_w), ∂L/∂s_l = βσ(βu_l).
@@ -543,6 +584,7 @@ def sppo(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: 
         L = (u_w − 1/(2β))² + (u_l + 1/(2β))²
 
     Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
       beta: β (1/η in the paper); the targets are ±1/(2β).
 
     Returns: (B,) nats²; 1/(2β²) where policy = reference.
@@ -564,6 +606,10 @@ def apo_zero(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, be
 
         L = 1 − σ(βu_w) + σ(βu_l)
 
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
+
     Returns: (B,) in (0, 2); 1 where policy = reference.
     Gradient: ∂L/∂s_w = −βσ(βu_w)σ(−βu_w), ∂L/∂s_l = βσ(βu_l)σ(−βu_l).
 
@@ -580,6 +626,10 @@ def apo_down(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, be
     """Pushes both responses down, the rejected one more. For chosen answers below the model's level.
 
         L = σ(βu_w) + 1 − σ(βΔ)
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
 
     Returns: (B,) in (0, 2); 1 where policy = reference.
     Gradient: ∂L/∂s_w = βσ(βu_w)σ(−βu_w) − βσ(βΔ)σ(−βΔ), ∂L/∂s_l = βσ(βΔ)σ(−βΔ). At step 0 the first is exactly 0.
@@ -600,6 +650,8 @@ def discopop(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, be
         L = (1 − m)(−logσ(h)) + m e^{−h}          m = σ(h/τ), h = βΔ
 
     Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
       tau: τ, the width of the blend in units of h.
 
     Gradient: ∂L/∂s_w = β[(m'/τ)(e^{−h} + logσ(h)) − (1−m)σ(−h) − m e^{−h}] = −∂L/∂s_l, with m' = m(1−m). At h = 0 it is
@@ -645,6 +697,9 @@ def f_dpo(
         js          g = logσ(u)           alpha       g = e^{(c−1)u}/(c−1)
 
     Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
+      divergence: "reverse_kl", "forward_kl", "js" or "alpha".
       coef: c ≠ 1, for "alpha": c → 1 is reverse_kl, c = 0 is forward_kl. It is trl's
         f_alpha_divergence_coef, where 1 stands for reverse_kl; the paper's α is 1 − c.
 
@@ -668,6 +723,11 @@ def tdpo1(
 
         L = −logσ(β[Δ − (D_l − D_w)])
 
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      kl_w, kl_l: (B,) summed forward KL(π_ref ‖ π_θ) along each response, nats, with gradient.
+      beta: β.
+
     Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l, ∂L/∂D_l = βσ(−h) = −∂L/∂D_w; ∂D/∂logits = π_θ − π_ref at each position.
 
     >>> tdpo1(*map(tensor, ([-12.0], [-24.0], [-14.0], [-22.0], [0.5], [1.5])))  # D_l − D_w = 1, h = 0.3
@@ -687,6 +747,12 @@ def tdpo2(
     """TDPO with the KL term scaled and held constant on the chosen side, so that it reins in the rejected one only.
 
         L = −logσ(β[Δ − α(D_l − sg[D_w])])
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      kl_w, kl_l: (B,) summed forward KL(π_ref ‖ π_θ) along each response, nats.
+      beta: β.
+      alpha: α, the weight of the KL term.
 
     Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l, ∂L/∂D_l = αβσ(−h), ∂L/∂D_w = 0.
 
@@ -711,6 +777,8 @@ def beta_dpo(
         β_b = max(1e-3, β[1 + a(mean of Δ over the drawn rows − m)]),  L = −(B/k) logσ(sg[β_b] Δ) if drawn, else 0
 
     Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β, the base.
       a: how strongly β follows the margin.
       keep: ρ, the share of rows drawn.
       mean, std: m, v: a running estimate in units of Δ; None means of this batch. v = 0 draws uniformly.
@@ -750,6 +818,10 @@ def aot(
         L_i = −(1−ε) logσ(βδ_i) − ε logσ(−βδ_i)
         δ_i = (s_w − s_l)_i − the reference margin s̄_w − s̄_l of the same rank in the batch
 
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta, label_smoothing: β, ε.
+
     Returns: (B,), in the order of the pairs; sorting only decides which reference margin a pair is compared with.
     Gradient: ∂L/∂s_w = β[σ(βδ) − (1−ε)] = −∂L/∂s_l.
 
@@ -771,7 +843,12 @@ def aot_unpaired(
         L_i = −(1−ε) logσ(βδ_i) − ε logσ(−βδ_i)
         δ_i = (u_w)_i − the u_l of the same rank in the batch
 
-    Returns: (B,), in the order of the chosen responses. The w and l of a row need not belong to one prompt.
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats; w and l rows need not belong
+        to one prompt.
+      beta, label_smoothing: β, ε.
+
+    Returns: (B,), in the order of the chosen responses.
     Gradient: ∂L/∂s_w = β[σ(βδ) − (1−ε)], and the opposite on the s_l it was matched with.
 
     >>> aot_unpaired(*map(tensor, ([-12.0, -20.0], [-24.0, -20.0], [-14.0, -20.0], [-22.0, -20.0])))  # 2 − 0, 0 − (−2)
@@ -793,7 +870,10 @@ def cpo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, *, beta: float = 0.1, lam
         L = −logσ(β(s_w − s_l)) − λ s_w/n_w
 
     Args:
-      lam: λ, weight of the likelihood term, which is an average, while the preference term is a sum.
+      logp_w, logp_l: (B,) summed log-probs, nats.
+      len_w: (B,) tokens of the chosen response; the likelihood term is an average, the preference term a sum.
+      beta: β.
+      lam: λ, weight of the likelihood term.
 
     Gradient: ∂L/∂s_w = −βσ(−β(s_w − s_l)) − λ/n_w, ∂L/∂s_l = βσ(−β(s_w − s_l)).
     Search: β ∈ {0.01, 0.05, 0.1}, λ = 1.
@@ -815,9 +895,11 @@ def slic(logp_w: Tensor, logp_l: Tensor, *, delta: float = 1.0, lam: float = 0.1
         L = max(0, δ − s_w + s_l) − λ s_w
 
     Args:
+      logp_w, logp_l: (B,) summed log-probs, nats.
       delta: δ, the margin in nats at which the hinge rests.
       lam: λ, weight of the likelihood term (a sum, so long responses weigh more).
 
+    Returns: (B,) nats.
     Gradient: with k = 1[δ − s_w + s_l > 0], ∂L/∂s_w = −k − λ, ∂L/∂s_l = k.
 
     >>> slic(tensor([-12.0]), tensor([-24.0]))  # the hinge rests; 0.1·12
@@ -834,6 +916,12 @@ def rrhf(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, lam: f
 
         L = max(0, a_l − a_w) − λ s_w
 
+    Args:
+      logp_w, logp_l: (B,) summed log-probs, nats.
+      len_w, len_l: (B,) response tokens.
+      lam: λ, weight of the likelihood term (a sum).
+
+    Returns: (B,) nats.
     Gradient: with k = 1[a_l > a_w], ∂L/∂s_w = −k/n_w − λ, ∂L/∂s_l = k/n_l.
 
     >>> rrhf(tensor([-12.0]), tensor([-24.0]), tensor([10]), tensor([12]))  # ranked right: 0 + 12
@@ -851,6 +939,8 @@ def orpo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, lam: f
         L = −a_w − λ logσ(o)          o = log odds(e^{a_w}) − log odds(e^{a_l}),  log odds(eᵃ) = a − log(1 − eᵃ)
 
     Args:
+      logp_w, logp_l: (B,) summed log-probs, nats.
+      len_w, len_l: (B,) response tokens.
       lam: λ, weight of the odds-ratio term (trl calls it beta).
 
     Gradient: ∂L/∂s_w = −1/n_w − (λ/n_w)σ(−o)/(1 − e^{a_w}), ∂L/∂s_l = (λ/n_l)σ(−o)/(1 − e^{a_l}); for a > −1e-6 the
@@ -880,7 +970,11 @@ def simpo(
         L = −(1−ε) logσ(h) − ε logσ(−h)          h = βd − γ
 
     Args:
+      logp_w, logp_l: (B,) summed log-probs, nats.
+      len_w, len_l: (B,) response tokens.
+      beta: β.
       gamma: γ, the target margin inside the sigmoid.
+      label_smoothing: ε.
       average: False drops the length normalisation: sums in place of averages.
 
     Gradient: ∂L/∂s_w = (β/n_w)[σ(h) − (1−ε)], ∂L/∂s_l = −(β/n_l)[σ(h) − (1−ε)]; without 1/n on sums.
@@ -904,6 +998,8 @@ def repo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, gamma:
         L = max(0, γ − d)
 
     Args:
+      logp_w, logp_l: (B,) summed log-probs, nats.
+      len_w, len_l: (B,) response tokens.
       gamma: γ, the margin to reach, nats per token (SimPO's γ/β).
 
     Returns: (B,) nats per token.
@@ -922,6 +1018,10 @@ def simper(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor) -> Tens
     """Maximises the inverse perplexity of the chosen response and minimises that of the rejected one. Nothing to tune.
 
         L = −e^{a_w} + e^{a_l}
+
+    Args:
+      logp_w, logp_l: (B,) summed log-probs, nats.
+      len_w, len_l: (B,) response tokens.
 
     Returns: (B,) in (−1, 1).
     Gradient: ∂L/∂s_w = −e^{a_w}/n_w, ∂L/∂s_l = e^{a_l}/n_l. An untrained model has a ≈ −log V and hardly any gradient:
@@ -953,6 +1053,10 @@ def alphapo(
         L = −logσ(r_w − r_l − γ)          r = β(1 − e^{−αa})/α,  α = 0: r = βa
 
     Args:
+      logp_w, logp_l: (B,) summed log-probs, nats.
+      len_w, len_l: (B,) response tokens.
+      beta: β.
+      gamma: γ, the target margin inside the sigmoid.
       alpha: α, the bend; 0 is SimPO.
 
     Gradient: ∂L/∂s_w = −(β/n_w)e^{−αa_w}σ(−h), ∂L/∂s_l = (β/n_l)e^{−αa_l}σ(−h). The exponent −αa is capped at 40,
@@ -983,6 +1087,8 @@ def alpha_dpo(
         L = −logσ(u − sg[γ + αM*])          u = βd,  M = β·Δ̃,  M* = (M − μ)/σ_M
 
     Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      len_w, len_l: (B,) response tokens.
       beta, gamma, alpha: β, γ, α in the paper's units.
       margin: where M comes from, the implicit reference model of Table 2: "ratio" U(π_θ/π_ref)^α; "policy" Uπ_θ^α,
         M = βd; "reference" Uπ_ref^α, M = β(ā_w − ā_l); "inverse_reference" U(1/π_ref)^α, minus that.
@@ -1026,6 +1132,9 @@ def alpha_dpo_kl(
         L = −logσ(βd − sg[γ + αδ*])          δ = β(D_l − D_w),  δ* = (δ − μ)/σ_δ
 
     Args:
+      logp_w, logp_l: (B,) summed log-probs, nats.
+      len_w, len_l: (B,) response tokens.
+      kl_w, kl_l: (B,) summed forward KL(π_ref ‖ π_θ) along each response, nats; no gradient flows into them.
       beta, gamma, alpha: β, γ, α in the paper's units.
       mean, std: μ, σ_δ in units of δ; None means of this batch.
 
@@ -1057,7 +1166,11 @@ def online_simpo(
         corrected: log w = (s^old_w − s̄_w) − (s^old_l − s̄_l)          else: log w = (s^old_w − s̄_w) + (s^old_l − s̄_l)
 
     Args:
+      logp_w, logp_l: (B,) summed log-probs under the policy, nats.
       ref_w, ref_l: (B,) under the policy that sampled the pairs.
+      old_w, old_l: (B,) under the earlier policy.
+      len_w, len_l: (B,) response tokens.
+      beta, gamma: β, γ of SimPO.
       corrected: eq. 16, which divides by the rejected ratio; False is plain importance sampling, eq. 15.
       clip: |log w| ≤ clip, in nats. A sum over hundreds of tokens makes w 0 or infinity; math.inf for none.
       self_normalize: divide w by its mean over the batch.
@@ -1113,6 +1226,8 @@ def gamma_dpo(
         L = −logσ(r − sg[γ_i − γ₀])          r = βΔ, γ_i from `gamma_margins`
 
     Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      beta: β.
       gamma: γ₀, the mean of the γ_i.
       tau: τ; large keeps all γ_i near γ₀, and τ → ∞ is dpo.
 
@@ -1136,7 +1251,11 @@ def gamma_simpo(
         L = −logσ(r − sg[γ_i])          r = βd, γ_i from `gamma_margins`
 
     Args:
-      gamma, tau: as in `gamma_dpo`; τ → ∞ is simpo.
+      logp_w, logp_l: (B,) summed log-probs, nats.
+      len_w, len_l: (B,) response tokens.
+      beta: β.
+      gamma: γ₀, the mean of the γ_i.
+      tau: τ; large keeps all γ_i near γ₀, and τ → ∞ is simpo.
 
     Gradient: ∂L/∂s_w = −(β/n_w)σ(−h), ∂L/∂s_l = (β/n_l)σ(−h).
     Published: β 2.5–10, γ₀ 0.375–5, τ 3–20.
@@ -1157,6 +1276,9 @@ def amapo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, beta:
         L = −logσ(βd − sg[m])          code: m = β exp(((μ − d)/s)·μ) where d < μ, else 0
 
     Args:
+      logp_w, logp_l: (B,) summed log-probs, nats.
+      len_w, len_l: (B,) response tokens.
+      beta: β.
       paper: the formula of the text, in units of r = βd: m = exp(e), e = ((μ_r − r)/s_r)·μ_r = β((μ − d)/s)μ, where
         e > 0, else 0.
 
@@ -1196,7 +1318,10 @@ def kto(
         L = λ_d(1 − σ(v)) if desirable, λ_u(1 − σ(−v)) if not
 
     Args:
-      logp_kl, ref_kl: (N,) of prompts paired with *another* prompt's completion; they only estimate z.
+      logp, ref: (N,) summed log-probs of the completions under policy and reference, nats.
+      desirable: (N,) bool.
+      logp_kl, ref_kl: (N,) the same for prompts paired with *another* prompt's completion; they only estimate z.
+      beta: β.
       lambda_d, lambda_u: weights of desirable and undesirable rows; balance them when the labels are not balanced.
 
     Returns: (N,) in (0, λ).
@@ -1223,8 +1348,12 @@ def bco(logp: Tensor, ref: Tensor, desirable: Tensor, *, beta: float = 0.1, delt
         L = −logσ(r − δ) if desirable, −logσ(δ − r) if not          r = β(s − s̄)
 
     Args:
+      logp, ref: (N,) summed log-probs under policy and reference, nats.
+      desirable: (N,) bool.
+      beta: β.
       delta: δ in units of r, e.g. a running mean; None means the mean of r over this batch.
 
+    Returns: (N,).
     Gradient: ∂L/∂s = −βσ(−(r − δ)) if desirable, +βσ(r − δ) if not; none through δ.
 
     >>> bco(tensor([-12.0, -24.0]), tensor([-14.0, -22.0]), tensor([True, False]))  # r = 0.2, −0.2, δ = 0
@@ -1242,6 +1371,11 @@ def apo_zero_unpaired(logp: Tensor, ref: Tensor, desirable: Tensor, *, beta: flo
     """`apo_zero` on single completions: desirable ones up, undesirable ones down, both anchored at the reference.
 
         L = 1 − σ(βu) if desirable, σ(βu) if not          u = s − s̄
+
+    Args:
+      logp, ref: (N,) summed log-probs under policy and reference, nats.
+      desirable: (N,) bool.
+      beta: β.
 
     Returns: (N,) in (0, 1); ½ where policy = reference.
     Gradient: ∂L/∂s = −βσ(βu)σ(−βu) if desirable, the opposite if not.
@@ -1272,9 +1406,12 @@ def uapo(
 
     Args:
       logp, ref: (N,) summed log-probs under policy and reference, nats. Reference-free: pass s/n as logp and 0 as ref.
+      desirable: (N,) bool.
+      beta: β.
       anchor: b in units of r; None means the mean of r over this batch, held constant.
       temperature: T, the uncertainty: larger trusts the labels less.
 
+    Returns: (N,).
     Gradient: ∂L/∂s = −(β/T)σ(−(r − b)) if desirable, +(β/T)σ(r − b) if not; none through b.
 
     Public text fixes only this much: an anchor, each response compared with it, unpaired data allowed. The mean as
@@ -1656,8 +1793,7 @@ def listing() -> str:
 
 
 def source_of(names: list[str]) -> str:
-    """A program of their own for objectives: what the symbols mean, the imports and functions that they use, and they,
-    without the decorator."""
+    """A program of their own for objectives: the imports and functions that they use, and they, without the decorator."""
     text = Path(__file__).read_text(encoding="utf-8")
     defined = {}  # name → the statement of this file that gives it its meaning
     for statement in ast.parse(text).body:
@@ -1673,7 +1809,7 @@ def source_of(names: list[str]) -> str:
         if statement is not None and statement not in used:
             used.add(statement)
             names += [node.id for node in ast.walk(statement) if isinstance(node, ast.Name)]
-    source = f'"""{__doc__}"""\n\n'
+    source = ""
     for statement in sorted(used, key=lambda statement: statement.lineno):
         if isinstance(statement, ast.FunctionDef):
             source += "\n\n"
