@@ -7,8 +7,8 @@ import pytest
 
 HERE = Path(__file__).resolve().parents[1]
 # The five files are above what was meant for them: losses 1,700, logprobs 520, data 1,000, train 900, distributed 600. What
-# stands in the way are docstrings that give every argument's shape and unit, the fused kernel's block lists, eight formats whose
-# every error is named, records and settings files, checkpoints with checksums. So these numbers are what is reached; they go
+# stands in the way are docstrings that give every argument's shape and unit, the fused kernel's block lists, eight formats that
+# name every error, records and settings files, checkpoints with checksums. So these numbers are what is reached; they go
 # down, not up.
 LINES = {
     "losses.py": 1835, "logprobs.py": 610, "data.py": 1350, "train.py": 1130, "distributed.py": 751, "README.md": 620,
