@@ -922,6 +922,9 @@ def open_records(run: Run) -> list[dict]:
         kept[name] = [line for line in lines if run.step and line["step"] <= run.step]
         write_whole(out / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept[name]))
     settings = {name: value for name, value in asdict(s).items() if name != "resume"}
+    for name in ("model", "dataset", "eval_dataset"):  # a leading ./ would mean the record's own folder
+        if settings[name] is not None:
+            settings[name] = re.sub(r"(^|,\s*)\./", r"\1", settings[name])
     reports = {name: report._asdict() for name, report in run.reports.items()}
     write_whole(out / "settings.json", json.dumps(settings, indent=2) + "\n")
     write_whole(out / MARKER, json.dumps({"plainpo": run.same, "rows": reports}, indent=2) + "\n")

@@ -301,6 +301,15 @@ def test_measures_by_hand():
 # ---- runs --------------------------------------------------------------------------------------------------------------
 
 
+def test_the_record_of_a_run_is_a_settings_file_for_the_next(world, arguments, tmp_path, monkeypatch):
+    """Also where model and data were named from the folder that the run was started in."""
+    monkeypatch.chdir(world)
+    first = train.main(arguments(model="./model", dataset="./pairs.jsonl[:30], ./pairs.jsonl[30:]", out=tmp_path / "a"))
+    record = str(tmp_path / "a" / "settings.json")
+    again = train.main([record, "--out", str(tmp_path / "b")])
+    assert again["after"] == first["after"] and steps(tmp_path / "a")[0]["loss"] == steps(tmp_path / "b")[0]["loss"]
+
+
 def test_loss_falls_and_everything_is_recorded(arguments, tmp_path, monkeypatch):
     monkeypatch.undo()  # the curves, too
     summary = train.main(arguments(max_steps=None, epochs=6, lr=3e-3, eval_every=4))
