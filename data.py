@@ -216,7 +216,7 @@ def _files(name: str) -> list[Path] | None:
         if not found:
             raise UserError(f"{name[:200]}: no data file there; looked for {', '.join(SUFFIXES)}")
         return _one_split(path, found, split)
-    if name.startswith((".", "/", "~")) or name.endswith(SUFFIXES):
+    if name.startswith((".", "/", "~")) or path.endswith(SUFFIXES):
         raise UserError(f"{name[:200]}: no such file or folder")
     return None
 
