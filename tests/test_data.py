@@ -29,7 +29,7 @@ import pytest
 import torch
 import toy
 from pyarrow import parquet
-from templates import FAMILIES, byte_level, family, metaspace
+from templates import FAMILIES, TERMINATOR, byte_level, family, metaspace
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -866,10 +866,6 @@ RENDERED = [
     ("none", TURNS, "Good day",
      "<|endoftext|>User: Ask me\n\nAssistant: Yes<|endoftext|>\n\nUser: Why\n\nAssistant:", " Good day<|endoftext|>"),
 ]  # fmt: skip
-TERMINATOR = {
-    "llama2": "</s>", "llama3": "<|eot_id|>", "mistral": "</s>", "gemma2": "<end_of_turn>", "qwen2.5": "<|im_end|>",
-    "smollm2": "<|im_end|>", "zephyr": "</s>", "none": "<|endoftext|>",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
