@@ -34,7 +34,7 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 import data
-from data import Example, Examples, Reading, Row, UserError, encode
+from data import Example, Examples, Reading, UserError, encode
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -49,6 +49,11 @@ def assistant(text):
 
 def system(text):
     return {"role": "system", "content": text}
+
+
+def Row(prompt, responses, *labels, **more):
+    """A Row whose responses are given as texts."""
+    return data.Row(prompt, [assistant(text) if isinstance(text, str) else text for text in responses], *labels, **more)
 
 
 @pytest.fixture(scope="module")
