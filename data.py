@@ -382,17 +382,17 @@ def _without_nulls(value, depth: int = 0):
 def _refuse_media(found: Iterable[str], what: str) -> None:
     for name in found:
         if name.rstrip("s").removesuffix("_url") in ("image", "video", "audio"):
-            raise UserError(f"{what} has {name}, which is not seen here: only texts are")
+            raise UserError(f"{what} has {name}, and only texts are seen here")
 
 
 def _joined_parts(parts: list, what: str) -> str:
     """A content that is a list of parts as one text."""
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    for part, text in zip(parts, texts):
+    texts = []
+    for part in parts:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        _refuse_media([str(kind)], what)
-        if kind != "text" or not isinstance(text, str):
-            raise UserError(f"{what} has a part of type {str(kind)[:40]} that is no text")
+        texts.append(part.get("text") if isinstance(part, dict) else part)
+        if kind != "text" or not isinstance(texts[-1], str):
+            raise UserError(f"{what} has a part of type {str(kind)[:40]}, and only texts are seen here")
     return "".join(texts)
 
 
@@ -662,7 +662,7 @@ MARK = "\ue000"  # private-use characters stand for texts, to see what a templat
 NEXT = "\ue001"  # for the turn behind it,
 THOUGHT = "\ue002"  # for reasoning,
 FIRST = 0xE003  # and from here on for the turns of a prompt
-LABELS = {"role", "name", "id", "tool_call_id"}  # keys of a message whose text need not be shown
+LABELS = {"role", "name", "id", "tool_call_id"}  # keys of a message that need not be shown
 NO_ENDING = "without an ending (the chat template writes none)"
 
 
@@ -918,12 +918,12 @@ def _refuse_spelled(tokenizer, ids: list[int], own: list[int]) -> None:
 def _refuse_lost(tokenizer, response: dict, asked: str, text: str) -> None:
     """UserError unless all that a response says stands in the rendering, and not only in what is asked."""
     for _, key, said in _lost([response], text, asked):
-        if key not in ("content", *REASONING):
+        if key != "content":
             raise UserError(f"the chat template does not show all of the response's {key}")
         shown = text[len(os.path.commonprefix([asked, text])) :]
         how = "drops" if _special(tokenizer)[1].sub("", shown).strip() in said else "changes"
         hint = "; give what is before </think> as reasoning_content, or use a template that keeps it"
-        raise UserError(f"the chat template {how} the response's {key}{hint if '</think>' in said else ''}")
+        raise UserError(f"the chat template {how} the response's text{hint if '</think>' in said else ''}")
 
 
 def _loses_reasoning(prompt: list[dict], asked: str) -> bool:
@@ -946,7 +946,8 @@ def _lost(messages: list[dict], text: str, beside: str = "") -> list[tuple[int, 
     """(index of a message, key, what it says) that stands less often in a text than it is said; without those in `beside`."""
     said = []
     for i, message in enumerate(messages):
-        said += [(i, key, x) for key in message.keys() - LABELS for x in _strings(message[key])]
+        for key in message.keys() - LABELS:
+            said += [(i, key, x) for x in _strings(message[key]) if not isinstance(message[key], int)]
     often = Counter((key, x) for _, key, x in said)
 
     def stands(i: int, key: str, x: str) -> bool:
@@ -960,7 +961,7 @@ def _lost(messages: list[dict], text: str, beside: str = "") -> list[tuple[int, 
 
 
 def _strings(value) -> list[str]:
-    """The text that a value is, or all texts and whole numbers in it; the arguments of a call may be spelled as JSON."""
+    """The text or whole number that a value is, or all in it; the arguments of a call may be spelled as JSON."""
     if isinstance(value, dict):
         arguments = value.get("arguments")
         if isinstance(arguments, str):
@@ -1125,10 +1126,8 @@ def _completed(how: Reading) -> Reading:
     if how.seed < 0:
         raise UserError(f"seed is {how.seed}; it must not be negative")
     date = how.date or datetime.date.today().isoformat()
-    try:
-        datetime.date.fromisoformat(date)
-    except ValueError:
-        raise UserError(f"date is {date[:40]!r}; write YYYY-MM-DD") from None
+    if not re.fullmatch(r"\d{4}-\d\d-\d\d", date):
+        raise UserError(f"date is {date[:40]!r}; write YYYY-MM-DD")
     longest = how.max_prompt_length
     if longest is None:
         longest = int(how.max_length * PROMPT_SHARE)
@@ -1157,7 +1156,6 @@ def _outcomes(source: str, tokenizer, how: Reading) -> tuple["Dataset", str]:
     head = list(itertools.islice(rows, PARALLEL_FROM))
     reader, why = reader_of(source, head, renamed, how.format)
     outcome = functools.partial(_outcome, reader=reader, encode=encode, renamed=renamed, tokenizer=tokenizer, how=how)
-    outcome = functools.partial(outcome, template=template_arguments(how))
     text, ids = Value("string"), List(Value("int32"))
     columns = {"where": text, "prompt": ids, "responses": List(ids), "desirable": Value("bool"), "margin": Value("float64")}
     columns |= {"dropped": text, "cuts": List(text)}
@@ -1202,14 +1200,13 @@ def row_of(raw, reader: Callable[[dict], Row], renamed: dict[str, str]) -> Row:
     return reader(raw | {new: raw.get(old) for new, old in renamed.items()})
 
 
-def _outcome(
-    item: dict, reader: Callable, encode: Callable, renamed: dict[str, str], tokenizer, how: Reading, template: dict
-) -> dict:
+def _outcome(item: dict, reader: Callable, encode: Callable, renamed: dict[str, str], tokenizer, how: Reading) -> dict:
     """What becomes of one row of `_rows`: its token ids, or the reason for which it is dropped."""
     found = {"prompt": None, "responses": None, "desirable": None, "margin": None, "dropped": None, "cuts": []}
     try:
         row = row_of(_parsed(item["row"]), reader, renamed)
-        example, cuts = encode(row, tokenizer, how.max_length, how.max_prompt_length, how.control_tokens, template)
+        limits = how.max_length, how.max_prompt_length
+        example, cuts = encode(row, tokenizer, *limits, how.control_tokens, template_arguments(how))
     except UserError as error:
         return found | {"dropped": str(error)}
     equal = to_equal_length(example, how.equal_length, how.seed) if how.equal_length else example
