@@ -121,8 +121,8 @@ def code(text: str) -> str:
 
 
 def tables() -> str:
-    """Two tables and a list: an answer under every family; other kinds of rows, with "=" where what stands around the text is as
-    for an answer, and a number where the row is refused; the reasons by number."""
+    """Two tables and a list: an answer under every family; other kinds of rows, with "=" where what stands around the text is
+    as for an answer, and a number where the row is refused; the reasons by number."""
     found = {name: {kind: seen(name, kind) for kind in KINDS} for name in FAMILIES}
     reasons: list[str] = []
 
