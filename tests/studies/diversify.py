@@ -381,7 +381,7 @@ def steps(s: Steps, say: Callable[[str], None] = quiet) -> Counter:
 def step_pairs(row: dict, tokenizer, s: Steps) -> list[dict]:
     """The pairs of one tree."""
     begun, following = beginnings(row.get("tree"), s.min_visits)
-    asked, _ = data.encode(data.Row(row["prompt"], [data.MARK]), tokenizer, on_policy.LONG, on_policy.LONG)
+    asked, _ = data.encode(data.Row(row["prompt"], [data.answer(data.MARK)]), tokenizer, on_policy.LONG, on_policy.LONG)
     terminator = asked.responses[0][-1:]
     pairs = []
     for at, next_steps in following.items():
@@ -567,7 +567,7 @@ def make_world(folder: Path, job: dict) -> dict:
     for prompt in rng.choice(shown, job["demonstrations"]):
         approach = str(rng.choice(APPROACHES, p=[0.8, 0.2]))
         named = f"{prompt} by {approach}" if rng.random() < 0.4 else str(prompt)
-        rows.append(data.Row([{"role": "user", "content": named}], [demonstration(prompt, approach, rng)]))
+        rows.append(data.Row([{"role": "user", "content": named}], [data.answer(demonstration(prompt, approach, rng))]))
     toy.initial_model(rows, tokenizer, seed, job["steps"]).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     for name, some in (("held_out", held_out), ("asked", asked)):

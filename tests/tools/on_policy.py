@@ -100,7 +100,7 @@ def prompt_ids(tokenizer, prompt: list[dict]) -> list[int]:
 
     A special token that is spelled in it is a real one, as in every engine; training drops such a row.
     """
-    example, _ = encode(Row(prompt, [data.MARK]), tokenizer, LONG, LONG, control_tokens=True)
+    example, _ = encode(Row(prompt, [data.answer(data.MARK)]), tokenizer, LONG, LONG, control_tokens=True)
     return example.prompt
 
 
@@ -464,7 +464,7 @@ def by_reward_model(name: str, device: torch.device, batch_size: int) -> Callabl
     def scores(row: dict, prompt: list[dict], texts: list[str]) -> list[float]:
         ids = []
         for text in texts:
-            example, _ = encode(Row(prompt, [text]), tokenizer, LONG, LONG, control_tokens=True)
+            example, _ = encode(Row(prompt, [data.answer(text)]), tokenizer, LONG, LONG, control_tokens=True)
             ids.append(example.prompt + example.responses[0])
         if own_pad is None:  # transformers looks for the last token that is no padding, so padding must be an id not in use
             used = set(itertools.chain.from_iterable(ids))
