@@ -104,7 +104,7 @@ def whole(parameter) -> np.ndarray:
 
 def some_steps(s: train.Settings, steps: int = 5, sizes: tuple = (10, 3, 1, 7, 10)) -> dict:
     """What some of the trainer's own steps give, over uneven batches; one pair leaves ranks without work."""
-    clip, outcome = dist.clip_gradients, {"loss": [], "norm": []}
+    clip, plan_steps, outcome = dist.clip_gradients, train.plan_steps, {"loss": [], "norm": []}
 
     def clip_and_keep(policy, limit):
         if "grad" not in outcome:
@@ -113,9 +113,10 @@ def some_steps(s: train.Settings, steps: int = 5, sizes: tuple = (10, 3, 1, 7, 1
 
     with tempfile.TemporaryDirectory() as folder:
         rows = dict(dataset=f"{s.dataset}[:50]", eval_dataset=f"{s.dataset}[50:]", warmup_ratio=0.0, sample_tokens=6)
-        run = train.prepare(replace(s, out=f"{folder}/o", cache=f"{folder}/cache", **rows))
         batches = [list(range(i * 10, i * 10 + size)) for i, size in enumerate(sizes)]
-        run.plan = batches * 20  # a long plan, so that the learning rate stays near its peak
+        train.plan_steps = lambda *_: batches * 20  # a long plan, so that the learning rate stays near its peak
+        run = train.prepare(replace(s, out=f"{folder}/o", cache=f"{folder}/cache", **rows))
+        train.plan_steps = plan_steps
         for parameters in run.optimizer.param_groups:
             parameters["eps"] = 1e-5  # a gradient of 1e-8 is rounding, and must not move a weight
         if run.policy.reference is not None:

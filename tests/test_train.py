@@ -1020,3 +1020,93 @@ def test_another_reference_is_found_out_at_step_zero():
     values = {"len": torch.tensor([[2, 2]]), "logp": logp, "ref": torch.tensor([[-2.0, -2.0]])}
     with pytest.raises(UserError, match="differ by 1 nats"):
         train.check_step_zero(values, 1e-3)
+
+
+# ---- step 1 is exact: the reference is scored in the very microbatches of the first epoch's steps -----------------------
+
+
+@pytest.fixture
+def at_step_zero(monkeypatch) -> dict:
+    """What the check of step 0 is given, with its bound."""
+    given = {}
+    check = train.check_step_zero
+
+    def seen(values, bound):
+        given.update(values, bound=bound)
+        check(values, bound)
+
+    monkeypatch.setattr(train, "check_step_zero", seen)
+    return given
+
+
+EXACT = [
+    ("dpo", {}), ("dpo", dict(wpo=True, layout="padded")), ("ld_dpo", dict(gradient_checkpointing=True)),
+    ("kto", {}), ("kto", dict(layout="padded", gradient_checkpointing=True)), ("0.5*alpha_dpo + 0.5*tdpo2 + sft", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("objective, more", EXACT)
+def test_policy_and_reference_have_the_same_bits_at_step_zero(arguments, at_step_zero, dtype, objective, more):
+    """Steps of several microbatches, whose rows and widths are others than those of the data's own order."""
+    how = dict(objective=objective, dtype=dtype, batch_size=12, tokens_per_microbatch=90, samples=0) | more
+    run = train.prepare(train.parse_settings(arguments(**how)))
+    examples = first_examples(run)
+    assert len(run.microbatches(examples)) > 2
+    before = train.evaluate(run)
+    line = train.train_step(run, run.plan[0])
+    assert at_step_zero["bound"] == 0 and torch.equal(at_step_zero["logp"], at_step_zero["ref"])
+    for name, of in (("prefix_logp", "ref_prefix_logp"), ("logp_kl", "ref_kl")):
+        assert of not in at_step_zero or torch.equal(at_step_zero[name], at_step_zero[of])
+    assert at_step_zero.get("kl", torch.zeros(1)).abs().max() == 0
+    assert ("ref_prefix_logp" in at_step_zero, "ref_kl" in at_step_zero, "kl" in at_step_zero) == (
+        objective == "ld_dpo", objective == "kto", "tdpo2" in objective
+    )  # fmt: skip
+    assert before["eval_drift"] == 0
+    assert line["reward_accuracy"] == 0.5 or "alpha_dpo" in objective  # whose reward has no reference in it
+    if objective == "ld_dpo":  # −log σ(0)
+        assert line["loss"] == pytest.approx(math.log(2), abs=1e-7) and line["reward_margin"] == 0
+        assert before["eval_loss"] == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_a_step_of_more_rows_than_are_scored_at_a_time_elsewhere(world, arguments, tmp_path, at_step_zero):
+    """300 pairs in one step, in bf16, in an objective that needs all log-probs of the batch before any gradient: α-DPO's margins
+    are 0, and their z-scores too, so that its loss is SimPO's with the same β and γ."""
+    lines = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(lines[i % 40]) + "\n" for i in range(300)))
+    how = dict(dataset=tmp_path / "many.jsonl", eval_size=0, batch_size=300, dtype="bf16", tokens_per_microbatch=1500, samples=0)
+    losses = []
+    for i, objective in enumerate(("alpha_dpo(beta=2.0, gamma=1.0, alpha=0.5)", "simpo(beta=2.0, gamma=1.0)")):
+        run = train.prepare(train.parse_settings(arguments(objective=objective, out=tmp_path / str(i), **how)))
+        losses.append(train.train_step(run, run.plan[0])["loss"])
+    assert torch.equal(at_step_zero["logp"], at_step_zero["ref"]) and at_step_zero["logp"].shape == (300, 2)
+    assert losses[0] == losses[1]
+
+
+def test_only_rows_that_steps_come_to_are_scored(arguments, tmp_path, at_step_zero):
+    """Two steps of 8 of 32 rows: 16 rows of the first epoch; four epochs: each row once, and later steps find theirs."""
+    run = train.prepare(train.parse_settings(arguments(objective="dpo", max_steps=2)))
+    asked = sorted(run.plan[0] + run.plan[1])
+    assert torch.isfinite(run.ref["ref"]).all(-1).nonzero().flatten().tolist() == asked and len(asked) == 16
+    scored = [tuple(dist.load_tensors(file)["ref"].shape) for file in (tmp_path / "cache").glob("*")]
+    assert sorted(scored) == [(8, 2), (16, 2)]  # held-out rows and these
+    run = train.prepare(train.parse_settings(arguments(objective="dpo", epochs=4, max_steps=None, out=tmp_path / "other")))
+    assert len(run.plan) == 16 and torch.isfinite(run.ref["ref"]).all()
+    for rows in (run.plan[0], run.plan[9]):
+        found = train.batch_inputs(run, [run.train[i] for i in rows], rows)["ref"]
+        assert torch.allclose(found, train.log_probs(run, [run.train[i] for i in rows])["logp"], atol=1e-5)
+
+
+def test_the_cache_knows_the_microbatches(arguments, tmp_path, monkeypatch):
+    """What puts rows into other microbatches, or adds them up on another machine, scores anew; what does not, does not."""
+    cache = tmp_path / "cache"
+
+    def files(**more) -> int:
+        train.prepare(train.parse_settings(arguments(**dict(objective="dpo", samples=0) | more, out=tmp_path / str(time.time()))))
+        return len(list(cache.glob("*")))
+
+    assert files() == 2 == files(objective="ipo", lr=1e-4)  # training and held-out rows
+    assert files(tokens_per_microbatch=100) == 4
+    assert files(batch_size=4, max_steps=None) == 5  # evaluation has no steps
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert files() == 7
