@@ -34,7 +34,7 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 import data
-from data import Example, Examples, Reading, Row, UserError, encode
+from data import Example, Examples, Reading, UserError, encode
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -49,6 +49,11 @@ def assistant(text):
 
 def system(text):
     return {"role": "system", "content": text}
+
+
+def Row(prompt, responses, *labels, **more):
+    """A Row whose responses are given as texts."""
+    return data.Row(prompt, [assistant(text) if isinstance(text, str) else text for text in responses], *labels, **more)
 
 
 @pytest.fixture(scope="module")
@@ -571,8 +576,8 @@ def test_refused_transcripts_and_labels():
 # ---- fuzz: used correctly or reported, never a traceback, never silently wrong ---------------------------------------
 
 WRONG = [
-    None, True, 3, 2.5, math.nan, "", " \n", [], {}, [[]], [{}], [None], ["a"], [[["a"]]], "\ud800",
-    {"role": "user"}, {"role": "narrator", "content": "a"}, {"role": "user", "content": ["a"]}, {"content": "a"},
+    None, True, 3, 2.5, math.nan, "", " \n", [], {}, [[]], [{}], [None], ["a", None], [[["a"]]], "\ud800",
+    {"role": "user"}, {"role": "narrator", "content": "a"}, {"role": "user", "content": ["a", 3]}, {"content": "a"},
 ]  # fmt: skip
 
 
@@ -774,12 +779,10 @@ def test_a_template_that_rewrites_the_prompt_is_refused():
 
 
 def test_nothing_before_the_response_is_refused():
-    tokenizer = tokenizer_with(
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{% endif %}{% endfor %}",
-        byte_level(["</s>"]),
-    )
+    names = ["</s>", "q", "b", "qb"]  # the whole prompt is merged into the response's first token
+    tokenizer = tokenizer_with(COLON.replace(":", ""), Tokenizer(models.BPE({t: i for i, t in enumerate(names)}, [("q", "b")])))
     with pytest.raises(UserError, match="no token from which the first response token could be predicted"):
-        encode(Row([user("Hello")], ["Good"]), tokenizer, 100, 90)
+        encode(Row([user("q")], ["b"]), tokenizer, 100, 90)
 
 
 @pytest.mark.parametrize("response", ["Good", "Good\n", "|>", "im_end", "\n", "m", "", "<|im_end"])
@@ -871,13 +874,13 @@ def test_rows_that_spell_special_tokens_are_counted_by_token(tmp_path, chatml):
 
 
 def test_a_template_that_leaves_out_its_own_special_tokens_is_refused(chatml):
-    tokenizer = copy.deepcopy(chatml)
-    tokenizer.chat_template = JOINING.replace(
-        "<|im_end|>{% else %}", "{{ '' if 'x' in m['content'] else '<|im_end|>' }}{% else %}"
-    )
-    assert encode(Row([user("a")], ["b"]), tokenizer, 512, 448)
-    with pytest.raises(UserError, match="writes other special tokens around these texts"):
-        encode(Row([user("a")], ["x"]), tokenizer, 512, 448)
+    for token, said in (("<|im_end|>", "ends this response otherwise"), ("<|im_start|>", "writes other special tokens around")):
+        tokenizer = copy.deepcopy(chatml)
+        its_own = f"{{{{ '' if 'x' in m['content'] else '{token}' }}}}"
+        tokenizer.chat_template = JOINING.replace(token, its_own, 1)
+        assert encode(Row([user("a")], ["b"]), tokenizer, 512, 448)
+        with pytest.raises(UserError, match=said):
+            encode(Row([user("a")], ["x"]), tokenizer, 512, 448)
 
 
 JOINING = (  # lets messages touch, and deletes a character
@@ -898,7 +901,11 @@ def test_special_tokens_that_the_template_makes_of_pieces(families, pieces, cont
     if control:
         with pytest.raises(UserError, match=SPELLED.format(r"<\|im_(start|end)\|>")):
             encode(row, tokenizer, 512, 448)
-        assert encode(row, tokenizer, 512, 448, control_tokens=True)[0].responses
+        if "~" in pieces[0]:  # the template deletes it, and that is changing a text
+            with pytest.raises(UserError, match=r"changes the text of prompt message 1 \(user\)"):
+                encode(row, tokenizer, 512, 448, control_tokens=True)
+        else:
+            assert encode(row, tokenizer, 512, 448, control_tokens=True)[0].responses
     else:
         example, _ = encode(row, tokenizer, 512, 448)
         assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in example.prompt
@@ -1014,12 +1021,17 @@ def test_the_cache_key_holds_everything_that_an_outcome_depends_on(tmp_path, cha
     other_template.chat_template += " "
     keys = [key(), key(path + "[:1]"), key(tokenizer=other_words), key(tokenizer=other_template)]
     changed = dict(
-        max_length=9, max_prompt_length=9, format="pairs", columns="a=b", control_tokens=True, equal_length=0.5, seed=1
-    )
+        max_length=9, max_prompt_length=9, format="pairs", columns="a=b", control_tokens=True, equal_length=0.5, seed=1,
+        template_kwargs='{"a": 1}',
+    )  # fmt: skip
     keys += [key(**{name: value}) for name, value in changed.items()]
-    assert key(max_drop_fraction=0.5) == key() and {*changed, "max_drop_fraction"} == {f.name for f in fields(Reading)}
+    assert key(max_drop_fraction=0.5) == key(date="2024-03-01") == key()
+    assert {*changed, "max_drop_fraction", "date"} == {f.name for f in fields(Reading)}
+    dated = copy.deepcopy(chatml)
+    dated.chat_template += "{{ strftime_now('%Y') }}"
+    keys += [key(tokenizer=dated, date="2024-03-01"), key(tokenizer=dated, date="2025-03-01")]
     monkeypatch.setattr(data, "encode", byte_level)  # a function of another file
-    assert len({*keys, key()}) == len(keys) + 1 == 4 + 7 + 1
+    assert len({*keys, key()}) == len(keys) + 1 == 4 + 8 + 2 + 1
     rows = data._cache_keys(path, chatml, Reading())[0]
     assert rows == data._cache_keys(path, other_words, Reading(seed=1))[0] not in keys
     os.utime(path, ns=(1, 1))
@@ -1197,7 +1209,7 @@ def test_batch_targets_decode_to_the_responses(layout, chatml):
     examples = [encode(r, chatml, 1000, 900)[0] for r in rows]
     batch = data.LAYOUTS[layout](examples)
     texts = [chatml.decode(batch.targets[batch.response == r]) for r in range(batch.responses)]
-    assert texts == [r + "<|im_end|>" for row in rows for r in row.responses]
+    assert texts == [r["content"] + "<|im_end|>" for row in rows for r in row.responses]
     assert batch.input_ids.flatten()[batch.index[0]] == examples[0].prompt[-1]
 
 
@@ -1222,17 +1234,17 @@ def test_show_by_hand():
     assert ids["<user>"] == 1 and ids["<end>"] == 3
     pair = Example([1], [[ids["cat"], 3], [ids["pig"], 3]], where="f row 1")
     small = {w: str(i).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")) for w, i in ids.items()}
-    plain = ["prompt (1 tokens, not scored)", "<user>", "chosen (2 tokens, scored)", "cat <end>"]
+    plain = ["prompt (1 tokens, not scored)", "<user>▏", "chosen (2 tokens, scored, ends with <end>)", "cat <end>"]
     assert data.show(pair, tokenizer, colour=False).splitlines()[1:5] == plain
     assert data.show(pair, tokenizer, colour=False, ids=True).splitlines() == [
         "── f row 1",
-        "prompt (1 tokens, not scored)", "<user>₁",
-        "chosen (2 tokens, scored)", f"cat{small['cat']}<end>₃",
-        "rejected (2 tokens, scored)", f"pig{small['pig']}<end>₃",
+        "prompt (1 tokens, not scored)", "<user>₁▏",
+        "chosen (2 tokens, scored, ends with <end>)", f"cat{small['cat']}<end>₃",
+        "rejected (2 tokens, scored, ends with <end>)", f"pig{small['pig']}<end>₃",
     ]  # fmt: skip
-    assert "\x1b[2m<user>\x1b[0m" in data.show(pair, tokenizer)
-    single = Example([1], [[3]], desirable=False)
-    assert "completion (1 tokens, scored, label false)" in data.show(single, tokenizer, colour=False)
+    assert "\x1b[2m\x1b[4m<user>\x1b[24m▏\x1b[0m" in data.show(pair, tokenizer)  # dim, and underlined as a special token
+    single = Example([1], [[ids["cat"]]], desirable=False)
+    assert "completion (1 tokens, scored, no terminator, label false)" in data.show(single, tokenizer, colour=False)
 
 
 def test_show_hides_the_beginning_of_long_prompts(chatml):
