@@ -147,17 +147,21 @@ class Example(NamedTuple):
 
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+SAVED = "state.json"  # stands for the dataset that `save_to_disk` wrote into its folder
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # beside data
+SPLITS = ("train", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
 
 
 def read(dataset: str) -> Iterator[tuple[str, dict | Exception]]:
     """Yield (where, row) from one source of rows; an unreadable row is yielded as its error.
 
     Args:
-        dataset: a path ending in .json, .jsonl, either with .gz, or .parquet; a folder of such files; a pattern,
-            "data/*.jsonl"; or a hub name, "org/name", "org/name:split" or "org/name:config:split" (the split is train if not
-            given). A slice takes some of the rows: "pairs.jsonl[:1000]".
+        dataset: a path ending in .json, .jsonl, either with .gz, or .parquet; a folder of such files, or one that
+            `save_to_disk` wrote; a pattern, "data/*.jsonl"; either with ":split" behind it; or a hub name, "org/name",
+            "org/name:split" or "org/name:config:split" (the split is train if not given). A slice takes some of the rows:
+            "pairs.jsonl[:1000]".
     Raises:
-        UserError: nothing there, or a file that cannot be read at all.
+        UserError: nothing there, files of several splits and none named, or a file that cannot be read at all.
     """
     return ((item["where"], _parsed(item["row"])) for item in _rows(dataset))
 
@@ -207,23 +211,61 @@ def _numbered(name: str) -> Iterator[dict]:
 def _files(name: str) -> list[Path] | None:
     """The files that a name stands for, or None if it can only be a hub name. Hidden files of a folder are not data."""
     path = os.path.expanduser(name)
+    split = None
     if os.path.isfile(path):
         return [Path(path)]
+    if not os.path.isdir(path):
+        path, split = re.fullmatch(r"(.*?)(?::([\w-]+))?", path, re.DOTALL).groups()
     pattern = os.path.join(glob.escape(path), "**") if os.path.isdir(path) else path
     if glob.has_magic(pattern):
-        found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if p.endswith(SUFFIXES) and os.path.isfile(p))
+        found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
+        found = [file for file in found if _is_data(file)]
         if not found:
             raise UserError(f"{name[:200]}: no data file there; looked for {', '.join(SUFFIXES)}")
-        return found
-    if name.startswith((".", "/", "~")) or name.endswith(SUFFIXES):
+        return _one_split(path, found, split)
+    if name.startswith((".", "/", "~")) or path.endswith(SUFFIXES):
         raise UserError(f"{name[:200]}: no such file or folder")
     return None
 
 
+def _is_data(file: Path) -> bool:
+    if (file.parent / SAVED).is_file() and (file.parent / "dataset_info.json").is_file():
+        return file.name == SAVED
+    return file.name.endswith(SUFFIXES) and file.name not in DESCRIPTIONS
+
+
+def _one_split(path: str, files: list[Path], split: str | None) -> list[Path]:
+    """Those of a split, or all where they are of one; UserError that names the splits of a folder or pattern."""
+    root = path if os.path.isdir(path) else os.path.dirname(re.split(r"[*?[]", path)[0]) or "."
+    files_of = {}
+    for file in files:
+        files_of.setdefault(_split_said(os.path.relpath(file, root)), []).append(file)
+    if split is None and len(files_of) == 1:
+        return files
+    if split not in files_of:
+        there = ", ".join(f"{path[:200]}:{said} ({os.path.relpath(of[0], root)})" for said, of in list(files_of.items())[:6])
+        wrong = "files of several splits, which are not trained on together" if split is None else f"no split {split!r}"
+        raise UserError(f"{path[:200]}: {wrong}; give one of {there}")
+    return files_of[split]
+
+
+def _split_said(file: str) -> str:
+    """The split that a file's name says, else the nearest folder's; without any, train.
+
+    Shards are called SPLIT-00000-of-00004: test_prefs for "data/test_prefs-00000-of-00004.parquet".
+    """
+    for name in reversed(Path(file).parts):
+        said = [word for word in re.findall("[a-z]+", name.lower()) if word in SPLITS]
+        if said:
+            shard = re.match(r"(.+)-\d+-of-\d+", name)
+            return shard[1] if shard else said[0]
+    return "train"
+
+
 def _lines(source: Path | str) -> Iterator[bytes]:
     """The rows of a file or hub name as JSON; those of JSON lines as they stand, so that a bad one costs one row only."""
-    if isinstance(source, str) or source.suffix == ".parquet":
-        for row in _hub(source) if isinstance(source, str) else _parquet(source):
+    if isinstance(source, str) or source.suffix == ".parquet" or source.name == SAVED:
+        for row in _dataset(source):
             yield json.dumps(row, default=str).encode()
     elif not source.name.endswith(SUFFIXES):
         raise UserError(f"{source}: unknown kind of file; accepted are {', '.join(SUFFIXES)}")
@@ -246,10 +288,14 @@ def _split(file: Path, text: bytes) -> list[bytes]:
     return [json.dumps(row).encode() for row in rows]
 
 
-def _parquet(file: Path) -> Iterable[dict]:
-    from datasets import load_dataset
+def _dataset(source: Path | str) -> Iterable[dict]:
+    from datasets import load_dataset, load_from_disk
 
-    return load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+    if isinstance(source, str):
+        return _hub(source)
+    if source.name == SAVED:
+        return load_from_disk(str(source.parent))
+    return load_dataset("parquet", data_files=str(source), split="train", streaming=True)
 
 
 @functools.lru_cache(maxsize=8)
@@ -300,6 +346,18 @@ def _text(value, what: str) -> str:
     except UnicodeEncodeError:
         raise UserError(f"{what} is not valid unicode (a lone surrogate, or bytes that are not UTF-8)") from None
     return value
+
+
+KEY = r"""["'](?:role|from|content|value)["']\s*:"""
+SPELLED = re.compile(  # messages as JSON, or as Python prints them
+    rf"""\s*\[?\s*{{\s*(?={KEY}).*["'](role|from)["']\s*:\s*["']({"|".join((*KNOWN_ROLES, *ROLES))})["']""", re.DOTALL
+)
+
+
+def _plain_text(value: str, what: str) -> str:
+    if SPELLED.match(value):
+        raise UserError(f"{what} is a string that spells messages ({value[:20]!r} …); give the list itself, json.loads of it")
+    return _text(value, what)
 
 
 def _nested(value, kind: type, what: str):
@@ -363,7 +421,7 @@ def _message(value, what: str) -> dict:
 def _messages(value, what: str) -> list[dict]:
     """A list of messages; text is one user turn."""
     if isinstance(value, str):
-        return [{"role": "user", "content": _text(value, what)}]
+        return [{"role": "user", "content": _plain_text(value, what)}]
     if not isinstance(value, (list, tuple)) or not value:
         raise UserError(f"{what} is {'missing' if value is None else 'neither text nor a non-empty list of messages'}")
     return [_message(message, f"{what} message {i}") for i, message in enumerate(value, 1)]
@@ -372,11 +430,33 @@ def _messages(value, what: str) -> list[dict]:
 def _response(value, what: str) -> dict:
     """A response given as text, as one assistant message, or as a list with one."""
     if isinstance(value, str):
-        return answer(_text(value, what))
+        return answer(_plain_text(value, what))
     messages = _messages([value] if isinstance(value, dict) else value, what)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise UserError(f"{what} is not a single assistant message")
     return messages[0]
+
+
+PROMPTS = ("conversations", "prompt", "question", "instruction", "query", "input")  # columns that can be the prompt
+
+
+def prompt_columns(row: dict) -> list[str]:
+    """The columns that are the prompt of a row, mostly one; alpaca has an instruction and an input. [] where none can be it."""
+    there = [name for name in PROMPTS if name in row]
+    filled = [name for name in there if row[name] not in (None, "")] or there[:1]
+    if filled == ["input"] and "instruction" in row:
+        return ["instruction"]
+    return filled[:1] if filled[:1] in (["conversations"], ["prompt"]) else filled
+
+
+def prompt_of(row: dict) -> list[dict]:
+    """The messages of a row's prompt column; an instruction and its input are joined by a blank line."""
+    names = prompt_columns(row) or ["prompt"]
+    if names == ["instruction", "input"]:
+        return [{"role": "user", "content": "\n\n".join(_text(row[name], name) for name in names)}]
+    if len(names) > 1:
+        raise UserError(f"{' and '.join(names)} could each be the prompt; name one: --columns prompt={names[0]}")
+    return _messages(row.get(names[0]), names[0])
 
 
 def _row(row: dict, prompt: list[dict], responses: list[dict], **more) -> Row:
@@ -421,12 +501,9 @@ def _last_turns(row: dict, chosen: list[dict], rejected: list[dict], **more) -> 
 
 
 def _score(value, what: str) -> float:
-    try:
-        if not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value):
-            return float(value)
-    except OverflowError:  # an integer of hundreds of digits
-        pass
-    raise UserError(f"{what} is {str(value)[:40]!r}, not a finite number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        raise UserError(f"{what} is {str(value)[:40]!r}, not a finite number")
+    return float(value)
 
 
 def _scores(value, what: str, count: int | None = None) -> list[float]:
@@ -455,16 +532,16 @@ def from_pair(row: dict) -> Row:
     Scores, if there, give the margin: {score_chosen, score_rejected}, or {all_rm_scores} of which these are best and worst.
     """
     margin = _margin(row)
-    prompt = row.get("prompt")
     chosen = row.get("chosen")
     rejected = row.get("rejected")
     if not (_is_conversation(chosen) and _is_conversation(rejected)):
-        prompt = _messages(prompt, "prompt")
+        prompt = prompt_of(row)
         return _row(row, prompt, [_response(chosen, "chosen"), _response(rejected, "rejected")], margin=margin)
     chosen = _messages(chosen, "chosen")
     rejected = _messages(rejected, "rejected")
-    if chosen[0]["role"] == "assistant" or not (prompt is None or isinstance(prompt, str)):
-        prompt = _messages(prompt, "prompt")
+    asked = [row[name] for name in prompt_columns(row)]
+    if chosen[0]["role"] == "assistant" or not all(value is None or isinstance(value, str) for value in asked):
+        prompt = prompt_of(row)
         chosen = _after(prompt, chosen)
         rejected = _after(prompt, rejected)
     return _last_turns(row, chosen, rejected, margin=margin)
@@ -472,7 +549,12 @@ def from_pair(row: dict) -> Row:
 
 def _after(prompt: list[dict], messages: list[dict]) -> list[dict]:
     """The whole conversation of a response of several turns, which repeats the prompt or goes on from it."""
-    return messages if messages[: len(prompt)] == prompt else prompt + messages
+    without_system = messages[1:] if messages[0]["role"] == "system" else messages
+    if prompt in (messages[: len(prompt)], without_system[: len(prompt)]):
+        return messages
+    if messages[0]["role"] in ("system", prompt[-1]["role"]):
+        raise UserError("a response of several turns begins with another prompt than the row has")
+    return prompt + messages
 
 
 def from_hh(row: dict) -> Row:
@@ -483,27 +565,15 @@ def from_hh(row: dict) -> Row:
 def from_implied(row: dict) -> Row:
     """{chosen, rejected}: whole conversations as messages; or texts, whose common beginning, up to a space, is the prompt."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
-    if not isinstance(chosen, str) or not isinstance(rejected, str):
-        for value, what in ((chosen, "chosen"), (rejected, "rejected")):
-            if isinstance(value, str):
-                raise UserError(f"{what} is text and the other side is not")
+    if isinstance(chosen, (list, tuple)) and isinstance(rejected, (list, tuple)):
         return _last_turns(row, _messages(chosen, "chosen"), _messages(rejected, "rejected"), margin=_margin(row))
     shared = os.path.commonprefix([_text(chosen, "chosen"), _text(rejected, "rejected")])
     start = max((m.end() for m in re.finditer(r"\s+", shared)), default=0)
     if not shared[:start].strip():
         raise UserError("chosen and rejected do not begin with the same words, so there is no prompt")
-    responses = [
-        answer(_text(chosen[start:], "what chosen adds to the prompt")),
-        answer(_text(rejected[start:], "what rejected adds to the prompt")),
-    ]
+    sides = (chosen, "chosen"), (rejected, "rejected")
+    responses = [answer(_text(text[start:], f"what {side} adds to the prompt")) for text, side in sides]
     return _row(row, [{"role": "user", "content": shared[:start].rstrip()}], responses, margin=_margin(row))
-
-
-def from_sharegpt(row: dict) -> Row:
-    """{conversations, chosen, rejected} with {from, value} turns."""
-    prompt = _messages(row.get("conversations"), "conversations")
-    responses = [_response(row.get("chosen"), "chosen"), _response(row.get("rejected"), "rejected")]
-    return _row(row, prompt, responses, margin=_margin(row))
 
 
 def from_scored(row: dict) -> Row:
@@ -518,8 +588,7 @@ def from_scored(row: dict) -> Row:
     worst = values.index(min(values))
     if best == worst:
         raise UserError(TIE)
-    prompt = _messages(row.get("prompt"), "prompt")
-    return _row(row, prompt, [responses[best], responses[worst]], margin=values[best] - values[worst])
+    return _row(row, prompt_of(row), [responses[best], responses[worst]], margin=values[best] - values[worst])
 
 
 def _label(value, what: str = "label") -> bool:
@@ -530,7 +599,7 @@ def _label(value, what: str = "label") -> bool:
 
 def from_unpaired(row: dict) -> Row:
     """{prompt, completion, label}."""
-    prompt = _messages(row.get("prompt"), "prompt")
+    prompt = prompt_of(row)
     completion = _response(row.get("completion"), "completion")
     return _row(row, prompt, [completion], desirable=_label(row.get("label")))
 
@@ -549,7 +618,7 @@ def _is_hh(row: dict) -> bool:
 
 TIE = "a tie: every response has the same score"
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict], Row]]] = {  # the first that fits the first row is taken
-    "sharegpt": (("conversations", "chosen", "rejected"), from_sharegpt),
+    "sharegpt": (("conversations", "chosen", "rejected"), from_pair),
     "pairs": (("prompt", "chosen", "rejected"), from_pair),
     "hh": (("chosen", "rejected"), from_hh),
     "implied": (("chosen", "rejected"), from_implied),
@@ -565,14 +634,17 @@ def format_of(row: dict, where: str, name: str = "auto") -> tuple[Callable[[dict
     if name != "auto":
         refuse_unless_known("format", name, ["auto", *FORMATS])
         return FORMATS[name][1], f"format {name}, as asked for"
+    asked = prompt_columns(row)
     for found, (needed, reader) in FORMATS.items():
-        if set(needed) <= set(row) and (found != "hh" or _is_hh(row)):
+        columns = [*(asked or needed[:1]), *needed[1:]] if needed[0] == "prompt" else needed
+        if set(columns) <= set(row) and (found != "hh" or _is_hh(row)):
             transcript = ' and chosen is a transcript with "Human:" turns' if found == "hh" else ""
-            return reader, f"format {found}, because there are columns {', '.join(needed)}{transcript}"
+            return reader, f"format {found}, because there are columns {', '.join(columns)}{transcript}"
     accepted = "; ".join(f"{found} {{{', '.join(needed)}}}" for found, (needed, _) in FORMATS.items())
     columns = sorted(map(str, row))
     raise UserError(
-        f"{where}: unknown shape of dataset: its columns are {columns}; accepted are {accepted} (--columns renames)"
+        f"{where}: unknown shape of dataset: its columns are {columns}; accepted are {accepted}, where "
+        f"{', '.join(PROMPTS[2:])} can stand for prompt (--columns renames)"
     )
 
 
@@ -1017,7 +1089,7 @@ def load(dataset: str, tokenizer, how: Reading | None = None) -> tuple[Examples,
         part, why = _outcomes(source, tokenizer, how)
         parts.append(part)
         times = f" × {weight:g}" if weight != 1 else ""
-        formats.append(f"{source}{times}: {why}")
+        formats.append(f"{source}{times}: {why}{_read_from(source)}")
         weights += [weight] * len(part)
     outcomes = concatenate_datasets(parts)
     report = _report(outcomes, formats)
@@ -1034,6 +1106,16 @@ def load(dataset: str, tokenizer, how: Reading | None = None) -> tuple[Examples,
     if not rows:
         raise UserError(f"{dataset}: no row is left by the weights (@)\n{report}")
     return Examples(outcomes.select_columns(list(Example._fields)), np.array(rows)), report
+
+
+def _read_from(source: str) -> str:
+    """The files that a folder or pattern stands for, for the report."""
+    name, _ = _cut(source)
+    files = list(map(str, _files(name) or []))
+    if not files or files == [os.path.expanduser(name)]:
+        return ""
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    return f"; read from {', '.join(files[:3])}{more}"
 
 
 def _completed(how: Reading) -> Reading:
@@ -1070,14 +1152,14 @@ def _outcomes(source: str, tokenizer, how: Reading) -> tuple["Dataset", str]:
     from datasets.exceptions import DatasetGenerationError
 
     renamed = _renamed(how.columns)
-    reader, why = reader_of(source, renamed, how.format)
+    rows = _rows(source)
+    head = list(itertools.islice(rows, PARALLEL_FROM))
+    reader, why = reader_of(source, head, renamed, how.format)
     outcome = functools.partial(_outcome, reader=reader, encode=encode, renamed=renamed, tokenizer=tokenizer, how=how)
     text, ids = Value("string"), List(Value("int32"))
     columns = {"where": text, "prompt": ids, "responses": List(ids), "desirable": Value("bool"), "margin": Value("float64")}
     columns |= {"dropped": text, "cuts": List(text)}
     made = dict(features=Features(columns), remove_columns="row", desc="tokenise")
-    rows = _rows(source)
-    head = list(itertools.islice(rows, PARALLEL_FROM))
     if len(head) < PARALLEL_FROM:
         return Dataset.from_list(head).map(outcome, new_fingerprint="small", **made), why  # or all arguments would be hashed
     origin, key = _cache_keys(source, tokenizer, how)
@@ -1090,12 +1172,15 @@ def _outcomes(source: str, tokenizer, how: Reading) -> tuple["Dataset", str]:
             whole = Dataset.from_generator(all_rows, cache_dir=str(folder), fingerprint=origin)
         except DatasetGenerationError as error:
             raise error.__cause__ or error from None
+        if not is_watched() and not list(folder.rglob(f"cache-{key}*")):  # no bar is drawn, and it may take minutes
+            _say(f"{source}: tokenising {len(whole)} rows")
         return whole.map(outcome, num_proc=os.cpu_count(), new_fingerprint=key, **made), why
 
 
-def reader_of(source: str, renamed: dict[str, str], name: str) -> tuple[Callable[[dict], Row], str]:
-    """(reader, why it was taken) for a source, by the first row that is one."""
-    where, first = next(((where, row) for where, row in read(source) if isinstance(row, dict)), (source, None))
+def reader_of(source: str, rows: Iterable[dict], renamed: dict[str, str], name: str) -> tuple[Callable[[dict], Row], str]:
+    """(reader, why it was taken) for a source, by the first of its `_rows` that is one."""
+    found = ((item["where"], _parsed(item["row"])) for item in rows)
+    where, first = next(((where, row) for where, row in found if isinstance(row, dict)), (source, None))
     if first is None:
         raise UserError(f"{source}: no valid rows, not one is an object with columns")
     missing = [old for old in renamed.values() if old not in first]

@@ -29,7 +29,7 @@ import pytest
 import torch
 import toy
 from pyarrow import parquet
-from templates import FAMILIES, byte_level, family, metaspace
+from templates import FAMILIES, TERMINATOR, byte_level, family, metaspace
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -174,7 +174,48 @@ FORMATS = {
         },
         Row([system("Be kind"), user("Ask me")], ["Good", "Bad"]),
     ),
+    "a question": (
+        {"question": "Ask me", "chosen": "The sky", "rejected": "The sea"},
+        Row([user("Ask me")], ["The sky", "The sea"]),
+    ),
+    "a question after a system text": (  # as Orca's pairs
+        {"system": "Be kind", "question": "Ask me", "chosen": "The sky", "rejected": "The sea"},
+        Row([system("Be kind"), user("Ask me")], ["The sky", "The sea"]),
+    ),
+    "an instruction with input": (  # as alpaca's
+        {"instruction": "Say it briefly", "input": "Sky is blue", "chosen": "Blue", "rejected": "Sky"},
+        Row([user("Say it briefly\n\nSky is blue")], ["Blue", "Sky"]),
+    ),
+    "an instruction without input": (
+        {"instruction": "Ask me", "input": "", "chosen": "The sky", "rejected": "The sea", "system": ""},
+        Row([user("Ask me")], ["The sky", "The sea"]),
+    ),
+    "a query, scored": (
+        {"query": [user("Ask me")], "system_prompt": "Be kind", "responses": ["Bad", "Good"], "scores": [1, 2]},
+        Row([system("Be kind"), user("Ask me")], ["Good", "Bad"], margin=1.0),
+    ),
+    "a system text that the prompt begins with": (
+        {"prompt": [system("Be kind"), user("Ask me")], "system": "Be kind", "chosen": "Good", "rejected": "Bad"},
+        Row([system("Be kind"), user("Ask me")], ["Good", "Bad"]),
+    ),
+    "a system text beside whole conversations": (
+        {"system": "Be kind", "chosen": [user("Ask me"), assistant("Good")], "rejected": [user("Ask me"), assistant("Bad")]},
+        Row([system("Be kind"), user("Ask me")], ["Good", "Bad"]),
+    ),
+    "a system text that whole conversations begin with": (
+        {
+            "system": "Be kind",
+            "prompt": [user("Ask me")],
+            "chosen": [system("Be kind"), user("Ask me"), assistant("Good")],
+            "rejected": [system("Be kind"), user("Ask me"), assistant("Bad")],
+        },
+        Row([system("Be kind"), user("Ask me")], ["Good", "Bad"]),
+    ),
     "unpaired": ({"prompt": "Ask me", "completion": "Good", "label": True}, Row([user("Ask me")], ["Good"], True)),
+    "unpaired after a system text": (
+        {"system": "Be kind", "question": "Ask me", "completion": "Good", "label": True},
+        Row([system("Be kind"), user("Ask me")], ["Good"], True),
+    ),
     "unpaired messages": (
         {"messages": [user("Ask me"), assistant("Bad")], "label": False},
         Row([user("Ask me")], ["Bad"], False),
@@ -211,6 +252,67 @@ def test_the_reason_for_a_format_is_reported(tmp_path, chatml):
     for wrong in (dict(seed=-1), dict(max_drop_fraction=2.0), dict(equal_length=math.nan)):
         with pytest.raises(UserError, match=f"^{[*wrong][0]} is "):
             load(path, chatml, **wrong)
+
+
+def test_the_columns_that_were_taken_are_reported(tmp_path, chatml):
+    for columns in (["question"], ["instruction", "input"], ["query"], ["input"], ["conversations"]):
+        row = {**dict.fromkeys(columns, "Ask me"), "chosen": "Good day", "rejected": "Good night"}
+        _, report = load(write(tmp_path, "a.jsonl", [{"id": "a", **row}]), chatml)
+        assert f"because there are columns {', '.join(columns)}, chosen, rejected" in report.formats[0]
+    _, report = load(write(tmp_path, "a.jsonl", [{"chosen": "Good day", "rejected": "Good night"}]), chatml)
+    assert "format implied, because there are columns chosen, rejected" in report.formats[0]
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ({"question": "Ask me", "instruction": "Be brief"}, "question and instruction could each be the prompt; name one"),
+        ({"instruction": "Ask me", "input": 3}, "input is a int, not text"),
+        ({"instruction": None, "input": None}, "instruction is missing"),
+        ({"instruction": None, "input": "Sky is blue"}, "instruction is missing"),
+        ({"question": {}}, "question is neither text nor a non-empty list of messages"),
+        ({"question": "Ask me", "system": 3}, "system is a int, not text"),
+        ({"question": "Ask me", "system": " "}, "system is empty"),
+        ({"prompt": [system("Be kind"), user("Ask me")], "system": "Be brief"}, "begins with another system message than the"),
+        ({"system": "Be kind", "system_prompt": "Be brief", "prompt": "Ask me"}, "than the column system_prompt has"),
+        (
+            {"prompt": [user("a")], "chosen": [user("b"), assistant("c")], "rejected": [user("b"), assistant("d")]},
+            "several turns begins with another prompt than the row has",
+        ),
+    ],
+)  # fmt: skip
+def test_refused_prompt_columns(more, message):
+    with pytest.raises(UserError, match=message):
+        data.from_pair({"chosen": "Good", "rejected": "Bad", **more})
+
+
+def test_messages_spelled_in_a_string_are_not_taken_for_text(tmp_path, chatml):
+    """As JSON, as Python's str() of a list, as numpy's: what writing a table of messages as CSV or text makes of them."""
+    for messages in (
+        [assistant("Good")],
+        [{"content": "a {b}", "role": "user"}, assistant("Good")],
+        [{"from": "gpt", "value": "a"}],
+    ):
+        for spelled in (
+            json.dumps(messages),
+            json.dumps(messages, indent=1),
+            str(messages),
+            str(messages[0]),
+            str(np.array(messages)),
+        ):
+            for name in ("prompt", "chosen", "rejected"):
+                with pytest.raises(UserError, match=f"{name} is a string that spells messages"):
+                    data.from_pair({**PAIR, name: spelled})
+            for row in ({"messages": spelled, "label": True}, {"prompt": "a", "completion": spelled, "label": True}):
+                with pytest.raises(UserError, match="spells messages"):
+                    data.format_of(row, "")[0](row)
+            with pytest.raises(UserError, match="responses 2 is a string that spells"):
+                data.from_scored({"prompt": "a", "responses": ["Good", spelled], "scores": [1, 0]})
+    for text in ('[{"name": "Bob", "role": "user"}]', '{"from": "Paris", "to": "Rome"}', '{"value": 3}', '["user"]', "[{"):
+        assert data.from_pair({**PAIR, "chosen": text}).responses[0] == text  # an answer that is JSON
+    path = write(tmp_path, "a.jsonl", [{**PAIR, "chosen": json.dumps([assistant("Good")])}])
+    with pytest.raises(UserError, match=r"no valid rows(.|\n)*dropped 1: chosen is a string that spells messages .*json.loads"):
+        load(path, chatml)
 
 
 def test_columns_are_renamed(tmp_path, chatml):
@@ -338,6 +440,80 @@ def test_hidden_files_of_a_folder_are_not_data(tmp_path):
         write(tmp_path / folder, "c.jsonl", [folder])
     assert all_rows(tmp_path) == all_rows(tmp_path / "**") == [1, "sub"]
     assert all_rows(tmp_path / ".b.jsonl") == [2]  # named outright
+
+
+SPLITS = [  # (files, the split that each says)
+    (
+        ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/test-00000-of-00001.jsonl"],
+        "train train test",
+    ),
+    (["train_sft-00000-of-00001-0a1b.jsonl", "train_prefs-00000-of-00001.jsonl"], "train_sft train_prefs"),
+    (["train.jsonl", "validation.jsonl", "more.jsonl.gz"], "train validation train"),
+    (["pairs.jsonl", "pairs_dev.jsonl", "contest.jsonl"], "train dev train"),
+    (["train/a.jsonl", "Test/a.jsonl"], "train test"),
+    (["eval/a.jsonl", "eval/train/a.jsonl"], "eval train"),
+]
+
+
+@pytest.mark.parametrize("files, said", SPLITS)
+def test_the_splits_of_a_folder_are_named_and_one_is_read(files, said, tmp_path, chatml):
+    folder = tmp_path / "test"  # its own name says nothing
+    rows = {file: {**PAIR, "id": file} for file in files}
+    for file, row in rows.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        opened = gzip.open if file.endswith(".gz") else open
+        with opened(folder / file, "wt") as f:
+            f.write(json.dumps(row))
+    splits = said.split()
+    for place in (str(folder), f"{folder}/**/*.jsonl*"):
+        with pytest.raises(UserError, match="files of several splits, which are not trained on together; give one of") as error:
+            all_rows(place)
+        for split in splits:
+            of_it = sorted(file for file, its in zip(files, splits) if its == split)
+            assert f"{place}:{split} ({of_it[0]})" in str(error.value)
+            assert all_rows(f"{place}:{split}") == [rows[file] for file in of_it]
+        with pytest.raises(UserError, match="no split 'other'; give one of"):
+            all_rows(f"{place}:other")
+    _, report = load(f"{folder}:{splits[1]}[:1]", chatml)
+    assert report.rows == 1 and "; read from " in report.formats[0] and str(folder / files[1]) in report.formats[0]
+    assert all_rows(folder / files[0]) == [rows[files[0]]]  # named outright
+
+
+def test_a_folder_of_one_split_is_read_and_its_files_are_named(tmp_path, chatml):
+    for i in range(5):
+        write(tmp_path, f"test-{i}.jsonl", [PAIR])
+    write(tmp_path, "dataset_infos.json", [{"splits": 1}])
+    _, report = load(str(tmp_path), chatml)
+    first = ", ".join(str(tmp_path / f"test-{i}.jsonl") for i in range(3))
+    assert report.kept == 5 and report.formats[0].endswith(f"; read from {first} and 2 more")
+
+
+def test_what_save_to_disk_wrote(tmp_path, chatml, monkeypatch):
+    import datasets
+
+    datasets.disable_progress_bars()
+    rows = [{**PAIR, "id": i} for i in range(5)]
+    made = datasets.Dataset.from_list(rows)
+    made.select([4, 0]).save_to_disk(tmp_path / "one")
+    made.save_to_disk(tmp_path / "shards", num_shards=2)
+    datasets.DatasetDict(train=made).save_to_disk(tmp_path / "dict")
+    datasets.DatasetDict(train=made, test=made.select([1])).save_to_disk(tmp_path / "dicts")
+    (tmp_path / "one" / "cache-0123.arrow").write_bytes(b"what a map left behind")
+    assert all_rows(tmp_path / "one") == [rows[4], rows[0]] and all_rows(f"{tmp_path}/one[1:]") == [rows[0]]
+    assert all_rows(tmp_path / "shards") == all_rows(tmp_path / "dict") == all_rows(f"{tmp_path}/dicts:train") == rows
+    assert all_rows(f"{tmp_path}/dicts:test") == all_rows(tmp_path / "dicts" / "test") == [rows[1]]
+    with pytest.raises(
+        UserError, match=r"several splits, .*dicts:test \(test/state.json\), .*dicts:train \(train/state.json\)"
+    ):
+        all_rows(tmp_path / "dicts")
+    _, report = load(str(tmp_path / "dict"), chatml)
+    assert report.kept == 5 and report.formats[0].endswith(f"; read from {tmp_path / 'dict' / 'train' / 'state.json'}")
+    key = data._cache_keys(str(tmp_path / "one"), chatml, Reading())
+    made.select([3]).save_to_disk(tmp_path / "one")
+    assert data._cache_keys(str(tmp_path / "one"), chatml, Reading()) != key and all_rows(tmp_path / "one") == [rows[3]]
+    (tmp_path / "one" / "data-00000-of-00001.arrow").write_bytes(b"broken")
+    with pytest.raises(UserError, match="one/state.json: cannot be read"):
+        all_rows(tmp_path / "one")
 
 
 def test_standard_input_is_no_source():
@@ -549,7 +725,7 @@ def test_refused_margins_roles_and_prompts():
         data.from_pair({**PAIR, "prompt": [user("a"), assistant("b")]})
     with pytest.raises(UserError, match="do not begin with the same words"):
         data.from_implied({"chosen": "one two", "rejected": "three two"})
-    with pytest.raises(UserError, match="rejected is text and the other side is not"):
+    with pytest.raises(UserError, match="chosen is a list, not text"):
         data.from_implied({"chosen": [user("a"), assistant("b")], "rejected": "a b"})
 
 
@@ -598,8 +774,10 @@ def mutants(value, path=()):
 def test_wrong_values_anywhere(name, tmp_path, chatml):
     row, _ = FORMATS[name]
     # other numbers in the place of scores, another label or end and no system text are right values; they are tested elsewhere
-    free = ("scores", "all_rm_scores", "label", "system", "chosen_ends", "rejected_ends")
+    free = ("scores", "all_rm_scores", "label", "system", "system_prompt", "input", "chosen_ends", "rejected_ends")
     rows = [row] + [m for path, m in mutants(row) if not path or path[0] not in free]
+    if "input" in row:  # which alone is a prompt, too
+        rows = [m for m in rows if not isinstance(m, dict) or len(m) < 2 or "instruction" in m]
     path = write(tmp_path, "a.jsonl", rows)
     examples, report = load(path, chatml, max_drop_fraction=1)
     assert report.kept + sum(report.dropped.values()) == report.rows == len(rows) > 50
@@ -693,10 +871,6 @@ RENDERED = [
     ("none", TURNS, "Good day",
      "<|endoftext|>User: Ask me\n\nAssistant: Yes<|endoftext|>\n\nUser: Why\n\nAssistant:", " Good day<|endoftext|>"),
 ]  # fmt: skip
-TERMINATOR = {
-    "llama2": "</s>", "llama3": "<|eot_id|>", "mistral": "</s>", "gemma2": "<end_of_turn>", "qwen2.5": "<|im_end|>",
-    "smollm2": "<|im_end|>", "zephyr": "</s>", "none": "<|endoftext|>",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -972,7 +1146,7 @@ def test_quality_by_hand():
 # ---- large data ------------------------------------------------------------------------------------------------------
 
 
-def test_large_data_is_tokenised_in_parallel_cached_and_equal(tmp_path, chatml, monkeypatch):
+def test_large_data_is_tokenised_in_parallel_cached_and_equal(tmp_path, chatml, monkeypatch, capsys):
     rows = [{**PAIR, "prompt": f"Ask {i}"} for i in range(300)] + [{**PAIR, "chosen": ""}, {**PAIR, "prompt": "Ask 7"}]
     path = write(tmp_path, "a.jsonl", rows)
     options = dict(equal_length=0.5, max_drop_fraction=0.5)
@@ -994,10 +1168,11 @@ def test_large_data_is_tokenised_in_parallel_cached_and_equal(tmp_path, chatml, 
         return {f.name.split("_")[0] for f in files}
 
     once = made()
-    assert len(tables(once)) == 1
+    assert len(tables(once)) == 1 and f"{path}: tokenising 302 rows\n" in capsys.readouterr().err
     assert list(load(path, chatml, **options)[0]) == small and made() == once  # read back, not written again
     load(path, chatml, **options | {"max_drop_fraction": 1.0})
     assert made() == once
+    assert "tokenising" not in capsys.readouterr().err
     load(path, chatml, max_length=100, **options)
     load(path, family("qwen2.5"), **options)
     assert len(tables(made())) == 3  # other settings, other tokenizer: another table

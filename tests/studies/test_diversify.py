@@ -9,7 +9,7 @@ import on_policy
 import pytest
 import toy
 from diversify import Step, Steps, Strategies, Tree, first_error, problem, problems, values
-from templates import FAMILIES, family
+from templates import FAMILIES, TERMINATOR, family
 
 import data
 import train
@@ -310,10 +310,6 @@ def test_step_pairs_by_hand(tmp_path):
     assert [tokenizer.decode(e.prompt).endswith(end) for e, end in zip(examples, (then, then + "a\n"))] == [True, True]
 
 
-TERMINATOR = {
-    "llama2": "</s>", "llama3": "<|eot_id|>", "mistral": "</s>", "gemma2": "<end_of_turn>", "qwen2.5": "<|im_end|>",
-    "smollm2": "<|im_end|>", "zephyr": "</s>", "none": "<|endoftext|>",
-}  # fmt: skip
 STEPS = ["Sky is blue.\n", "Grass is green; water is wet.\n\n", "Good day"]
 
 

@@ -69,7 +69,7 @@ def valid_rows(c: Cleaning) -> tuple[list[tuple[dict, Row]], Counter]:
     for source, weight in data._sources(c.source):
         if weight != 1:
             raise UserError(f"{c.source}: a weight (@) says how often to train on a row; here it has no meaning")
-        reader, _ = data.reader_of(source, renamed, c.format)
+        reader, _ = data.reader_of(source, data._rows(source), renamed, c.format)
         for _, raw in data.read(source):
             try:
                 rows.append((raw, data.row_of(raw, reader, renamed)))

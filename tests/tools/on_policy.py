@@ -83,10 +83,9 @@ def with_columns(raw, renamed: dict[str, str]) -> dict:
 
 
 def prompt_of(row: dict, where: str) -> list[dict]:
-    """The prompt of a row: a prompt column, AlpacaEval's instruction, Arena-Hard's one turn, or that of any pair format."""
-    if "prompt" in row or "instruction" in row:
-        messages = data._messages(row.get("prompt", row.get("instruction")), "prompt")
-        return data._row(messages, []).prompt
+    """The prompt of a row: a prompt column (AlpacaEval's is instruction), Arena-Hard's one turn, or that of any pair format."""
+    if data.prompt_columns(row):
+        return data._row(row, data.prompt_of(row), []).prompt
     turns = row.get("turns")
     if turns is None:
         reader, _ = data.format_of(row, where)
