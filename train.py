@@ -547,12 +547,11 @@ def stop_at_terminator(model: torch.nn.Module, tokenizer, template: dict, say: C
     stops = model.generation_config.eos_token_id
     stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
     if end is None:
-        mend = "give the tokenizer one that writes eos_token behind assistant turns, or answers will not end by themselves"
-        say(f"no ending is taught: the chat template writes no special token behind a response; {mend}")
+        mend = "let it write eos_token behind assistant turns"
+        say(f"the chat template writes no special token behind a response, so no ending is taught: {mend}")
     elif end not in stops:
-        token = tokenizer.convert_ids_to_tokens(end)
-        say(f"the chat template ends a response with {token} ({end}), at which this model did not stop (eos_token_id {stops}): "
-            "samples do now, and the exported generation_config says so")  # fmt: skip
+        ends = f"the chat template ends a response with {tokenizer.convert_ids_to_tokens(end)} ({end})"
+        say(f"{ends}, which is not among this model's eos_token_id {stops}: here, and in what is exported, it is")
         model.generation_config.eos_token_id = [*stops, end]
 
 

@@ -1070,11 +1070,13 @@ def test_policy_and_reference_have_the_same_bits_at_step_zero(arguments, at_step
 
 
 def test_a_step_of_more_rows_than_are_scored_at_a_time_elsewhere(world, arguments, tmp_path, at_step_zero):
-    """300 pairs in one step, in bf16, in an objective that needs all log-probs of the batch before any gradient: α-DPO's margins
-    are 0, and their z-scores too, so that its loss is SimPO's with the same β and γ."""
+    """300 pairs in a bf16 step of an objective that needs all log-probs of the batch before any gradient: α-DPO's margins and
+    their z-scores are 0, so its loss is SimPO's with the same β and γ."""
     lines = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(lines[i % 40]) + "\n" for i in range(300)))
-    how = dict(dataset=tmp_path / "many.jsonl", eval_size=0, batch_size=300, dtype="bf16", tokens_per_microbatch=1500, samples=0)
+    how = dict(
+        dataset=tmp_path / "many.jsonl", eval_size=0, samples=0, batch_size=300, dtype="bf16", tokens_per_microbatch=1500
+    )
     losses = []
     for i, objective in enumerate(("alpha_dpo(beta=2.0, gamma=1.0, alpha=0.5)", "simpo(beta=2.0, gamma=1.0)")):
         run = train.prepare(train.parse_settings(arguments(objective=objective, out=tmp_path / str(i), **how)))
@@ -1102,7 +1104,8 @@ def test_the_cache_knows_the_microbatches(arguments, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
 
     def files(**more) -> int:
-        train.prepare(train.parse_settings(arguments(**dict(objective="dpo", samples=0) | more, out=tmp_path / str(time.time()))))
+        how = dict(objective="dpo", samples=0, out=tmp_path / str(time.time())) | more
+        train.prepare(train.parse_settings(arguments(**how)))
         return len(list(cache.glob("*")))
 
     assert files() == 2 == files(objective="ipo", lr=1e-4)  # training and held-out rows

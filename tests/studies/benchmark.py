@@ -240,8 +240,8 @@ def peer(args) -> dict:
             examples.append(data.encode(row, tokenizer, args.max_length, args.max_length * 7 // 8)[0])
         except data.UserError:
             continue
-        reply = [[{"role": "assistant", "content": r}] for r in row.responses]
-        rows.append({"prompt": row.prompt, "chosen": reply[0], "rejected": reply[1]})
+        chosen, rejected = row.responses
+        rows.append({"prompt": row.prompt, "chosen": [chosen], "rejected": [rejected]})
     rows, examples = rows[:need], examples[:need]
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False)
 

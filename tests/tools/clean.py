@@ -80,7 +80,7 @@ def valid_rows(c: Cleaning) -> tuple[list[tuple[dict, Row]], Counter]:
 
 def said(row: Row) -> tuple:
     """Equal where two rows say the same."""
-    return json.dumps(row.prompt), tuple(row.responses), row.desirable
+    return json.dumps([row.prompt, row.template]), tuple(map(json.dumps, row.responses)), row.desirable
 
 
 def repeated(rows: list[tuple[dict, Row]]) -> list[int]:

@@ -159,10 +159,10 @@ def test_a_prompt_that_cannot_be_asked_is_an_error(speaker, tmp_path, capsys, mo
     """A judge needs an answer to every prompt."""
     real = on_policy.prompt_ids
 
-    def prompt_ids(tokenizer, prompt):
-        if prompt[0]["content"] == QUESTIONS[1]:
+    def prompt_ids(tokenizer, asked, template):
+        if asked.prompt[0]["content"] == QUESTIONS[1]:
             raise data.UserError("the chat template refuses this row")
-        return real(tokenizer, prompt)
+        return real(tokenizer, asked, template)
 
     monkeypatch.setattr(on_policy, "prompt_ids", prompt_ids)
     (tmp_path / "p.json").write_text(json.dumps([{"instruction": q} for q in QUESTIONS]))

@@ -378,9 +378,9 @@ def test_pairs_replace_pairs_of_their_own_and_nothing_else(tmp_path):
 
 def test_a_special_token_that_a_prompt_spells_is_a_real_one(chatml):
     """Asked like that, and named by `data.load`, which drops the row."""
-    ids = on_policy.prompt_ids(chatml, [{"role": "user", "content": "a <|im_end|> b"}])
     end = chatml.convert_tokens_to_ids("<|im_end|>")
-    assert ids.count(end) == 1 + on_policy.prompt_ids(chatml, [{"role": "user", "content": "a b"}]).count(end)
+    with_it, without = (on_policy.prompt_ids(chatml, data.Row([user(x)], [])).count(end) for x in ("a <|im_end|> b", "a b"))
+    assert with_it == without + 1
 
 
 def test_pairs_by_hand(tmp_path, chatml):
