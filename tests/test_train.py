@@ -1113,3 +1113,107 @@ def test_the_cache_knows_the_microbatches(arguments, tmp_path, monkeypatch):
     assert files(batch_size=4, max_steps=None) == 5  # evaluation has no steps
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     assert files() == 7
+
+
+# ---- where a response ends, and on which day ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other_model(world, tmp_path):
+    """The world's model in a folder of its own, its EOS another token than the one that its chat template writes (<end>, 3)."""
+
+    def build(template: str | None = None, eos: int | list[int] | None = 7) -> Path:
+        folder = tmp_path / "other"
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(world / "model"), AutoTokenizer.from_pretrained(world / "model")
+        model.generation_config.eos_token_id = eos
+        model.save_pretrained(folder)
+        tokenizer.chat_template = template or tokenizer.chat_template
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return build
+
+
+def tokens_until_the_end(folder: Path) -> int:
+    """How many tokens transformers' own generation makes with a model that could only say <end>."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    others = [i for i in range(model.config.vocab_size) if i != 3]
+    return model.generate(torch.tensor([[5, 6]]), max_new_tokens=5, do_sample=False, suppress_tokens=others).shape[1] - 2
+
+
+@pytest.mark.parametrize("eos, wanted", [(7, [7, 3]), ([7, 8], [7, 8, 3]), (None, [3])])
+def test_the_templates_terminator_ends_generation(arguments, other_model, tmp_path, capsys, monkeypatch, eos, wanted):
+    """Said before training, in a line; samples, checkpoints and both exports follow, and transformers stops there."""
+    folder = other_model(eos=eos)
+    assert tokens_until_the_end(folder) == 5
+    asked = []
+    generate = LlamaForCausalLM.generate
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "generate", lambda self, **how: asked.append(how) or generate(self, **how))
+        train.main(arguments(model=folder, max_steps=1, save_every=1))
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if "the chat template ends a response with <end> (3)" in line]
+    assert len(lines) == 1 and f"not among this model's eos_token_id {wanted[:-1]}" in lines[0]
+    assert said.index(lines[0]) < said.index("before: ")
+    assert asked and all(how["eos_token_id"] == wanted for how in asked)
+    checkpoint = tmp_path / "out/checkpoints/step-000001"
+    dist.main(["export", str(checkpoint), str(tmp_path / "exported")])
+    for place in (checkpoint, tmp_path / "out/model", tmp_path / "exported"):
+        assert json.loads((place / "generation_config.json").read_text())["eos_token_id"] == wanted, place
+    assert tokens_until_the_end(tmp_path / "out/model") == tokens_until_the_end(tmp_path / "exported") == 1
+
+
+def test_nothing_is_said_of_an_end_that_the_model_knows(arguments, world, tmp_path, capsys):
+    train.main(arguments(max_steps=1))
+    said = capsys.readouterr().err
+    assert "the chat template" not in said and "date" not in said
+    was, is_now = (json.loads((f / "generation_config.json").read_text()) for f in (world / "model", tmp_path / "out/model"))
+    assert was["eos_token_id"] == is_now["eos_token_id"] == 3
+
+
+def test_a_template_without_an_ending_is_said(arguments, other_model, tmp_path, capsys):
+    """Nothing is made up: the exported model ends where the given one did."""
+    train.main(arguments(model=other_model("{% for m in messages %}{{ m['content'] }} {% endfor %}"), max_steps=1))
+    said = capsys.readouterr().err
+    assert "so no ending is taught: let it write eos_token behind assistant turns" in said
+    assert json.loads((tmp_path / "out/model/generation_config.json").read_text())["eos_token_id"] == 7
+
+
+YEAR = "{% if strftime_now('%Y') == '2001' %}name two {% endif %}"  # words that only a prompt of that year begins with
+
+
+def test_a_run_keeps_its_date(arguments, other_model, world, tmp_path, capsys, monkeypatch):
+    """A run of another year, by its clock, killed and resumed today: the same ids, the same cache, the same weights."""
+    template = YEAR + AutoTokenizer.from_pretrained(world / "model").chat_template
+    how = dict(model=other_model(template), objective="dpo", save_every=2)
+    strftime = time.strftime  # which a day's own calls
+    with monkeypatch.context() as patch:
+        patch.setattr(train.time, "strftime", lambda form, *day: strftime(form, *day) if day else "2001-02-03")
+        train.main(arguments(**how, out=tmp_path / "a"))
+    assert "date: the chat template is told 2001-02-03" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b/checkpoints/step-000004")
+    (tmp_path / "b/summary.json").unlink()
+    assert json.loads((tmp_path / "b/run.json").read_text())["plainpo"]["date"] == "2001-02-03"
+    assert json.loads((tmp_path / "b/settings.json").read_text())["date"] == "2001-02-03"
+    said = refused(arguments(**how, out=tmp_path / "b", date="2001-02-04") + ["--resume"], capsys)
+    assert "date is '2001-02-04' here and '2001-02-03' there" in said
+    train.main(arguments(**how, out=tmp_path / "b") + ["--resume"])
+    said = capsys.readouterr().err
+    assert "resumed after step 2" in said and "2001-02-03" in said and "reference log-probs of 32 rows from" in said
+    assert [x["loss"] for x in steps(tmp_path / "b")] == [x["loss"] for x in steps(tmp_path / "a")]
+    one, two = ((tmp_path / x / "model/model.safetensors").read_bytes() for x in "ab")
+    assert one == two
+    run = train.prepare(train.parse_settings(arguments(**how, out=tmp_path / "c")))  # a new one has today's
+    known = train.prepare(train.parse_settings(arguments(**how, out=tmp_path / "d", date="2001-12-31")))
+    assert run.s.date == time.strftime("%Y-%m-%d")
+    lengths = [[len(r.train[i].prompt) for i in range(3)] for r in (run, known)]
+    assert [b - a for a, b in zip(*lengths)] == [2, 2, 2]
+
+
+def test_a_date_that_no_id_depends_on_is_no_part_of_a_run(arguments, tmp_path, capsys):
+    train.main(arguments(save_every=2, date="2001-02-03"))
+    (tmp_path / "out/summary.json").unlink()
+    assert "date" not in json.loads((tmp_path / "out/run.json").read_text())["plainpo"]
+    assert train.main(arguments(save_every=2, date="2001-02-04") + ["--resume"])["steps"] == 4
+    assert "2001" not in capsys.readouterr().err
