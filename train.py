@@ -229,13 +229,13 @@ def prepare(s: Settings) -> Run:
     tokenizer = data.load_tokenizer(s.model, s.trust_remote_code)
     train_rows, held_out, reports = load_rows(s, tokenizer, objective)
     policy = build_policy(s, objective, tokenizer, device)
-    stop_at_terminator(policy.model, tokenizer, data.template_arguments(s), say)
     run = Run(s, objective, device, tokenizer, policy, train_rows, held_out, reports, lock)
     check_policy(run)
     run.plan = plan_steps(s, len(train_rows))
     run.same = identity(run)
     if s.resume:
         dist.check_same(run.same, dist.on_rank_0(marker, Path(s.out)), s.out)
+    stop_at_terminator(run.policy.model, tokenizer, data.template_arguments(s), say)
     score_initial_model(run)
     run.optimizer = make_optimizer(run)
     if s.resume:
@@ -367,11 +367,8 @@ def finish(run: Run, writer: "MetricsWriter", started: float) -> dict:
     before = {}
     after = {}
     for line in lines:
-        found = {key: value for key, value in line.items() if key.startswith("eval_") or key == "repetition"}
-        if line["step"] == 0:
-            before |= found
-        else:
-            after |= found
+        when = before if line["step"] == 0 else after
+        when |= {key: value for key, value in line.items() if key.startswith("eval_") or key == "repetition"}
     if dist.not_finite(model) or not all(map(math.isfinite, after.values())):
         raise UserError(f"after the last step weights or held-out losses are not finite: nothing is in {out}/model. Lower lr")
     run.policy.use_layout("padded")
@@ -544,15 +541,17 @@ def refuse_compile(s: Settings, model: torch.nn.Module, device: torch.device) ->
 def stop_at_terminator(model: torch.nn.Module, tokenizer, template: dict, say: Callable[[str], None]) -> None:
     """Let generation end, here and by the exported generation_config, where trained responses end; said if it did not."""
     end = data.terminator(tokenizer, template)
-    stops = model.generation_config.eos_token_id
-    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    config = model.generation_config  # None of a model that cannot generate
+    stops = getattr(config, "eos_token_id", None)
+    if not isinstance(stops, list):
+        stops = [] if stops is None else [stops]
     if end is None:
         mend = "let it write eos_token behind assistant turns"
         say(f"the chat template writes no special token behind a response, so no ending is taught: {mend}")
-    elif end not in stops:
+    elif config is not None and end not in stops:
         ends = f"the chat template ends a response with {tokenizer.convert_ids_to_tokens(end)} ({end})"
         say(f"{ends}, which is not among this model's eos_token_id {stops}: here, and in what is exported, it is")
-        model.generation_config.eos_token_id = [*stops, end]
+        config.eos_token_id = [*stops, end]
 
 
 def uses_bf16(s: Settings, device: torch.device) -> bool:
@@ -596,7 +595,7 @@ def compare_layouts(run: Run, examples: list[Example], bound: float) -> float:
 
 @torch.no_grad()
 def log_probs(
-    run: Run, examples: Sequence[Example], outputs: tuple[str, ...] = (), progress: str = "", at_once: list[int] | None = None
+    run: Run, examples: Sequence[Example], outputs: tuple[str, ...] = (), progress: str = "", at_once: Sequence[int] = ()
 ) -> dict[str, Tensor]:
     """Sequence log-probs of all responses, "logp", and what `outputs` names, without gradient: (n, k) each, on every rank.
 
@@ -697,7 +696,7 @@ def kl_completions(examples: Sequence[Example]) -> list[Example]:
     return found
 
 
-def reference_logps(run: Run, examples: Sequence[Example], what: str, at_once: list[int] | None = None) -> dict[str, Tensor]:
+def reference_logps(run: Run, examples: Sequence[Example], what: str, at_once: Sequence[int] = ()) -> dict[str, Tensor]:
     """Reference log-probs of `examples`, "ref" and, if the objective asks for it, "ref_prefix_logp", (n, k) each: the policy's
     own, before it has learnt anything, kept as numbers. at_once: see `log_probs`.
 
@@ -884,23 +883,22 @@ class MetricsWriter:
 
     def __init__(self, run: Run):
         self.run = run
-        s = run.s
-        self.out = Path(s.out)
-        say(settings_table(s))
+        self.out = Path(run.s.out)
+        say(settings_table(run.s))
         for name, report in run.reports.items():
             say(f"{name}: {report}")
         if "date" in run.same:
-            say(f"date: the chat template is told {s.date}, also where the run is resumed on another day (--date)")
+            say(f"date: the chat template is told {run.same['date']}, also where the run is resumed on another day (--date)")
         held_out = len(run.held_out)
         if 0 < held_out < 50:  # the standard error of an accuracy is then about 0.07
             say(f"{held_out} held-out rows are too few to compare runs by; take some hundreds (eval_size, eval_dataset)")
         lines = dist.on_rank_0(open_records, run)
         self.initial = next((line for line in lines if line["step"] == 0), {})
-        self.send = open_log(s, self.out)
-        self.prompts = [run.tokenizer.decode(e.prompt) for e in run.held_out[: s.samples]]
+        self.send = open_log(run.s, self.out)
+        self.prompts = [run.tokenizer.decode(e.prompt) for e in run.held_out[: run.s.samples]]
         self.warned = set()
         counts = f"{len(run.train)} rows, {held_out} held out, {len(run.plan)} steps"
-        say(f"{run.objective}: {counts} of {s.batch_size}, {'bf16' if run.bf16 else 'fp32'}, {run.device}")
+        say(f"{run.objective}: {counts} of {run.s.batch_size}, {'bf16' if run.bf16 else 'fp32'}, {run.device}")
 
     def progress(self, plan: list[list[int]]) -> Iterator[list[int]]:
         """The rows of each step that is left, on a progress bar."""
