@@ -712,17 +712,18 @@ def export_checkpoint(e: Export) -> None:
     for place in (e.out, e.out.with_name(f"{e.out.name}.part")):
         if place.exists() and (place.is_file() or any(place.iterdir())):
             raise UserError(f"{place} exists already; choose another folder")
-    config = transformers.AutoConfig.from_pretrained(e.checkpoint)
+    config = transformers.AutoConfig.from_pretrained(e.checkpoint, trust_remote_code=False)
     with torch.device("meta"):  # its shape is enough: the weights come from the checkpoint
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if (e.checkpoint / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(e.checkpoint)
     metadata = dcp.HuggingFaceStorageReader(str(e.checkpoint)).read_metadata().state_dict_metadata
     saved = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in metadata.items() if name.startswith("weight.")}
     _read_into(saved, e.checkpoint)
     weights = {name.removeprefix("weight."): tensor for name, tensor in saved.items()}
-    tokenizer = data.load_tokenizer(str(e.checkpoint))
     state = json.loads((e.checkpoint / "step.json").read_text())
     card = model_card(e.out.name, state.get("run", {}), {"step": state["step"]})
-    _write_model(e.out, model, weights, tokenizer, dtypes[e.dtype], card)
+    _write_model(e.out, model, weights, data.load_tokenizer(str(e.checkpoint)), dtypes[e.dtype], card)
 
 
 def model_card(title: str, settings: dict, metrics: dict) -> str:

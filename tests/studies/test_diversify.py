@@ -55,11 +55,11 @@ def test_plain_is_what_the_tool_samples(model, tmp_path):
 def test_strategies_ask_as_they_say(model, tmp_path, monkeypatch):
     asked = []
 
-    def answers(network, tokenizer, prompts, s, seed):
-        asked.append([p[-1]["content"] for p in prompts])
+    def answers(network, tokenizer, rows, s, seed):
+        asked.append([row["prompt"][-1]["content"] for row in rows])
         plan = "1. first\nsome text\n2) second" if "approaches" in asked[-1][0] else "an answer"
-        texts = [f"{plan} {i}" if plan == "an answer" else plan for i in range(len(prompts))]
-        return texts, [True for _ in prompts], [7 if texts == [plan] else 10 for _ in prompts]
+        texts = [f"{plan} {i}" if plan == "an answer" else plan for i in range(len(rows))]
+        return texts, [True for _ in rows], [7 if texts == [plan] else 10 for _ in rows]
 
     monkeypatch.setattr(on_policy, "answer", answers)
     source = write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
@@ -328,7 +328,7 @@ def test_steps_are_the_whole_conversation_cut_in_pieces(name, tmp_path):
         return tokenizer(whole, add_special_tokens=False)["input_ids"]
 
     end = tokenizer.convert_tokens_to_ids(TERMINATOR[name])
-    whole, asked = rendered("".join(STEPS)), on_policy.prompt_ids(tokenizer, prompt)
+    whole, asked = rendered("".join(STEPS)), on_policy.prompt_ids(tokenizer, data.Row(prompt, []))
     assert whole[: len(asked)] == asked
     last = len(whole) - 1 - whole[::-1].index(end)
     rival = tokenizer("Water", add_special_tokens=False)["input_ids"]
