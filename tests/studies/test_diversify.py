@@ -313,8 +313,8 @@ def test_step_pairs_by_hand(tmp_path):
 STEPS = ["Sky is blue.\n", "Grass is green; water is wet.\n\n", "Good day"]
 
 
-# Of the others an answer is more than its text (an empty think block, a channel), or what transformers renders of a conversation
-# is not all (parts of contents; no terminator).
+# Of the others an answer is more than its text (an empty think block, a channel), or what transformers alone renders of it is
+# not all (parts of contents; no terminator).
 TEXT_AND_TERMINATOR = [name for name in FAMILIES if name not in ("qwen3", "qwen3.5", "gpt-oss", "parts", "glm4")]
 
 
