@@ -882,6 +882,8 @@ def encode(
     if wholes[0] == wholes[-1] and row.responses[0] != row.responses[-1]:
         raise UserError("the chat template renders both responses alike")
     cuts = ["earlier reasoning cut by the template"] if _loses_reasoning(row.prompt, asked) else []
+    if not _shows_calls(render, row.prompt, asked):
+        raise UserError("the chat template does not show the tool calls of the prompt")
     if "tools" in row.template and asked == render(row.prompt, template={**template, "tools": None}, generation_prompt=True):
         raise UserError("the chat template does not show the row's tools")
     prompt = _ids(tokenizer, asked)
@@ -940,6 +942,15 @@ def _loses_reasoning(prompt: list[dict], asked: str) -> bool:
             cut = cut or thought.replace("<think>", "").strip() not in asked
         cut = cut or key in REASONING
     return cut
+
+
+def _shows_calls(render: Callable, prompt: list[dict], asked: str) -> bool:
+    """Whether a prompt's tool calls make a difference, even where other texts hold the same words and numbers."""
+    silent = [{key: x for key, x in message.items() if key not in CALLS} for message in prompt]
+    try:
+        return silent == prompt or render(silent, generation_prompt=True) != asked
+    except UserError:  # a turn without text and calls
+        return True
 
 
 def _lost(messages: list[dict], text: str, beside: str = "") -> list[tuple[int, str, str]]:

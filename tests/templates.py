@@ -357,7 +357,9 @@ COMMAND_R7B = lines(  # an answer stands between markers of its own, inside the 
       {% elif m['tool_calls'] %}
         {{ turn + '<|CHATBOT_TOKEN|><|START_THINKING|>' + m['content'] + '<|END_THINKING|>' }}
         {{ '<|START_ACTION|>' + m['tool_calls'] | map(attribute='function') | list | tojson + '<|END_ACTION|>' + end }}
-      {% else %}{{ turn + '<|CHATBOT_TOKEN|><|START_RESPONSE|>' + m['content'] + '<|END_RESPONSE|>' + end }}{% endif %}
+      {% elif m['role'] == 'assistant' %}
+        {{ turn + '<|CHATBOT_TOKEN|><|START_RESPONSE|>' + m['content'] + '<|END_RESPONSE|>' + end }}
+      {% endif %}
     {% endfor %}
     {% if add_generation_prompt %}{{ turn + '<|CHATBOT_TOKEN|>' }}{% endif %}""",
     system="'You are Command.'",

@@ -43,6 +43,7 @@ RESULT = {"role": "tool", "name": "add", "tool_call_id": "call00001", "content":
 ASKED = [user("What is two plus three?")]
 ANSWERS = [assistant("It is five."), assistant("Sky is blue.")]
 THOUGHT = "Two and three make five."
+THINKING = f"{THOUGHT}\n</think>\n\n"
 EARLIER = [user("Who are you?"), assistant("A helper.", reasoning_content="They ask me."), *ASKED]
 
 KINDS = {  # kind of row: a pair as `data` reads it
@@ -52,7 +53,7 @@ KINDS = {  # kind of row: a pair as `data` reads it
     "earlier reasoning": {"prompt": EARLIER, "answers": ANSWERS},
     "no thinking": {"prompt": ASKED, "answers": ANSWERS, "chat_template_kwargs": {"enable_thinking": False}},
     "reasoning": {"prompt": ASKED, "answers": [assistant("It is five.", reasoning_content=THOUGHT), ANSWERS[1]]},
-    "reasoning in the text": {"prompt": ASKED, "answers": [assistant(f"<think>\n{THOUGHT}\n</think>\n\nIt is five."), ANSWERS[1]]},
+    "reasoning in the text": {"prompt": ASKED, "answers": [assistant(f"<think>\n{THINKING}It is five."), ANSWERS[1]]},
     "tool call": {"prompt": ASKED, "answers": [assistant("", tool_calls=[CALL]), ANSWERS[1]], "tools": [TOOL]},
     "tool call and text": {
         "prompt": ASKED, "answers": [assistant("I add them.", tool_calls=[CALL]), assistant("I add them.")], "tools": [TOOL],
@@ -115,29 +116,35 @@ def listing(names: list[str]) -> str:
     return "\n".join(lines)
 
 
+def code(text: str) -> str:
+    return f"`{shown(text)}`".replace("|", "\\|")  # a bar would end the cell
+
+
 def tables() -> str:
-    """Two tables: what is scored, by family; and the reasons for which rows are refused, by number."""
+    """Two tables and a list: an answer under every family; other kinds of rows, with "=" where what stands around the text is
+    as for an answer, and a number where the row is refused; the reasons by number."""
+    found = {name: {kind: seen(name, kind) for kind in KINDS} for name in FAMILIES}
     reasons: list[str] = []
 
-    def cell(found: Seen) -> str:
-        if not found.refused:
-            return f"`{shown(found.scored)}`".replace("|", "\\|") + "".join(
-                f" ({note.split(' by ')[0]})" for note in found.notes
-            )
-        if found.refused not in reasons:
-            reasons.append(found.refused)
-        return f"– {reasons.index(found.refused) + 1}"
+    def cell(of: dict[str, Seen], kind: str) -> str:
+        row, text = of[kind], KINDS[kind]["answers"][0]["content"]
+        if row.refused:
+            if row.refused not in reasons:
+                reasons.append(row.refused)
+            return str(reasons.index(row.refused) + 1)
+        answer = of["answer"].scored.replace("It is five.", text) if text else ""
+        scored = "=" if row.scored == answer else code(row.scored.replace('{"a": 2, "b": 3}', "{…}"))
+        return scored + " (cut)" * ("earlier reasoning cut by the template" in row.notes)
 
-    found = {name: {kind: seen(name, kind) for kind in KINDS} for name in FAMILIES}
-    more = [kind for kind in KINDS if kind != "answer"]
     lines = ["| family | the prompt ends | scored |", "|---|---|---|"]
     for name, of in found.items():
-        end = shown(of["answer"].prompt[-34:]).replace("|", "\\|")
-        lines.append(f"| {name} | `…{end}` | {cell(of['answer'])} |")
-    lines += ["", f"| family | {' | '.join(more)} |", "|---" * (len(more) + 1) + "|"]
+        lines.append(f"| {name} | {code('…' + of['answer'].prompt[-34:])} | {code(of['answer'].scored)} |")
+    more = [kind for kind in KINDS if kind != "answer"]
+    lines += ["", f"| families | {' | '.join(more)} |", "|---" * (len(more) + 1) + "|"]
+    alike: dict[str, list[str]] = {}
     for name, of in found.items():
-        cells = ["=" if of[kind] == of["answer"]._replace(prompt=of[kind].prompt) else cell(of[kind]) for kind in more]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        alike.setdefault(" | ".join(cell(of, kind) for kind in more), []).append(name)
+    lines += [f"| {', '.join(names)} | {cells} |" for cells, names in alike.items()]
     return "\n".join([*lines, "", *(f"{i}. {reason}" for i, reason in enumerate(reasons, 1))])
 
 

@@ -1,6 +1,6 @@
 """What is scored under every family's template, against texts written by hand from the families' own documentation.
 
-A prompt's text is what the template itself renders with the generation prompt, without data.py; its ids, and those of prompt and
+A prompt's text is what transformers renders with the generation prompt, without data.py; its ids, and those of prompt and
 response together, come from the raw tokenizer.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import chat_templates
 import pytest
-from chat_templates import CALL, DATE, KINDS, LONG, THOUGHT, TOOL, row_of, tokenizer_of
+from chat_templates import CALL, DATE, KINDS, LONG, THINKING, THOUGHT, TOOL, row_of, tokenizer_of
 from templates import FAMILIES, TERMINATOR
 
 import data
@@ -25,7 +25,6 @@ AROUND = {  # what stands before and behind an answer's text, where it is not no
     "command-r7b": ("<|START_RESPONSE|>", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
     "none": (" ", "<|endoftext|>"),
 }
-THINKING = f"{THOUGHT}\n</think>\n\n"
 ARGUMENTS = '{"a": 2, "b": 3}'
 HERMES = f'<tool_call>\n{{"name": "add", "arguments": {ARGUMENTS}}}\n</tool_call><|im_end|>'
 COHERE = f'<|START_ACTION|>[{{"name": "add", "arguments": {ARGUMENTS}}}]<|END_ACTION|><|END_OF_TURN_TOKEN|>'
@@ -72,14 +71,13 @@ REFUSED = {  # kind of row → pattern of a family's name → words of the reaso
                        "mistral-v3": "renders the prompt differently once a response follows"},
     "developer message": {
         "llama2|gemma2|gemma3|mistral": REFUSES + r"\(Conversation roles", "mistral-v3": REFUSES + r"\(Only user and assistant",
-        "phi3|phi4|deepseek-v3.1|r1-distill|smollm3|olmo2|zephyr|command-r": "drops the text of prompt message 1 .developer.",
-        "command-r7b": "refuses|drops|writes other special tokens|renders",
+        "phi3|phi4|deepseek-v3.1|r1-distill|smollm3|olmo2|zephyr|command-r.*": "drops the text of prompt message 1 .developer.",
     },
     "no thinking": {"(?!qwen3|smollm3).*": "knows no enable_thinking"},
     "reasoning": {"(?!qwen3|gpt-oss).*": "the response's reasoning_content"},
-    "reasoning in the text": {"deepseek-v3.1|r1-distill": "the response's content; give what is before </think> as reasoning"},
+    "reasoning in the text": {"deepseek-v3.1|r1-distill": "drops the response's text; give what is before </think> as"},
     "tool call": {"|".join(CALLS_LOST): NOT_SHOWN},
-    "tool call and text": {"|".join(CALLS_LOST): NOT_SHOWN, "llama3.2|mistral-v3": "the response's content"},
+    "tool call and text": {"|".join(CALLS_LOST): NOT_SHOWN, "llama3.2|mistral-v3": "the response's text"},
     "after a tool": {
         "llama2|mistral|gemma2|gemma3": REFUSES + r"\(Conversation roles",
         "(?!llama2|mistral|gemma).*": NOT_SHOWN + "|drops the text of prompt message 3 .tool.",
@@ -99,15 +97,23 @@ def expected(name: str, kind: str) -> tuple[str, str]:
     return before + KINDS[kind]["answers"][0]["content"] + behind, ""
 
 
+class Day(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return cls.fromisoformat(DATE)
+
+
+@pytest.fixture(autouse=True)
+def on_that_day(monkeypatch):
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Day)
+
+
 def asked_by_the_template(tokenizer, name: str, kind: str) -> str:
-    """The prompt as the template writes it with the generation prompt, on a fixed day."""
-    messages = [{key: value for key, value in message.items()} for message in KINDS[kind]["prompt"]]
+    """The prompt as the template writes it with the generation prompt."""
+    messages = KINDS[kind]["prompt"]
     if name == "parts":
         messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-    day = datetime.date.fromisoformat(DATE)
-    more = dict(KINDS[kind].get("chat_template_kwargs", {}), strftime_now=day.strftime)
-    if "tools" in KINDS[kind]:
-        more["tools"] = [TOOL]
+    more = dict(KINDS[kind].get("chat_template_kwargs", {}), tools=KINDS[kind].get("tools"))
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **more)
 
 
