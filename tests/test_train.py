@@ -131,7 +131,7 @@ def shifted(world, tmp_path_factory):
                 for p in prepared[kind].policy.model.parameters():
                     p.add_(0.05 * torch.randn_like(p))
         run = replace(prepared[kind], objective=objective)
-        run.policy.use_layout(run.s.layout)
+        run.policy.use_layout(run.layout)
         return run
 
     return build
@@ -146,8 +146,8 @@ def one_step(run: train.Run, gradients: dict, monkeypatch, **changed):
         losses.append(loss)
         return measures(objective, values, loss)
 
-    run = replace(run, s=replace(run.s, **changed))
-    run.policy.use_layout(run.s.layout)
+    run = replace(run, layout=changed.pop("layout", run.layout), s=replace(run.s, **changed))
+    run.policy.use_layout(run.layout)
     with monkeypatch.context() as patch:
         patch.setattr(train, "measures", seen)
         train.train_step(run, run.plan[0])
@@ -228,7 +228,7 @@ def test_wpo_weighs_each_row_and_only_that(shifted, still, monkeypatch, name, k)
     run.held_out = examples
     run.held_out_inputs = inputs
     run.held_out_initial = inputs["ref"]
-    run.policy.use_layout(run.s.layout)
+    run.policy.use_layout(run.layout)
     assert train.evaluate(run)["eval_loss"] == pytest.approx((plain * weights).mean().item(), rel=1e-4)
     run.policy.use_layout("padded")
     each = torch.stack([response_logprob(run.policy.model, e.prompt, r) for e in examples for r in e.responses])
