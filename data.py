@@ -1190,7 +1190,7 @@ class Showing(Counting):
 
 
 def print_stats(s: Counting) -> None:
-    print(stats(*load(s.dataset, load_tokenizer(s.model), s)))
+    print(visible(stats(*load(s.dataset, load_tokenizer(s.model), s))))
 
 
 def print_rows(s: Showing) -> None:
@@ -1201,7 +1201,7 @@ def print_rows(s: Showing) -> None:
     colour = sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ or "FORCE_COLOR" in os.environ
     tokens = sys.maxsize if s.full else SHOWN_TOKENS
     print("\n\n".join(show(example, tokenizer, colour, s.ids, tokens) for example in examples[: s.n]))
-    print(f"\n{report}")
+    print(visible(f"\n{report}"))
 
 
 # ---- progress and command lines, of every file -----------------------------------------------------------------------
@@ -1277,13 +1277,19 @@ def commands(argv: list[str], prog: str, text: str, table: dict[str, tuple[type,
     return function(parse(kind, argv[1:], f"{prog} {argv[0]}", inspect.getdoc(kind)))
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def say(text: str) -> None:
+    """A message on standard error, the one way for all of them: what would steer a terminal is spelled out, a bar is left
+    whole, and a log that cannot be written stops nothing."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # the last: a signal came while another was being printed
+        if is_watched():
+            tqdm.write(visible(text), file=sys.stderr)
+        else:
+            print(visible(text), file=sys.stderr, flush=True)
 
 
 def fail(error: Exception) -> None:
     """Print one message and end with code 2."""
-    _say(f"error: {error}")
+    say(f"error: {error}")
     raise SystemExit(2)
 
 
@@ -1311,7 +1317,7 @@ def command_line(
     except UserError as error:
         fail(error)
     except KeyboardInterrupt:
-        _say(stopped)
+        say(stopped)
         raise SystemExit(130) from None
     except torch.OutOfMemoryError as error:
         fail(UserError(f"the GPU's memory is too small; lower --batch_size ({_brief(error)})"))

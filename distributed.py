@@ -102,7 +102,7 @@ def fail(error: Exception) -> None:
     if not is_rank_0():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)  # torchrun ends us here if rank 0 failed too
-    print(f"error: {error}" if is_rank_0() else f"error on rank {rank()}: {error}", file=sys.stderr, flush=True)
+    data.say(f"error: {error}" if is_rank_0() else f"error on rank {rank()}: {error}")
     if c10d.is_initialized():
         os._exit(2)
     raise SystemExit(2)
@@ -122,7 +122,7 @@ def own(folder: Path) -> FileLock:
             why = "is in use by another run, perhaps a rank that outlived its torchrun; end it first"
             raise UserError(f"{folder} {why}") from None
         except (OSError, NotImplementedError) as error:  # some network file systems have no locks
-            print(f"warning: {folder} cannot be locked ({error}); let one run at a time write there", file=sys.stderr)
+            data.say(f"warning: {folder} cannot be locked ({error}); let one run at a time write there")
 
     on_rank_0(acquire)
     return lock
@@ -427,14 +427,21 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 class StopOnSignal:
-    """A context in which SIGTERM and Ctrl-C only raise a hand; `requested` asks whether any rank's hand is up."""
+    """A context in which SIGTERM, SIGHUP and Ctrl-C only raise a hand; `requested` asks whether any rank's hand is up.
+
+    Without torchrun a second one means now: the process ends as it would without this. SIGTERM or SIGHUP within a second of
+    the first is no second one, since a batch system signals the group and the process; Ctrl-C twice is always meant.
+    """
+
+    number = 0  # of the signal that came first
+    since = 0.0  # when it came, by time.monotonic
 
     def __enter__(self) -> "StopOnSignal":
-        self.raised = False
         self.before = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.before[number] = signal.signal(number, self._raise_hand)
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                    self.before[number] = signal.signal(number, self._raise_hand)
         return self
 
     def __exit__(self, *error) -> None:
@@ -442,15 +449,18 @@ class StopOnSignal:
             signal.signal(number, handler)
 
     def _raise_hand(self, number, frame) -> None:
-        if self.raised and world_size() == 1:  # asked twice: now. torchrun passes on a Ctrl-C that we have had already
+        twice = number == self.number == signal.SIGINT or time.monotonic() > self.since + 1
+        if self.number == 0:
+            self.number, self.since = number, time.monotonic()
+            if number == signal.SIGINT and is_rank_0():
+                data.say("\nstopping soon, with a checkpoint; Ctrl-C again stops at once")
+        elif twice and not c10d.is_initialized():  # torchrun passes on a Ctrl-C that we have had already
             signal.signal(number, self.before[number])
             os.kill(os.getpid(), number)
-        elif number == signal.SIGINT and is_rank_0() and not self.raised:
-            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
-        self.raised = True
 
-    def requested(self) -> bool:
-        return any(gather_objects(self.raised))
+    def requested(self) -> int:
+        """The number of the signal by which a rank was asked to stop, the same on all ranks; 0 where there was none."""
+        return max(gather_objects(self.number))
 
 
 def _flush(path: Path) -> None:
@@ -563,7 +573,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer, state: dict, keep
         if is_rank_0():
             shutil.rmtree(part, ignore_errors=True)
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            print(f"checkpoint {final} could not be written ({reason}); earlier ones are untouched", file=sys.stderr)
+            data.say(f"checkpoint {final} could not be written ({reason}); earlier ones are untouched")
         return False
     return True
 
@@ -755,6 +765,7 @@ def model_card(title: str, settings: dict, metrics: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command line as a function. A user error ends with a message and exit code 2."""
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # a table of weights that do not fit, where one message follows
     commands = {"export": (Export, export_checkpoint)}
     data.command_line(lambda argv: data.commands(argv, "distributed.py", __doc__, commands), argv)
 

@@ -35,7 +35,6 @@ import torch
 import transformers
 import yaml  # transformers brings it
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 import distributed as dist
@@ -886,10 +885,8 @@ def answers(run: Run) -> list[str]:
 
 
 def say(text: str) -> None:
-    if dist.is_rank_0() and data.is_watched():  # a bar may be on the terminal
-        tqdm.write(text, file=sys.stderr)
-    elif dist.is_rank_0():
-        print(text, file=sys.stderr, flush=True)
+    if dist.is_rank_0():
+        data.say(text)
 
 
 class MetricsWriter:
@@ -1174,6 +1171,7 @@ def main(argv: list[str] | None = None, work: Callable = lambda argv: train(pars
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors: far fewer page faults
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # a table of weights that do not fit, where one message follows
     stopped = "stopped at once: --resume goes on from the last checkpoint, if there is one"
     return data.command_line(work, argv, dist.fail, stopped)
 

@@ -1256,6 +1256,29 @@ def test_what_would_steer_a_terminal_is_spelled_out(chatml):
         assert not set(said) & set("\x1b\x07\r\x08") and "\\x1b" in said and "\\r" in said
 
 
+def test_messages_and_reports_spell_out_what_would_steer_a_terminal(tmp_path, chatml, capsys):
+    """A file's name in an error, a column's in a report, on the command line."""
+    name = str(tmp_path / "\x1bcgone.jsonl")
+    with pytest.raises(SystemExit, match="2"):
+        data.command_line(lambda argv: list(data.read(name)), [])
+    said = capsys.readouterr().err
+    assert r"\x1bcgone.jsonl: no such file" in said and "\x1b" not in said
+    chatml.save_pretrained(tmp_path / "m")
+    path = write(tmp_path, "\x9bm.jsonl", [PAIR, {**PAIR, "chosen": ""}])
+    for command in ("stats", "show"):
+        data.main([command, "--model", str(tmp_path / "m"), "--dataset", path])
+        said = capsys.readouterr().out
+        assert r"\x9bm.jsonl row 2: chosen is empty" in said and "\x9b" not in said
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stderr", full)
+        data.say("hello")
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # so that it can be closed
+
+
 def test_show_on_the_command_line(tmp_path, chatml, capsys, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     chatml.save_pretrained(tmp_path / "model")

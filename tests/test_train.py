@@ -1000,6 +1000,31 @@ def test_ctrl_c_twice_stops_at_once_and_says_how_to_go_on(capsys, request):
     assert stop.value.code == 130 and "Ctrl-C again" in first and "--resume goes on" in second
 
 
+def test_which_signal_came_first_and_what_a_second_one_means(monkeypatch):
+    """SIGHUP counts; a second SIGTERM or SIGHUP within a second is the same request, later it means now: the handler that was
+    there before. One that is ignored, as under nohup, stays so."""
+    now, got = [100.0], []
+    monkeypatch.setattr(dist.time, "monotonic", lambda: now[0])
+    for first, second in ((signal.SIGTERM, signal.SIGTERM), (signal.SIGHUP, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)):
+        before = {number: signal.signal(number, lambda n, frame: got.append(n)) for number in (first, second)}
+        with dist.StopOnSignal() as stop:
+            assert stop.requested() == 0
+            for later in (0.0, 0.9, 1.1):
+                assert not got
+                now[0] = 100.0 + later
+                os.kill(os.getpid(), second if later else first)
+                assert stop.requested() == first
+        assert got == [second]
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        got.clear()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with dist.StopOnSignal() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.requested() == 0
+    signal.signal(signal.SIGHUP, before)
+
+
 def test_the_command_line_itself(tmp_path):
     """As typed in a shell: the message on stderr, nothing on stdout, exit code 2."""
     done = processes.run(["train.py", "--lr", "0"], tmp_path)

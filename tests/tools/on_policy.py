@@ -32,14 +32,10 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import data  # noqa: E402
-from data import Row, UserError, encode, setting  # noqa: E402
+from data import Row, UserError, encode, say, setting  # noqa: E402
 from logprobs import continuations  # noqa: E402
 
 LONG = 2**31  # more tokens than any prompt: nothing is cut
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def quiet(text: str) -> None: ...
