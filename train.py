@@ -1173,7 +1173,7 @@ def main(argv: list[str] | None = None, work: Callable = lambda argv: train(pars
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # a table of weights that do not fit, where one message follows
     stopped = "stopped at once: --resume goes on from the last checkpoint, if there is one"
-    return data.command_line(work, argv, dist.fail, stopped)
+    return data.command_line(work, argv, dist.fail, stopped, logs=("stdout", "stderr"))
 
 
 if __name__ == "__main__":
