@@ -784,7 +784,7 @@ def model_card(title: str, settings: dict, metrics: dict) -> str:
     """README.md of an exported model: what was measured and the settings of its run, of this machine's folders nothing."""
     public = {name: value for name, value in settings.items() if name not in ("out", "cache", "resume")}
     for name in ("model", "dataset", "eval_dataset"):
-        sources = (public.get(name) or "").split(",")
+        sources = re.split(r"\s*,\s*", public.get(name) or "")
         public[name] = ", ".join(source if _on_hub(source) else source.rpartition("/")[2] for source in sources) or None
     lines = ["---", "library_name: transformers", "---", "", f"# {_plain(title)}"]
     rounded = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in metrics.items()}
@@ -795,7 +795,9 @@ def model_card(title: str, settings: dict, metrics: dict) -> str:
 
 
 def _on_hub(source: str) -> bool:
-    return bool(re.fullmatch(r"\s*[\w-]+/[\w.-]+", source)) and not os.path.exists(source.strip())
+    """Whether a source is org/name, and no path here."""
+    name = re.split(r"[:@\[]", source)[0]
+    return re.fullmatch(r"[\w-]+/[\w.-]+", name) is not None and not os.path.exists(name)
 
 
 def _plain(value) -> str:
