@@ -1270,7 +1270,7 @@ def parse(kind: type, argv: list[str], prog: str, text: str, hints: dict[str, st
     """Command line → an instance of the dataclass `kind`; what comes later wins.
 
     Leading bare words fill, in order, the fields that have no default. `--a-b` and `--a_b` are the same. A setting that is not
-    there is a UserError with the sentence that `hints` has for its name, else with the nearest name.
+    there is a UserError with the sentence that `hints` has for its name, else with the nearest name. ~/ is the home folder.
     """
     needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))[: len(needed)]
@@ -1285,6 +1285,12 @@ def parse(kind: type, argv: list[str], prog: str, text: str, hints: dict[str, st
         guess = f"; {hint}" if hint else did_you_mean(name, [f.name for f in fields(kind)])
         parser.error(f"unknown setting {' '.join(unknown)[:200]}{guess}")
     for name, value in vars(settings).items():
+        try:
+            os.fsencode(str(value).encode().decode())
+        except UnicodeEncodeError:  # it came as other bytes, or is more than LC_ALL=C can name
+            parser.error(f"{name} is {value!r}, which is no text in UTF-8 and {sys.getfilesystemencoding()}; rename it")
+        if isinstance(value, (str, Path)) and str(value).startswith("~/") and value != getattr(kind, name, None):
+            setattr(settings, name, type(value)(os.path.expanduser(value)))
         if isinstance(value, (int, float)) and not abs(value) < 2**63:  # nan, inf, and what no integer tensor holds
             parser.error(f"{name} is {str(value)[:40]}; it must be a finite number below 2⁶³")
     return settings
@@ -1321,21 +1327,44 @@ def fail(error: Exception) -> None:
     raise SystemExit(2)
 
 
+class Log:
+    """A stream that nothing depends on: what cannot be written, for want of a reader or of room on a disk, is lost."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
 def command_line(
     work: Callable[[list[str]], object],
     argv: list[str] | None = None,
     fail: Callable[[Exception], None] = fail,
     stopped: str = "stopped",
+    logs: tuple[str, ...] = ("stderr",),
 ):
     """work(argv) as a command line; returns what it returns.
 
     A user error, an OSError of the system (such as a full disk) or the end of the GPU's memory goes to `fail` as a UserError;
     `distributed.fail` is the one of several ranks. Ctrl-C prints `stopped`, code 130. Output that nobody reads any more
-    (`| head`) ends the work quietly. Characters that the output's encoding lacks are written as escapes.
+    (`| head`) ends the work quietly; of the streams that are `logs` the work does not depend. Characters that the output's
+    encoding lacks are written as escapes.
     """
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):  # and not None, or what a notebook puts there
             stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, Log(stream) if name in logs else stream)
     try:
         try:
             return work(sys.argv[1:] if argv is None else argv)
@@ -1355,7 +1384,7 @@ def command_line(
         if error.filename is None:  # most likely the output: the interpreter would try to write it once more
             with contextlib.suppress(OSError, AttributeError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno != errno.EPIPE:
+        if error.errno != errno.EPIPE or "stdout" in logs:
             fail(UserError(f"{str(error.filename or 'the output')[:200]}: {error.strerror}"))
 
 

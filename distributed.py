@@ -328,6 +328,7 @@ def load_model(name: str, trust_remote_code: bool = False) -> tuple[nn.Module, d
 
     def read() -> nn.Module:
         model = _read_model(name, trust_remote_code)
+        model.initial_hash = hash_weights(model)[0]  # of all of it, so for any number of ranks the same
         if c10d.is_initialized():
             weights.update(model.state_dict())
             _empty(model)
@@ -402,8 +403,8 @@ def not_finite(model: nn.Module) -> list[str]:
 
 
 def hash_weights(model: nn.Module) -> list[str]:
-    """A digest of all weights, one per rank of its own shards; equal on all ranks."""
-    return gather_objects(_digest({name: _local(parameter) for name, parameter in model.named_parameters()}))
+    """A digest of the names and bytes of weights and persistent buffers, one per rank of its own shards; equal on all ranks."""
+    return gather_objects(_digest({name: _local(tensor) for name, tensor in _tensors(model).items()}))
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
@@ -690,6 +691,17 @@ def check_same(run: dict, saved: dict, where: str | Path) -> None:
         raise UserError(f"{where} belongs to another run: {'; '.join(differs)}")
 
 
+def check_ranks(values: dict) -> None:
+    """UserError, on all ranks, where one of them was given something else: a line edited on one machine, another file there."""
+    everywhere = gather_objects(values)
+    for number, theirs in enumerate(everywhere):
+        differs = [
+            f"{k} is {theirs.get(k)!r} there and {v!r} on rank 0" for k, v in everywhere[0].items() if theirs.get(k) != v
+        ]
+        if differs:
+            raise UserError(f"rank {number} was not started like rank 0: {'; '.join(differs)}")
+
+
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, run: dict) -> dict:
     """Put weights and moments back in place, for any number of ranks; returns the saved state.
 
@@ -732,7 +744,7 @@ def _write_model(folder: Path, model: nn.Module, weights: dict, tokenizer, dtype
         model.save_pretrained(part, state_dict=weights, max_shard_size=FILE_LIMIT)  # under the names that the hub has
         model.config.dtype = dtype
         _describe(part, model, tokenizer)
-        (part / "README.md").write_text(card)
+        (part / "README.md").write_text(card, encoding="utf-8")
         for path in part.iterdir():
             shutil.copymode(part / "README.md", path)  # what the umask says; safetensors makes files for their owner alone
             _flush(path)

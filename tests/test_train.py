@@ -321,7 +321,7 @@ def test_loss_falls_and_everything_is_recorded(arguments, tmp_path, monkeypatch)
                 "tokens", "seconds", "tokens_per_second"):  # fmt: skip
         assert all(math.isfinite(line[key]) for line in lines), key
     assert [x["step"] for x in metrics(out) if "eval_loss" in x] == [0, 4, 8, 12, 16, 20, 24]
-    assert json.loads((out / "settings.json").read_text())["objective"] == "simpo(beta=2.0, gamma=1.0)"
+    assert json.loads((out / "settings.json").read_text())["objective"] == f"simpo({SIMPO})"
     assert json.loads((out / "summary.json").read_text()) == summary
     samples = read_samples(out)
     assert [sample["step"] for sample in samples] == [0, 4, 8, 12, 16, 20, 24]
@@ -632,7 +632,8 @@ def test_data_without_scores_is_refused_before_the_model_is_loaded(world, argume
         assert stopped.value.code == 2 and "score_chosen" in said and f"row {first} " in said and "Traceback" not in said
 
 
-MPO = "0.8*dpo(beta=0.1) + 0.2*bco_pair(beta=0.1) + 1.0*sft()"
+SIMPO = "beta=2.0, gamma=1.0, label_smoothing=0.0, average=True"  # all that it can be given, as it is recorded
+MPO = "0.8*dpo(beta=0.1, label_smoothing=0.0) + 0.2*bco_pair(beta=0.1) + 1.0*sft()"
 
 
 def softplus(x: float) -> float:
@@ -667,7 +668,7 @@ def test_a_run_of_an_objective_of_ones_own(arguments, tmp_path):
         "    return bradley_terry(beta * (logp_w / len_w - logp_l / len_l))\n"
     )
     runs = {}
-    for objective in (f"{file}:mine(beta=2.0)", "simpo(beta=2.0, gamma=0.0)"):
+    for objective in (f"{file}:mine(beta=2.0)", f"simpo({SIMPO.replace('1.0', '0.0')})"):
         out = tmp_path / str(len(runs))
         train.main(arguments(objective=objective, max_steps=2, eval_size=0, samples=0, out=out))
         assert json.loads((out / "summary.json").read_text())["objective"] == objective
@@ -680,7 +681,8 @@ def test_a_run_is_another_with_another_weight(shifted):
     one, same, other = (
         train.identity(shifted(text))["objective"] for text in ("dpo + 0.1*sft", "dpo() + .1*sft", "dpo + 0.2*sft")
     )
-    assert one == same == "1.0*dpo() + 0.1*sft()" and other == "1.0*dpo() + 0.2*sft()"
+    dpo = "1.0*dpo(beta=0.1, label_smoothing=0.0)"
+    assert one == same == f"{dpo} + 0.1*sft()" and other == f"{dpo} + 0.2*sft()"
 
 
 def test_a_fresh_folder_has_the_names_of_a_sum(tmp_path, monkeypatch):
