@@ -29,7 +29,9 @@ import math
 import os
 import random
 import re
+import shutil
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -111,6 +113,15 @@ def reachable(name: str, kind: str = "model") -> None:
 def setting(default, text: str, **more):
     """A field of a dataclass that is read from a command line; MISSING stands for one that must be given."""
     return field(default=default, metadata={"help": text.replace("%", "%%")} | more)
+
+
+def checksum(file: Path) -> list[int]:
+    """[bytes, CRC-32] of a file; a second or so for a GB."""
+    crc = 0
+    with open(file, "rb") as opened:
+        while piece := opened.read(2**22):
+            crc = zlib.crc32(piece, crc)
+    return [file.stat().st_size, crc]
 
 
 def _brief(error: Exception) -> str:
@@ -808,7 +819,7 @@ def _renamed(columns: str) -> dict[str, str]:
 
 def _outcomes(source: str, tokenizer, how: Reading) -> tuple["Dataset", str]:
     """What becomes of each row of a source, in order, as `_outcome` says it; and the reason for the format."""
-    from datasets import Dataset, Features, List, Value
+    from datasets import Dataset, Features, List, Value, concatenate_datasets
     from datasets.exceptions import DatasetGenerationError
 
     renamed = _renamed(how.columns)
@@ -822,17 +833,39 @@ def _outcomes(source: str, tokenizer, how: Reading) -> tuple["Dataset", str]:
     head = list(itertools.islice(rows, PARALLEL_FROM))
     if len(head) < PARALLEL_FROM:
         return Dataset.from_list(head).map(outcome, new_fingerprint="small", **made), why  # or all arguments would be hashed
-    origin, key = _cache_keys(source, tokenizer, how)
     folder = Path(os.environ.get("PLAINPO_CACHE", "~/.cache/plainpo")).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{key}.lock", "w") as lock:
+    kept = folder / _cache_key(source, tokenizer, how)
+    with open(f"{kept}.lock", "w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)  # of several processes one makes them, the rest wait; no worker inherits this lock
-        try:
+        if not _is_whole(kept):
+            part = Path(f"{kept}.part")
+            for place in (kept, part):
+                shutil.rmtree(place, ignore_errors=True)
             all_rows = functools.partial(itertools.chain, head, rows)
-            whole = Dataset.from_generator(all_rows, cache_dir=str(folder), fingerprint=origin)
-        except DatasetGenerationError as error:
-            raise error.__cause__ or error from None
-        return whole.map(outcome, num_proc=os.cpu_count(), new_fingerprint=key, **made), why
+            try:
+                whole = Dataset.from_generator(all_rows, cache_dir=str(part / "rows"), fingerprint="rows")
+            except DatasetGenerationError as error:
+                raise error.__cause__ or error from None
+            whole.map(outcome, num_proc=os.cpu_count(), cache_file_name=str(part / "ids.arrow"), new_fingerprint="ids", **made)
+            shutil.rmtree(part / "rows")
+            sums = {file.name: checksum(file) for file in part.iterdir()}
+            (part / "complete").write_text(json.dumps(sums))
+            os.rename(part, kept)
+        parts = [Dataset.from_file(str(file)) for file in sorted(kept.glob("*.arrow"))]
+    return concatenate_datasets(parts), why
+
+
+def _is_whole(kept: Path) -> bool:
+    """Whether a folder of token ids is as it was made; one that is damaged is named."""
+    try:
+        sums = json.loads((kept / "complete").read_text())
+        whole = bool(sums) and all(checksum(kept / name) == listed for name, listed in sums.items())
+    except (OSError, ValueError, AttributeError):
+        whole = False
+    if not whole and kept.exists():
+        say(f"{kept} is damaged and made again")
+    return whole
 
 
 def reader_of(source: str, renamed: dict[str, str], name: str) -> tuple[Callable[[dict], Row], str]:
@@ -872,24 +905,19 @@ def _outcome(item: dict, reader: Callable, encode: Callable, renamed: dict[str, 
     return found | {"margin": row.margin, "cuts": cuts}
 
 
-def _cache_keys(source: str, tokenizer, how: Reading) -> tuple[str, str]:
-    """Hashes of everything that the rows of a source, and what becomes of them, depend on."""
-
-    def hashed(*parts) -> str:
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
+def _cache_key(source: str, tokenizer, how: Reading) -> str:
+    """A hash of everything that the rows of a source, and what becomes of them, depend on; files by what is in them."""
     name, _ = _cut(source)
     files = _files(name)
-    if files is None:
-        state = _hub(name)._fingerprint
-    else:
-        state = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    origin = hashed(source, state, Path(__file__).read_text())
+    state = _hub(name)._fingerprint if files is None else [(str(file.resolve()), checksum(file)) for file in files]
     spelling = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
     settings = asdict(how)
     del settings["max_drop_fraction"]  # which chooses nothing
-    code = Path(inspect.getsourcefile(encode)).read_text()  # a program may have put another in its place
-    return origin, hashed(origin, spelling, tokenizer.chat_template, settings, code)
+    code = [
+        Path(file).read_text() for file in (__file__, inspect.getsourcefile(encode))
+    ]  # a program may have put another there
+    parts = (source, state, spelling, tokenizer.chat_template, settings, code)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def _report(outcomes: "Dataset", formats: list[str]) -> Report:

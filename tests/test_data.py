@@ -977,14 +977,14 @@ def test_large_data_is_tokenised_in_parallel_cached_and_equal(tmp_path, chatml, 
     small = list(small)
     assert list(large) == small and report == small_report and len(large) == 301
     assert list(large[10:12]) == small[10:12] and large[-1] == small[-1]
-    assert {Path(file["filename"]).parents[3] for file in large.dataset.cache_files} == {tmp_path / "cache"}
+    assert {Path(file["filename"]).parents[1] for file in large.dataset.cache_files} == {tmp_path / "cache"}
 
     def made():
-        """{file of token ids: when it was written}; a name ends in the number of its part, _00001_of_00002."""
-        return {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").rglob("cache-*.arrow")}
+        """{file of token ids: when it was written}; those of a table are in a folder of their own."""
+        return {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").rglob("*.arrow")}
 
     def tables(files):
-        return {f.name.split("_")[0] for f in files}
+        return {f.parent for f in files}
 
     once = made()
     assert len(tables(once)) == 1
@@ -994,7 +994,6 @@ def test_large_data_is_tokenised_in_parallel_cached_and_equal(tmp_path, chatml, 
     load(path, chatml, max_length=100, **options)
     load(path, family("qwen2.5"), **options)
     assert len(tables(made())) == 3  # other settings, other tokenizer: another table
-    assert len(list((tmp_path / "cache").rglob("generator-train.arrow"))) == 1  # of the same rows
     write(tmp_path, "a.jsonl", rows[:200])
     assert len(load(path, chatml, **options)[0]) == 200 and len(tables(made())) == 4  # other content
     mixed, _ = load(f"{path}@2, {write(tmp_path, 'b.jsonl', rows[:2])}", chatml)
@@ -1007,7 +1006,7 @@ def test_the_cache_key_holds_everything_that_an_outcome_depends_on(tmp_path, cha
     path = write(tmp_path, "a.jsonl", [PAIR])
 
     def key(source=path, tokenizer=chatml, **more):
-        return data._cache_keys(source, tokenizer, Reading(**more))[1]
+        return data._cache_key(source, tokenizer, Reading(**more))
 
     other_words, other_template = copy.deepcopy(chatml), copy.deepcopy(chatml)
     other_words.backend_tokenizer.normalizer = normalizers.Lowercase()
@@ -1020,10 +1019,41 @@ def test_the_cache_key_holds_everything_that_an_outcome_depends_on(tmp_path, cha
     assert key(max_drop_fraction=0.5) == key() and {*changed, "max_drop_fraction"} == {f.name for f in fields(Reading)}
     monkeypatch.setattr(data, "encode", byte_level)  # a function of another file
     assert len({*keys, key()}) == len(keys) + 1 == 4 + 7 + 1
-    rows = data._cache_keys(path, chatml, Reading())[0]
-    assert rows == data._cache_keys(path, other_words, Reading(seed=1))[0] not in keys
+    monkeypatch.undo()
+    was, at = Path(path).read_text(), Path(path).stat()
     os.utime(path, ns=(1, 1))
-    assert data._cache_keys(path, chatml, Reading())[0] != rows
+    assert key() == keys[0]  # touched only
+    Path(path).write_text(was.replace("Good", "Best"))
+    os.utime(path, ns=(at.st_atime_ns, at.st_mtime_ns))
+    assert Path(path).stat().st_size == at.st_size and key() not in keys  # other content of the same size and time
+
+
+def test_damaged_token_ids_are_made_again(tmp_path, chatml, monkeypatch, capsys):
+    """A file cut, emptied, removed, a bit flipped in it; a marker that is none; and a file cut between two of its batches,
+    which arrow reads without a word."""
+    monkeypatch.setenv("PLAINPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data, "PARALLEL_FROM", 64)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    path = write(tmp_path, "a.jsonl", [{**PAIR, "prompt": f"Ask {i}"} for i in range(100)])
+    expected = list(load(path, chatml)[0])
+    (folder,) = [f for f in (tmp_path / "cache").iterdir() if f.is_dir()]
+    first = folder / "ids_00000_of_00002.arrow"
+
+    def flip():
+        content = bytearray(first.read_bytes())
+        content[len(content) // 2] ^= 1
+        first.write_bytes(content)
+
+    capsys.readouterr()
+    damages = [lambda: os.truncate(first, 5000), lambda: os.truncate(first, 0), first.unlink, flip]
+    damages += [lambda: os.truncate(first, first.stat().st_size - 8)]
+    damages += [lambda text=text: (folder / "complete").write_text(text) for text in ("", "[]", "{}", "{", '{"a": 1}')]
+    for damage in damages:
+        damage()
+        assert list(load(path, chatml)[0]) == expected
+        assert capsys.readouterr().err.count("is damaged and made again") == 1
+    assert list(load(path, chatml)[0]) == expected and "damaged" not in capsys.readouterr().err
+    assert {f.name for f in (tmp_path / "cache").iterdir()} == {folder.name, f"{folder.name}.lock"}
 
 
 def test_a_small_source_starts_no_process_and_writes_no_cache(tmp_path, chatml, monkeypatch):
