@@ -558,6 +558,24 @@ def same(a: dict, b: dict) -> bool:
     return a["lines"] == b["lines"] and all(np.array_equal(a["weights"][n], b["weights"][n]) for n in b["weights"])
 
 
+def disagreeing(s: train.Settings, changed: dict) -> dict:
+    """`trained`, with other settings on rank 1."""
+    return trained(replace(s, **changed) if dist.rank() == 1 else s)
+
+
+@pytest.mark.parametrize("name, value", [("lr", 2e-4), ("max_steps", 4), ("eval_every", 2), ("dataset", "other/pairs.jsonl")])
+def test_ranks_that_were_started_differently(world, tmp_path, name, value):
+    """Before the first step, by name, on all ranks; a file is compared by its rows, as it may lie elsewhere on each machine."""
+    (tmp_path / "other").mkdir()
+    lines = (world / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "other" / "pairs.jsonl").write_text("".join([lines[1], lines[0], *lines[2:]]))
+    changed = {name: str(tmp_path / value) if name == "dataset" else value}
+    for end in ranks(2, disagreeing, settings(world, out=str(tmp_path / "o")), changed):
+        what = "training rows (hash) is" if name == "dataset" else f"{name} is {value!r} there and"
+        assert end["error"].startswith("UserError: rank 1 was not started like rank 0: ") and what in end["error"]
+    assert not (tmp_path / "o" / "metrics.jsonl").exists()
+
+
 @pytest.fixture(scope="session")
 def uninterrupted(world, tmp_path_factory) -> dict:
     runs = {}

@@ -239,7 +239,7 @@ def study(s: Study) -> dict:
     """Make the pairs, run every arm, tabulate and draw; everything is in the output folder."""
     check(s)
     data.reachable(s.model)
-    started = time.time()
+    started = time.perf_counter()
     out = train.prepare_out(train.Settings(model=s.model, out=s.out, resume=s.resume))
     train.write_whole(out / train.MARKER, json.dumps({"plainpo": {"study": "frontier"}}))
     train.write_whole(out / "settings.json", json.dumps(asdict(s), indent=2) + "\n")
@@ -249,7 +249,7 @@ def study(s: Study) -> dict:
     train.write_whole(out / "table.md", text)
     print(text)
     draw(results, out / "frontier.png")
-    train.say(f"{time.time() - started:.0f} s; everything is in {out}")
+    train.say(f"{time.perf_counter() - started:.0f} s; everything is in {out}")
     return {"out": str(out), "results": results}
 
 
