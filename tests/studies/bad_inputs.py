@@ -594,7 +594,6 @@ def outputs() -> Iterator[Case]:
         ("train.py, both outputs are full", f"{PYTHON}{TRAIN} > /dev/full 2>&1 && {EXPORTED}", (0,)),
         ("train.py 2>&1 | head -1", f"{PYTHON}{TRAIN} 2>&1 | head -1; {EXPORTED}", (0,)),
         ("train.py, standard error is closed", f"{PYTHON}{TRAIN} 2>&- && {EXPORTED}", (0,)),
-        ("train.py, SIGTERM", f"timeout --preserve-status 15 {PYTHON}{TRAIN} --max-steps 100000 --epochs 30000", (143,)),
         ("train.py into ~", f"HOME=$PWD {PYTHON}{TRAIN} --out=~/out && {EXPORTED}", (0,)),
         ("train.py into a name of letters in the C locale",
          f"LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 {PYTHON}{TRAIN} --out ä", (0, 2)),
@@ -630,8 +629,8 @@ def launches() -> Iterator[Case]:
                  "RANK=x WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=29500"):  # fmt: skip
         yield Case(name(what), f"env {what} {train}", "the environment says RANK=.*torchrun.*unset", shell=True)
     alone = "RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=$((20000 + RANDOM % 20000))"
-    never = f"env {alone} timeout -s KILL 25 {train}"
-    yield Case(name("a partner that never comes"), never, "waiting for the other ranks", None, (137,), shell=True)
+    never = f"env {alone} timeout 30 {train}"
+    yield Case(name("a partner that never comes"), never, "waiting for the other ranks", None, (124,), shell=True)
     yield Case(name("WORLD_SIZE=2 alone"), f"WORLD_SIZE=2 {train} && {EXPORTED}", "", None, (0,), shell=True)
     for option in ("--lr 1e-4", "--max-steps 2", "--dataset pairs2.jsonl", "--model model2"):
         before = both(edited("pairs2.jsonl"), lambda folder: shutil.copytree(folder / "model", folder / "model2"))
