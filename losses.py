@@ -1564,9 +1564,7 @@ class Term(NamedTuple):
     given: dict
 
     def __str__(self) -> str:
-        settings = ", ".join(
-            f"{key}={value!r}" for key, value in (self.loss.settings | self.given).items() if value != math.inf
-        )
+        settings = ", ".join(f"{k}={v!r}" for k, v in (self.loss.settings | self.given).items() if v != math.inf)
         return f"{self.name}({settings})"
 
     @property

@@ -237,7 +237,8 @@ def prepare(s: Settings) -> Run:
     if s.resume:
         dist.check_same(run.same, dist.on_rank_0(marker, out) or run.same, out)
     dist.on_rank_0(write_marker, run)
-    score_initial_model(run)
+    with dist.StopOnSignal(at_once=True):
+        score_initial_model(run)
     run.optimizer = make_optimizer(run)
     if s.resume:
         resume(run)
