@@ -913,9 +913,7 @@ def _cache_key(source: str, tokenizer, how: Reading) -> str:
     spelling = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
     settings = asdict(how)
     del settings["max_drop_fraction"]  # which chooses nothing
-    code = [
-        Path(file).read_text() for file in (__file__, inspect.getsourcefile(encode))
-    ]  # a program may have put another there
+    code = [Path(file).read_text() for file in (__file__, inspect.getsourcefile(encode))]  # encode may be another program's
     parts = (source, state, spelling, tokenizer.chat_template, settings, code)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 

@@ -357,7 +357,7 @@ def summary(rows: list[dict], s: Sampling) -> str:
     """What became of the responses that were asked for; UserError where not one was kept."""
     asked = sum(s.asked(row) for row in rows)
     kept = sum(len(row["responses"]) for row in rows)
-    unfinished = sum(row["unfinished"] for row in rows)
+    unfinished = sum(row.get("unfinished", 0) for row in rows)
     same = asked - kept - (0 if s.keep_unfinished else unfinished)
     text = f"{len(rows):,} prompts, {kept:,} responses kept"
     if unfinished:
