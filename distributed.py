@@ -763,7 +763,7 @@ def _write_model(folder: Path, model: nn.Module, weights: dict, tokenizer, dtype
             os.rename(part, folder)
     except (OSError, SafetensorError) as error:  # most often a disk that is full
         shutil.rmtree(part, ignore_errors=True)
-        advice = "make room or choose another place, then export a checkpoint or go on with --resume"
+        advice = "make room, or choose another place"
         raise UserError(f"{folder} could not be written ({error}); {advice}") from error
 
 

@@ -361,17 +361,23 @@ def save(run: Run, stopping: int = 0) -> bool:
 
 
 def write_model(run: Run, card: str) -> None:
-    """The trained model in out/model or, where it cannot be written, a checkpoint in its place."""
+    """The trained model in out/model; where it cannot be written a checkpoint or, on a disk with no room for either, the model
+    in the cache folder, which is most often on another one."""
     s = run.s
     model = run.policy.model
+    rest = (export_dtype(s, model), card)
     if dist.not_finite(model):
         raise UserError(f"after the last step weights are not finite: nothing is in {s.out}/model. Lower lr")
     layout = run.policy.use_layout("padded")
     try:
-        dist.export(model, run.tokenizer, Path(s.out) / "model", export_dtype(s, model), card)
+        dist.export(model, run.tokenizer, Path(s.out) / "model", *rest)
     except Exception:
         if save(run):
             say(f"all steps are done and kept in a checkpoint, from which --resume --out {s.out} goes on")
+        else:
+            folder = Path(s.cache).expanduser() / time.strftime("model-%Y%m%d-%H%M%S")
+            dist.export(model, run.tokenizer, folder, *rest)
+            say(f"all steps are done; the model is in {folder}")
         raise
     run.policy.use_layout(layout)
 

@@ -1150,6 +1150,20 @@ def test_a_model_that_cannot_be_written_leaves_a_checkpoint(arguments, tmp_path,
         assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
 
 
+def test_a_disk_with_no_room_for_a_checkpoint_either(arguments, tmp_path, monkeypatch, capsys):
+    """The model is in the cache folder, as it would be in out/model."""
+    train.main(arguments(out=tmp_path / "a"))
+    describe = dist._describe
+    monkeypatch.setattr(
+        dist, "_describe", lambda folder, *more: no_room() if tmp_path / "out" in folder.parents else describe(folder, *more)
+    )
+    said = refused(arguments(), capsys)
+    (folder,) = (tmp_path / "cache").glob("model-*")
+    assert f"all steps are done; the model is in {folder}\n" in said and "error: " in said and "--resume" not in said
+    a, b = (load_file(place / "model.safetensors") for place in (tmp_path / "a" / "model", folder))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def no_room(*_) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
