@@ -890,14 +890,33 @@ def row_of(raw, reader: Callable[[dict], Row], renamed: dict[str, str]) -> Row:
     return reader(raw | {new: raw.get(old) for new, old in renamed.items()})
 
 
+CHARACTERS = 512  # so many no token stands for
+
+
+def _within_reach(row: Row, most: int) -> Row:
+    """The row with `most` characters of each text, those that can come to be ids: the last of a prompt's, the first of a
+    response's. A tokenizer takes a hundred times the text in memory."""
+
+    def cut(text, part: slice):
+        if isinstance(text, dict):
+            return text | {"content": cut(text.get("content"), part)}
+        return text[part] if isinstance(text, str) else text
+
+    prompt = [cut(message, slice(-most, None)) for message in row.prompt]
+    return row._replace(prompt=prompt, responses=[cut(response, slice(most)) for response in row.responses])
+
+
 def _outcome(item: dict, reader: Callable, encode: Callable, renamed: dict[str, str], tokenizer, how: Reading) -> dict:
     """What becomes of one row of `_rows`: its token ids, or the reason for which it is dropped."""
     found = {"prompt": None, "responses": None, "desirable": None, "margin": None, "dropped": None, "cuts": []}
     try:
         row = row_of(_parsed(item["row"]), reader, renamed)
-        example, cuts = encode(row, tokenizer, how.max_length, how.max_prompt_length, how.control_tokens)
+        short = _within_reach(row, CHARACTERS * how.max_length)
+        example, cuts = encode(short, tokenizer, how.max_length, how.max_prompt_length, how.control_tokens)
     except UserError as error:
         return found | {"dropped": str(error)}
+    if short != row:
+        cuts = [*cuts, f"text above {CHARACTERS} characters per token of max_length cut beforehand"]
     equal = to_equal_length(example, how.equal_length, how.seed) if how.equal_length else example
     if equal != example:
         cuts = [*cuts, "made equally long"]

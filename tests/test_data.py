@@ -965,6 +965,23 @@ def test_quality_by_hand():
 # ---- large data ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("side", ["prompt", "chosen"])
+def test_a_text_of_megabytes_costs_no_more_than_its_ids(tmp_path, chatml, side):
+    """2 MB of words in a prompt or a response: the ids of the whole text's, of which 512 × 16 characters are read."""
+    texts = {"prompt": "name two fruits", "chosen": "fig and pear", "rejected": "rice"}
+    texts[side] = "".join(f"word{i} " for i in range(200_000)).strip()
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps(texts) + "\n")
+    whole, _ = encode(Row([{"role": "user", "content": texts["prompt"]}], [texts["chosen"], texts["rejected"]]), chatml, 16, 8)
+    seen = []
+    tokenise = data._ids
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_ids", lambda tokenizer, text: seen.append(len(text)) or tokenise(tokenizer, text))
+        examples, report = load(str(path), chatml, max_length=16, max_prompt_length=8)
+    assert examples[0].prompt == whole.prompt and examples[0].responses == whole.responses
+    assert max(seen) < 2 * 512 * 16 and report.cut["text above 512 characters per token of max_length cut beforehand"] == 1
+
+
 def test_large_data_is_tokenised_in_parallel_cached_and_equal(tmp_path, chatml, monkeypatch):
     rows = [{**PAIR, "prompt": f"Ask {i}"} for i in range(300)] + [{**PAIR, "chosen": ""}, {**PAIR, "prompt": "Ask 7"}]
     path = write(tmp_path, "a.jsonl", rows)
