@@ -777,7 +777,7 @@ def test_another_run_is_refused_by_name(world, tmp_path):
     ranks(0, trained, s)
     (tmp_path / "o/summary.json").unlink()
     expected = (
-        (dict(objective="ipo"), "objective is 'ipo()' here and 'simpo(beta=2.0, gamma=1.0)' there"),
+        (dict(objective="ipo"), "objective is 'ipo(tau=0.1, average=True)' here and 'simpo(beta=2.0, gamma=1.0, "),
         (dict(model=str(world / "untied")), "model is 'untied' here and 'tied' there"),
         (dict(dataset=str(world / "pairs.jsonl[:40]")), "training rows (hash) is"),
         (dict(dtype="bf16"), "dtype is 'bf16' here and 'fp32' there"),
