@@ -30,7 +30,9 @@ import math
 import os
 import random
 import re
+import shutil
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -114,7 +116,16 @@ def setting(default, text: str, **more):
     return field(default=default, metadata={"help": text.replace("%", "%%")} | more)
 
 
-def _brief(error: Exception) -> str:
+def checksum(file: Path) -> list[int]:
+    """[bytes, CRC-32] of a file; a second or so for a GB."""
+    crc = 0
+    with open(file, "rb") as opened:
+        while piece := opened.read(2**22):
+            crc = zlib.crc32(piece, crc)
+    return [file.stat().st_size, crc]
+
+
+def brief(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -205,7 +216,7 @@ def _numbered(name: str) -> Iterator[dict]:
             raise
         except Exception as error:  # gzip, json, pyarrow and the hub's client raise many kinds
             after = f" after row {number}" if number else ""
-            raise UserError(f"{source}: cannot be read{after} ({_brief(error)})") from error
+            raise UserError(f"{source}: cannot be read{after} ({brief(error)})") from error
 
 
 def _files(name: str) -> list[Path] | None:
@@ -676,7 +687,7 @@ def load_tokenizer(model: str, trust_remote_code: bool = False):
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds; all mean that there is no usable tokenizer
-        raise UserError(f"{model}: no usable tokenizer there ({_brief(error)})") from error
+        raise UserError(f"{model}: no usable tokenizer there ({brief(error)})") from error
     if len(tokenizer) == 0:
         raise UserError(f"{model}: no usable tokenizer there (its vocabulary is empty)")
     if tokenizer.chat_template is None:
@@ -698,7 +709,7 @@ def _render(tokenizer, messages: list[dict], template: dict | None = None, gener
         text = tokenizer.apply_chat_template(messages, chat_template=jinja, **arguments, **more)
         text.encode()  # a lone surrogate in a tool or an argument
     except Exception as error:  # templates raise what they like, most often jinja2's TemplateError
-        raise UserError(f"the chat template refuses this row ({_brief(error)})") from error
+        raise UserError(f"the chat template refuses this row ({brief(error)})") from error
     return text
 
 
@@ -1159,7 +1170,7 @@ def _renamed(columns: str) -> dict[str, str]:
 
 def _outcomes(source: str, tokenizer, how: Reading) -> tuple["Dataset", str]:
     """What becomes of each row of a source, in order, as `_outcome` says it; and the reason for the format."""
-    from datasets import Dataset, Features, List, Value
+    from datasets import Dataset, Features, List, Value, concatenate_datasets
     from datasets.exceptions import DatasetGenerationError
 
     renamed = _renamed(how.columns)
@@ -1173,19 +1184,41 @@ def _outcomes(source: str, tokenizer, how: Reading) -> tuple["Dataset", str]:
     made = dict(features=Features(columns), remove_columns="row", desc="tokenise")
     if len(head) < PARALLEL_FROM:
         return Dataset.from_list(head).map(outcome, new_fingerprint="small", **made), why  # or all arguments would be hashed
-    origin, key = _cache_keys(source, tokenizer, how)
     folder = Path(os.environ.get("PLAINPO_CACHE", "~/.cache/plainpo")).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{key}.lock", "w") as lock:
+    kept = folder / _cache_key(source, tokenizer, how)
+    with open(f"{kept}.lock", "w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)  # of several processes one makes them, the rest wait; no worker inherits this lock
-        try:
+        if not _is_whole(kept):
+            part = Path(f"{kept}.part")
+            for place in (kept, part):
+                shutil.rmtree(place, ignore_errors=True)
             all_rows = functools.partial(itertools.chain, head, rows)
-            whole = Dataset.from_generator(all_rows, cache_dir=str(folder), fingerprint=origin)
-        except DatasetGenerationError as error:
-            raise error.__cause__ or error from None
-        if not is_watched() and not list(folder.rglob(f"cache-{key}*")):  # no bar is drawn, and it may take minutes
-            _say(f"{source}: tokenising {len(whole)} rows")
-        return whole.map(outcome, num_proc=os.cpu_count(), new_fingerprint=key, **made), why
+            try:
+                whole = Dataset.from_generator(all_rows, cache_dir=str(part / "rows"), fingerprint="rows")
+            except DatasetGenerationError as error:
+                raise error.__cause__ or error from None
+            if not is_watched():  # no bar is drawn, and it may take minutes
+                say(f"{source}: tokenising {len(whole)} rows")
+            whole.map(outcome, num_proc=os.cpu_count(), cache_file_name=str(part / "ids.arrow"), new_fingerprint="ids", **made)
+            shutil.rmtree(part / "rows")
+            sums = {file.name: checksum(file) for file in part.iterdir()}
+            (part / "complete").write_text(json.dumps(sums))
+            os.rename(part, kept)
+        parts = [Dataset.from_file(str(file)) for file in sorted(kept.glob("*.arrow"))]
+    return concatenate_datasets(parts), why
+
+
+def _is_whole(kept: Path) -> bool:
+    """Whether a folder of token ids is as it was made; one that is damaged is named."""
+    try:
+        sums = json.loads((kept / "complete").read_text())
+        whole = bool(sums) and all(checksum(kept / name) == listed for name, listed in sums.items())
+    except (OSError, ValueError, AttributeError):
+        whole = False
+    if not whole and kept.exists():
+        say(f"{kept} is damaged and made again")
+    return whole
 
 
 def reader_of(source: str, rows: Iterable[dict], renamed: dict[str, str], name: str) -> tuple[Callable[[dict], Row], str]:
@@ -1211,15 +1244,34 @@ def row_of(raw, reader: Callable[[dict], Row], renamed: dict[str, str]) -> Row:
     return reader(raw | {new: raw.get(old) for new, old in renamed.items()})
 
 
+CHARACTERS = 512  # so many no token stands for
+
+
+def _within_reach(row: Row, most: int) -> Row:
+    """The row with `most` characters of each text, those that can come to be ids: the last of a prompt's, the first of a
+    response's. A tokenizer takes a hundred times the text in memory."""
+
+    def cut(text, part: slice):
+        if isinstance(text, dict):
+            return text | {"content": cut(text.get("content"), part)}
+        return text[part] if isinstance(text, str) else text
+
+    prompt = [cut(message, slice(-most, None)) for message in row.prompt]
+    return row._replace(prompt=prompt, responses=[cut(response, slice(most)) for response in row.responses])
+
+
 def _outcome(item: dict, reader: Callable, encode: Callable, renamed: dict[str, str], tokenizer, how: Reading) -> dict:
     """What becomes of one row of `_rows`: its token ids, or the reason for which it is dropped."""
     found = {"prompt": None, "responses": None, "desirable": None, "margin": None, "dropped": None, "cuts": []}
     try:
         row = row_of(_parsed(item["row"]), reader, renamed)
+        short = _within_reach(row, CHARACTERS * how.max_length)
         limits = how.max_length, how.max_prompt_length
-        example, cuts = encode(row, tokenizer, *limits, how.control_tokens, template_arguments(how))
+        example, cuts = encode(short, tokenizer, *limits, how.control_tokens, template_arguments(how))
     except UserError as error:
         return found | {"dropped": str(error)}
+    if short != row:
+        cuts = [*cuts, f"text above {CHARACTERS} characters per token of max_length cut beforehand"]
     equal = to_equal_length(example, how.equal_length, how.seed) if how.equal_length else example
     if equal != example:
         cuts = [*cuts, "made equally long"]
@@ -1227,26 +1279,19 @@ def _outcome(item: dict, reader: Callable, encode: Callable, renamed: dict[str, 
     return found | {"margin": row.margin, "cuts": cuts}
 
 
-def _cache_keys(source: str, tokenizer, how: Reading) -> tuple[str, str]:
-    """Hashes of everything that the rows of a source, and what becomes of them, depend on."""
-
-    def hashed(*parts) -> str:
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
+def _cache_key(source: str, tokenizer, how: Reading) -> str:
+    """A hash of everything that the rows of a source, and what becomes of them, depend on; files by what is in them."""
     name, _ = _cut(source)
     files = _files(name)
-    if files is None:
-        state = _hub(name)._fingerprint
-    else:
-        state = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    origin = hashed(source, state, Path(__file__).read_text())
+    state = _hub(name)._fingerprint if files is None else [(str(file.resolve()), checksum(file)) for file in files]
     spelling = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
     settings = asdict(how)
     del settings["max_drop_fraction"]  # which chooses nothing
     if not asks_for_date(tokenizer):
         del settings["date"]
-    code = Path(inspect.getsourcefile(encode)).read_text()  # a program may have put another in its place
-    return origin, hashed(origin, spelling, tokenizer.chat_template, settings, code)
+    code = [Path(file).read_text() for file in (__file__, inspect.getsourcefile(encode))]  # encode may be another program's
+    parts = (source, state, spelling, tokenizer.chat_template, settings, code)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def _report(outcomes: "Dataset", formats: list[str]) -> Report:
@@ -1558,7 +1603,7 @@ class Showing(Counting):
 
 
 def print_stats(s: Counting) -> None:
-    print(stats(*load(s.dataset, load_tokenizer(s.model, s.trust_remote_code), s)))
+    print(visible(stats(*load(s.dataset, load_tokenizer(s.model, s.trust_remote_code), s))))
 
 
 def print_rows(s: Showing) -> None:
@@ -1569,7 +1614,7 @@ def print_rows(s: Showing) -> None:
     colour = sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ or "FORCE_COLOR" in os.environ
     tokens = sys.maxsize if s.full else SHOWN_TOKENS
     print("\n\n".join(show(example, tokenizer, colour, s.ids, tokens) for example in examples[: s.n]))
-    print("\n".join(["", str(report), *(f"→ {text}" for text in advice(report, {}, bias=0.0))]))
+    print(visible("\n".join(["", str(report), *(f"→ {text}" for text in advice(report, {}, bias=0.0))])))
 
 
 # ---- progress and command lines, of every file -----------------------------------------------------------------------
@@ -1610,7 +1655,7 @@ def parse(kind: type, argv: list[str], prog: str, text: str, hints: dict[str, st
     """Command line → an instance of the dataclass `kind`; what comes later wins.
 
     Leading bare words fill, in order, the fields that have no default. `--a-b` and `--a_b` are the same. A setting that is not
-    there is a UserError with the sentence that `hints` has for its name, else with the nearest name.
+    there is a UserError with the sentence that `hints` has for its name, else with the nearest name. ~/ is the home folder.
     """
     needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))[: len(needed)]
@@ -1625,6 +1670,12 @@ def parse(kind: type, argv: list[str], prog: str, text: str, hints: dict[str, st
         guess = f"; {hint}" if hint else did_you_mean(name, [f.name for f in fields(kind)])
         parser.error(f"unknown setting {' '.join(unknown)[:200]}{guess}")
     for name, value in vars(settings).items():
+        try:
+            os.fsencode(str(value).encode().decode())
+        except UnicodeEncodeError:  # it came as other bytes, or is more than LC_ALL=C can name
+            parser.error(f"{name} is {value!r}, which is no text in UTF-8 and {sys.getfilesystemencoding()}; rename it")
+        if isinstance(value, (str, Path)) and str(value).startswith("~/") and value != getattr(kind, name, None):
+            setattr(settings, name, type(value)(os.path.expanduser(value)))
         if isinstance(value, (int, float)) and not abs(value) < 2**63:  # nan, inf, and what no integer tensor holds
             parser.error(f"{name} is {str(value)[:40]}; it must be a finite number below 2⁶³")
     return settings
@@ -1645,14 +1696,39 @@ def commands(argv: list[str], prog: str, text: str, table: dict[str, tuple[type,
     return function(parse(kind, argv[1:], f"{prog} {argv[0]}", inspect.getdoc(kind)))
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def say(text: str) -> None:
+    """A message on standard error, the one way for all of them: what would steer a terminal is spelled out, a bar is left
+    whole, and a log that cannot be written stops nothing."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # the last: a signal came while another was being printed
+        if is_watched():
+            tqdm.write(visible(text), file=sys.stderr)
+        else:
+            print(visible(text), file=sys.stderr, flush=True)
 
 
 def fail(error: Exception) -> None:
     """Print one message and end with code 2."""
-    _say(f"error: {error}")
+    say(f"error: {error}")
     raise SystemExit(2)
+
+
+class Log:
+    """A stream that nothing depends on: what cannot be written, for want of a reader or of room on a disk, is lost."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
 
 
 def command_line(
@@ -1660,16 +1736,20 @@ def command_line(
     argv: list[str] | None = None,
     fail: Callable[[Exception], None] = fail,
     stopped: str = "stopped",
+    logs: tuple[str, ...] = ("stderr",),
 ):
     """work(argv) as a command line; returns what it returns.
 
     A user error, an OSError of the system (such as a full disk) or the end of the GPU's memory goes to `fail` as a UserError;
     `distributed.fail` is the one of several ranks. Ctrl-C prints `stopped`, code 130. Output that nobody reads any more
-    (`| head`) ends the work quietly. Characters that the output's encoding lacks are written as escapes.
+    (`| head`) ends the work quietly; of the streams that are `logs` the work does not depend. Characters that the output's
+    encoding lacks are written as escapes.
     """
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):  # and not None, or what a notebook puts there
             stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, Log(stream) if name in logs else stream)
     try:
         try:
             return work(sys.argv[1:] if argv is None else argv)
@@ -1679,17 +1759,17 @@ def command_line(
     except UserError as error:
         fail(error)
     except KeyboardInterrupt:
-        _say(stopped)
+        say(stopped)
         raise SystemExit(130) from None
     except torch.OutOfMemoryError as error:
-        fail(UserError(f"the GPU's memory is too small; lower --batch_size ({_brief(error)})"))
+        fail(UserError(f"the GPU's memory is too small; lower --batch_size ({brief(error)})"))
     except OSError as error:
         if error.errno is None:  # of a library
             raise
         if error.filename is None:  # most likely the output: the interpreter would try to write it once more
             with contextlib.suppress(OSError, AttributeError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno != errno.EPIPE:
+        if error.errno != errno.EPIPE or "stdout" in logs:
             fail(UserError(f"{str(error.filename or 'the output')[:200]}: {error.strerror}"))
 
 

@@ -24,7 +24,6 @@ import sys
 import threading
 import time
 import warnings
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -34,8 +33,8 @@ import torch
 import torch.distributed as c10d  # this library's name inside PyTorch
 import transformers
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint as recompute
@@ -47,6 +46,7 @@ from logprobs import compiled, to_device
 
 ANSWER_WITHIN = timedelta(minutes=10)  # a rank that takes longer than that in the middle of a step hangs
 RANK_0_WITHIN = timedelta(hours=12)  # and so long may rank 0 take for what it does for all
+SAID_AFTER = 10.0  # seconds: a rank that waits longer than that for others at the start says so
 FILE_LIMIT = "5GB"  # of one file of an exported model
 
 alone = False  # while on_rank_0's function runs, in which nothing may wait for another rank
@@ -64,21 +64,39 @@ def setup(device: str) -> torch.device:
     """
     global patient
     place = data.device_named(device)
-    if not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
+    if "RANK" not in os.environ:
         return place
     if place.index is not None:
         raise UserError(f"device is {device!r}; torchrun gives each rank a GPU of its own, so write cuda")
     on_gpu = place.type == "cuda"
     if on_gpu:
-        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if not c10d.is_initialized():
         if on_gpu:
             torch.cuda.set_device(place)
-        c10d.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=ANSWER_WITHIN)
+        _join("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
         patient = c10d.new_group(backend="gloo", timeout=RANK_0_WITHIN)
         sys.excepthook = _leave
         atexit.register(_end)
     return place
+
+
+def _join(backend: str) -> None:
+    """Enter the process group; UserError where the launcher's variables make no sense, or the other ranks do not come."""
+    variables = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    given = " ".join(f"{name}={os.environ.get(name, '')}" for name in variables)
+    advice = f"the environment says {given}; start with torchrun, or, where no launcher is meant, unset these"
+    waiting = threading.Timer(SAID_AFTER, data.say, [f"waiting for the other ranks: {advice}"])
+    waiting.daemon = True
+    waiting.start()
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # PyTorch waits where Python hears no signal
+    try:
+        c10d.init_process_group(backend, timeout=ANSWER_WITHIN)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{data.brief(error)}: {advice}") from error
+    finally:
+        waiting.cancel()
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def _end() -> None:
@@ -90,9 +108,11 @@ def _end() -> None:
 
 
 def _leave(kind, error, trace) -> None:
-    if re.search("connection|peer", str(error), re.IGNORECASE):
-        time.sleep(5)  # another rank is gone: its message comes first, and torchrun ends us meanwhile
-    sys.__excepthook__(kind, error, trace)
+    if isinstance(error, RuntimeError) and re.search("connection|peer", str(error), re.IGNORECASE):
+        time.sleep(5)  # its message comes first, and torchrun ends us meanwhile
+        data.say(f"error on rank {rank()}: another rank is gone ({data.brief(error)})")
+    else:
+        sys.__excepthook__(kind, error, trace)
     sys.stderr.flush()
     os._exit(1)  # the interpreter's own way out waits for communication that will never happen
 
@@ -102,7 +122,7 @@ def fail(error: Exception) -> None:
     if not is_rank_0():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)  # torchrun ends us here if rank 0 failed too
-    print(f"error: {error}" if is_rank_0() else f"error on rank {rank()}: {error}", file=sys.stderr, flush=True)
+    data.say(f"error: {error}" if is_rank_0() else f"error on rank {rank()}: {error}")
     if c10d.is_initialized():
         os._exit(2)
     raise SystemExit(2)
@@ -122,7 +142,7 @@ def own(folder: Path) -> FileLock:
             why = "is in use by another run, perhaps a rank that outlived its torchrun; end it first"
             raise UserError(f"{folder} {why}") from None
         except (OSError, NotImplementedError) as error:  # some network file systems have no locks
-            print(f"warning: {folder} cannot be locked ({error}); let one run at a time write there", file=sys.stderr)
+            data.say(f"warning: {folder} cannot be locked ({error}); let one run at a time write there")
 
     on_rank_0(acquire)
     return lock
@@ -310,6 +330,7 @@ def load_model(name: str, trust_remote_code: bool, check: Callable) -> tuple[nn.
     def read() -> tuple[nn.Module, str]:
         model = _read_model(name, trust_remote_code)
         said = check(model)
+        model.initial_hash = hash_weights(model)[0]  # of all of it, so for any number of ranks the same
         if c10d.is_initialized():
             weights.update(model.cpu().state_dict())
             _empty(model)
@@ -386,22 +407,29 @@ def not_finite(model: nn.Module) -> list[str]:
 
 
 def hash_weights(model: nn.Module) -> list[str]:
-    """A digest of every weight's name and bytes, one per rank of its own shards; equal on all ranks."""
+    """A digest of the names and bytes of weights and persistent buffers, one per rank of its own shards; equal on all ranks."""
+    return gather_objects(_digest({name: _local(tensor) for name, tensor in _tensors(model).items()}))
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """Of names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(_local(parameter).detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return gather_objects(digest.hexdigest())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write small tensors that all ranks have as one safetensors file; a folder that cannot be written is no reason to stop."""
+    """Write small tensors that all ranks have as one safetensors file, with a checksum among its metadata; a folder that cannot
+    be written is no reason to stop."""
     if not is_rank_0():
         return
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
+        tensors = {name: tensors[name].cpu().contiguous() for name in sorted(tensors)}
+        save_file(tensors, part, {"sha256": _digest(tensors)})
         os.replace(part, file)
     except (OSError, SafetensorError):
         with contextlib.suppress(OSError):
@@ -409,11 +437,19 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def load_tensors(file: Path) -> dict[str, Tensor] | None:
-    """What save_tensors wrote, as rank 0 reads it; None if there is no such file or it is damaged."""
-    try:
-        return on_rank_0(load_file, file)
-    except (OSError, SafetensorError):
-        return None
+    """What save_tensors wrote, as rank 0 reads it; None if there is no such file, or, said in a line, if it is damaged."""
+    return on_rank_0(_read_tensors, file)
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor] | None:
+    with contextlib.suppress(Exception):  # what is no such file fails in many ways
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in sorted(opened.keys())}
+            if opened.metadata()["sha256"] == _digest(tensors):
+                return tensors
+    if os.path.exists(file):
+        data.say(f"{file} is damaged and made again")
+    return None
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -430,14 +466,26 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 class StopOnSignal:
-    """A context in which SIGTERM and Ctrl-C only raise a hand; `requested` asks whether any rank's hand is up."""
+    """A context in which SIGTERM, SIGHUP and Ctrl-C only raise a hand; `requested` asks whether any rank's hand is up.
+
+    Without torchrun a second one means now: the process ends as it would without this. SIGTERM or SIGHUP within a second of
+    the first is no second one, since a batch system signals the group and the process; Ctrl-C twice is always meant.
+    `at_once` is for where nothing can be lost: the first one ends the process, with a word.
+    """
+
+    number = 0  # of the signal that came first
+    since = 0.0  # when it came, by time.monotonic
+
+    def __init__(self, at_once: bool = False):
+        self.at_once = at_once
 
     def __enter__(self) -> "StopOnSignal":
-        self.raised = False
         self.before = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.before[number] = signal.signal(number, self._raise_hand)
+        left_alone = self.at_once and c10d.is_initialized()  # torchrun sees to that
+        if threading.current_thread() is threading.main_thread() and not left_alone:
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                    self.before[number] = signal.signal(number, self._raise_hand)
         return self
 
     def __exit__(self, *error) -> None:
@@ -445,15 +493,21 @@ class StopOnSignal:
             signal.signal(number, handler)
 
     def _raise_hand(self, number, frame) -> None:
-        if self.raised and world_size() == 1:  # asked twice: now. torchrun passes on a Ctrl-C that we have had already
+        if self.at_once:
+            data.say("stopped before a step was made; --resume starts there again")
+            raise SystemExit(128 + number)
+        twice = number == self.number == signal.SIGINT or time.monotonic() > self.since + 1
+        if self.number == 0:
+            self.number, self.since = number, time.monotonic()
+            if number == signal.SIGINT and is_rank_0():
+                data.say("\nstopping soon, with a checkpoint; Ctrl-C again stops at once")
+        elif twice and not c10d.is_initialized():  # torchrun passes on a Ctrl-C that we have had already
             signal.signal(number, self.before[number])
             os.kill(os.getpid(), number)
-        elif number == signal.SIGINT and is_rank_0() and not self.raised:
-            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
-        self.raised = True
 
-    def requested(self) -> bool:
-        return any(gather_objects(self.raised))
+    def requested(self) -> int:
+        """The number of the signal by which a rank was asked to stop, the same on all ranks; 0 where there was none."""
+        return max(gather_objects(self.number))
 
 
 def _flush(path: Path) -> None:
@@ -480,11 +534,7 @@ def _checksums(folder: Path) -> dict[str, list[int]]:
     try:
         files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != "complete")
         for path in files[rank() :: world_size()]:
-            crc = 0
-            with open(path, "rb") as file:
-                while piece := file.read(2**22):
-                    crc = zlib.crc32(piece, crc)
-            mine[path.name] = [path.stat().st_size, crc]
+            mine[path.name] = data.checksum(path)
     except OSError as error:
         failure = error
     sums = {}
@@ -495,11 +545,16 @@ def _checksums(folder: Path) -> dict[str, list[int]]:
     return sums
 
 
+def _listed(checkpoint: Path) -> dict[str, list[int]]:
+    """{file: [bytes, CRC-32]} as the marker of a checkpoint says."""
+    marker = json.loads((checkpoint / "complete").read_text())
+    return {name: [int(size), int(crc)] for name, (size, crc) in marker.items()}
+
+
 def validate(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None; asked by all ranks together."""
     try:
-        marker = json.loads((checkpoint / "complete").read_text())
-        expected = {name: [int(size), int(crc)] for name, (size, crc) in marker.items()}
+        expected = _listed(checkpoint)
         found = _checksums(checkpoint)
     except FileNotFoundError:
         return "it was not finished"
@@ -515,6 +570,8 @@ def validate(checkpoint: Path) -> str | None:
     for name in found:
         if name.endswith(".safetensors") and name not in expected:
             return f"{name} is not part of it"
+    if "step.json" not in expected:
+        return "its marker is damaged"
     step = json.loads((checkpoint / "step.json").read_text())["step"]
     if checkpoint.name != f"step-{step:06d}":
         return f"it is called {checkpoint.name} and holds step {step}"
@@ -566,7 +623,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer, state: dict, keep
         if is_rank_0():
             shutil.rmtree(part, ignore_errors=True)
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            print(f"checkpoint {final} could not be written ({reason}); earlier ones are untouched", file=sys.stderr)
+            data.say(f"checkpoint {final} could not be written ({reason}); earlier ones are untouched")
         return False
     return True
 
@@ -592,7 +649,8 @@ def _commit(part: Path, final: Path, sums: dict, keep: int) -> None:
     marker.write_text(json.dumps(sums))
     _flush(marker)
     _flush(final)
-    kept = complete_checkpoints(final.parent)[-keep:]
+    whole = complete_checkpoints(final.parent)
+    kept = whole[: whole.index(final) + 1][-keep:]  # a later one was found damaged when the run went on from an earlier one
     for old in checkpoints(final.parent):
         if old not in kept:
             (old / "complete").unlink(missing_ok=True)  # first, so that a half-deleted one is not taken for a whole one
@@ -619,8 +677,13 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints with a marker, oldest first."""
-    return [p for p in checkpoints(folder) if (p / "complete").exists()]
+    """Checkpoints with a marker and files of the sizes that it lists, oldest first; their content is not read."""
+    whole = []
+    for checkpoint in checkpoints(folder):
+        with contextlib.suppress(Exception):  # of a marker that is missing or damaged
+            if all((checkpoint / name).stat().st_size == size for name, (size, _) in _listed(checkpoint).items()):
+                whole.append(checkpoint)
+    return whole
 
 
 def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
@@ -638,6 +701,17 @@ def check_same(run: dict, saved: dict, where: str | Path) -> None:
     differs = [f"{k} is {v!r} here and {saved.get(k)!r} there" for k, v in run.items() if saved.get(k) != v]
     if differs:
         raise UserError(f"{where} belongs to another run: {'; '.join(differs)}")
+
+
+def check_ranks(values: dict) -> None:
+    """UserError, on all ranks, where one of them was given something else: a line edited on one machine, another file there."""
+    everywhere = gather_objects(values)
+    for number, theirs in enumerate(everywhere):
+        differs = [
+            f"{k} is {theirs.get(k)!r} there and {v!r} on rank 0" for k, v in everywhere[0].items() if theirs.get(k) != v
+        ]
+        if differs:
+            raise UserError(f"rank {number} was not started like rank 0: {'; '.join(differs)}")
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, run: dict) -> dict:
@@ -682,8 +756,9 @@ def _write_model(folder: Path, model: nn.Module, weights: dict, tokenizer, dtype
         model.save_pretrained(part, state_dict=weights, max_shard_size=FILE_LIMIT)  # under the names that the hub has
         model.config.dtype = dtype
         _describe(part, model, tokenizer)
-        (part / "README.md").write_text(card)
+        (part / "README.md").write_text(card, encoding="utf-8")
         for path in part.iterdir():
+            shutil.copymode(part / "README.md", path)  # what the umask says; safetensors makes files for their owner alone
             _flush(path)
         if folder.exists():  # empty, or of an attempt that was killed later; what else lies there is not touched
             shutil.copytree(part, folder, copy_function=os.replace, dirs_exist_ok=True)
@@ -692,7 +767,7 @@ def _write_model(folder: Path, model: nn.Module, weights: dict, tokenizer, dtype
             os.rename(part, folder)
     except (OSError, SafetensorError) as error:  # most often a disk that is full
         shutil.rmtree(part, ignore_errors=True)
-        advice = "make room or choose another place, then export a checkpoint or go on with --resume"
+        advice = "make room, or choose another place"
         raise UserError(f"{folder} could not be written ({error}); {advice}") from error
 
 
@@ -736,15 +811,28 @@ def export_checkpoint(e: Export) -> None:
 
 
 def model_card(title: str, settings: dict, metrics: dict) -> str:
-    """README.md of an exported model: the settings of its run and what was measured."""
-    what = "`{model}` trained on the preferences of `{dataset}` with `{objective}`."
-    known = {name: settings.get(name) for name in ("model", "dataset", "objective")}
-    lines = ["---", "library_name: transformers", "---", "", f"# {title}", "", what.format(**known)]
+    """README.md of an exported model: what was measured and the settings of its run, of this machine's folders nothing."""
+    public = {name: value for name, value in settings.items() if name not in ("out", "cache", "resume")}
+    for name in ("model", "dataset", "eval_dataset"):
+        sources = re.split(r"\s*,\s*", public.get(name) or "")
+        public[name] = ", ".join(source if _on_hub(source) else source.rpartition("/")[2] for source in sources) or None
+    lines = ["---", "library_name: transformers", "---", "", f"# {_plain(title)}"]
     rounded = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in metrics.items()}
-    for head, rows in (("measured", rounded), ("setting", settings)):
+    for head, rows in (("measured", rounded), ("setting", public)):
         lines += ["", f"| {head} | |", "|---|---|"]
-        lines += [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
+        lines += [f"| {_plain(name)} | {_plain(value)} |" for name, value in rows.items() if value is not None]
     return "\n".join([*lines, ""])
+
+
+def _on_hub(source: str) -> bool:
+    """Whether a source is org/name, and no path here."""
+    name = re.split(r"[:@\[]", source)[0]
+    return re.fullmatch(r"[\w-]+/[\w.-]+", name) is not None and not os.path.exists(name)
+
+
+def _plain(value) -> str:
+    """A value as one line of Markdown, no part of which is a table's, a link's or HTML."""
+    return re.sub(r"([\\`*<>|\[\]])", r"\\\1", data.visible(str(value)).replace("\n", " "))
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -753,6 +841,7 @@ def model_card(title: str, settings: dict, metrics: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command line as a function. A user error ends with a message and exit code 2."""
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # a table of weights that do not fit, where one message follows
     commands = {"export": (Export, export_checkpoint)}
     data.command_line(lambda argv: data.commands(argv, "distributed.py", __doc__, commands), argv)
 

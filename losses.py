@@ -1556,7 +1556,7 @@ def may_be_looked_at(x: Tensor) -> bool:
 
 
 class Term(NamedTuple):
-    """A summand: weight · loss, with the settings that are given for it."""
+    """A summand: weight · loss, with the settings that are given for it; as text, with its defaults too."""
 
     weight: float
     name: str  # in OBJECTIVES, or file.py:function
@@ -1564,7 +1564,7 @@ class Term(NamedTuple):
     given: dict
 
     def __str__(self) -> str:
-        settings = ", ".join(f"{key}={value!r}" for key, value in self.given.items())
+        settings = ", ".join(f"{k}={v!r}" for k, v in (self.loss.settings | self.given).items() if v != math.inf)
         return f"{self.name}({settings})"
 
     @property

@@ -15,6 +15,7 @@ Shape letters: n examples of an optimizer step · k responses of each, 2 for pai
 
 import contextlib
 import copy
+import functools
 import hashlib
 import importlib.util
 import itertools
@@ -35,7 +36,6 @@ import torch
 import transformers
 import yaml  # transformers brings it
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 import distributed as dist
@@ -226,9 +226,10 @@ def prepare(s: Settings) -> Run:
     device = dist.setup(s.device)
     dist.mesh_sizes(s.mesh)
     data.reachable(s.model)
-    s.out = str(dist.on_rank_0(prepare_out, s))
+    out = dist.on_rank_0(prepare_out, s)
+    s.out = str(out)
     s.date = dist.on_rank_0(date_of, s)
-    lock = dist.own(Path(s.out))
+    lock = dist.own(out)
     tokenizer = data.load_tokenizer(s.model, s.trust_remote_code)
     train_rows, held_out, reports = load_rows(s, tokenizer, objective)
     answers = [e._replace(responses=[[0] * s.sample_tokens]) for e in held_out[: s.samples]]  # as long as they may become
@@ -237,10 +238,13 @@ def prepare(s: Settings) -> Run:
     run = Run(s, objective, device, tokenizer, policy, train_rows, held_out, policy.layout, reports, lock)
     run.plan = plan_steps(s, len(train_rows))
     run.same = identity(run)
+    dist.check_ranks(run.same)
     if s.resume:
-        dist.check_same(run.same, dist.on_rank_0(marker, Path(s.out)), s.out)
+        dist.check_same(run.same, dist.on_rank_0(marker, out) or run.same, out)
+    dist.on_rank_0(write_marker, run)
     stop_at_terminator(run.policy.model, tokenizer, data.template_arguments(s), say)
-    score_initial_model(run)
+    with dist.StopOnSignal(at_once=True):
+        score_initial_model(run)
     run.optimizer = make_optimizer(run)
     if s.resume:
         resume(run)
@@ -304,7 +308,7 @@ def train_step(run: Run, rows: list[int]) -> dict:
     values = {name: x.cpu() for name, x in (inputs | gathered(scored, passes, n)).items()}
     loss = loss.cpu()
     grad_norm = float(grad_norm)
-    stop_if_not_finite(examples, values["logp"], loss, grad_norm)
+    stop_if_not_finite(run, examples, values["logp"], loss, grad_norm)
     if run.step == 0:  # the same microbatches give the same bits, but where a GPU or a compiler chooses how to add up
         rounding = run.device.type != "cpu" or s.compile
         check_step_zero(values, (0.1 if run.bf16 else 1e-3) if rounding else 0.0)
@@ -327,32 +331,32 @@ def train(s: Settings) -> dict:
     """One run from settings to exported model; returns the summary that is also written to out/summary.json."""
     started = time.perf_counter()
     dist.setup(s.device)
+    dist.check_ranks({name: value for name, value in asdict(s).items() if name not in PLACES})
     if s.resume:
         summary = dist.on_rank_0(finished, Path(s.out))
         if summary:
             return summary
     run = prepare(s)
     writer = MetricsWriter(run)
-    if run.held_out and run.step == 0:
-        writer.evaluated(evaluate(run), run.initial_answers)
     with dist.StopOnSignal() as stop:
+        if run.held_out and run.step == 0:
+            writer.evaluated(evaluate(run), run.initial_answers)
         for rows in writer.progress(run.plan[run.step :]):
             writer.stepped(train_step(run, rows))
-            last = run.step == len(run.plan)
-            if run.held_out and (last or due(run, s.eval_every)):
+            if run.held_out and due(run, s.eval_every) and run.step < len(run.plan):
                 writer.evaluated(evaluate(run), answers(run))
             stopping = stop.requested()
             if stopping or due(run, s.save_every):
                 save(run, stopping)
-    return finish(run, writer, started)
+        return finish(run, writer, started)  # a signal that comes now no longer matters: the model is written first
 
 
 def due(run: Run, every: int) -> bool:
     return every > 0 and run.step % every == 0
 
 
-def save(run: Run, stopping: bool) -> None:
-    """Write a checkpoint; end the run where SIGTERM or Ctrl-C asked it to stop."""
+def save(run: Run, stopping: int = 0) -> bool:
+    """Write a checkpoint and say whether it is there; end the run where the signal of number `stopping` asked for that."""
     state = {"step": run.step, "run": run.same}
     folder = Path(run.s.out) / "checkpoints"
     saved = dist.save_checkpoint(folder, run.policy.model, run.optimizer, state, run.s.keep, run.tokenizer)
@@ -360,26 +364,53 @@ def save(run: Run, stopping: bool) -> None:
         raise UserError(f"stopped after step {run.step} without a checkpoint; --resume goes on from an earlier one")
     if stopping:
         say(f"stopped after step {run.step}; go on with --resume --out {run.s.out}")
-        raise SystemExit(0)
+        raise SystemExit(128 + stopping)  # the shell's code for it; 0 means that the model is there (ranks end with 0 always)
+    return saved
+
+
+def write_model(run: Run, card: str) -> None:
+    """The trained model in out/model; where it cannot be written a checkpoint or, on a disk with no room for either, the model
+    in the cache folder, which is most often on another one."""
+    s = run.s
+    model = run.policy.model
+    rest = (export_dtype(s, model), card)
+    if dist.not_finite(model):
+        raise UserError(f"after the last step weights are not finite: nothing is in {s.out}/model. Lower lr")
+    layout = run.policy.use_layout("padded")
+    try:
+        dist.export(model, run.tokenizer, Path(s.out) / "model", *rest)
+    except Exception:
+        if save(run):
+            say(f"all steps are done and kept in a checkpoint, from which --resume --out {s.out} goes on")
+        else:
+            folder = Path(s.cache).expanduser() / time.strftime("model-%Y%m%d-%H%M%S")
+            dist.export(model, run.tokenizer, folder, *rest)
+            say(f"all steps are done; the model is in {folder}")
+        raise
+    run.policy.use_layout(layout)
 
 
 def finish(run: Run, writer: "MetricsWriter", started: float) -> dict:
-    """After the last step: model, curves, summary, report."""
+    """After the last step: the model before anything else, then evaluation, curves, summary, report."""
     s = run.s
     out = Path(s.out)
-    model = run.policy.model
-    lines = writer.close()
+    lines = writer.records["metrics.jsonl"]
+    last = lines[-1] if lines else {}
+    card = functools.partial(dist.model_card, out.name, {**asdict(s), "objective": str(run.objective)})
+    write_model(run, card(last))
+    if run.held_out and "eval_loss" not in last:
+        writer.evaluated(evaluate(run), answers(run))
     before = {}
     after = {}
     for line in lines:
         when = before if line["step"] == 0 else after
         when |= {key: value for key, value in line.items() if key.startswith("eval_") or key == "repetition"}
-    if dist.not_finite(model) or not all(map(math.isfinite, after.values())):
-        raise UserError(f"after the last step weights or held-out losses are not finite: nothing is in {out}/model. Lower lr")
-    run.policy.use_layout("padded")
-    card = dist.model_card(out.name, {**asdict(s), "objective": str(run.objective)}, {**lines[-1], **after})
-    dist.export(model, run.tokenizer, out / "model", export_dtype(s, model), card)
-    dist.on_rank_0(draw_curves, lines, out / "curves.png", f"{run.objective} on {Path(s.dataset).name}")
+    if not all(map(math.isfinite, after.values())):
+        raise UserError(f"after the last step held-out losses are not finite: {out}/model is of no use. Lower lr")
+    with optional("curves.png"):
+        dist.on_rank_0(draw_curves, lines, out / "curves.png", f"{run.objective} on {Path(s.dataset).name}")
+    # of the steps alone: evaluation, samples and checkpoints are not counted
+    totals = {name: sum(line.get(name, 0) for line in lines) for name in ("pairs", "tokens", "seconds")}
     summary = {
         "objective": str(run.objective),
         "steps": len(run.plan),
@@ -387,7 +418,9 @@ def finish(run: Run, writer: "MetricsWriter", started: float) -> dict:
         "held_out": len(run.held_out),
         "before": before,
         "after": after,
-        **speeds(lines),
+        "pairs_per_second": totals["pairs"] / max(totals["seconds"], 1e-9),
+        "tokens_per_second": totals["tokens"] / max(totals["seconds"], 1e-9),
+        "train_seconds": totals["seconds"],
         "seconds": time.perf_counter() - started,
         "peak_memory_gib": peak_memory(run.device),
         "dtype": "bf16" if run.bf16 else "fp32",
@@ -396,15 +429,19 @@ def finish(run: Run, writer: "MetricsWriter", started: float) -> dict:
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
         "out": str(out),
     }
-    dist.on_rank_0(write_whole, out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    samples = dist.on_rank_0(read_lines, out / "samples.jsonl", is_sample)
-    report_end(summary, samples)
+    with optional("a record of the run"):
+        for name, records in writer.records.items():  # whole, should the disk have been full meanwhile
+            dist.on_rank_0(write_whole, out / name, as_lines(records))
+        dist.on_rank_0(write_whole, out / "model" / "README.md", card(last | after))
+        dist.on_rank_0(write_whole, out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    report_end(summary, writer.records["samples.jsonl"])
     return summary
 
 
 # ---- parts of the set-up: output folder, rows, model -----------------------------------------------------------------
 
 MARKER = "run.json"  # in the folder of a run, and in no other: what the run is
+PLACES = ("model", "dataset", "eval_dataset", "out", "cache")  # settings that may differ between the machines of a run
 
 
 def prepare_out(s: Settings) -> Path:
@@ -415,9 +452,13 @@ def prepare_out(s: Settings) -> Path:
     else:
         out = Path(s.out)
     try:
-        if s.resume and not marker(out):
+        names = {path.name for path in out.iterdir()} if out.exists() else set()
+        if MARKER in names and ((out / MARKER).stat().st_size == 0 or marker(out)):
+            names.remove(MARKER)
+        blank = names <= {".lock", "run.part"}  # nothing, or what a run leaves that did not come to its first step
+        if s.resume and not marker(out) and not (blank and ".lock" in names):
             raise UserError(f"out {out} holds no run to resume (no {MARKER} of plainpo)")
-        if not s.resume and out.exists() and any(path.name != ".lock" for path in out.iterdir()):
+        if not s.resume and not blank:
             held = "a run; use --resume" if marker(out) else "files; use an empty folder"
             raise UserError(f"out {out} already holds {held} or another folder")
         out.mkdir(parents=True, exist_ok=True)
@@ -442,8 +483,16 @@ def read_json(file: Path) -> dict:
 
 
 def marker(out: Path) -> dict:
-    """What the run in a folder is, as `identity` says it; empty where the folder holds no run."""
-    return read_json(out / MARKER).get("plainpo", {})
+    """What the run in a folder is, as `identity` says it; empty where it holds none. A checkpoint says it too, should the file
+    be lost."""
+    found = [read_json(out / MARKER).get("plainpo")]
+    found += [read_json(checkpoint / "step.json").get("run") for checkpoint in dist.complete_checkpoints(out / "checkpoints")]
+    return next((same for same in found if same and isinstance(same, dict)), {})
+
+
+def write_marker(run: Run) -> None:
+    rows = {name: report._asdict() for name, report in run.reports.items()}
+    write_whole(Path(run.s.out) / MARKER, json.dumps({"plainpo": run.same, "rows": rows}, indent=2) + "\n")
 
 
 def finished(out: Path) -> dict:
@@ -572,7 +621,7 @@ def choose_layout(model: torch.nn.Module, rows: dict[str, Example], wanted: str,
     except Exception as error:  # of any kind: positions that end, above all
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         where = f"{examples[0].where}, {max(map(data.tokens_of, alone))} tokens (its max_position_embeddings: {limit})"
-        raise UserError(f"{name} cannot read {where}: {brief(error)}; try a lower --max_length or --sample_tokens") from error
+        raise UserError(f"{name} cannot read {where}: {data.brief(error)}; try a lower --max_length or --sample_tokens") from error
     policy = ResponseLogProbs(model)
     other = ""
     for layout in LAYOUTS[1:] if wanted == "auto" else (wanted,):
@@ -608,7 +657,7 @@ def layout_problem(policy: ResponseLogProbs, layout: str, batches: list[data.Bat
             each = batch._replace(response=torch.arange(tokens), responses=tokens)  # sums of one token
             scored.append(policy(each.to(policy.model.device))["logp"])
     except Exception as error:  # of any kind: what a model does with a batch that it does not know
-        return f"it fails ({type(error).__name__}: {brief(error)})"
+        return f"it fails ({type(error).__name__}: {data.brief(error)})"
     finally:
         policy.use_layout("padded")
     first, again = torch.cat(scored).view(torch.int32).chunk(2)
@@ -633,11 +682,7 @@ def refuse_compile(layout: str, model: torch.nn.Module, device: torch.device) ->
     try:
         torch.compile(lambda x: x.exp() + 1)(torch.ones(8, device=device))
     except Exception as error:  # of many kinds, with pages of what the compiler said
-        raise UserError(f"compile: torch.compile does not work here ({brief(error)}); install g++ or leave it out") from error
-
-
-def brief(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"compile: torch.compile does not work here ({data.brief(error)}); install g++ or leave it out") from error
 
 
 def stop_at_terminator(model: torch.nn.Module, tokenizer, template: dict, say: Callable[[str], None]) -> None:
@@ -710,13 +755,8 @@ def plan_steps(s: Settings, rows: int) -> list[list[int]]:
 
 
 def identity(run: Run) -> dict:
-    """What must be equal for a run to go on from a checkpoint: all that its losses depend on but the number of ranks."""
+    """What must be equal for a run to go on from a checkpoint: all that its numbers depend on but the number of ranks."""
     s = run.s
-    rows = []
-    for e in run.train:
-        margin = [e.margin] if run.objective.needs("margin") else []
-        rows.append([e.prompt, e.responses, *margin])
-    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
     same = {"model": Path(s.model).name, "dataset": Path(s.dataset).name, "objective": str(run.objective)}
     same |= {"dtype": "bf16" if run.bf16 else "fp32", "device": run.device.type}
     if data.asks_for_date(run.tokenizer):  # else no id depends on it
@@ -724,7 +764,18 @@ def identity(run: Run) -> dict:
     names = ("lr", "batch_size", "epochs", "max_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "max_length",
              "tokens_per_microbatch", "wpo")  # fmt: skip
     same |= {name: getattr(s, name) for name in names} | {"layout": run.layout}
-    return same | {"training rows (hash)": digest}
+    same["initial weights (hash)"] = run.policy.model.initial_hash[:16]
+    for what, examples in (("training rows", run.train), ("held-out rows", run.held_out)):
+        digest = hashlib.sha256()
+        for e in examples:  # one after the other: all of them as text are gigabytes
+            margin = e.margin if run.objective.needs("margin") else None
+            digest.update(json.dumps([e.prompt, e.responses, e.desirable, margin]).encode())
+        same[f"{what} (hash)"] = digest.hexdigest()[:16]
+    for term in run.objective.terms:
+        file = term.name.rpartition(":")[0]  # of a function of the user's own
+        if file:
+            same[f"{file} (hash)"] = hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()[:16]
+    return same
 
 
 def score_initial_model(run: Run) -> None:
@@ -851,7 +902,7 @@ def counted_inputs(examples: Sequence[Example], device) -> dict[str, Tensor]:
     return {name: to_device(x, device) for name, x in inputs.items()}
 
 
-def stop_if_not_finite(examples: list[Example], logp: Tensor, loss: Tensor, grad_norm: float) -> None:
+def stop_if_not_finite(run: Run, examples: list[Example], logp: Tensor, loss: Tensor, grad_norm: float) -> None:
     """End the run before the weights are touched, naming the rows whose loss or log-prob is not a finite number."""
     bad = ~torch.isfinite(loss.view(len(examples), -1)).all(-1) | ~torch.isfinite(logp).all(-1)
     if not bad.any() and math.isfinite(grad_norm):
@@ -859,9 +910,14 @@ def stop_if_not_finite(examples: list[Example], logp: Tensor, loss: Tensor, grad
     rows = [e.where for e, b in zip(examples, bad.tolist()) if b] or [e.where for e in examples]
     what = "loss" if bad.any() else "gradient"
     more = " …" if len(rows) > 8 else ""
+    advice = "if they are sound, lower lr"
+    if run.step > 0 and save(run):
+        kept = f"{run.s.out}/checkpoints/step-{run.step:06d}"
+        advice += f". To go on without them (--resume would come to them again): `python distributed.py export {kept} NEW "
+        advice += "--dtype fp32`, take them out of the data, and start a run with --model NEW"
     raise UserError(
         f"the {what} is not finite; the weights were left as they were before this step. Rows: {'; '.join(rows[:8])}{more}. "
-        "Look at them with `python data.py show`; if they are sound, lower lr"
+        f"Look at them with `python data.py show`; {advice}"
     )
 
 
@@ -948,17 +1004,15 @@ def answers(run: Run) -> list[str]:
         try:
             some, _ = run.policy.run_unsharded(completions, run.tokenizer, prompts[i : i + 32], **how)
         except Exception as error:  # of any kind, of the model or of what its generation config asks for
-            raise UserError(f"the model cannot answer ({brief(error)}); --samples 0 trains without answers") from error
+            raise UserError(f"the model cannot answer ({data.brief(error)}); --samples 0 trains without answers") from error
         texts += some
     run.policy.use_layout(layout)
     return texts
 
 
 def say(text: str) -> None:
-    if dist.is_rank_0() and data.is_watched():  # a bar may be on the terminal
-        tqdm.write(text, file=sys.stderr)
-    elif dist.is_rank_0():
-        print(text, file=sys.stderr, flush=True)
+    if dist.is_rank_0():
+        data.say(text)
 
 
 class MetricsWriter:
@@ -975,8 +1029,8 @@ class MetricsWriter:
         held_out = len(run.held_out)
         if 0 < held_out < 50:  # the standard error of an accuracy is then about 0.07
             say(f"{held_out} held-out rows are too few to compare runs by; take some hundreds (eval_size, eval_dataset)")
-        lines = dist.on_rank_0(open_records, run)
-        self.initial = next((line for line in lines if line["step"] == 0), {})
+        self.records = dist.on_rank_0(open_records, run)  # {file: its lines}
+        self.initial = next((line for line in self.records["metrics.jsonl"] if line["step"] == 0), {})
         self.send = open_log(run.s, self.out)
         self.prompts = [run.tokenizer.decode(e.prompt) for e in run.held_out[: run.s.samples]]
         self.warned = set()
@@ -991,9 +1045,8 @@ class MetricsWriter:
 
     def stepped(self, line: dict) -> None:
         """Record a step, with its speed."""
-        line["tokens_per_second"] = line["tokens"] / line["seconds"]
+        line["tokens_per_second"] = line["tokens"] / max(line["seconds"], 1e-9)  # should a clock stand still
         self._append("metrics.jsonl", line)
-        self.send(line)
         headline = {"loss": "loss", "reward_margin": "margin", "reward_accuracy": "accuracy", "tokens_per_second": "tok/s"}
         self.bar.set_postfix({title: f"{line[name]:.4g}" for name, title in headline.items() if name in line}, refresh=False)
 
@@ -1004,7 +1057,6 @@ class MetricsWriter:
             line = line | {"repetition": repetition(texts)}
         record = {"step": step, **line}
         self._append("metrics.jsonl", record)
-        self.send(record)
         for prompt, text in zip(self.prompts, texts):
             self._append("samples.jsonl", {"step": step, "prompt": prompt, "answer": text})
         when = f"step {step}" if step else "before"
@@ -1017,13 +1069,13 @@ class MetricsWriter:
                 self.warned.add(guard)
 
     def _append(self, name: str, record: dict) -> None:
-        if dist.is_rank_0():
-            with open(self.out / name, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-    def close(self) -> list[dict]:
-        """All lines of metrics.jsonl, when the last step is done."""
-        return dist.on_rank_0(read_lines, self.out / "metrics.jsonl", is_metrics)
+        self.records[name].append(record)
+        with optional(self.out / name):
+            if dist.is_rank_0():
+                with open(self.out / name, "a", encoding="utf-8") as file:
+                    file.write(as_lines([record]))
+            if name == "metrics.jsonl":
+                self.send(record)
 
 
 def settings_table(s: Settings) -> str:
@@ -1037,8 +1089,8 @@ def settings_table(s: Settings) -> str:
     return table
 
 
-def open_records(run: Run) -> list[dict]:
-    """Write what this run is; of earlier records keep those up to the step resumed from, and return the metrics of them."""
+def open_records(run: Run) -> dict[str, list[dict]]:
+    """Write the settings; of earlier records keep those up to the step resumed from, and return them."""
     s = run.s
     out = Path(s.out)
     (out / "checkpoints").mkdir(exist_ok=True)
@@ -1046,15 +1098,13 @@ def open_records(run: Run) -> list[dict]:
     for name, is_record in (("metrics.jsonl", is_metrics), ("samples.jsonl", is_sample)):
         lines = read_lines(out / name, is_record)
         kept[name] = [line for line in lines if run.step and line["step"] <= run.step]
-        write_whole(out / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept[name]))
-    settings = {name: value for name, value in asdict(s).items() if name != "resume"}
+        write_whole(out / name, as_lines(kept[name]))
+    settings = {name: value for name, value in asdict(s).items() if name != "resume"} | {"objective": str(run.objective)}
     for name in ("model", "dataset", "eval_dataset"):  # a leading ./ would mean the record's own folder
         if settings[name] is not None:
             settings[name] = re.sub(r"(^|,\s*)\./", r"\1", settings[name])
-    reports = {name: report._asdict() for name, report in run.reports.items()}
     write_whole(out / "settings.json", json.dumps(settings, indent=2) + "\n")
-    write_whole(out / MARKER, json.dumps({"plainpo": run.same, "rows": reports}, indent=2) + "\n")
-    return kept["metrics.jsonl"]
+    return kept
 
 
 def read_lines(file: Path, is_record: Callable[[dict], bool]) -> list[dict]:
@@ -1084,22 +1134,30 @@ def is_sample(line: dict) -> bool:
     return isinstance(line.get("step"), int) and all(isinstance(line.get(name), str) for name in ("prompt", "answer"))
 
 
+def as_lines(records: list[dict]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
 def write_whole(file: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file, whole or not at all, whatever becomes of the machine."""
     part = file.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
+    with open(part, "w", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
     os.replace(part, file)
 
 
-def speeds(lines: list[dict]) -> dict[str, float]:
-    """Of a run's steps alone: evaluation, samples and checkpoints are not counted."""
-    totals = {name: sum(line.get(name, 0) for line in lines) for name in ("pairs", "tokens", "seconds")}
-    seconds = max(totals["seconds"], 1e-9)
-    return {
-        "pairs_per_second": totals["pairs"] / seconds,
-        "tokens_per_second": totals["tokens"] / seconds,
-        "train_seconds": totals["seconds"],
-    }
+say_once = functools.cache(say)
+
+
+@contextlib.contextmanager
+def optional(what: str | Path) -> Iterator[None]:
+    """Around what no training depends on: an error there is a warning."""
+    try:
+        yield
+    except Exception as error:  # of many kinds: a full disk, a network, fonts
+        say_once(f"warning: {what} failed, the run goes on ({str(error).strip() or type(error).__name__})")
 
 
 def repetition(texts: list[str]) -> float:
@@ -1202,7 +1260,7 @@ def draw_curves(lines: list[dict], path: Path, title: str) -> None:
         axis.set(title=name, xlabel="step")
         if axis.lines:
             axis.legend(fontsize=8)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # a $ in a name is a $
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -1242,8 +1300,9 @@ def main(argv: list[str] | None = None, work: Callable = lambda argv: train(pars
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors: far fewer page faults
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # a table of weights that do not fit, where one message follows
     stopped = "stopped at once: --resume goes on from the last checkpoint, if there is one"
-    return data.command_line(work, argv, dist.fail, stopped)
+    return data.command_line(work, argv, dist.fail, stopped, logs=("stdout", "stderr"))
 
 
 if __name__ == "__main__":

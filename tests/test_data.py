@@ -1496,6 +1496,23 @@ def test_quality_by_hand():
 # ---- large data ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("side", ["prompt", "chosen"])
+def test_a_text_of_megabytes_costs_no_more_than_its_ids(tmp_path, chatml, side):
+    """2 MB of words in a prompt or a response: the ids of the whole text's, of which 512 × 16 characters are read."""
+    texts = {"prompt": "name two fruits", "chosen": "fig and pear", "rejected": "rice"}
+    texts[side] = "".join(f"word{i} " for i in range(200_000)).strip()
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps(texts) + "\n")
+    whole, _ = encode(Row([{"role": "user", "content": texts["prompt"]}], [texts["chosen"], texts["rejected"]]), chatml, 16, 8)
+    seen = []
+    tokenise = data._ids
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_ids", lambda tokenizer, text: seen.append(len(text)) or tokenise(tokenizer, text))
+        examples, report = load(str(path), chatml, max_length=16, max_prompt_length=8)
+    assert examples[0].prompt == whole.prompt and examples[0].responses == whole.responses
+    assert max(seen) < 2 * 512 * 16 and report.cut["text above 512 characters per token of max_length cut beforehand"] == 1
+
+
 def test_large_data_is_tokenised_in_parallel_cached_and_equal(tmp_path, chatml, monkeypatch, capsys):
     rows = [{**PAIR, "prompt": f"Ask {i}"} for i in range(300)] + [{**PAIR, "chosen": ""}, {**PAIR, "prompt": "Ask 7"}]
     path = write(tmp_path, "a.jsonl", rows)
@@ -1508,14 +1525,14 @@ def test_large_data_is_tokenised_in_parallel_cached_and_equal(tmp_path, chatml, 
     small = list(small)
     assert list(large) == small and report == small_report and len(large) == 301
     assert list(large[10:12]) == small[10:12] and large[-1] == small[-1]
-    assert {Path(file["filename"]).parents[3] for file in large.dataset.cache_files} == {tmp_path / "cache"}
+    assert {Path(file["filename"]).parents[1] for file in large.dataset.cache_files} == {tmp_path / "cache"}
 
     def made():
-        """{file of token ids: when it was written}; a name ends in the number of its part, _00001_of_00002."""
-        return {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").rglob("cache-*.arrow")}
+        """{file of token ids: when it was written}; those of a table are in a folder of their own."""
+        return {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").rglob("*.arrow")}
 
     def tables(files):
-        return {f.name.split("_")[0] for f in files}
+        return {f.parent for f in files}
 
     once = made()
     assert len(tables(once)) == 1 and f"{path}: tokenising 302 rows\n" in capsys.readouterr().err
@@ -1526,7 +1543,6 @@ def test_large_data_is_tokenised_in_parallel_cached_and_equal(tmp_path, chatml, 
     load(path, chatml, max_length=100, **options)
     load(path, family("qwen2.5"), **options)
     assert len(tables(made())) == 3  # other settings, other tokenizer: another table
-    assert len(list((tmp_path / "cache").rglob("generator-train.arrow"))) == 1  # of the same rows
     write(tmp_path, "a.jsonl", rows[:200])
     assert len(load(path, chatml, **options)[0]) == 200 and len(tables(made())) == 4  # other content
     mixed, _ = load(f"{path}@2, {write(tmp_path, 'b.jsonl', rows[:2])}", chatml)
@@ -1539,7 +1555,7 @@ def test_the_cache_key_holds_everything_that_an_outcome_depends_on(tmp_path, cha
     path = write(tmp_path, "a.jsonl", [PAIR])
 
     def key(source=path, tokenizer=chatml, **more):
-        return data._cache_keys(source, tokenizer, Reading(**more))[1]
+        return data._cache_key(source, tokenizer, Reading(**more))
 
     other_words, other_template = copy.deepcopy(chatml), copy.deepcopy(chatml)
     other_words.backend_tokenizer.normalizer = normalizers.Lowercase()
@@ -1557,10 +1573,41 @@ def test_the_cache_key_holds_everything_that_an_outcome_depends_on(tmp_path, cha
     keys += [key(tokenizer=dated, date="2024-03-01"), key(tokenizer=dated, date="2025-03-01")]
     monkeypatch.setattr(data, "encode", byte_level)  # a function of another file
     assert len({*keys, key()}) == len(keys) + 1 == 4 + 8 + 2 + 1
-    rows = data._cache_keys(path, chatml, Reading())[0]
-    assert rows == data._cache_keys(path, other_words, Reading(seed=1))[0] not in keys
+    monkeypatch.undo()
+    was, at = Path(path).read_text(), Path(path).stat()
     os.utime(path, ns=(1, 1))
-    assert data._cache_keys(path, chatml, Reading())[0] != rows
+    assert key() == keys[0]  # touched only
+    Path(path).write_text(was.replace("Good", "Best"))
+    os.utime(path, ns=(at.st_atime_ns, at.st_mtime_ns))
+    assert Path(path).stat().st_size == at.st_size and key() not in keys  # other content of the same size and time
+
+
+def test_damaged_token_ids_are_made_again(tmp_path, chatml, monkeypatch, capsys):
+    """A file cut, emptied, removed, a bit flipped in it; a marker that is none; and a file cut between two of its batches,
+    which arrow reads without a word."""
+    monkeypatch.setenv("PLAINPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data, "PARALLEL_FROM", 64)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    path = write(tmp_path, "a.jsonl", [{**PAIR, "prompt": f"Ask {i}"} for i in range(100)])
+    expected = list(load(path, chatml)[0])
+    (folder,) = [f for f in (tmp_path / "cache").iterdir() if f.is_dir()]
+    first = folder / "ids_00000_of_00002.arrow"
+
+    def flip():
+        content = bytearray(first.read_bytes())
+        content[len(content) // 2] ^= 1
+        first.write_bytes(content)
+
+    capsys.readouterr()
+    damages = [lambda: os.truncate(first, 5000), lambda: os.truncate(first, 0), first.unlink, flip]
+    damages += [lambda: os.truncate(first, first.stat().st_size - 8)]
+    damages += [lambda text=text: (folder / "complete").write_text(text) for text in ("", "[]", "{}", "{", '{"a": 1}')]
+    for damage in damages:
+        damage()
+        assert list(load(path, chatml)[0]) == expected
+        assert capsys.readouterr().err.count("is damaged and made again") == 1
+    assert list(load(path, chatml)[0]) == expected and "damaged" not in capsys.readouterr().err
+    assert {f.name for f in (tmp_path / "cache").iterdir()} == {folder.name, f"{folder.name}.lock"}
 
 
 def test_a_small_source_starts_no_process_and_writes_no_cache(tmp_path, chatml, monkeypatch):
@@ -1791,6 +1838,29 @@ def test_what_would_steer_a_terminal_is_spelled_out(chatml):
     for ids in (False, True):
         said = data.show(example, chatml, colour=False, ids=ids)
         assert not set(said) & set("\x1b\x07\r\x08") and "\\x1b" in said and "\\r" in said
+
+
+def test_messages_and_reports_spell_out_what_would_steer_a_terminal(tmp_path, chatml, capsys):
+    """A file's name in an error, a column's in a report, on the command line."""
+    name = str(tmp_path / "\x1bcgone.jsonl")
+    with pytest.raises(SystemExit, match="2"):
+        data.command_line(lambda argv: list(data.read(name)), [])
+    said = capsys.readouterr().err
+    assert r"\x1bcgone.jsonl: no such file" in said and "\x1b" not in said
+    chatml.save_pretrained(tmp_path / "m")
+    path = write(tmp_path, "\x9bm.jsonl", [PAIR, {**PAIR, "chosen": ""}])
+    for command in ("stats", "show"):
+        data.main([command, "--model", str(tmp_path / "m"), "--dataset", path])
+        said = capsys.readouterr().out
+        assert r"\x9bm.jsonl row 2: chosen is empty" in said and "\x9b" not in said
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stderr", full)
+        data.say("hello")
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # so that it can be closed
 
 
 def test_show_on_the_command_line(tmp_path, chatml, capsys, monkeypatch):

@@ -255,6 +255,52 @@ def test_a_folder_that_cannot_be_locked_is_a_warning(tmp_path, monkeypatch, caps
     assert f"warning: {tmp_path} cannot be locked" in capsys.readouterr().err
 
 
+def joined(variables: dict) -> str:
+    """What setup says of an environment with these variables of a launcher and no others."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    os.environ.update(variables)
+    dist.ANSWER_WITHIN, dist.SAID_AFTER = timedelta(seconds=4), 1.0
+    try:
+        return str(dist.setup("cpu"))
+    except data.UserError as error:
+        return f"error: {error}"
+
+
+@pytest.mark.parametrize("variables, said", [
+    ("WORLD_SIZE=2", "cpu"),
+    ("MASTER_ADDR=localhost", "cpu"),
+    ("RANK=0", "the environment says RANK=0 WORLD_SIZE= MASTER_ADDR= MASTER_PORT=; start with torchrun, or, where no launcher"),
+    ("RANK=0 MASTER_ADDR=localhost", "WORLD_SIZE expected, but not set: the environment says"),
+    ("RANK=0 MASTER_ADDR=localhost WORLD_SIZE=2", "MASTER_PORT expected, but not set"),
+    ("RANK=x MASTER_ADDR=localhost WORLD_SIZE=2 MASTER_PORT=PORT", "'x'"),
+    ("RANK=0 MASTER_ADDR=localhost WORLD_SIZE=2 MASTER_PORT=PORT", "1/2 clients joined"),
+])  # fmt: skip
+def test_variables_that_a_launcher_left(variables, said, capfd):
+    """One message that names them. A partner that never comes is named after 1 s here, and given up after 4."""
+    given = dict(word.split("=") for word in variables.replace("PORT=PORT", f"PORT={port()}").split())
+    (found,) = ranks(0, joined, given)
+    assert found.startswith("cpu" if said == "cpu" else "error: ") and said in found
+    waited = "waiting for the other ranks: the environment says RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost"
+    assert capfd.readouterr().err.count(waited) == ("clients" in said)
+
+
+def test_a_rank_whose_partner_is_gone_says_so(monkeypatch, capsys):
+    """Gloo's own words; and any other error has its trace."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    for error, lines in (
+        (RuntimeError("[…/pair.cc:547] Connection closed by peer [::1]:26\nmore"), 1),
+        (ValueError("peer"), 2),
+    ):
+        try:
+            raise error
+        except (RuntimeError, ValueError) as raised:
+            dist._leave(type(raised), raised, None if lines == 2 else raised.__traceback__)
+        said = capsys.readouterr().err
+        assert ("another rank is gone" in said) == (lines == 1) == (len(said.splitlines()) == 1 and "ValueError" not in said)
+
+
 def test_rank_0_alone(world):
     """What on_rank_0 calls sees one process, also when it fails; afterwards all are there again."""
 
@@ -338,6 +384,35 @@ def test_an_export_keeps_what_else_is_in_its_folder(world, tmp_path):
     ranks(0, exported, settings(world), tmp_path / "model")
     np.testing.assert_array_equal(logits(tmp_path / "model"), logits(world / "tied"))
     assert (tmp_path / "model/mine.txt").read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def modes(s: train.Settings, out: Path) -> set[int]:
+    os.umask(0o027)
+    exported(s, out)
+    return {path.stat().st_mode & 0o777 for path in out.iterdir()}
+
+
+def test_exported_files_have_the_mode_of_the_umask(world, tmp_path):
+    assert ranks(0, modes, settings(world), tmp_path / "out") == [{0o640}]
+
+
+def test_a_model_card_is_no_markup_and_names_no_folder(tmp_path, monkeypatch):
+    """Two cells in every row, whatever is in a value; of paths the last part, hub names whole."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret/model").mkdir()
+    evil = "a | b\nc <img src=x> [x](http://x) `y` \x1b[31m"
+    given = dict(
+        model="secret/model", dataset="/secret/x|y.jsonl[:10], ~/secret/z.jsonl@2, org/data:train@0.5", cache="~/secret"
+    )
+    given |= dict(eval_dataset=None, out="secret/out", objective="simpo(beta=2.0)", columns=evil, lr=1e-6)
+    card = dist.model_card(evil, given, {"loss": 0.123456, evil: 1})
+    assert "secret" not in card and "\x1b" not in card and "<img" not in card.replace("\\<img", "")
+    rows = [line for line in card.splitlines() if line.startswith("|") and "---" not in line]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows) and len(rows) == 2 + 2 + 5
+    for row in ("| loss | 0.1235 |", "| model | model |", r"| dataset | x\|y.jsonl\[:10\], z.jsonl@2, org/data:train@0.5 |"):
+        assert row in rows
+    assert card.startswith("---\nlibrary_name: transformers\n---\n\n# a \\| b c ")
 
 
 REMOTE = """
@@ -485,6 +560,9 @@ def test_unfit_weights_are_named(world, tmp_path):
     for kind in ("bin", "safetensors.index"):
         folder = case("convert them to safetensors")
         (folder / "model.safetensors").rename(folder / f"pytorch_model.{kind}")
+    os.truncate(case("no loadable causal language model") / "model.safetensors", 9000)
+    for content in (b"", b"Dear diary, " * 500):
+        (case("no loadable causal language model") / "model.safetensors").write_bytes(content)
     several = [settings(world, model=str(folder)) for folder in expected]
     for count in (0, 2):
         for messages in ranks(count, refused, several):
@@ -567,6 +645,24 @@ def record(out: Path) -> dict:
 
 def same(a: dict, b: dict) -> bool:
     return a["lines"] == b["lines"] and all(np.array_equal(a["weights"][n], b["weights"][n]) for n in b["weights"])
+
+
+def disagreeing(s: train.Settings, changed: dict) -> dict:
+    """`trained`, with other settings on rank 1."""
+    return trained(replace(s, **changed) if dist.rank() == 1 else s)
+
+
+@pytest.mark.parametrize("name, value", [("lr", 2e-4), ("max_steps", 4), ("eval_every", 2), ("dataset", "other/pairs.jsonl")])
+def test_ranks_that_were_started_differently(world, tmp_path, name, value):
+    """Before the first step, by name, on all ranks; a file is compared by its rows, as it may lie elsewhere on each machine."""
+    (tmp_path / "other").mkdir()
+    lines = (world / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "other" / "pairs.jsonl").write_text("".join([lines[1], lines[0], *lines[2:]]))
+    changed = {name: str(tmp_path / value) if name == "dataset" else value}
+    for end in ranks(2, disagreeing, settings(world, out=str(tmp_path / "o")), changed):
+        what = "training rows (hash) is" if name == "dataset" else f"{name} is {value!r} there and"
+        assert end["error"].startswith("UserError: rank 1 was not started like rank 0: ") and what in end["error"]
+    assert not (tmp_path / "o" / "metrics.jsonl").exists()
 
 
 @pytest.fixture(scope="session")
@@ -702,6 +798,50 @@ def test_a_half_deleted_checkpoint_goes_with_the_next(world, tmp_path):
     assert sorted(p.name for p in left.parent.iterdir()) == ["step-000004", "step-000005"]
 
 
+@pytest.mark.parametrize("keep, left", [(1, [6]), (2, [2, 6]), (9, [2, 6])])
+def test_damaged_checkpoints_do_not_count_when_old_ones_are_deleted(tmp_path, keep, left):
+    """Steps 2 and 6 are whole; 4 is cut, 5 has no marker, and 10, of which a bit is flipped, is why the run went on from 2."""
+
+    def lay(name: str) -> dict:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "step.json").write_text('{"step": 6}')
+        (tmp_path / name / "weights.safetensors").write_bytes(b"12345678")
+        return dist._checksums(tmp_path / name)
+
+    for name in ("step-000002", "step-000004", "step-000005", "step-000010"):
+        (tmp_path / name / "complete").write_text(json.dumps(lay(name)))
+    os.truncate(tmp_path / "step-000004/weights.safetensors", 7)
+    (tmp_path / "step-000005/complete").unlink()
+    (tmp_path / "step-000010/weights.safetensors").write_bytes(b"12345679")
+    dist._commit(tmp_path / "new.part", tmp_path / "step-000006", lay("new.part"), keep)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{step:06d}" for step in left]
+    assert dist.validate(tmp_path / "step-000006") is None
+
+
+def test_every_damage_of_kept_numbers_is_found(tmp_path, capsys):
+    """Each byte flipped, each length cut to: what was kept, or nothing and a line that says so; of no file, no line."""
+    file = tmp_path / "reference.safetensors"
+    kept = {"ref": torch.tensor([[1.0, -2.5]]), "b": torch.tensor(3, dtype=torch.bfloat16)}
+    assert dist.load_tensors(file) is None and not capsys.readouterr().err
+    dist.save_tensors(kept, file)
+    whole = file.read_bytes()
+    damaged = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in range(len(whole))] + [
+        whole[:n] for n in range(len(whole))
+    ]
+    found = 0
+    for content in (*damaged, whole):
+        file.write_bytes(content)
+        read = dist.load_tensors(file)
+        said = capsys.readouterr().err
+        assert (said == f"{file} is damaged and made again\n") if read is None else not said
+        if read is not None:
+            assert read.keys() == kept.keys() and all(torch.equal(read[name], kept[name]) for name in kept)
+            found += 1
+    assert found < 5 and read is not None
+    save_file(kept, file)  # as an older version did
+    assert dist.load_tensors(file) is None and "damaged" in capsys.readouterr().err
+
+
 def test_a_weight_without_gradient_is_saved_and_read_again(world, tmp_path):
     """AdamW makes no moments for it; a checkpoint holds zeros. The rest had gradient 1: moments 1 − β = 0.1, 0.001."""
     s = settings(world)
@@ -726,7 +866,7 @@ def test_another_run_is_refused_by_name(world, tmp_path):
     ranks(0, trained, s)
     (tmp_path / "o/summary.json").unlink()
     expected = (
-        (dict(objective="ipo"), "objective is 'ipo()' here and 'simpo(beta=2.0, gamma=1.0)' there"),
+        (dict(objective="ipo"), "objective is 'ipo(tau=0.1, average=True)' here and 'simpo(beta=2.0, gamma=1.0, "),
         (dict(model=str(world / "untied")), "model is 'untied' here and 'tied' there"),
         (dict(dataset=str(world / "pairs.jsonl[:40]")), "training rows (hash) is"),
         (dict(dtype="bf16"), "dtype is 'bf16' here and 'fp32' there"),
@@ -855,13 +995,13 @@ def wait_for_step(out: Path, step: int, seconds: float = 60) -> None:
 
 
 def test_sigterm_saves_and_resumes(world, tmp_path, capfd):
-    """SIGTERM: the step is finished, a checkpoint written, exit code 0; what follows equals the uninterrupted run."""
+    """SIGTERM: the step is finished, a checkpoint written, and the exit code is the shell's for it."""
     s = settings(world, out=str(tmp_path / "o"), epochs=40, max_steps=200)
     run = started(s)
     wait_for_step(tmp_path / "o", 3)
     run.terminate()
     run.join(60)
-    assert run.exitcode == 0 and "go on with --resume" in capfd.readouterr().err
+    assert run.exitcode == 128 + signal.SIGTERM and "go on with --resume" in capfd.readouterr().err
     (saved,) = dist.complete_checkpoints(tmp_path / "o/checkpoints")
     reached = json.loads((saved / "step.json").read_text())["step"]
     assert 3 <= reached < 200 and json.loads((tmp_path / "o/metrics.jsonl").read_text().splitlines()[-1])["step"] == reached

@@ -4,6 +4,7 @@ Expected numbers are algebra (stated where used) or the same computation done an
 """
 
 import copy
+import errno
 import json
 import math
 import multiprocessing
@@ -11,9 +12,12 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import processes
 import pytest
@@ -21,6 +25,7 @@ import torch
 import toy
 import transformers
 import yaml
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -321,7 +326,7 @@ def test_loss_falls_and_everything_is_recorded(arguments, tmp_path, monkeypatch)
                 "tokens", "seconds", "tokens_per_second"):  # fmt: skip
         assert all(math.isfinite(line[key]) for line in lines), key
     assert [x["step"] for x in metrics(out) if "eval_loss" in x] == [0, 4, 8, 12, 16, 20, 24]
-    assert json.loads((out / "settings.json").read_text())["objective"] == "simpo(beta=2.0, gamma=1.0)"
+    assert json.loads((out / "settings.json").read_text())["objective"] == f"simpo({SIMPO})"
     assert json.loads((out / "summary.json").read_text()) == summary
     samples = read_samples(out)
     assert [sample["step"] for sample in samples] == [0, 4, 8, 12, 16, 20, 24]
@@ -343,11 +348,11 @@ def test_exported_model_is_the_trained_one(arguments, tmp_path):
     assert not list(folder.glob("*.bin")) and (folder / "generation_config.json").exists()
 
 
-def data_of(checkpoints: Path) -> dict[str, torch.Tensor]:
-    """Weights of the newest checkpoint, read with safetensors alone."""
+def data_of(checkpoints: Path, name: str = "step-*") -> dict[str, torch.Tensor]:
+    """Weights of the newest checkpoint, or of that one, read with safetensors alone."""
     from safetensors import safe_open
 
-    newest, weights = sorted(checkpoints.glob("step-*"))[-1], {}
+    newest, weights = sorted(checkpoints.glob(name))[-1], {}
     for file in newest.rglob("*.safetensors"):
         with safe_open(file, "pt") as f:
             weights |= {k.partition("weight.")[2] or k: f.get_tensor(k) for k in f.keys() if k.startswith("weight.")}
@@ -632,7 +637,8 @@ def test_data_without_scores_is_refused_before_the_model_is_loaded(world, argume
         assert stopped.value.code == 2 and "score_chosen" in said and f"row {first} " in said and "Traceback" not in said
 
 
-MPO = "0.8*dpo(beta=0.1) + 0.2*bco_pair(beta=0.1) + 1.0*sft()"
+SIMPO = "beta=2.0, gamma=1.0, label_smoothing=0.0, average=True"  # all that it can be given, as it is recorded
+MPO = "0.8*dpo(beta=0.1, label_smoothing=0.0) + 0.2*bco_pair(beta=0.1) + 1.0*sft()"
 
 
 def softplus(x: float) -> float:
@@ -667,7 +673,7 @@ def test_a_run_of_an_objective_of_ones_own(arguments, tmp_path):
         "    return bradley_terry(beta * (logp_w / len_w - logp_l / len_l))\n"
     )
     runs = {}
-    for objective in (f"{file}:mine(beta=2.0)", "simpo(beta=2.0, gamma=0.0)"):
+    for objective in (f"{file}:mine(beta=2.0)", f"simpo({SIMPO.replace('1.0', '0.0')})"):
         out = tmp_path / str(len(runs))
         train.main(arguments(objective=objective, max_steps=2, eval_size=0, samples=0, out=out))
         assert json.loads((out / "summary.json").read_text())["objective"] == objective
@@ -680,7 +686,8 @@ def test_a_run_is_another_with_another_weight(shifted):
     one, same, other = (
         train.identity(shifted(text))["objective"] for text in ("dpo + 0.1*sft", "dpo() + .1*sft", "dpo + 0.2*sft")
     )
-    assert one == same == "1.0*dpo() + 0.1*sft()" and other == "1.0*dpo() + 0.2*sft()"
+    dpo = "1.0*dpo(beta=0.1, label_smoothing=0.0)"
+    assert one == same == f"{dpo} + 0.1*sft()" and other == f"{dpo} + 0.2*sft()"
 
 
 def test_a_fresh_folder_has_the_names_of_a_sum(tmp_path, monkeypatch):
@@ -1256,6 +1263,31 @@ def test_ctrl_c_twice_stops_at_once_and_says_how_to_go_on(capsys, request):
     assert stop.value.code == 130 and "Ctrl-C again" in first and "--resume goes on" in second
 
 
+def test_which_signal_came_first_and_what_a_second_one_means(monkeypatch):
+    """SIGHUP counts; a second SIGTERM or SIGHUP within a second is the same request, later it means now: the handler that was
+    there before. One that is ignored, as under nohup, stays so."""
+    now, got = [100.0], []
+    monkeypatch.setattr(dist.time, "monotonic", lambda: now[0])
+    for first, second in ((signal.SIGTERM, signal.SIGTERM), (signal.SIGHUP, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)):
+        before = {number: signal.signal(number, lambda n, frame: got.append(n)) for number in (first, second)}
+        with dist.StopOnSignal() as stop:
+            assert stop.requested() == 0
+            for later in (0.0, 0.9, 1.1):
+                assert not got
+                now[0] = 100.0 + later
+                os.kill(os.getpid(), second if later else first)
+                assert stop.requested() == first
+        assert got == [second]
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        got.clear()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with dist.StopOnSignal() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.requested() == 0
+    signal.signal(signal.SIGHUP, before)
+
+
 def test_the_command_line_itself(tmp_path):
     """As typed in a shell: the message on stderr, nothing on stdout, exit code 2."""
     done = processes.run(["train.py", "--lr", "0"], tmp_path)
@@ -1473,3 +1505,256 @@ def test_a_date_that_no_id_depends_on_is_no_part_of_a_run(arguments, tmp_path, c
     assert "date" not in json.loads((tmp_path / "out/run.json").read_text())["plainpo"]
     assert train.main(arguments(save_every=2, date="2001-02-04") + ["--resume"])["steps"] == 4
     assert "2001" not in capsys.readouterr().err
+
+
+# ---- a run that nobody watches -----------------------------------------------------------------------------------------
+
+
+def copied_model(world: Path, folder: Path, change: float) -> Path:
+    """The world's model in a folder that is called model too, one weight of it changed."""
+    model = AutoModelForCausalLM.from_pretrained(world / "model")
+    with torch.no_grad():
+        model.model.norm.weight[0] += change
+    model.save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(world / "model").save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def unfinished(out: Path) -> Path:
+    """Make a finished run one that was killed at its end."""
+    (out / "summary.json").unlink()
+    return out
+
+
+def test_another_initial_model_is_another_run(arguments, world, tmp_path, capsys):
+    """Though every export is called model. Weights that are the same, moved elsewhere, go on."""
+    train.main(arguments(save_every=2))
+    unfinished(tmp_path / "out")
+    other = copied_model(world, tmp_path / "other", 1e-6)
+    assert "initial weights (hash) is" in refused(arguments(model=other) + ["--resume"], capsys)
+    same = copied_model(world, tmp_path / "same", 0.0)
+    assert train.main(arguments(model=same) + ["--resume"])["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    "edited, said", [("held", "held-out rows (hash)"), ("rows", "training rows (hash)"), ("mine", "(hash)")]
+)
+def test_an_edited_file_is_another_run(arguments, world, tmp_path, capsys, edited, said):
+    """A held-out label, a training label, one number in the user's own objective: all else is as it was."""
+    rows = (world / "rows.jsonl").read_text()
+    for name in ("held", "rows"):
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+    (tmp_path / "mine.py").write_text(
+        "from losses import average_logp, objective\n\n@objective(reward=average_logp)\n"
+        "def mine(logp, desirable):\n    return -1.0 * logp\n"
+    )
+    more = dict(
+        dataset=tmp_path / "rows.jsonl", eval_dataset=tmp_path / "held.jsonl", objective=f"{tmp_path}/mine.py:mine", max_steps=1
+    )
+    train.main(arguments(**more))
+    unfinished(tmp_path / "out")
+    for file in tmp_path.glob(f"{edited}.*"):
+        text = file.read_text()
+        changed = text.replace("true", "false", 1).replace("-1.0", "-2.0")
+        assert changed != text
+        file.write_text(changed)
+    assert said in refused(arguments(**more) + ["--resume"], capsys)
+
+
+def test_the_objective_is_recorded_with_its_defaults(arguments, tmp_path, capsys):
+    train.main(arguments(objective="dpo", max_steps=1))
+    whole = "dpo(beta=0.1, label_smoothing=0.0)"
+    files = ("settings.json", "run.json", "summary.json")
+    assert all(f'"objective": "{whole}"' in (tmp_path / "out" / name).read_text() for name in files)
+    assert whole in (tmp_path / "out" / "model" / "README.md").read_text() and f"\n{whole}: 32 rows" in capsys.readouterr().err
+
+
+def test_the_identity_takes_one_row_at_a_time():
+    """200 rows of 20,000 ids: all of them as text would be more than 20 MB."""
+    row = data.Example(list(range(10_000)), [list(range(5_000))] * 2)
+
+    class Rows(list):
+        def __iter__(self):
+            return (row for _ in range(100))
+
+    run = train.Run(
+        Settings(model="m", dataset="d"), parse_objective("simpo"), torch.device("cpu"), None,
+        SimpleNamespace(model=SimpleNamespace(initial_hash="x" * 64), layout="packed"), Rows(), Rows(),
+    )  # fmt: skip
+    tracemalloc.start()
+    train.identity(run)
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()
+
+
+def test_a_model_that_cannot_be_written_leaves_a_checkpoint(arguments, tmp_path, monkeypatch, capsys):
+    """With save_every 0: nothing is trained again, and the model is the one of a run without that."""
+    train.main(arguments(out=tmp_path / "a"))
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "_describe", lambda folder, *_: no_room() if "model" in folder.name else None)
+        said = refused(arguments(), capsys)
+    assert "No space left" in said and f"from which --resume --out {tmp_path / 'out'} goes on" in said
+    monkeypatch.setattr(train, "train_step", lambda *_: pytest.fail("a step was done again"))
+    train.main(arguments() + ["--resume"])
+    a, b = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("a", "out"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for name in ("samples.jsonl", "metrics.jsonl"):
+        lines = [[json.loads(line) for line in (tmp_path / side / name).read_text().splitlines()] for side in ("a", "out")]
+        assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+
+
+def test_a_disk_with_no_room_for_a_checkpoint_either(arguments, tmp_path, monkeypatch, capsys):
+    """The model is in the cache folder, as it would be in out/model."""
+    train.main(arguments(out=tmp_path / "a"))
+    describe = dist._describe
+    monkeypatch.setattr(
+        dist, "_describe", lambda folder, *more: no_room() if tmp_path / "out" in folder.parents else describe(folder, *more)
+    )
+    said = refused(arguments(), capsys)
+    (folder,) = (tmp_path / "cache").glob("model-*")
+    assert f"all steps are done; the model is in {folder}\n" in said and "error: " in said and "--resume" not in said
+    a, b = (load_file(place / "model.safetensors") for place in (tmp_path / "a" / "model", folder))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def no_room(*_) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("name", ["export", "answers", "evaluate"])
+def test_a_signal_after_the_last_step_changes_nothing(arguments, tmp_path, monkeypatch, name):
+    """The model is written first and the run comes to its end, code 0."""
+    place = dist if name == "export" else train
+    function = getattr(place, name)
+    calls = []
+
+    def signalled(*args):
+        calls.append(name)
+        if len(calls) == (1 if name == "export" else 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert name == "export" or len(calls) == 1 or (tmp_path / "out" / "model" / "model.safetensors").exists()
+        return function(*args)
+
+    monkeypatch.setattr(place, name, signalled)
+    summary = train.main(arguments())
+    assert calls == [name] * (1 if name == "export" else 2) and "eval_loss" in summary["after"]
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+
+
+def test_a_signal_while_the_reference_is_scored(arguments, tmp_path, monkeypatch, capsys):
+    """Code 143 at once, and the folder is in nobody's way: with and without --resume."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(train, "log_probs", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+        train.main(arguments(objective="dpo"))
+    assert stop.value.code == 143 and "--resume starts there again" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "out", tmp_path / "other")
+    train.main(arguments(objective="dpo", max_steps=1))
+    train.main(arguments(objective="dpo", out=tmp_path / "other") + ["--resume"])
+
+
+def test_a_step_that_is_not_finite_leaves_the_one_before(arguments, tmp_path, monkeypatch, capsys):
+    """The gradient of step 3 is NaN. The export that is advised holds the weights after step 2."""
+    clip = dist.clip_gradients
+    norms = []
+
+    def spoilt(*args):
+        norms.append(clip(*args))
+        return norms[-1] if len(norms) < 3 else torch.tensor(math.nan)
+
+    train.main(arguments(out=tmp_path / "a", save_every=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "clip_gradients", spoilt)
+        said = refused(arguments(), capsys)
+    command = re.search(r"`python distributed.py (export \S+/step-000002) NEW --dtype fp32`", said)[1]
+    dist.main([*command.split(), str(tmp_path / "new"), "--dtype", "fp32"])
+    expected = data_of(tmp_path / "a" / "checkpoints", "step-000002")
+    found = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "new").named_parameters())
+    assert expected and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("log", ["2>&1 | head -n 1", "> /dev/full 2>&1"])
+def test_a_log_that_cannot_be_written_ends_nothing(world, tmp_path, log):
+    command = f"{sys.executable} {processes.REPOSITORY}/train.py --model {world}/model --dataset {world}/pairs.jsonl --out out"
+    more = "--eval-size 8 --batch-size 8 --max-steps 2 --samples 1 --sample-tokens 4 --dtype fp32 --cache cache"
+    processes.run(f"({command} {more}; echo $? > code) {log}", tmp_path)
+    assert (tmp_path / "code").read_text() == "0\n" and (tmp_path / "out" / "model" / "model.safetensors").exists()
+
+
+def test_records_that_cannot_be_written_end_nothing(arguments, tmp_path, monkeypatch, capsys):
+    """A disk that is full during steps 2 and 3, a service that does not answer: two warnings, and the records are whole."""
+
+    def opened(file, mode="r", **how):
+        return (
+            no_room()
+            if mode == "a" and '"step": 2' in (tmp_path / "out" / "metrics.jsonl").read_text()
+            else open(file, mode, **how)
+        )
+
+    monkeypatch.setattr(train, "open", opened, raising=False)
+    monkeypatch.setattr(train, "open_log", lambda *_: lambda line: line["step"] != 1 or no_room())
+    train.main(arguments())
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 2 and said.count("No space left") == 2
+    assert [line["step"] for line in metrics(tmp_path / "out")] == [0, 1, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("name, title", [("cost$5$_$x^$.jsonl", None), ("pairs.jsonl", "broken")])
+def test_a_picture_ends_no_run(arguments, world, tmp_path, monkeypatch, capsys, name, title):
+    """A name that is no mathematics, and a matplotlib that fails."""
+    monkeypatch.undo()  # the curves, too
+    shutil.copy(world / "pairs.jsonl", tmp_path / name)
+    if title:
+        monkeypatch.setattr(train, "pyplot", lambda: SimpleNamespace())
+    train.main(arguments(dataset=tmp_path / name, max_steps=1))
+    assert (tmp_path / "out" / "summary.json").exists()
+    assert (tmp_path / "out" / "curves.png").exists() == (title is None)
+    assert ("warning: curves.png failed" in capsys.readouterr().err) == (title is not None)
+
+
+def test_a_clock_that_stands_still(arguments, monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", lambda: 1.0)
+    assert train.main(arguments(max_steps=1))["seconds"] == 0
+
+
+def test_names_of_the_home_folder_and_names_that_are_no_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "s.yaml").write_text("model: ~/m\nout: ~/o\ndataset: [~/a.jsonl, ~/b.jsonl]\neval_dataset: ~/c.jsonl\n")
+    s = train.parse_settings([str(tmp_path / "s.yaml")])
+    assert (s.model, s.out, s.eval_dataset) == (f"{tmp_path}/m", f"{tmp_path}/o", f"{tmp_path}/c.jsonl")
+    (tmp_path / "b.jsonl").write_text("{}\n")
+    assert data._files(data._sources(s.dataset)[1][0]) == [tmp_path / "b.jsonl"]
+    assert train.parse_settings([str(tmp_path / "s.yaml"), "--out=~/x"]).out == f"{tmp_path}/x" and s.cache == Settings().cache
+    for setting in ("out", "dataset", "model"):
+        with pytest.raises(UserError, match=rf"{setting} is 'a.udcff', which is no text"):
+            train.parse_settings(["--model=m", "--dataset=d", f"--{setting}=a\udcff"])
+
+
+@pytest.mark.parametrize("left", [(), (".lock",), (".lock", "run.part"), (".lock", "run.json")])
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_folder_of_a_run_that_was_killed_at_its_start_is_in_nobodys_way(arguments, tmp_path, left, resume):
+    (tmp_path / "out").mkdir()
+    for name in left:
+        (tmp_path / "out" / name).write_text("")
+    if left or not resume:
+        assert train.main(arguments(max_steps=1) + resume)["steps"] == 1
+
+
+def test_what_a_run_is_is_written_first(arguments, tmp_path, monkeypatch):
+    seen = []
+    score = train.score_initial_model
+    monkeypatch.setattr(
+        train, "score_initial_model", lambda run: seen.extend(p.name for p in Path(run.s.out).iterdir()) or score(run)
+    )
+    train.main(arguments(max_steps=1))
+    assert sorted(seen) == [".lock", "run.json"]
+
+
+@pytest.mark.parametrize("lost", ["missing", "", "{", '{"plainpo": 3}'])
+def test_a_lost_run_json_is_made_again_from_a_checkpoint(arguments, tmp_path, capsys, lost):
+    train.main(arguments(save_every=2))
+    out = unfinished(tmp_path / "out")
+    before = (out / "run.json").read_text()
+    (out / "run.json").unlink() if lost == "missing" else (out / "run.json").write_text(lost)
+    assert "lr is 0.5 here and 0.001 there" in refused(arguments(lr=0.5) + ["--resume"], capsys)
+    train.main(arguments(save_every=2) + ["--resume"])
+    assert "resumed after step 4" in capsys.readouterr().err and (out / "run.json").read_text() == before

@@ -1,13 +1,13 @@
-"""What a user gets who gives something bad: some 400 command lines, each a process of its own in a fresh folder.
+"""What a user gets who gives something bad: some 460 command lines, each a process of its own in a fresh folder.
 
     python tests/studies/bad_inputs.py                                  # all; a table of what is not good
     python tests/studies/bad_inputs.py --only checkpoint --jobs 2       # those with a word in their name; --list names them all
     python tests/studies/bad_inputs.py --exec                           # a new interpreter for each, as a shell would start it
 
 A case is a line of a table: name, command line, a word that the message must hold, what was broken before. Good is: the
-expected exit code (2), no traceback, a message that begins with "error:" and is short, and every file that was there is as it
-was; where a run may go on, its model is the unbroken run's. Exit code 1 if any case is not good. No network is used, and a
-process may take 8 GiB of address space.
+expected exit code (2), no traceback, no character that would steer a terminal, a message that begins with "error:" and is
+short, and every file that was there is as it was; where a run may go on, its model is the unbroken run's. Exit code 1 if any
+case is not good. No network is used, and a process may take 8 GiB of address space.
 """
 
 import argparse
@@ -146,6 +146,13 @@ STATS = "data.py stats --model model --dataset"
 EXPORT = "distributed.py export stopped/checkpoints/step-000004"
 PLAN = "tests/tools/will_it_fit.py --gpus 1 --lengths 8 8 8 --model model"
 LONG = "9" * 400
+PYTHON = "{python} {repository}/"  # in a line for bash
+EXPORTED = "test -e out/model/model.safetensors"
+# two processes that are told to be the ranks of one launch, the second with other options; the end is the first one's
+RANKS = (
+    "export WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=$((20000 + RANDOM % 20000)); "
+    f"RANK=1 {PYTHON}{TRAIN} OPTIONS & RANK=0 {PYTHON}{TRAIN}; code=$?; kill -9 $!; wait $! 2> /dev/null; exit $code"
+)
 OPTIONS = "--max-steps 1 --lr 1e-3 --eval-size 8 --batch-size 8 --samples 1 --sample-tokens 4 --cache cache --dtype fp32"
 
 
@@ -163,6 +170,18 @@ def output_folders() -> Iterator[Case]:
     yield Case(name("--overwrite, which is gone"), f"{TRAIN} --overwrite", "unknown setting")
 
 
+def edited(name: str) -> Callable[[Path], object]:
+    """The first row's chosen response is another."""
+
+    def act(folder: Path) -> None:
+        first, rest = (folder / name).read_text().split("\n", 1)
+        row = json.loads(first)
+        row["chosen"] += " and pear"
+        (folder / name).write_text(json.dumps(row) + "\n" + rest)
+
+    return act
+
+
 def resuming() -> Iterator[Case]:
     name, going_on = "resume: {}".format, dict(changes=("stopped/*",), model="stopped/model")
     yield Case(name("a finished run"), f"{KEPT} --resume", "finished|nothing left|complete|done", None, (0, 2))
@@ -174,6 +193,31 @@ def resuming() -> Iterator[Case]:
     for setting, value in (("lr", "1e-4"), ("batch-size", "4"), ("objective", "dpo"), ("max-steps", "6"), ("seed", "1"),
                            ("dataset", "pairs2.jsonl"), ("layout", "padded"), ("dtype", "bf16")):  # fmt: skip
         yield Case(name(f"with another {setting}"), f"{STOPPED} --{setting} {value}", setting.replace("-", "."))
+    beta = shlex.split(STOPPED) + ["--objective", "simpo(beta=2.0, gamma=1.5)"]
+    yield Case(name("with another gamma"), beta, "objective is .*gamma=1.5")
+    scaled = tensors(lambda named: named["model.norm.weight"].mul_(1.01))
+    yield Case(name("with other weights under the same name"), STOPPED, "weights", scaled)
+    yield Case(name("with an edited row"), STOPPED, "rows", edited("pairs.jsonl"))
+    line = f"{PYTHON}{TRAIN} --eval-dataset pairs2.jsonl --save-every 1 && rm -r out/summary.json out/model && "
+    line += f'sed -i \'1s/chosen": "/chosen": "pear /\' pairs2.jsonl && {PYTHON}{TRAIN} --eval-dataset pairs2.jsonl --resume'
+    yield Case(name("with an edited held-out row"), line, "held-out rows", changes=("pairs2.jsonl",), shell=True)
+    for what, before in (
+        ("without run.json", remove("stopped/run.json")), ("with an empty run.json", write("stopped/run.json", "")),
+        ("with half a run.json", write("stopped/run.json", '{"plainpo": {"mo')),
+    ):  # fmt: skip
+        yield Case(name(what), STOPPED, "resumed after step 4", before, (0,), **going_on)
+    for what, before in (
+        ("its lock", write("out/.lock", "")), ("an empty run.json", both(write("out/.lock", ""), write("out/run.json", ""))),
+        ("half a run.json", both(write("out/.lock", ""), write("out/run.part", "{"))),
+    ):  # fmt: skip
+        for option in ("", "--resume"):
+            command = f"{TRAIN} {option}"
+            yield Case(name(f"of a run killed after {what} ({option or 'begun again'})"), command, "", before, (0,), ("out/*",))
+    last = f"{PYTHON}{STOPPED} --save-every 0; code=$?; test -e stopped/checkpoints/step-000008/complete || exit 9; exit $code"
+    in_the_way = write("stopped/model", "mine")
+    yield Case(
+        name("whose model cannot be written"), last, "--resume", in_the_way, (2,), ("stopped/[!m]*", "stopped/metrics*"), True
+    )
     early = both(lambda folder: shutil.rmtree(folder / "stopped" / "checkpoints"), remove("stopped/metrics.jsonl"))
     yield Case(name("killed before the first checkpoint"), STOPPED, "", early, (0,), **going_on)
     long = f"{TRAIN} --max-steps 100000 --epochs 30000 --save-every 10"
@@ -205,6 +249,10 @@ def models() -> Iterator[Case]:
         "a chat template with an error": (write("model/chat_template.jinja", "{% for %}"), "template"),
         "more ids than embeddings": (both(tensors(few_embeddings), config(vocab_size=60)), "embeddings|ids"),
         ".bin weights only": (pickled, "bin"),
+        "a tensor named by an escape": (
+            tensors(lambda named: named.update({"\x1b[31mx": named["model.norm.weight"].clone()})),
+            r"\\x1b",
+        ),
         "an adapter only": (adapter_only, "adapter|config|safetensors"),
         "an empty folder": (lambda f: [p.unlink() for p in (f / "model").iterdir()], "model"),
     }
@@ -257,6 +305,8 @@ def settings() -> Iterator[Case]:
     for what, out in (("of 300 characters", "o" * 300), ("a file", "pairs.jsonl"), ("under a file", "pairs.jsonl/out"),
                       ("in /proc", "/proc/plainpo"), ("in a read-only folder", "/sys/plainpo")):  # fmt: skip
         yield Case(f"settings: out {what}", f"{TRAIN} --out {out}", "out")
+    for what, out in (("that is no UTF-8", os.fsdecode(b"out\xff")), ("with an escape", "/proc/\x1b]0;x\x07")):
+        yield Case(f"settings: out {what}", shlex.split(TRAIN) + ["--out", out], "out")
     yield Case("settings: cache a file", f"{TRAIN} --objective dpo --cache pairs.jsonl", "cache|pairs.jsonl", None, (0, 2))
     yield Case("settings: cache in /proc", f"{TRAIN} --objective dpo --cache /proc/x", "cache|/proc/x", None, (0, 2))
 
@@ -420,6 +470,15 @@ def datasets() -> Iterator[Case]:
     yield Case("data: max_length 1 (stats)", f"{lengths} 1", "max.length")
     yield Case("data: max_prompt_length above max_length (stats)", f"{lengths} 64 --max-prompt-length 65", "max.prompt.length")
     yield Case("data: show -n -1", f"{SHOW} pairs.jsonl -n -1", "n ", None, (0, 2))
+    escape = shlex.split(TRAIN) + ["--dataset", "\x1b]0;x\x07\r.jsonl"]
+    yield Case("data: a name with an escape", escape, r"\\x1b\]0;x\\x07\\r\.jsonl")
+    role = [{"prompt": [{"role": "\x1b[31m", "content": "x"}], "chosen": "b", "rejected": "c"}] * 30
+    yield Case("data: a role with an escape", f"{TRAIN} --dataset new.jsonl", r"unknown role", rows("new.jsonl", *role))
+    column = rows("new.jsonl", *[{"\x1b[31m": "a", "chosen": "b", "other": "c"}] * 30)
+    yield Case("data: a column with an escape (stats)", f"{STATS} new.jsonl", "columns", column)
+    long = rows("new.jsonl", {"prompt": "apple " * 5_000_000, "chosen": "pear", "rejected": "rice"})
+    mixed = both(long, lambda folder: (folder / "new.jsonl").open("a").write("".join(lines)))
+    yield Case("data: a row of 30 MB", f"{TRAIN} --dataset new.jsonl", "prompt cut", mixed, (0,))
     yield Case("data: standard input", f"{STATS} -", "no such file")
     yield Case("data: weight with sample", f"{SAMPLE} --prompts prompts.jsonl@2", "weight|@2")
 
@@ -454,6 +513,15 @@ def tools() -> Iterator[Case]:
     for option, value in (("iterations", "0"), ("iterations", LONG), ("exploration", "-1"), ("exploration", "nan"),
                           ("step-end", "''")):  # fmt: skip
         yield Case(study(f"sample by mcts --{option} {value[:20]}"), f"{tree} --{option} {value}", option.replace("-", "."))
+    busy = "flock new.jsonl sleep 30 & sleep 1; " + PYTHON + f"{SAMPLE}; code=$?; kill $!; exit $code"
+    yield Case(name("sample, out is being written"), busy, "another run", None, (2,), shell=True)
+    yield Case(name("score, out is being written"), busy.replace(SAMPLE, f"{SCORE} --rule rules.py:words"), "another run",
+               None, (2,), shell=True)  # fmt: skip
+    cut = both(lambda folder: (folder / "sampled.jsonl").open("ab").write('{"id": "é'.encode()[:-1]))
+    yield Case(name("sample, out has half a line"), f"{SAMPLE} --out sampled.jsonl", "3 are in", cut, (0,), ("sampled.jsonl",))
+    moves = write("moves.py", "import os\nos.chdir('model')\ndef f(row, response):\n    os.chdir('/')\n    return 1.0\n")
+    line = PYTHON + f"{SCORE} --rule moves.py:f && test $(wc -l < new.jsonl) = 3"
+    yield Case(name("score, the rule changes the folder"), line, "", moves, (0,), shell=True)
     yield Case(name("sample, out is prompts"), f"{SAMPLE} --out prompts.jsonl", "prompts.jsonl")
     yield Case(name("sample, out of other settings"), f"{SAMPLE} --out sampled.jsonl --temperature 0.5", "temperature")
     yield Case(name("sample, out is no JSON"), f"{SAMPLE} --out rules.py", "rules.py")
@@ -543,9 +611,66 @@ def outputs() -> Iterator[Case]:
             (0, 2, 141),
         ),
         ("train.py in ASCII", "PYTHONIOENCODING=ascii {python} {repository}/" + f"{TRAIN} --dataset new.jsonl", (0,)),
-        ("train.py, standard error is full", "{python} {repository}/" + f"{TRAIN} 2> /dev/full", (0, 1, 2, 120)),
-    ):
+        ("train.py, standard error is full", f"{PYTHON}{TRAIN} 2> /dev/full && {EXPORTED}", (0,)),
+        ("train.py, both outputs are full", f"{PYTHON}{TRAIN} > /dev/full 2>&1 && {EXPORTED}", (0,)),
+        ("train.py 2>&1 | head -1", f"{PYTHON}{TRAIN} 2>&1 | head -1; {EXPORTED}", (0,)),
+        ("train.py, standard error is closed", f"{PYTHON}{TRAIN} 2>&- && {EXPORTED}", (0,)),
+        ("train.py into ~", f"HOME=$PWD {PYTHON}{TRAIN} --out=~/out && {EXPORTED}", (0,)),
+        ("train.py into a name of letters in the C locale",
+         f"LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 {PYTHON}{TRAIN} --out ä", (0, 2)),
+        ("exported files for the group", f"umask 027; {PYTHON}{TRAIN}; test $(stat -c %a out/model/*.safetensors) = 640", (0,)),
+        ("the card names no folder",
+         f"{PYTHON}{TRAIN} --dataset $PWD/pairs.jsonl; {EXPORTED} && ! grep -q $PWD out/model/README.md", (0,)),
+    ):  # fmt: skip
         yield Case(f"output: {what}", line, "", emoji, code, shell=True)
+    for file in ("cost$5$_$x^$.jsonl", "a|b `c` <i>.jsonl"):
+        line = f"{PYTHON}{TRAIN} --dataset {shlex.quote(file)}"
+        yield Case(
+            f"output: a picture and a card of {file}",
+            line + f" && {EXPORTED}",
+            "",
+            copied("pairs.jsonl", file),
+            (0,),
+            shell=True,
+        )
+    tilde = write("mine.yaml", "model: ~/model\ndataset: ~/pairs.jsonl\nout: ~/out\n")
+    line = f"HOME=$PWD {PYTHON}{FILE.format('mine.yaml').replace('--out out', '')} && {EXPORTED}"
+    yield Case("output: a settings file with ~", line, "", tilde, (0,), shell=True)
+
+
+def copied(old: str, new: str) -> Callable[[Path], object]:
+    return lambda folder: shutil.copy(folder / old, folder / new)
+
+
+def launches() -> Iterator[Case]:
+    """Variables of a launcher, left in the environment or as a launcher sets them; caches that are damaged."""
+    name = "ranks: {}".format
+    train = PYTHON + TRAIN
+    for what in ("RANK=0", "RANK=0 WORLD_SIZE=1", "RANK=0 MASTER_ADDR=localhost", "RANK=1 MASTER_ADDR=localhost WORLD_SIZE=2",
+                 "RANK=x WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=29500"):  # fmt: skip
+        yield Case(name(what), f"env {what} {train}", "the environment says RANK=.*torchrun.*unset", shell=True)
+    alone = "RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=$((20000 + RANDOM % 20000))"
+    never = f"env {alone} timeout 30 {train}"
+    yield Case(name("a partner that never comes"), never, "waiting for the other ranks", None, (124,), shell=True)
+    yield Case(name("WORLD_SIZE=2 alone"), f"WORLD_SIZE=2 {train} && {EXPORTED}", "", None, (0,), shell=True)
+    for option in ("--lr 1e-4", "--max-steps 2", "--dataset pairs2.jsonl", "--model model2"):
+        before = both(edited("pairs2.jsonl"), lambda folder: shutil.copytree(folder / "model", folder / "model2"))
+        if "model2" in option:
+            before = both(before, tensors(lambda named: named["model.norm.weight"].mul_(1.01), "model2/model.safetensors"))
+        word = {"--lr": "lr is", "--max-steps": "max_steps", "--dataset": "rows", "--model": "model|weights"}[option.split()[0]]
+        yield Case(name(f"the other has {option}"), RANKS.replace("OPTIONS", option), f"rank 1.*({word})", before, shell=True)
+    weights = "model/model.safetensors"
+    for what, before in (
+        ("cut", lambda f: os.truncate(f / weights, 9000)), ("something else", write(weights, "Dear diary, " * 500)),
+        ("NaN", tensors(lambda named: named["model.norm.weight"].fill_(float("nan")))),
+    ):  # fmt: skip
+        yield Case(name(f"weights that are {what}"), RANKS.replace("OPTIONS", ""), "model", before, shell=True)
+    dpo = f"{train} --objective dpo"
+    flip = "{python} -c \"import glob; f = glob.glob('cache/reference-*')[0]; b = bytearray(open(f, 'rb').read()); b[-5] ^= 1; "
+    flip += "open(f, 'wb').write(b)\""
+    for what, harm in (("a number is another", flip), ("is cut", "truncate -s -3 cache/reference-*")):
+        line = f"{dpo} && {harm} && {dpo} --out again && cmp out/model/model.safetensors again/model/model.safetensors"
+        yield Case(f"cache: reference log-probs of which {what}", line, "damaged and made again", None, (0,), shell=True)
 
 
 def flipped(checkpoint: Path) -> None:
@@ -624,7 +749,7 @@ def checkpoints() -> Iterator[Case]:
 
 
 GROUPS = (output_folders, resuming, models, settings, settings_files, objectives, datasets, commands, tools,
-          plans_and_exports, outputs, checkpoints)  # fmt: skip
+          plans_and_exports, outputs, launches, checkpoints)  # fmt: skip
 
 
 def all_cases() -> list[Case]:
@@ -708,6 +833,8 @@ def judge(case: Case, code: int | None, output: str, lost: list[str], same: bool
         return "hang", "; ".join([said, *lost])
     if "Traceback (most recent call last)" in output:
         return "traceback", lines[-1][:200]
+    if steering := re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", output):
+        return "unhelpful", f"{steering[0]!r} is sent to the terminal: {said!r}"
     if lost:
         return "file lost", f"{', '.join(lost[:4])}{', …' * (len(lost) > 4)} (exit code {code}): {said}"
     if code not in case.code:
@@ -743,7 +870,7 @@ def run_beside(case: Case, folder: Path, output: Path) -> Callable[[], list[str]
     def ended() -> list[str]:
         time.sleep(0.5)
         processes.kill(process, signal.SIGTERM)
-        if (code := processes.wait(process, SECONDS)) != 0:
+        if (code := processes.wait(process, SECONDS)) != 128 + signal.SIGTERM:
             return [f"the run beside it (exit code {code}, {output.with_suffix('.err').read_text()[-200:]})"]
         try:
             steps = [json.loads(line)["step"] for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]

@@ -732,7 +732,7 @@ def study(s: Study) -> dict:
     if min(s.seeds, s.prompts, s.demonstrations, s.supervised_steps) < 1:
         raise UserError("seeds, prompts, demonstrations and supervised_steps are at least 1")
     refuse_own_data(s)
-    started, out = time.time(), train.prepare_out(s)
+    started, out = time.perf_counter(), train.prepare_out(s)
     train.write_whole(out / train.MARKER, json.dumps({"plainpo": {"study": "diversify"}}))
     train.write_whole(out / "settings.json", json.dumps(asdict(s), indent=2) + "\n")
     common = dict(prompts=s.prompts, demonstrations=s.demonstrations, steps=s.supervised_steps, cache=s.cache)
@@ -753,7 +753,7 @@ def study(s: Study) -> dict:
     (out / "diversify.md").write_text(text)
     print(text)
     draw(worlds, runs, out / "diversify.png")
-    train.say(f"{time.time() - started:.0f} s; everything is in {out}")
+    train.say(f"{time.perf_counter() - started:.0f} s; everything is in {out}")
     return {"out": str(out), "worlds": worlds, "runs": runs}
 
 

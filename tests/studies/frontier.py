@@ -239,7 +239,7 @@ def study(s: Study) -> dict:
     """Make the pairs, run every arm, tabulate and draw; everything is in the output folder."""
     check(s)
     data.reachable(s.model)
-    started = time.time()
+    started = time.perf_counter()
     out = train.prepare_out(train.Settings(model=s.model, out=s.out, resume=s.resume))
     train.write_whole(out / train.MARKER, json.dumps({"plainpo": {"study": "frontier"}}))
     train.write_whole(out / "settings.json", json.dumps(asdict(s), indent=2) + "\n")
@@ -249,7 +249,7 @@ def study(s: Study) -> dict:
     train.write_whole(out / "table.md", text)
     print(text)
     draw(results, out / "frontier.png")
-    train.say(f"{time.time() - started:.0f} s; everything is in {out}")
+    train.say(f"{time.perf_counter() - started:.0f} s; everything is in {out}")
     return {"out": str(out), "results": results}
 
 
@@ -279,7 +279,7 @@ def table(results: dict[str, list[dict]]) -> str:
             job, bold = run["job"], "**" * (run in best)
             head = [f"`{job['objective']}`", f"{job['lr']:g}"] if job["objective"] else [name, "–"]
             if "error" in run:
-                lines.append([*head, f"ended early: {data._brief(run['error'])}", *[""] * 5])
+                lines.append([*head, f"ended early: {data.brief(run['error'])}", *[""] * 5])
                 continue
             cells = [written(torch.tensor(run["kl"], dtype=torch.float64), 2)]
             cells += [f"{bold}{written(torch.tensor(run['reward'], dtype=torch.float64))}{bold}", f"{run['words']:.1f}"]

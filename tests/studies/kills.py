@@ -5,14 +5,16 @@
 
 The run: 12 steps on 40 pairs of the toy task, a checkpoint every second step, reference log-probs cached. Half of the
 moments are drawn uniformly over the time that an unbroken run takes (the shortest of three, which must be equal), half are up
-to 0.1 s after a step that is drawn. Every fourth kill is SIGTERM, which asks the run to stop, the others SIGKILL. A run that
-goes on may be killed again (probability ½). Of every third run the newest checkpoint is damaged after each kill: a bit
-flipped, or a file cut. The end is weights, metrics (speeds left out) and samples, byte for byte.
+to 0.1 s after a step that is drawn. Half of the kills are SIGKILL, the others ask the run to stop: SIGTERM, once or, as a
+batch system does, twice within a second, SIGHUP, or Ctrl-C. A run that goes on may be killed again (probability ½). Of every
+third run something is damaged after each kill: a file of the newest whole checkpoint or the reference log-probs, a bit flipped
+or cut; or run.json, beside a whole checkpoint, is emptied or gone. The end is weights, metrics (speeds left out) and samples,
+byte for byte.
 
     equal       as the unbroken run's
     different   not
     lost        a whole checkpoint was there, and the run began again all the same
-    error       a command ended with another exit code than 0
+    error       a command ended with another exit code than 0, or, when asked to stop, 128 + the signal's number
 
 Exit code 1 if any is not equal.
 """
@@ -28,6 +30,7 @@ import signal
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,15 +45,22 @@ STEPS = 12
 COMMAND = f"{TRAIN} --max-steps {STEPS} --epochs 3 --save-every 2 --eval-every 4 --objective dpo --weight-decay 0.1"
 SECONDS = 60.0  # a command that takes longer is an error
 SPEEDS = ("seconds", "tokens_per_second", "mfu")
-PLACES = ("before the first step", "between checkpoints", "while a checkpoint is written", "at the export", "after the end")
+PLACES = (
+    "before the first step",
+    "between checkpoints",
+    "while a checkpoint is written",
+    "after the last step",
+    "after the end",
+)
+TERM, TWICE, HUP, INT, KILL = "SIGTERM", "SIGTERM twice", "SIGHUP", "SIGINT", "SIGKILL"
 VERDICTS = ("equal", "different", "lost", "error")
 
 
 class Kill(NamedTuple):
     moment: float  # seconds after the start
-    number: int  # of the signal
+    signal: str
     place: str
-    damage: str | None  # what was done to the newest checkpoint afterwards
+    damage: str | None  # what was done to what was left
 
 
 class Life(NamedTuple):
@@ -85,25 +95,48 @@ def place_of(out: Path) -> str:
     for folder in (out / "checkpoints").glob("step-*"):
         if folder.suffix == ".part" or not (folder / "complete").exists():
             return "while a checkpoint is written"
-    return "at the export" if step == STEPS else "between checkpoints"
+    return "after the last step" if step == STEPS else "between checkpoints"
 
 
 def whole_checkpoints(out: Path) -> list[Path]:
-    return sorted(marker.parent for marker in (out / "checkpoints").glob("step-*/complete"))
+    """Those whose files are what their marker says, read again here."""
+    whole = []
+    for marker in sorted((out / "checkpoints").glob("step-*/complete")):
+        files = {path.name: path.read_bytes() for path in marker.parent.iterdir() if path != marker}
+        if {name: [len(content), zlib.crc32(content)] for name, content in files.items()} == json.loads(marker.read_text()):
+            whole.append(marker.parent)
+    return whole
 
 
 def damage(out: Path, draw: random.Random) -> str | None:
-    """Flip a bit of the newest checkpoint's files, or cut one; returns what was done, None if there is none."""
-    found = whole_checkpoints(out)
-    if not found:
+    """Damage a file of the newest whole checkpoint, run.json beside one, or the reference log-probs; returns what was done.
+
+    run.json is left where it is damaged already or no checkpoint is whole, and then the last checkpoint is: else a run is lost.
+    """
+    run, whole = out / "run.json", whole_checkpoints(out)
+    kind = draw.choice(("checkpoint", "checkpoint", "run", "reference"))
+    if kind == "reference":
+        kept = sorted((out.parent / "cache").glob("reference-*.safetensors"))
+        return broken(draw.choice(kept), draw) if kept else None
+    if not whole or not run.exists() or run.stat().st_size == 0:
         return None
-    file = draw.choice(sorted(path for path in found[-1].iterdir() if path.name != "complete"))
+    if kind == "checkpoint":
+        return broken(draw.choice(sorted(path for path in whole[-1].iterdir() if path.name != "complete")), draw)
+    run.unlink()
+    if draw.random() < 0.5:
+        return "run.json removed"
+    run.touch()
+    return "run.json emptied"
+
+
+def broken(file: Path, draw: random.Random) -> str:
+    """Flip a bit of a file, or cut it."""
     content = bytearray(file.read_bytes())
+    if not content:
+        return f"{file.name} cut before"
     at = draw.randrange(len(content))
-    flip = draw.random() < 0.5
-    bit = 1 << draw.randrange(8)
-    if flip:
-        content[at] ^= bit
+    if draw.random() < 0.5:
+        content[at] ^= 1 << draw.randrange(8)
         file.write_bytes(content)
         return f"{file.name} flipped at {at}"
     file.write_bytes(content[:at])
@@ -132,28 +165,35 @@ def wait_for_moment(out: Path, duration: float, draw: random.Random) -> None:
     time.sleep(pause)
 
 
-def killed(folder: Path, process: int, duration: float, number: int, draw: random.Random, harm: bool) -> Kill:
+def killed(folder: Path, process: int, duration: float, name: str, draw: random.Random, harm: bool) -> Kill:
     """Kill a run at a moment of its own, and perhaps damage what it left."""
     out = folder / "out"
     tick = time.monotonic()
     wait_for_moment(out, duration, draw)
-    processes.kill(process, number)
+    number = signal.Signals[name.split()[0]]
+    for _ in range(1 + (name == TWICE)):
+        processes.kill(process, number)
+        time.sleep(0.05)
     moment = time.monotonic() - tick
     code = processes.wait(process, SECONDS)
-    if code not in (-number, 0):  # 0: asked to stop, or the end came first
-        raise RuntimeError(f"exit code {code} when killed: {said(folder)}")
+    if code not in (-number, 128 + number, 0):  # before it listens; asked to stop; the end came first
+        raise RuntimeError(f"exit code {code} after {name}: {said(folder)}")
+    if code == 0 and not (out / "model" / "config.json").exists():
+        raise RuntimeError(f"exit code 0 after {name}, and no model: {said(folder)}")
     place = place_of(out)
-    return Kill(moment, number, place, damage(out, draw) if harm else None)
+    return Kill(moment, name, place, damage(out, draw) if harm else None)
 
 
-def go_on(folder: Path) -> int:
-    """Start with --resume, or, where that finds no run, as at first."""
-    if (folder / "out" / "settings.json").exists():
-        return start(folder, "--resume")
-    code = processes.wait(start(folder, "--resume"), SECONDS)
-    if code != 2:
-        raise RuntimeError(f"--resume without a run ended with {code}: {said(folder)}")
-    return start(folder)
+def go_on(folder: Path, draw: random.Random) -> int:
+    """Start with --resume, which refuses where there is no run; where none has come to its first step, with it or without."""
+    out = folder / "out"
+    if not (out / ".lock").exists():
+        code = processes.wait(start(folder, "--resume"), SECONDS)
+        if code != 2:
+            raise RuntimeError(f"--resume without a run ended with {code}: {said(folder)}")
+        return start(folder)
+    blank = {path.name for path in out.iterdir()} <= {".lock", "run.json", "run.part"}
+    return start(folder, "" if blank and draw.random() < 0.5 else "--resume")
 
 
 def life(folder: Path, index: int, duration: float, expected: dict, draw: random.Random) -> Life:
@@ -164,12 +204,12 @@ def life(folder: Path, index: int, duration: float, expected: dict, draw: random
         process = start(folder)
         again = True
         while again:
-            number = signal.SIGTERM if draw.randrange(4) == 0 else signal.SIGKILL
-            kill = killed(folder, process, duration, number, draw, index % 3 == 2)
+            name = draw.choice((KILL, KILL, KILL, KILL, TERM, TWICE, HUP, INT))
+            kill = killed(folder, process, duration, name, draw, index % 3 == 2)
             kills.append(kill)
-            whole = len(whole_checkpoints(out)) - (kill.damage is not None)
+            whole = len(whole_checkpoints(out))
             (folder / "log.err").write_text("")
-            process = go_on(folder)
+            process = go_on(folder, draw)
             again = len(kills) < 6 and draw.random() < 0.5
         finished = kill.place == "after the end"  # there --resume may say so and leave it at that
         code = processes.wait(process, SECONDS)
@@ -213,8 +253,8 @@ def lives(place: Path, runs: int, seed: int) -> Iterator[tuple[float, Life]]:
 
 
 def table(found: list[Life]) -> str:
-    """By where a kill struck, and whether the newest checkpoint was damaged after it: how the runs ended."""
-    lines = ["| killed | checkpoint damaged | kills | " + " | ".join(VERDICTS) + " |", "|---" * 7 + "|"]
+    """By where a kill struck, and whether something was damaged after it: how the runs ended."""
+    lines = ["| killed | damaged | kills | " + " | ".join(VERDICTS) + " |", "|---" * 7 + "|"]
     for place in PLACES:
         for harmed in (False, True):
             same = [x.verdict for x in found for k in x.kills if k.place == place and harmed == (k.damage is not None)]
@@ -225,7 +265,7 @@ def table(found: list[Life]) -> str:
 
 def story(kill: Kill) -> str:
     harm = f", {kill.damage}" if kill.damage else ""
-    return f"{signal.Signals(kill.number).name} {kill.place}{harm}"
+    return f"{kill.signal} {kill.place}{harm}"
 
 
 def picture(found: list[Life], path: str) -> None:
@@ -250,6 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--picture", help="a histogram of the moments, which needs matplotlib")
     args = parser.parse_args(argv)
     processes.preload()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background lacks, and a Ctrl-C needs
     import data
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -264,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"run-{index:03d} {x.verdict}: {x.why} ({'; '.join(map(story, x.kills))})")
     kills = [kill for x in found for kill in x.kills]
     counts = Counter(x.verdict for x in found)
-    signals = Counter(signal.Signals(kill.number).name for kill in kills)
+    signals = Counter(kill.signal for kill in kills)
     by_signal = ", ".join(f"{n} {name}" for name, n in sorted(signals.items()))
     ends = ", ".join(f"{counts[v]} {v}" for v in VERDICTS)
     told = f"{len(found)} runs, {len(kills)} kills ({by_signal}): {ends}"

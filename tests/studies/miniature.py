@@ -306,7 +306,7 @@ def run_groups(groups: dict, file: Path, work: Callable[[dict], dict] = experime
 def study(s: Study) -> dict:
     """Tune, run and tabulate objectives over several seeds, and draw sweeps; everything is in the output folder."""
     check(s)
-    started, out, common = time.time(), train.prepare_out(s), common_settings(s)
+    started, out, common = time.perf_counter(), train.prepare_out(s), common_settings(s)
     train.write_whole(out / train.MARKER, json.dumps({"plainpo": {"study": "miniature"}}))
     train.write_whole(out / "settings.json", json.dumps(asdict(s), indent=2) + "\n")
     best = tune(grid_of(s), common, out / "runs.jsonl")
@@ -320,7 +320,7 @@ def study(s: Study) -> dict:
         sweep(name, common, s.seeds, out)
     if s.paper:
         importlib.import_module(s.paper).study(s, common, out)
-    train.say(f"{time.time() - started:.0f} s; everything is in {out}")
+    train.say(f"{time.perf_counter() - started:.0f} s; everything is in {out}")
     return {"out": str(out), "best": best, "results": results}
 
 

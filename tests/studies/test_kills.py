@@ -2,6 +2,7 @@
 
 import json
 import random
+import zlib
 
 import kills
 import processes
@@ -29,7 +30,7 @@ def lay(out, step=None, folders=(), **files):
         ({"step": 3}, "between checkpoints"),
         ({"step": 4, "folders": ["step-000004.part"]}, "while a checkpoint is written"),
         ({"step": 4, "folders": ["step-000004"]}, "while a checkpoint is written"),
-        ({"step": 12}, "at the export"),
+        ({"step": 12}, "after the last step"),
         ({"step": 12, "summary": True}, "after the end"),
     ],
 )
@@ -38,18 +39,48 @@ def test_where_a_run_was_struck(tmp_path, left, place):
     assert kills.place_of(tmp_path / "out") == place
 
 
-def test_damage_is_to_one_file_of_the_newest_whole_checkpoint(tmp_path):
-    for seed in range(8):
-        out = tmp_path / str(seed)
-        for name in ("step-000002", "step-000004", "step-000006.part"):
-            (out / "checkpoints" / name).mkdir(parents=True)
-            for file in ("weights", "step.json", "complete")[: 2 if name.endswith("part") else 3]:
-                (out / "checkpoints" / name / file).write_bytes(b"12345678")
+def checkpoint(out, step, content=b"12345678"):
+    folder = out / f"checkpoints/step-{step:06d}"
+    folder.mkdir(parents=True)
+    files = {"weights": content, "step.json": b"{}"}
+    for name, text in files.items():
+        (folder / name).write_bytes(text)
+    (folder / "complete").write_text(json.dumps({name: [len(text), zlib.crc32(text)] for name, text in files.items()}))
+    return folder
+
+
+def test_damage_is_to_one_file(tmp_path):
+    """A file of the newest whole checkpoint, the reference log-probs, or run.json; once that one is, only the log-probs."""
+    kinds = set()
+    for seed in range(40):
+        out = tmp_path / str(seed) / "out"
+        for step in (2, 4, 6):
+            checkpoint(out, step)
+        (out / "checkpoints/step-000006/weights").write_bytes(b"12345679")  # damaged before
+        (out / "run.json").write_text("12345678")
+        (out.parent / "cache").mkdir()
+        (out.parent / "cache/reference-1.safetensors").write_text("12345678")
+        before = {path: path.read_bytes() for path in out.parent.rglob("*") if path.is_file()}
         what = kills.damage(out, random.Random(seed))
-        changed = [path for path in out.rglob("*") if path.is_file() and path.read_bytes() != b"12345678"]
-        assert [path.parent.name for path in changed] == ["step-000004"] and changed[0].name in what != "complete"
-        assert len(changed[0].read_bytes()) == (8 if "flipped" in what else int(what.rpartition(" ")[2]))
+        changed = [path for path, content in before.items() if not path.exists() or path.read_bytes() != content]
+        assert len(changed) == 1 and changed[0].name in what != "complete"
+        assert changed[0].parent.name in ("step-000004", "cache", "out")
+        kinds.add((changed[0].parent.name, what.split()[1]))
+        if changed[0].parent.name == "step-000004":
+            assert kills.whole_checkpoints(out) == [out / "checkpoints/step-000002"]
+        (out / "run.json").write_text("")
+        then = kills.damage(out, random.Random(seed))
+        assert then is None or then.startswith("reference-1")
+    assert len(kinds) == 6
     assert kills.damage(tmp_path / "nothing", random.Random(0)) is None
+
+
+def test_a_checkpoint_damaged_twice_is_not_whole(tmp_path):
+    folder = checkpoint(tmp_path, 2)
+    assert kills.whole_checkpoints(tmp_path) == [folder]
+    (folder / "weights").write_bytes(b"1234567")
+    (folder / "step.json").write_bytes(b"")
+    assert kills.whole_checkpoints(tmp_path) == []
 
 
 def test_the_end_of_a_run_leaves_speeds_out(tmp_path):

@@ -336,7 +336,7 @@ def jobs_of(s: Study) -> dict[str, list[dict]]:
 def study(s: Study) -> dict:
     """Run every arm, tabulate and draw; everything is in the output folder."""
     check(s)
-    started, out = time.time(), train.prepare_out(s)
+    started, out = time.perf_counter(), train.prepare_out(s)
     train.write_whole(out / train.MARKER, json.dumps({"plainpo": {"study": "trails"}}))
     train.write_whole(out / "settings.json", json.dumps(asdict(s), indent=2) + "\n")
     results = miniature.run_groups(jobs_of(s), out / "runs.jsonl", experiment)
@@ -345,7 +345,7 @@ def study(s: Study) -> dict:
     print(text)
     draw_quality(results, out / "quality.png")
     draw_classes(results, out / "classes.png")
-    train.say(f"{time.time() - started:.0f} s; everything is in {out}")
+    train.say(f"{time.perf_counter() - started:.0f} s; everything is in {out}")
     return {"out": str(out), "results": results}
 
 

@@ -14,7 +14,9 @@ Every step reads and writes JSON lines, so another engine can take its place:
 A row's tools and chat_template_kwargs reach the chat template at each step and stand in its output.
 """
 
+import contextlib
 import datetime
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -36,15 +38,11 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 import train  # noqa: E402
-from data import Row, UserError, encode, setting  # noqa: E402
+from data import Row, UserError, encode, say, setting  # noqa: E402
 from logprobs import continuations  # noqa: E402
 
 LONG = 2**31  # more tokens than any prompt: nothing is cut
 FOR_THE_TEMPLATE = ("tools", "chat_template_kwargs")  # columns that are arguments of the chat template
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def quiet(text: str) -> None: ...
@@ -120,24 +118,38 @@ def prompt_ids(tokenizer, asked: Row, template: dict | None = None) -> list[int]
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def resumed(source: str, out: str) -> list[dict]:
-    """The rows of an unfinished output; a line cut short by a kill is taken off."""
+@contextlib.contextmanager
+def continued(source: str, out: str) -> Iterator[list[dict]]:
+    """The rows of an unfinished output, to which nobody else may add meanwhile; a line cut short by a kill is taken off."""
     check_out(source, out)
-    path = Path(out)
-    if not path.exists():
-        return []
-    if not path.is_file():
+    if os.path.exists(out) and not os.path.isfile(out):
         raise UserError(f"{out}: is no file that could be continued")
+    with open(out, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: another run is writing it; wait for its end, or give another --out") from None
+        except OSError as error:  # some network file systems have no locks
+            say(f"warning: {out} cannot be locked ({error}); let one run at a time write there")
+        try:
+            yield whole_lines(out)
+        finally:
+            if os.path.exists(out) and os.path.getsize(out) == 0:
+                os.remove(out)
+
+
+def whole_lines(out: str) -> list[dict]:
+    """The rows of an output; what a kill left of a last line is cut off, where it stands."""
+    content = Path(out).read_bytes()
+    complete = content[: content.rfind(b"\n") + 1]
     try:
-        text = path.read_text(encoding="utf-8")
-        complete = text[: text.rfind("\n") + 1]
-        rows = [json.loads(line) for line in complete.split("\n") if line]
+        rows = [json.loads(line) for line in complete.decode().split("\n") if line]
         if not all(isinstance(row["id"], str) and isinstance(row["responses"], list) for row in rows):
             raise ValueError
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{out}: not the output of an earlier run of this command, so it cannot be continued") from error
-    if complete != text:
-        path.write_text(complete, encoding="utf-8")
+    if complete != content:
+        os.truncate(out, len(complete))
     return rows
 
 
@@ -220,9 +232,15 @@ def sample(
     """
     check_decoding(s.temperature, s.top_p, n=s.n, batch_size=s.batch_size, max_tokens=s.max_tokens)
     device = data.device_named(s.device)
-    done = {row["id"]: row for row in resumed(s.prompts, s.out)}
-    s = replace(s, date=s.date or next((row["date"] for row in done.values() if row.get("date")), ""))
-    for row in done.values():
+    with continued(s.prompts, s.out) as there:
+        add_samples(s, there, device, prompts, say, respond or plain_responses)
+
+
+def add_samples(s: Sampling, there: list[dict], device: torch.device, prompts, say: Callable, respond: Callable) -> None:
+    """Add to the output, which holds some rows, those that are missing."""
+    done = {row["id"]: row for row in there}
+    s = replace(s, date=s.date or next((row["date"] for row in there if row.get("date")), ""))
+    for row in there:
         refuse_other_settings(row, s.recorded(), s.out)
     tokenizer = data.load_tokenizer(s.model, s.trust_remote_code)
     if data.asks_for_date(tokenizer):
@@ -231,15 +249,15 @@ def sample(
     template = data.template_arguments(s)
     rows = answerable(prompts_of(s.prompts, s.columns) if prompts is None else prompts, tokenizer, template)
     how = f"temperature {s.temperature:g}, top_p {s.top_p:g}, at most {s.max_tokens} tokens"
-    there = f"; {sum(row['id'] in done for row in rows)} are in {s.out} already" if done else ""
+    already = f"; {sum(row['id'] in done for row in rows)} are in {s.out} already" if done else ""
     strategy = recorded["strategy"]
-    say(f"sample: {s.model} on {device}, {len(rows):,} prompts, {s.n} responses each ({strategy}), {how}{there}")
+    say(f"sample: {s.model} on {device}, {len(rows):,} prompts, {s.n} responses each ({strategy}), {how}{already}")
     model = speaker(s, tokenizer, template, device)
     for start in data.progress(range(0, len(rows), s.batch_size), "sample", "batches"):
         part = rows[start : start + s.batch_size]
         if all(row["id"] in done for row in part):
             continue
-        found = (respond or plain_responses)(model, tokenizer, part, s, s.seed + start)
+        found = respond(model, tokenizer, part, s, s.seed + start)
         lines = []
         for row, made in zip(part, found):
             if row["id"] not in done:
@@ -307,7 +325,7 @@ def load_model(name: str, kind: str, device: torch.device, trust_remote_code: bo
         how = dict(dtype="auto", use_safetensors=True, output_loading_info=True, trust_remote_code=trust_remote_code)
         model, info = auto.from_pretrained(name, **how)
     except Exception as error:  # transformers raises many kinds; all mean that there is no such model
-        raise UserError(f"{name}: no loadable {kind} model there ({data._brief(error)})") from error
+        raise UserError(f"{name}: no loadable {kind} model there ({data.brief(error)})") from error
     if info["missing_keys"]:  # transformers would fill them with noise
         raise UserError(f"{name}: is another kind of model, it lacks {', '.join(sorted(info['missing_keys'])[:3])}")
     if device.type == "cpu" and model.dtype == torch.bfloat16 and not data.bf16_in_hardware(device):
@@ -374,7 +392,7 @@ def summary(rows: list[dict], s: Sampling) -> str:
     """What became of the responses that were asked for; UserError where not one was kept."""
     asked = sum(s.asked(row) for row in rows)
     kept = sum(len(row["responses"]) for row in rows)
-    unfinished = sum(row["unfinished"] for row in rows)
+    unfinished = sum(row.get("unfinished", 0) for row in rows)
     same = asked - kept - (0 if s.keep_unfinished else unfinished)
     text = f"{len(rows):,} prompts, {kept:,} responses kept"
     if unfinished:
@@ -416,13 +434,19 @@ def score(s: Scoring, say: Callable[[str], None] = quiet) -> None:
     if bool(s.reward_model) == bool(s.rule) or s.batch_size < 1:
         raise UserError("score needs either reward_model or rule, and a batch_size of at least 1")
     device = data.device_named(s.device)
-    done = {responses_key(row): row.get("scores") for row in resumed(s.responses, s.out)}
+    with continued(s.responses, s.out) as there:
+        add_scores(s, there, device, say)
+
+
+def add_scores(s: Scoring, there: list[dict], device: torch.device, say: Callable) -> None:
+    """Add to the output, which holds some rows, those that are missing."""
+    done = {responses_key(row): row.get("scores") for row in there}
     if None in done.values():
         raise UserError(f"{s.out}: holds rows without scores, so it cannot be continued; give another --out")
     rows = rows_to_score(s.responses)
-    there = f"; {sum(responses_key(row) in done for _, row, _ in rows):,} are in {s.out} already" if done else ""
+    already = f"; {sum(responses_key(row) in done for _, row, _ in rows):,} are in {s.out} already" if done else ""
     by = f"{s.reward_model} on {device}" if s.reward_model else s.rule
-    say(f"score: {by}, {len(rows):,} rows{there}")
+    say(f"score: {by}, {len(rows):,} rows{already}")
     if s.reward_model:
         scores_of = by_reward_model(s.reward_model, device, s.batch_size, s.trust_remote_code)
     else:
@@ -457,9 +481,10 @@ def rows_to_score(source: str) -> list[tuple[str, dict, list[dict]]]:
 def checked_scores(scores_of: Callable, row: dict, prompt: list[dict], texts: list[str], name, where: str) -> list[float]:
     """The scores that a reward function or model gives; UserError for whatever else becomes of it."""
     try:
-        return [data._score(x, "a score") for x in scores_of(row, prompt, texts)]
+        with contextlib.chdir("."):  # we are back afterwards, wherever it went
+            return [data._score(x, "a score") for x in scores_of(row, prompt, texts)]
     except (Exception, SystemExit) as error:  # a reward function is anybody's code
-        raise UserError(f"{where}: {name} cannot score it ({type(error).__name__}: {data._brief(error)})") from error
+        raise UserError(f"{where}: {name} cannot score it ({type(error).__name__}: {data.brief(error)})") from error
 
 
 def by_reward_function(rule: str | Callable[[dict, str], float]) -> Callable[[dict, list[dict], list[str]], list[float]]:
@@ -479,12 +504,13 @@ def reward_function(name: str) -> Callable[[dict, str], float]:
         if place.endswith(".py"):
             spec = importlib.util.spec_from_file_location(Path(place).stem, place)
             module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
+            with contextlib.chdir("."):
+                spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
         function = getattr(module, attribute)
     except (Exception, SystemExit) as error:  # anybody's code, which may end in any way
-        why = f"{type(error).__name__}: {data._brief(error)}"
+        why = f"{type(error).__name__}: {data.brief(error)}"
         raise UserError(f"rule is {name!r}, which is no file.py:function or module:function ({why})") from error
     if not callable(function):
         raise UserError(f"rule is {name!r}, which is a {type(function).__name__} and no function of (row, response)")
@@ -636,7 +662,7 @@ def write_pairs(source: str, out: str, lines: list[dict], counts: Counter) -> No
     if not lines:
         why = "; ".join(f"{n} {why}" for why, n in counts.items())
         raise UserError(f"{source}: gives no pair: {why}. Lower --min_margin, or sample more responses to each prompt")
-    part = f"{out}.new"
+    part = f"{out}.{os.getpid()}.new"
     write(part, lines, "w")
     os.replace(part, out)
 

@@ -4,6 +4,9 @@ import copy
 import datetime
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -615,6 +618,57 @@ def test_a_model_folders_own_code_is_neither_run_nor_asked_about(world_model, tm
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_two_runs_at_once_write_no_row_twice(sampled, world_model, tmp_path):
+    """Another process holds the file: the second run is refused, whether it samples or scores, and writes nothing."""
+    source, out, options = sampled
+    again = str(tmp_path / "again.jsonl")
+    holder = (
+        "import sys, on_policy\nwith on_policy.continued(*sys.argv[1:]):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(on_policy.__file__).parent)}
+    command = [sys.executable, "-c", holder, source, again]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
+    with subprocess.Popen(command, **pipes) as process:
+        assert process.stdout.readline() == "held\n"
+        for second in (
+            lambda: on_policy.sample(Sampling(world_model, source, again, **options)),
+            lambda: on_policy.score(Scoring(out, again, rule=lambda row, response: 1.0)),
+        ):
+            with pytest.raises(UserError, match="again.jsonl: another run is writing it"):
+                second()
+            assert Path(again).read_text() == ""
+        process.stdin.close()
+    assert not Path(again).exists()  # nothing was added
+    on_policy.sample(Sampling(world_model, source, again, **options))
+    assert sorted(lines_of(again), key=str) == sorted(lines_of(out), key=str)
+
+
+def test_a_cut_line_is_taken_off_where_it_stands(tmp_path):
+    """Inside a character of several bytes; what stands before it is not written again: the file, its first bytes, its mode."""
+    source = write(tmp_path, "p.jsonl", [{"prompt": "x"}])
+    out = Path(write(tmp_path, "out.jsonl", [{"id": "1", "responses": ["pear"]}]))
+    whole = out.read_bytes()
+    out.write_bytes(whole + '{"id": "2", "responses": ["é'.encode()[:-1])
+    link = tmp_path / "link"
+    os.link(out, link)
+    with on_policy.continued(source, str(out)) as rows:
+        assert rows == [{"id": "1", "responses": ["pear"]}]
+    assert out.read_bytes() == link.read_bytes() == whole
+
+
+def test_a_reward_function_that_changes_the_folder(tmp_path, monkeypatch):
+    """When it is imported and when it is called: the output is where it was asked for."""
+    monkeypatch.chdir(tmp_path)
+    Path("elsewhere").mkdir()
+    Path("rule.py").write_text(
+        "import os\nos.chdir('elsewhere')\ndef f(row, response):\n    os.chdir('/')\n    return len(response)\n"
+    )
+    write(tmp_path, "in.jsonl", [SCORED, {**SCORED, "prompt": "Ask you"}])
+    on_policy.score(Scoring("in.jsonl", "out.jsonl", rule="rule.py:f"))
+    assert [row["scores"] for row in lines_of(tmp_path / "out.jsonl")] == [[4.0, 3.0]] * 2
+    assert os.getcwd() == str(tmp_path) and not list(Path("elsewhere").iterdir())
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
