@@ -621,7 +621,9 @@ def choose_layout(model: torch.nn.Module, rows: dict[str, Example], wanted: str,
     except Exception as error:  # of any kind: positions that end, above all
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         where = f"{examples[0].where}, {max(map(data.tokens_of, alone))} tokens (its max_position_embeddings: {limit})"
-        raise UserError(f"{name} cannot read {where}: {data.brief(error)}; try a lower --max_length or --sample_tokens") from error
+        raise UserError(
+            f"{name} cannot read {where}: {data.brief(error)}; try a lower --max_length or --sample_tokens"
+        ) from error
     policy = ResponseLogProbs(model)
     other = ""
     for layout in LAYOUTS[1:] if wanted == "auto" else (wanted,):
@@ -682,7 +684,9 @@ def refuse_compile(layout: str, model: torch.nn.Module, device: torch.device) ->
     try:
         torch.compile(lambda x: x.exp() + 1)(torch.ones(8, device=device))
     except Exception as error:  # of many kinds, with pages of what the compiler said
-        raise UserError(f"compile: torch.compile does not work here ({data.brief(error)}); install g++ or leave it out") from error
+        raise UserError(
+            f"compile: torch.compile does not work here ({data.brief(error)}); install g++ or leave it out"
+        ) from error
 
 
 def stop_at_terminator(model: torch.nn.Module, tokenizer, template: dict, say: Callable[[str], None]) -> None:
