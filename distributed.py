@@ -725,6 +725,8 @@ def export_checkpoint(e: Export) -> None:
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=e.trust_remote_code)
     except ValueError as error:  # it has code of its own, or there is no such kind of model
         raise UserError(f"{e.checkpoint} cannot be exported: {str(error).splitlines()[0]}") from error
+    if (e.checkpoint / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(e.checkpoint)
     metadata = dcp.HuggingFaceStorageReader(str(e.checkpoint)).read_metadata().state_dict_metadata
     saved = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in metadata.items() if name.startswith("weight.")}
     _read_into(saved, e.checkpoint)
