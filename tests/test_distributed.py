@@ -396,7 +396,7 @@ def test_no_loader_runs_code_that_was_not_asked_for(world, tmp_path, monkeypatch
     monkeypatch.setattr(dist, "validate", lambda _: None)  # of a checkpoint that somebody else has made
     with pytest.raises(data.UserError, match="trust_remote_code"):
         loaded(settings(world, model=str(tmp_path / "m")))
-    with pytest.raises(data.UserError, match="trust_remote_code"):
+    with pytest.raises(data.UserError, match="contains custom code"):
         dist.export_checkpoint(dist.Export(checkpoint, tmp_path / "e"))
     assert not (tmp_path / "ran").exists()
 
