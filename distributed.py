@@ -350,6 +350,8 @@ def _read_model(name: str, trust_remote_code: bool) -> nn.Module:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if ".safetensors" in reason:
             reason += "; .bin and .pt files can run code: convert them to safetensors"
+        if "custom code" in reason:
+            reason += "; --trust_remote_code would run it"
         raise UserError(f"{name}: no loadable causal language model there ({reason})") from error
     _refuse_weights(name, info)
     model.config.dtype = config.dtype  # what the file has, and the export will have

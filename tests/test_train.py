@@ -59,10 +59,12 @@ def world(tmp_path_factory) -> Path:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    rows = [{"prompt": p.prompt, "chosen": p.responses[0], "rejected": p.responses[1]} for p in pairs]
+    rows = [{"prompt": p.prompt, "chosen": p.responses[0]["content"], "rejected": p.responses[1]["content"]} for p in pairs]
     rows = [row | {"score_chosen": i / 8, "score_rejected": 1.0} for i, row in enumerate(rows)]  # margins of either sign
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    single = [{"prompt": p.prompt, "completion": p.responses[i % 2], "label": i % 2 == 0} for i, p in enumerate(pairs)]
+    single = [
+        {"prompt": p.prompt, "completion": p.responses[i % 2]["content"], "label": i % 2 == 0} for i, p in enumerate(pairs)
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in single))
     return folder
 
