@@ -2142,7 +2142,7 @@ def test_what_an_objective_needs_is_read_off_its_signature():
     assert parsed("sft").responses == 1 and parsed("simpo").responses == 2 and parsed("kto").unpaired
     assert not parsed("online_simpo").coupled and parsed("online_simpo(self_normalize=True)").coupled
     assert all(parsed(name).coupled == (loss.coupled is True) for name, loss in OBJECTIVES.items())
-    assert str(parsed("simpo(beta=2.0)")) == "simpo(beta=2.0)" and parsed("simpo").name == "simpo"
+    assert str(parsed("repo(gamma=0.25)")) == "repo(gamma=0.25)" and parsed("simpo").name == "simpo"
 
 
 MPO = "0.8*dpo(beta=0.1) + 0.2*bco_pair(beta=0.1) + 1.0*sft()"
@@ -2195,10 +2195,26 @@ def test_what_a_sum_needs_is_the_union():
     assert reward.tolist() == [-4.5]  # the first term's, βa, without its weight
 
 
-def test_a_sum_is_printed_as_what_it_was_read_from():
-    for text in (MPO, "1e-05*dpo() + 0.1*alpha_dpo(margin='policy', mean=None)", "2.0*simper()"):
-        assert str(losses.parse_objective(text)) == text
-    assert str(losses.parse_objective("dpo+2*(simper + sft())")) == "1.0*dpo() + 2.0*simper() + 2.0*sft()"
+def test_a_sum_is_printed_with_all_its_settings_and_read_again():
+    dpo = "dpo(beta=0.1, label_smoothing=0.0)"
+    beta_dpo = "0.1*beta_dpo(beta=0.2, a=0.6, keep=0.8, mean=None, std=None)"
+    for text, whole in (
+        ("0.8*dpo + 0.2*bco_pair(beta=0.1) + sft", f"0.8*{dpo} + 0.2*bco_pair(beta=0.1) + 1.0*sft()"),
+        ("1e-05*dpo() + 0.1*beta_dpo(beta=0.2, mean=None)", f"1e-05*{dpo} + {beta_dpo}"),
+        ("2.0*simper()", "2.0*simper()"),
+        ("dpo+2*(simper + sft())", f"1.0*{dpo} + 2.0*simper() + 2.0*sft()"),
+    ):
+        assert str(losses.parse_objective(text)) == whole == str(losses.parse_objective(whole))
+
+
+def test_a_default_without_end_is_left_out(tmp_path):
+    """math.inf has no form that --objective could read."""
+    (tmp_path / "mine.py").write_text(
+        "import math\nfrom losses import objective, sum_logp\n\n@objective(reward=sum_logp)\n"
+        "def mine(logp_w, logp_l, *, beta=1.0, clip=math.inf):\n    return (logp_l - logp_w).clamp(max=clip) * beta\n"
+    )
+    name = f"{tmp_path}/mine.py:mine"
+    assert str(losses.parse_objective(name)) == f"{name}(beta=1.0)"
 
 
 def test_terms_that_draw_share_a_generator_and_its_seed():
