@@ -55,7 +55,7 @@ def objective(*, reward: Callable[..., Tensor], coupled: bool | str = False) -> 
     reward     the reward of its paper, (logp, ref, length, **settings other than the defaults) → (B,), under those settings
                that it names; average=False is the same reward at length 1
     coupled    whether the loss of a row depends on the other rows, so that it must see the whole optimizer batch:
-               False, True, or the name of the setting that makes it so
+               False, True, or the name of the setting that makes it so, by True or by None: "of this batch"
     """
 
     def register(loss):
@@ -159,13 +159,10 @@ def dpo(
     Gradient: ∂L/∂s_w = β[σ(βΔ) − (1−ε)] = −∂L/∂s_l. With ε > 0 the minimum is at βΔ = logit(1−ε); beyond it the
     gradient pushes the margin back.
     Search: β ∈ {0.01, 0.05, 0.1}; 0.01 was best in the SimPO suite.
-
-    trl's "sigmoid" (and its "sigmoid_norm", our `dpo_norm`) does not read label_smoothing: there ε is 0 whatever is set.
+    Reference: Rafailov et al., 2023, arXiv 2305.18290.
 
     >>> dpo(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))  # −logσ(0.4)
     tensor([0.5130])
-
-    Reference: Rafailov et al., 2023, arXiv 2305.18290.
     """
     delta = (logp_w - ref_w) - (logp_l - ref_l)
     return bradley_terry(beta * delta, label_smoothing)
@@ -187,11 +184,10 @@ def dpo_norm(
       label_smoothing: ε.
 
     Gradient: ∂L/∂s_w = (β/n_w)[σ(βΔ̃) − (1−ε)], ∂L/∂s_l = −(β/n_l)[σ(βΔ̃) − (1−ε)].
+    Reference: Lambert et al., 2024, "Tülu 3", arXiv 2411.15124.
 
     >>> dpo_norm(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]), tensor([10]), tensor([12]))
     tensor([0.1483])
-
-    Reference: Lambert et al., 2024, "Tülu 3", arXiv 2411.15124.
     """
     delta = (logp_w - ref_w) / len_w - (logp_l - ref_l) / len_l
     return bradley_terry(beta * delta, label_smoothing)
@@ -212,11 +208,10 @@ def robust_dpo(
 
     Returns: (B,); unbounded below, since a flipped label counts negatively.
     Gradient: ∂L/∂s_w = −β[(1−ε)σ(−βΔ) + εσ(βΔ)]/(1 − 2ε) = −∂L/∂s_l.
+    Reference: Chowdhury, Kini and Natarajan, 2024, arXiv 2403.00409.
 
     >>> robust_dpo(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))
     tensor([0.4630])
-
-    Reference: Chowdhury, Kini and Natarajan, 2024, arXiv 2403.00409.
     """
     h = beta * ((logp_w - ref_w) - (logp_l - ref_l))
     return (-(1 - label_smoothing) * F.logsigmoid(h) + label_smoothing * F.logsigmoid(-h)) / (1 - 2 * label_smoothing)
@@ -240,14 +235,13 @@ def ipo(
     Returns: (B,) nats²; (1/2τ)² where policy = reference.
     Gradient: ∂L/∂s_w = (2/n_w)(Δ̃ − 1/2τ), ∂L/∂s_l = −(2/n_l)(Δ̃ − 1/2τ); without 1/n on sums.
     Search: τ ∈ {0.01, 0.1, 0.5, 1}.
+    Reference: Azar et al., 2023, arXiv 2310.12036.
 
     Paper: sums. Its authors told library maintainers that their results use averages; we average by default, because
     that is what the published numbers mean, and keep the sums as `average=False`.
 
     >>> ipo(*map(tensor, ([-12.0], [-24.0], [-14.0], [-22.0], [10], [12])))  # (11/30 − 5)²
     tensor([21.4678])
-
-    Reference: Azar et al., 2023, arXiv 2310.12036.
     """
     n_w, n_l = (len_w, len_l) if average else (1, 1)
     delta = (logp_w - ref_w) / n_w - (logp_l - ref_l) / n_l
@@ -271,15 +265,13 @@ def rdpo(
 
     Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l; the length term only says how much margin is still missing.
     Search: β ∈ {0.01, 0.05, 0.1}, α ∈ {0.05, 0.1, 0.5, 1}.
+    Reference: Park et al., 2024, arXiv 2403.19159.
 
-    The sign: maximising E[r − α|y|] − β KL gives r = β log(π*/π_ref) + α|y| + const, hence plus. The α-DPO paper's
-    Table 3 prints minus, and the released α-DPO and γ-PO code passes the batch size as both lengths, so that the term
-    vanishes.
+    The sign: maximising E[r − α|y|] − β KL gives r = β log(π*/π_ref) + α|y| + const, hence plus. The α-DPO paper prints
+    minus; its code and γ-PO's pass the batch size as both lengths, so that the term vanishes.
 
     >>> rdpo(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]), tensor([10]), tensor([12]))  # h = 0.38
     tensor([0.5211])
-
-    Reference: Park et al., 2024, arXiv 2403.19159.
     """
     delta = (logp_w - ref_w) - (logp_l - ref_l)
     return bradley_terry(beta * delta + alpha * (len_w - len_l))
@@ -297,16 +289,16 @@ def dpop(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: 
       lam: λ, nats of margin per nat lost; 0 is dpo.
 
     Returns: (B,); log 2 where policy = reference.
-    Gradient: with k = 1[u_w < 0], ∂L/∂s_w = −β(1 + λk)σ(−h), ∂L/∂s_l = βσ(−h).
+    Gradient: with k = 1[u_w < 0], ∂L/∂s_w = −β(1 + λk)σ(−h), ∂L/∂s_l = βσ(−h). It jumps by the factor 1 + λ = 51 at
+    policy = reference, where training begins: there rounding decides which side of it a row is on.
     Published: β 0.3, λ 50; the authors found λ from 5 to 500 to make little difference.
+    Reference: Pal et al., 2024, "Smaug", arXiv 2402.13228.
 
     Paper: its authors corrected the formula's brackets in July 2024; some libraries still add λ max(0, −u_w) outside the
     sigmoid. We: inside, times β, as the corrected formula.
 
     >>> dpop(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))  # u_w = 2 pays nothing: −logσ(1.2)
     tensor([0.2633])
-
-    Reference: Pal et al., 2024, "Smaug", arXiv 2402.13228.
     """
     u_w, u_l = logp_w - ref_w, logp_l - ref_l
     return bradley_terry(beta * (u_w - u_l - lam * F.relu(-u_w)))
@@ -325,13 +317,12 @@ def dpo_shift(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, b
 
     Gradient: ∂L/∂s_w = −βσ(−h), ∂L/∂s_l = λβσ(−h).
     Released outputs: λ 0.5–0.9999.
+    Reference: Yang et al., 2025, arXiv 2502.07599.
 
     Code: λ fixed, or linear in the step between two values, up or down; here fixed.
 
     >>> dpo_shift(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))  # h = 0.1·(2 + 1.9)
     tensor([0.5170])
-
-    Reference: Yang et al., 2025, arXiv 2502.07599.
     """
     return bradley_terry(beta * ((logp_w - ref_w) - lam * (logp_l - ref_l)))
 
@@ -349,13 +340,12 @@ def focal(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta:
 
     Returns: (B,); 2^−γ log 2 where policy = reference.
     Gradient: ∂L/∂s_w = −βp^γ(1 + γ log p)σ(−βΔ) = −∂L/∂s_l. The weight p^γ is not held constant: below p = e^{−1/γ} the
-    loss pushes the margin *down*. The default is small so that this is out of reach (βΔ < −20); at γ = 1 it begins at
-    βΔ = −0.54.
+    loss pushes the margin *down*. At γ = 0.05 this is out of reach (βΔ < −20); at γ = 1 it begins at βΔ = −0.54.
+    Reference: Liu et al., 2025, arXiv 2501.06645; the formula as others have implemented it: the authors' repository has
+    no code. The default γ is ours.
 
     >>> focal(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))  # p = σ(0.4)
     tensor([0.5000])
-
-    Reference: Liu et al., 2025, arXiv 2501.06645; the formula as others have implemented it.
     """
     log_p = F.logsigmoid(beta * ((logp_w - ref_w) - (logp_l - ref_l)))
     return -torch.exp(gamma * log_p) * log_p
@@ -381,6 +371,7 @@ def ld_dpo(
     Returns: (B,); log 2 where policy = reference.
     Gradient: with g = −βσ(−β(v_w − v_l)): ∂L/∂s_w = αg and ∂L/∂s^k_w = (1 − α)g, of the rejected response −g. So a token of the
     first k gets g, a later one αg.
+    Reference: Liu et al., 2024, arXiv 2409.06411; trl's `ld_alpha`.
 
     α acts on policy and reference alike, as in trl; in libraries where it acts on the policy alone, the loss at the start is
     not log 2. The reported reward is dpo's, without α.
@@ -388,8 +379,6 @@ def ld_dpo(
     >>> x = [tensor([v]) for v in (-12.0, -24.0, -14.0, -22.0, -12.0, -20.0, -14.0, -19.0)]  # v_w = 2, v_l = −1 − 0.5
     >>> ld_dpo(*x)
     tensor([0.5334])
-
-    Reference: Liu et al., 2024, arXiv 2409.06411; trl's `ld_alpha`.
     """
     v_w = (prefix_logp_w - ref_prefix_logp_w) + alpha * ((logp_w - prefix_logp_w) - (ref_w - ref_prefix_logp_w))
     v_l = (prefix_logp_l - ref_prefix_logp_l) + alpha * ((logp_l - prefix_logp_l) - (ref_l - ref_prefix_logp_l))
@@ -406,24 +395,23 @@ def odpo(
 
     Args:
       logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
-      margin: (B,) score of the chosen less score of the rejected response. A tie, or scores that say the opposite, have the
-        offset −∞: such a pair costs nothing and trains nothing.
+      margin: (B,) score of the chosen less score of the rejected response, constant. A tie, or scores that say the opposite,
+        have the offset −∞: such a pair costs nothing and trains nothing.
       beta: β.
       alpha: α, weight of the offset; 0 is dpo.
 
     Returns: (B,); log(1 + m^α) where policy = reference.
     Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l, h = βΔ − α log m.
+    Reference: Amini et al., 2024, arXiv 2402.10571, its loss with f = log; released code, `odpo`.
 
     log m is below 0 for m < 1: the unit of the scores matters, and with small scores less is asked than dpo does. (The paper
     also tries other functions of m; its code has this one, and the log of the ratio of the scores.)
 
     >>> odpo(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]), tensor([2.0]))  # −logσ(0.4 − log 2)
     tensor([0.8504])
-
-    Reference: Amini et al., 2024, arXiv 2402.10571, its loss with f = log; released code, `odpo`.
     """
     delta = (logp_w - ref_w) - (logp_l - ref_l)
-    return -F.logsigmoid(beta * delta - torch.xlogy(alpha, margin.clamp(min=0.0)))
+    return -F.logsigmoid(beta * delta - torch.xlogy(alpha, margin.detach().clamp(min=0.0)))
 
 
 def bernoulli_kl(a: Tensor, b: Tensor) -> Tensor:
@@ -449,13 +437,12 @@ def rpo_bwd(
 
     Returns: (B,), 0 where βΔ = t.
     Gradient: ∂L/∂s_w = β(σ(βΔ) − σ(t)) = −∂L/∂s_l. This is conservative DPO, label_smoothing = σ(−t) for each pair.
+    Reference: Sun et al., 2025, arXiv 2502.00203, RPO-bwd; NeMo's `rpo_bwd_kl`.
 
     Not the sum of dpo and a likelihood that goes by the same letters: that is "dpo + sft".
 
     >>> rpo_bwd(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]), tensor([2.0]))  # KL(σ(2) ‖ σ(0.4))
     tensor([0.1954])
-
-    Reference: Sun et al., 2025, arXiv 2502.00203, RPO-bwd; NeMo's `rpo_bwd_kl`.
     """
     delta = (logp_w - ref_w) - (logp_l - ref_l)
     return bernoulli_kl(eta * margin, beta * delta)
@@ -473,14 +460,33 @@ def rpo_fwd(
     Returns: (B,), 0 where βΔ = t.
     Gradient: ∂L/∂s_w = βσ(βΔ)σ(−βΔ)(βΔ − t) = −∂L/∂s_l, which fades where the policy is sure, right or wrong. With t =
     log((1 − ε)/ε) for all pairs it is `exo`.
+    Reference: Sun et al., 2025, arXiv 2502.00203, RPO-fwd; NeMo's `rpo_fwd_kl`.
 
     >>> rpo_fwd(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]), tensor([2.0]))  # KL(σ(0.4) ‖ σ(2))
     tensor([0.2560])
-
-    Reference: Sun et al., 2025, arXiv 2502.00203, RPO-fwd; NeMo's `rpo_fwd_kl`.
     """
     delta = (logp_w - ref_w) - (logp_l - ref_l)
     return bernoulli_kl(beta * delta, eta * margin)
+
+
+@objective(reward=log_ratio)
+def rpo_sq(
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, margin: Tensor, *, beta: float = 0.1, eta: float = 1.0
+) -> Tensor:
+    """Reward-aware, squared distance: `ipo` on sums with a target of its own for each pair, the margin of its scores.
+
+        L = (βΔ − t)²          t = ηm, constant
+
+    Args: as `rpo_bwd`.
+    Returns: (B,), 0 where βΔ = t.
+    Gradient: ∂L/∂s_w = 2β(βΔ − t) = −∂L/∂s_l: a margin that is far off is corrected hardest, one beyond t is taken back.
+    Reference: Sun et al., 2025, arXiv 2502.00203; NeMo's `rpo_sq`.
+
+    >>> rpo_sq(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]), tensor([2.0]))  # (0.4 − 2)²
+    tensor([2.5600])
+    """
+    delta = (logp_w - ref_w) - (logp_l - ref_l)
+    return (beta * delta - eta * margin) ** 2
 
 
 @objective(reward=log_ratio)
@@ -494,11 +500,10 @@ def rso_hinge(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, b
       beta: β; the hinge rests from Δ = 1/β on.
 
     Gradient: ∂L/∂s_w = −β·1[βΔ < 1] = −∂L/∂s_l.
+    Reference: Liu et al., 2023, arXiv 2309.06657.
 
     >>> rso_hinge(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))  # 1 − 0.05·4
     tensor([0.8000])
-
-    Reference: Liu et al., 2023, arXiv 2309.06657.
     """
     return F.relu(1 - beta * ((logp_w - ref_w) - (logp_l - ref_l)))
 
@@ -518,11 +523,10 @@ def exo(
 
     Returns: (B,) nats; 0 at z = logit(1−ε).
     Gradient: ∂L/∂s_w = βσ(z)σ(−z)[z − log((1−ε)/ε)] = −∂L/∂s_l; it fades for badly wrong pairs (z → −∞) too.
+    Reference: Ji et al., 2024, arXiv 2402.00856.
 
     >>> exo(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))
     tensor([2.0992])
-
-    Reference: Ji et al., 2024, arXiv 2402.00856.
     """
     if label_smoothing == 0:
         raise ValueError("exo: `label_smoothing` is 0; it must be above 0, since log 0 is not finite")
@@ -543,38 +547,41 @@ def nca(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: f
 
     Returns: (B,); 2 log 2 where policy = reference.
     Gradient: ∂L/∂s_w = β(1.5σ(v_w) − 1), ∂L/∂s_l = ½βσ(v_l); the chosen reward stops at v_w = log 2.
+    Reference: Chen et al., 2024, arXiv 2402.05369.
 
     >>> nca(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))
     tensor([1.3764])
-
-    Reference: Chen et al., 2024, arXiv 2402.05369.
     """
     v_w, v_l = beta * (logp_w - ref_w), beta * (logp_l - ref_l)
     return -F.logsigmoid(v_w) - 0.5 * F.logsigmoid(-v_w) - 0.5 * F.logsigmoid(-v_l)
 
 
-@objective(reward=log_ratio)
-def bco_pair(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: float = 0.1) -> Tensor:
-    """A classifier whose logit is the reward, on pairs: chosen above the reference, rejected below, each by itself.
+@objective(reward=log_ratio, coupled="delta")
+def bco_pair(
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: float = 0.1, delta: float | Tensor | None = 0.0
+) -> Tensor:
+    """A classifier whose logit is the reward, on pairs: chosen above δ, rejected below, each by itself.
 
-        L = −logσ(βu_w) − logσ(−βu_l)
+        L = −logσ(βu_w − δ) − logσ(δ − βu_l)
 
     Args:
       logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
       beta: β.
+      delta: δ in units of βu, e.g. a running mean; None means the mean of both rewards over this batch.
 
-    Returns: (B,); 2 log 2 where policy = reference.
-    Gradient: ∂L/∂s_w = −βσ(−βu_w), ∂L/∂s_l = βσ(βu_l).
+    Returns: (B,); 2 log 2 where policy = reference and δ = 0.
+    Gradient: ∂L/∂s_w = −βσ(δ − βu_w), ∂L/∂s_l = βσ(βu_l − δ); none through δ.
+    Reference: Jung et al., 2024, arXiv 2404.04656; the quality loss of MPO, Wang et al., 2024, arXiv 2411.10442.
 
-    Papers (BCO, MPO): both rewards less a shift δ, a moving average of earlier rewards. Libraries: trl and Liger have none
-    in their "bco_pair"; nor do we. `bco` has δ, for single completions.
+    Papers (BCO, MPO): δ, a moving average of rewards. Code: MPO's authors, LLaMA-Factory, ms-swift and trl until February 2026
+    the mean over all batches so far, trl since then and Liger 0. We: 0, or with None a mean that needs no memory.
 
     >>> bco_pair(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))  # −2 logσ(0.2)
     tensor([1.1963])
-
-    Reference: Jung et al., 2024, arXiv 2404.04656; the quality loss of MPO, Wang et al., 2024, arXiv 2411.10442.
     """
-    return -F.logsigmoid(beta * (logp_w - ref_w)) - F.logsigmoid(-beta * (logp_l - ref_l))
+    r_w, r_l = beta * (logp_w - ref_w), beta * (logp_l - ref_l)
+    delta = (r_w + r_l).detach().mean() / 2 if delta is None else delta
+    return -F.logsigmoid(r_w - delta) - F.logsigmoid(delta - r_l)
 
 
 @objective(reward=log_ratio)
@@ -589,15 +596,41 @@ def sppo(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: 
 
     Returns: (B,) nats²; 1/(2β²) where policy = reference.
     Gradient: ∂L/∂s_w = 2(u_w − 1/2β), ∂L/∂s_l = 2(u_l + 1/2β).
+    Reference: Wu et al., 2024, arXiv 2405.00675.
 
     The authors' code has ½ in front; we have not, as other libraries, so our gradient is twice theirs.
 
     >>> sppo(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))  # 2·498²
     tensor([496008.])
-
-    Reference: Wu et al., 2024, arXiv 2405.00675.
     """
     return (logp_w - ref_w - 0.5 / beta) ** 2 + (logp_l - ref_l + 0.5 / beta) ** 2
+
+
+@objective(reward=log_ratio)
+def sppo_soft(
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, margin: Tensor, *, beta: float = 1e-3, eta: float = 1.0
+) -> Tensor:
+    """`sppo` with the probability that the chosen response wins, as its scores have it, in place of certainty.
+
+        L = (u_w − t)² + (u_l + t)²          t = (P − ½)/β,  P = σ(ηm)
+
+    Args:
+      logp_w, logp_l, ref_w, ref_l: (B,) summed log-probs under policy and reference, nats.
+      margin: (B,) score of the chosen less score of the rejected response.
+      beta: β (1/η in the paper).
+      eta: η, turns a unit of score into a unit of log-odds; large is `sppo`.
+
+    Returns: (B,) nats²; 2t² where policy = reference.
+    Gradient: ∂L/∂s_w = 2(u_w − t), ∂L/∂s_l = 2(u_l + t).
+    Reference: Wu et al., 2024, arXiv 2405.00675.
+
+    Code: this is "sppo_single", with ½ in front; "sppo" takes each response's mean P against all five that were sampled.
+
+    >>> sppo_soft(*map(tensor, ([-12.0], [-24.0], [-14.0], [-22.0], [2.0])), beta=0.1)  # t = 3.808, 2·(2 − 3.808)²
+    tensor([6.5375])
+    """
+    target = (torch.sigmoid(eta * margin) - 0.5) / beta
+    return (logp_w - ref_w - target) ** 2 + (logp_l - ref_l + target) ** 2
 
 
 @objective(reward=log_ratio)
@@ -612,11 +645,10 @@ def apo_zero(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, be
 
     Returns: (B,) in (0, 2); 1 where policy = reference.
     Gradient: ∂L/∂s_w = −βσ(βu_w)σ(−βu_w), ∂L/∂s_l = βσ(βu_l)σ(−βu_l).
+    Reference: D'Oosterlinck et al., 2024, arXiv 2408.06266.
 
     >>> apo_zero(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))  # 2σ(−0.2)
     tensor([0.9003])
-
-    Reference: D'Oosterlinck et al., 2024, arXiv 2408.06266.
     """
     return torch.sigmoid(-beta * (logp_w - ref_w)) + torch.sigmoid(beta * (logp_l - ref_l))
 
@@ -633,11 +665,10 @@ def apo_down(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, be
 
     Returns: (B,) in (0, 2); 1 where policy = reference.
     Gradient: ∂L/∂s_w = βσ(βu_w)σ(−βu_w) − βσ(βΔ)σ(−βΔ), ∂L/∂s_l = βσ(βΔ)σ(−βΔ). At step 0 the first is exactly 0.
+    Reference: D'Oosterlinck et al., 2024, arXiv 2408.06266.
 
     >>> apo_down(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))  # σ(0.2) + σ(−0.4)
     tensor([0.9511])
-
-    Reference: D'Oosterlinck et al., 2024, arXiv 2408.06266.
     """
     u_w, u_l = logp_w - ref_w, logp_l - ref_l
     return torch.sigmoid(beta * u_w) + torch.sigmoid(-beta * (u_w - u_l))
@@ -656,16 +687,14 @@ def discopop(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, be
 
     Gradient: ∂L/∂s_w = β[(m'/τ)(e^{−h} + logσ(h)) − (1−m)σ(−h) − m e^{−h}] = −∂L/∂s_l, with m' = m(1−m). At h = 0 it is
     positive, +β(¼(1 − log 2)/τ − ¾): there the loss pushes the margin *down*.
-
-    m e^{−h} is one exponential, e^{logσ(h/τ) − h}: apart, the factors are 0 and infinity for badly wrong pairs.
+    Reference: Lu et al., 2024, arXiv 2406.08414.
 
     >>> discopop(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]))
     tensor([0.8148])
-
-    Reference: Lu et al., 2024, arXiv 2406.08414.
     """
     h = beta * ((logp_w - ref_w) - (logp_l - ref_l))
-    return -torch.sigmoid(-h / tau) * F.logsigmoid(h) + capped_exp(F.logsigmoid(h / tau) - h)
+    m_exp = capped_exp(F.logsigmoid(h / tau) - h)  # m e^{−h}: apart, the factors are 0 and infinity for badly wrong pairs
+    return -torch.sigmoid(-h / tau) * F.logsigmoid(h) + m_exp
 
 
 def f_prime(u: Tensor, divergence: str, coef: float) -> Tensor:
@@ -705,11 +734,10 @@ def f_dpo(
 
     Gradient: ∂L/∂s_w = −βσ(−h)g'(u_w), ∂L/∂s_l = βσ(−h)g'(u_l); g' = 1, e^{−u}, σ(−u), e^{(c−1)u}. Exponents are capped
     at 40, beyond which the gradient is 0.
+    Reference: Wang et al., 2023, arXiv 2309.16240.
 
     >>> f_dpo(tensor([-12.0]), tensor([-24.0]), tensor([-14.0]), tensor([-22.0]), divergence="js")  # h = 0.2
     tensor([0.5981])
-
-    Reference: Wang et al., 2023, arXiv 2309.16240.
     """
     g_w, g_l = f_prime(logp_w - ref_w, divergence, coef), f_prime(logp_l - ref_l, divergence, coef)
     return bradley_terry(beta * (g_w - g_l))
@@ -729,11 +757,10 @@ def tdpo1(
       beta: β.
 
     Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l, ∂L/∂D_l = βσ(−h) = −∂L/∂D_w; ∂D/∂logits = π_θ − π_ref at each position.
+    Reference: Zeng et al., 2024, arXiv 2404.11999.
 
     >>> tdpo1(*map(tensor, ([-12.0], [-24.0], [-14.0], [-22.0], [0.5], [1.5])))  # D_l − D_w = 1, h = 0.3
     tensor([0.5544])
-
-    Reference: Zeng et al., 2024, arXiv 2404.11999.
     """
     delta = (logp_w - ref_w) - (logp_l - ref_l)
     return bradley_terry(beta * (delta - (kl_l - kl_w)))
@@ -755,11 +782,10 @@ def tdpo2(
       alpha: α, the weight of the KL term.
 
     Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l, ∂L/∂D_l = αβσ(−h), ∂L/∂D_w = 0.
+    Reference: Zeng et al., 2024, arXiv 2404.11999.
 
     >>> tdpo2(*map(tensor, ([-12.0], [-24.0], [-14.0], [-22.0], [0.5], [1.5])))  # h = 0.1·(4 − 0.5)
     tensor([0.5334])
-
-    Reference: Zeng et al., 2024, arXiv 2404.11999.
     """
     delta = (logp_w - ref_w) - (logp_l - ref_l)
     return bradley_terry(beta * (delta - alpha * (kl_l - kl_w.detach())))
@@ -786,6 +812,7 @@ def beta_dpo(
 
     Returns: (B,); the factor B/k makes the caller's mean over B rows the mean over the drawn ones.
     Gradient: ∂L/∂s_w = −(B/k) β_b σ(−β_bΔ) = −∂L/∂s_l on drawn rows, 0 elsewhere.
+    Reference: Wu et al., 2024, arXiv 2407.08639.
 
     Code: m, v are moving averages (0.9) over microbatches that start at 0 without bias correction, v of the sample
     standard deviation. We: the whole optimizer batch and the population's, unless they are given.
@@ -795,8 +822,6 @@ def beta_dpo(
 
     >>> beta_dpo(*map(tensor, ([-12.0, -20.0], [-24.0, -20.0], [-14.0, -20.0], [-22.0, -20.0])), a=0.0, keep=1.0)
     tensor([0.5130, 0.6931])
-
-    Reference: Wu et al., 2024, arXiv 2407.08639.
     """
     delta = (logp_w - ref_w) - (logp_l - ref_l)
     mean, std = moments(delta, mean, std)
@@ -824,11 +849,10 @@ def aot(
 
     Returns: (B,), in the order of the pairs; sorting only decides which reference margin a pair is compared with.
     Gradient: ∂L/∂s_w = β[σ(βδ) − (1−ε)] = −∂L/∂s_l.
+    Reference: Melnyk et al., 2024, arXiv 2406.05882.
 
     >>> aot(*map(tensor, ([-12.0, -20.0], [-24.0, -20.0], [-14.0, -20.0], [-22.0, -20.0])))  # 12 − 8, 0 − 0
     tensor([0.6733, 0.6931])
-
-    Reference: Melnyk et al., 2024, arXiv 2406.05882.
     """
     policy, reference = logp_w - logp_l, ref_w - ref_l
     return bradley_terry(beta * (policy - quantile_matched(reference, policy)), label_smoothing)
@@ -850,11 +874,10 @@ def aot_unpaired(
 
     Returns: (B,), in the order of the chosen responses.
     Gradient: ∂L/∂s_w = β[σ(βδ) − (1−ε)], and the opposite on the s_l it was matched with.
+    Reference: Melnyk et al., 2024, arXiv 2406.05882.
 
     >>> aot_unpaired(*map(tensor, ([-12.0, -20.0], [-24.0, -20.0], [-14.0, -20.0], [-22.0, -20.0])))  # 2 − 0, 0 − (−2)
     tensor([0.6832, 0.6832])
-
-    Reference: Melnyk et al., 2024, arXiv 2406.05882.
     """
     u_w, u_l = logp_w - ref_w, logp_l - ref_l
     return bradley_terry(beta * (u_w - quantile_matched(u_l, u_w)), label_smoothing)
@@ -877,13 +900,10 @@ def cpo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, *, beta: float = 0.1, lam
 
     Gradient: ∂L/∂s_w = −βσ(−β(s_w − s_l)) − λ/n_w, ∂L/∂s_l = βσ(−β(s_w − s_l)).
     Search: β ∈ {0.01, 0.05, 0.1}, λ = 1.
-
-    The α-DPO paper's Table 3 prints the λ term inside logσ: a misplaced bracket.
+    Reference: Xu et al., 2024, arXiv 2401.08417.
 
     >>> cpo(tensor([-12.0]), tensor([-24.0]), tensor([10]))  # −logσ(1.2) + 1.2
     tensor([1.4633])
-
-    Reference: Xu et al., 2024, arXiv 2401.08417.
     """
     return bradley_terry(beta * (logp_w - logp_l)) - lam * logp_w / len_w
 
@@ -901,11 +921,10 @@ def slic(logp_w: Tensor, logp_l: Tensor, *, delta: float = 1.0, lam: float = 0.1
 
     Returns: (B,) nats.
     Gradient: with k = 1[δ − s_w + s_l > 0], ∂L/∂s_w = −k − λ, ∂L/∂s_l = k.
+    Reference: Zhao et al., 2023, arXiv 2305.10425.
 
     >>> slic(tensor([-12.0]), tensor([-24.0]))  # the hinge rests; 0.1·12
     tensor([1.2000])
-
-    Reference: Zhao et al., 2023, arXiv 2305.10425.
     """
     return F.relu(delta - logp_w + logp_l) - lam * logp_w
 
@@ -923,11 +942,10 @@ def rrhf(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, lam: f
 
     Returns: (B,) nats.
     Gradient: with k = 1[a_l > a_w], ∂L/∂s_w = −k/n_w − λ, ∂L/∂s_l = k/n_l.
+    Reference: Yuan et al., 2023, arXiv 2304.05302.
 
     >>> rrhf(tensor([-12.0]), tensor([-24.0]), tensor([10]), tensor([12]))  # ranked right: 0 + 12
     tensor([12.])
-
-    Reference: Yuan et al., 2023, arXiv 2304.05302.
     """
     return F.relu(logp_l / len_l - logp_w / len_w) - lam * logp_w
 
@@ -946,14 +964,13 @@ def orpo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, lam: f
     Gradient: ∂L/∂s_w = −1/n_w − (λ/n_w)σ(−o)/(1 − e^{a_w}), ∂L/∂s_l = (λ/n_l)σ(−o)/(1 − e^{a_l}); for a > −1e-6 the
     clamp of `log1mexp` leaves 1 in place of 1/(1 − eᵃ).
     Search: λ ∈ {0.1, 0.5, 1, 2}.
+    Reference: Hong, Lee and Thorne, 2024, arXiv 2403.07691.
 
     The authors' code takes the likelihood over prompt and response by default, trl always; we over the response, as the
     formula. The authors' a_w, a_l are averages over n + 1 positions: the mask reaches into the padding after the response.
 
     >>> orpo(tensor([-12.0]), tensor([-24.0]), tensor([10]), tensor([12]))
     tensor([1.2310])
-
-    Reference: Hong, Lee and Thorne, 2024, arXiv 2403.07691.
     """
     a_w, a_l = logp_w / len_w, logp_l / len_l
     odds_ratio = (a_w - a_l) - (log1mexp(a_w) - log1mexp(a_l))
@@ -973,19 +990,16 @@ def simpo(
       logp_w, logp_l: (B,) summed log-probs, nats.
       len_w, len_l: (B,) response tokens.
       beta: β.
-      gamma: γ, the target margin inside the sigmoid.
+      gamma: γ, the target margin inside the sigmoid, as in the paper; the released configs' `gamma_beta_ratio` is γ/β.
       label_smoothing: ε.
       average: False drops the length normalisation: sums in place of averages.
 
     Gradient: ∂L/∂s_w = (β/n_w)[σ(h) − (1−ε)], ∂L/∂s_l = −(β/n_l)[σ(h) − (1−ε)]; without 1/n on sums.
     Search: β ∈ {2, 4, 6, 8}, γ ∈ {0.3, 0.5, 1, 1.2, 1.4, 1.6}; 2.5–10 for instruct models.
-
-    Paper: γ. The released configs give `gamma_beta_ratio` = γ/β; we take γ, as the paper's formula.
+    Reference: Meng, Xia and Chen, 2024, arXiv 2405.14734; eq. 5 of arXiv 2410.10148.
 
     >>> simpo(tensor([-12.0]), tensor([-24.0]), tensor([10]), tensor([12]))  # −logσ(2·0.8 − 1)
     tensor([0.4375])
-
-    Reference: Meng, Xia and Chen, 2024, arXiv 2405.14734; eq. 5 of arXiv 2410.10148.
     """
     n_w, n_l = (len_w, len_l) if average else (1, 1)
     return bradley_terry(beta * (logp_w / n_w - logp_l / n_l) - gamma, label_smoothing)
@@ -1004,11 +1018,10 @@ def repo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, gamma:
 
     Returns: (B,) nats per token.
     Gradient: with k = 1[d < γ], ∂L/∂s_w = −k/n_w, ∂L/∂s_l = k/n_l: the limit β → ∞ of SimPO's, divided by β.
+    Reference: Wu et al., 2025, arXiv 2503.07426.
 
     >>> repo(tensor([-12.0]), tensor([-24.0]), tensor([10]), tensor([12]), gamma=1.0)  # 1 − 0.8
     tensor([0.2000])
-
-    Reference: Wu et al., 2025, arXiv 2503.07426.
     """
     return F.relu(gamma - (logp_w / len_w - logp_l / len_l))
 
@@ -1026,17 +1039,16 @@ def simper(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor) -> Tens
     Returns: (B,) in (−1, 1).
     Gradient: ∂L/∂s_w = −e^{a_w}/n_w, ∂L/∂s_l = e^{a_l}/n_l. An untrained model has a ≈ −log V and hardly any gradient:
     start from a fine-tuned one.
+    Reference: Xiao et al., 2025, arXiv 2502.00883.
 
     >>> simper(tensor([-12.0]), tensor([-24.0]), tensor([10]), tensor([12]))  # −e^−1.2 + e^−2
     tensor([-0.1659])
-
-    Reference: Xiao et al., 2025, arXiv 2502.00883.
     """
     return -torch.exp(logp_w / len_w) + torch.exp(logp_l / len_l)
 
 
 def bent(a: Tensor, beta: float, alpha: float) -> Tensor:
-    """β(1 − e^{−αa})/α, the reward of `alphapo`, and βa at α = 0."""
+    """β(1 − e^{−αa})/α, the reward of `alphapo`, and βa at α = 0. By expm1: a power would lose the digits of a small α."""
     return -beta * torch.expm1((-alpha * a).clamp(max=40.0)) / alpha if alpha else beta * a
 
 
@@ -1061,13 +1073,10 @@ def alphapo(
 
     Gradient: ∂L/∂s_w = −(β/n_w)e^{−αa_w}σ(−h), ∂L/∂s_l = (β/n_l)e^{−αa_l}σ(−h). The exponent −αa is capped at 40,
     beyond which the gradient is 0.
-
-    1 − e^{−αa} is −expm1(−αa): a power of the probability would cancel for small α.
+    Reference: Gupta et al., 2025, arXiv 2501.03884.
 
     >>> alphapo(tensor([-12.0]), tensor([-24.0]), tensor([10]), tensor([12]))
     tensor([0.0627])
-
-    Reference: Gupta et al., 2025, arXiv 2501.03884.
     """
     return bradley_terry(bent(logp_w / len_w, beta, alpha) - bent(logp_l / len_l, beta, alpha) - gamma)
 
@@ -1091,7 +1100,7 @@ def alpha_dpo(
       len_w, len_l: (B,) response tokens.
       beta, gamma, alpha: β, γ, α in the paper's units.
       margin: where M comes from, the implicit reference model of Table 2: "ratio" U(π_θ/π_ref)^α; "policy" Uπ_θ^α,
-        M = βd; "reference" Uπ_ref^α, M = β(ā_w − ā_l); "inverse_reference" U(1/π_ref)^α, minus that.
+        M = βd; "reference" Uπ_ref^α, M = β(ā_w − ā_l); "inverse_reference" U(1/π_ref)^α, minus that; "sums" M = βΔ.
       normalize: False uses M itself ("w/o normalization").
       stop_gradient: False lets the gradient through M but not through μ and σ_M ("w/o sg").
       average: False drops the length normalisation from u and M alike (Appendix B.2).
@@ -1100,22 +1109,23 @@ def alpha_dpo(
     Gradient: ∂L/∂s_w = −(β/n_w)σ(−h), ∂L/∂s_l = (β/n_l)σ(−h). With stop_gradient=False and a margin that holds the
     policy both get the factor 1 − α/σ_M (1 − α without normalisation): for α > σ_M training runs backwards.
     Search: β ∈ {2.5, 10}, γ/β ∈ {0.1, 0.3, 0.5}, α/β ∈ {0.01, 0.05, 0.1, 0.2}.
+    Reference: Wu et al., 2024, arXiv 2410.10148, eqs. 8–12 and Table 2.
 
-    Paper: μ, σ_M over the training set. Code: moving averages (0.9) over microbatches that start at 0 without bias
-    correction, σ_M of the sample standard deviation, so that step 1, where all M are 0, is 0/0; and γ, α multiplied by β
-    (its "γ 0.4, α 0.05" at β = 10 is 4 and 0.5). We: the whole optimizer batch, because that does not depend on how it is
-    split; equal M (one row, or policy = reference) give M* = 0.
+    Paper (eqs. 10–12): M on sums beside u on averages; μ, σ_M over the training set.
+    Code: both on averages (`ln: true`); μ, σ_M moving averages (0.9) over microbatches that start at 0, of the sample, so that
+    step 1, where all M are 0, is 0/0; γ, α multiplied by β (its "γ 0.4, α 0.05" at β = 10 is 4 and 0.5); reward βa − α(a − ā).
+    We: as the code, "sums" as eq. 12; μ, σ_M of the whole optimizer batch, however it is split; M* = 0 where all M are equal.
 
     >>> pairs = [[-12.0, -20.0], [-24.0, -20.0], [-14.0, -20.0], [-22.0, -20.0], [10, 10], [12, 10]]
     >>> alpha_dpo(*map(tensor, pairs))  # M* = 1, −1: h = 8 − 4.5, 0 − 3.5
     tensor([0.0298, 3.5298])
-
-    Reference: Wu et al., 2024, arXiv 2410.10148, eqs. 8–12 and Table 2.
     """
     n_w, n_l = (len_w, len_l) if average else (1, 1)
     u = beta * (logp_w / n_w - logp_l / n_l)
     ref = beta * (ref_w / n_w - ref_l / n_l)
-    m = one_of("margin", margin, {"ratio": u - ref, "policy": u, "reference": ref, "inverse_reference": -ref})
+    sums = beta * ((logp_w - ref_w) - (logp_l - ref_l))
+    margins = {"ratio": u - ref, "policy": u, "reference": ref, "inverse_reference": -ref, "sums": sums}
+    m = one_of("margin", margin, margins)
     m = m.detach() if stop_gradient else m
     m = standardize(m, *moments(m, mean, std)) if normalize else m
     return bradley_terry(u - gamma - alpha * m)
@@ -1139,6 +1149,7 @@ def alpha_dpo_kl(
       mean, std: μ, σ_δ in units of δ; None means of this batch.
 
     Gradient: ∂L/∂s_w = −(β/n_w)σ(−h), ∂L/∂s_l = (β/n_l)σ(−h), ∂L/∂D = 0.
+    Reference: Wu et al., 2024, arXiv 2410.10148, eq. 18 and Table 6.
 
     Paper: δ ≈ M by D ≈ −u (Lemma 4.3; its appendix writes D ≈ +u and then loses the sign). We take δ as eq. 18 has it,
     sums over positions.
@@ -1146,8 +1157,6 @@ def alpha_dpo_kl(
     >>> pairs = [[-12.0, -20.0], [-24.0, -20.0], [10, 10], [12, 10], [0.5, 0.0], [1.5, 0.0]]
     >>> alpha_dpo_kl(*map(tensor, pairs))  # δ* = 1, −1
     tensor([0.0298, 3.5298])
-
-    Reference: Wu et al., 2024, arXiv 2410.10148, eq. 18 and Table 6.
     """
     m = beta * (kl_l - kl_w).detach()
     m = standardize(m, *moments(m, mean, std))
@@ -1176,13 +1185,12 @@ def online_simpo(
       self_normalize: divide w by its mean over the batch.
 
     Gradient: ∂L/∂s_w = −w(β/n_w)σ(−h), ∂L/∂s_l = w(β/n_l)σ(−h).
+    Reference: Wu et al., 2024, arXiv 2410.10148, eqs. 13–16.
 
     Paper: a yardstick for α-DPO's theory (Lemma 4.2), not an experiment; clip and self_normalize are ours.
 
     >>> online_simpo(*map(tensor, ([-12.0], [-24.0], [-14.0], [-22.0], [-13.5], [-22.5], [10], [12])))  # e¹ · simpo
     tensor([1.1892])
-
-    Reference: Wu et al., 2024, arXiv 2410.10148, eqs. 13–16.
     """
     ratio_w, ratio_l = (old_w - ref_w).detach(), (old_l - ref_l).detach()
     log_weight = (ratio_w - ratio_l if corrected else ratio_w + ratio_l).clamp(-clip, clip)
@@ -1193,28 +1201,30 @@ def online_simpo(
 def gamma_margins(r: Tensor, gamma: float, tau: float) -> Tensor:
     """γ-PO's margins: γ_i = γ₀Np_i with p on the simplex minimising τ Σ p log(Np) + (1/N) Σ −logσ(r_i − γ_i).
 
-    The minimum is the fixed point p_i ∝ exp(−(γ₀/τ) σ(γ_i − r_i)). Each step goes the share 1/(1+k) of the way to its
-    right side, in log p; with k half the largest slope of that side the error shrinks by k/(1+k), to a quarter or
-    less at γ₀ = 4, τ = 10.
+    The objective is convex; at its one minimum x_i + (γ₀/τ) σ(γ_i − r_i) is the same for all rows, x = log Np. Newton's
+    method in x: each step goes as far along its direction as is best of 1, ½, …, 2⁻¹¹, the last two go all of it.
 
-    Authors: 20 exponentiated-gradient steps of min(0.5/τ, 1), which for τ ≥ ½ is the same iteration at the share ½ and
-    leaves about 1e-6 (and swings for γ₀ = 4, τ ≤ 2). We: 40 steps, which end at the fixed point to rounding where
-    γ₀ ≤ τ and within 1e-4 γ₀ far beyond, because that is what the paper defines. The released SimPO form solves for a
-    microbatch together with a random sample of earlier r from a queue, 256 in all, so that there the γ_i of a batch do
-    not have the mean γ₀.
+    Authors: 20 exponentiated-gradient steps of min(0.5/τ, 1), which leave about 1e-6 at the published settings and swing for
+    γ₀ = 4, τ ≤ 2. We: exact to rounding for any γ₀ and τ. Their released SimPO and DPO forms solve for a microbatch together
+    with a random sample of earlier r from a queue, 256 in all, so that there the γ_i of a batch do not have the mean γ₀.
 
     >>> gamma_margins(tensor([0.0, 8.0]), gamma=4.0, tau=10.0)
     tensor([3.2671, 4.7329])
     """
-    n, c = len(r), gamma / tau
-    log_np = torch.zeros_like(r)
-    for _ in range(40):
-        g = gamma * log_np.exp()
-        missed = torch.sigmoid(g - r)
-        k = 0.5 * (c * g * missed * (1 - missed)).max()
-        log_np = (k * log_np - c * missed) / (1 + k)
-        log_np = log_np - log_np.logsumexp(0) + math.log(n)
-    return gamma * log_np.exp()
+    parts = 0.5 ** torch.arange(12, device=r.device)[:, None]  # of a step
+    x = torch.zeros_like(r)
+    for step in range(20):
+        missed = torch.sigmoid(gamma * x.exp() - r)
+        slope = x + gamma / tau * missed
+        curvature = 1 + gamma / tau * gamma * x.exp() * missed * (1 - missed)
+        weight = x.exp() / curvature
+        level = (weight * slope).sum() / weight.sum()  # where the slopes shall meet: so the sum of p stays
+        tried = x + parts * (level - slope) / curvature
+        tried = tried - tried.logsumexp(1, keepdim=True) + math.log(len(r))
+        cost = (tau * tried * tried.exp() - F.logsigmoid(r - gamma * tried.exp())).mean(1)
+        best = cost.argmin(0, keepdim=True)
+        x = tried[best][0] if step < 18 else tried[0]
+    return gamma * x.exp()
 
 
 @objective(reward=log_ratio, coupled=True)
@@ -1232,11 +1242,10 @@ def gamma_dpo(
       tau: τ; large keeps all γ_i near γ₀, and τ → ∞ is dpo.
 
     Gradient: ∂L/∂s_w = −βσ(−h) = −∂L/∂s_l.
+    Reference: Sun et al., 2025, "γ-PO", arXiv 2506.03690.
 
     >>> gamma_dpo(*map(tensor, ([-12.0, -20.0], [-24.0, -20.0], [-14.0, -20.0], [-22.0, -20.0])))  # γ_i − 1 = ±0.004
     tensor([0.5147, 0.6911])
-
-    Reference: Sun et al., 2025, "γ-PO", arXiv 2506.03690.
     """
     r = beta * ((logp_w - ref_w) - (logp_l - ref_l))
     return bradley_terry(r - (gamma_margins(r.detach(), gamma, tau) - gamma))
@@ -1259,11 +1268,10 @@ def gamma_simpo(
 
     Gradient: ∂L/∂s_w = −(β/n_w)σ(−h), ∂L/∂s_l = (β/n_l)σ(−h).
     Published: β 2.5–10, γ₀ 0.375–5, τ 3–20.
+    Reference: Sun et al., 2025, "γ-PO", arXiv 2506.03690.
 
     >>> gamma_simpo(*map(tensor, ([-12.0, -20.0], [-24.0, -20.0], [10, 10], [12, 10])))  # γ_i = 4.733, 3.267
     tensor([0.0374, 3.3045])
-
-    Reference: Sun et al., 2025, "γ-PO", arXiv 2506.03690.
     """
     r = beta * (logp_w / len_w - logp_l / len_l)
     return bradley_terry(r - gamma_margins(r.detach(), gamma, tau))
@@ -1284,16 +1292,14 @@ def amapo(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, beta:
 
     Gradient: ∂L/∂s_w = −(β/n_w)σ(−h), ∂L/∂s_l = (β/n_l)σ(−h).
     Published: β 2–3.
+    Reference: Deng et al., 2025, arXiv 2511.09385.
 
     Paper: β inside the exponent; code: in front of it, and the rows by d < μ. The two put the margin on opposite pairs
-    when μ < 0. We follow the code's formula by default, because the results come from it. Its μ, s are the mean and the
-    sample standard deviation over the ranks' microbatches; ours, of the whole optimizer batch and with the population's s,
-    do not depend on how it is split. s = 0 gives no margin, and the exponent is capped at 20.
+    when μ < 0. We: the code's, because the results come from it, but μ, s of the whole optimizer batch and the population,
+    not of the ranks' microbatches and the sample. s = 0 gives no margin, and the exponent is capped at 20.
 
     >>> amapo(*map(tensor, ([-12.0, -20.0], [-24.0, -20.0], [10, 10], [12, 10])))  # μ = s = 0.4, m = 0, 2.5 e^0.4
     tensor([0.1269, 3.7533])
-
-    Reference: Deng et al., 2025, arXiv 2511.09385.
     """
     d = logp_w / len_w - logp_l / len_l
     r = beta * d.detach() if paper else d.detach()
@@ -1327,14 +1333,12 @@ def kto(
     Returns: (N,) in (0, λ).
     Gradient: ∂L/∂s = −λ_d βσ(v)σ(−v) if desirable, +λ_u βσ(v)σ(−v) if not; none through z.
     Search: β ∈ {0.01, 0.05, 0.1}.
+    Reference: Ethayarajh et al., 2024, arXiv 2402.01306.
 
-    "kto_pair" of older code (matched pairs, gradient through z) is another loss, and the α-DPO paper's Table 3 has the
-    sign of the λ_l term wrong.
+    "kto_pair" of older code (matched pairs, gradient through z) is another loss.
 
     >>> kto(*map(tensor, ([-12.0, -24.0], [-14.0, -22.0], [True, False], [-30.0, -28.0], [-31.0, -29.0])))  # z = 1
     tensor([0.4750, 0.4256])
-
-    Reference: Ethayarajh et al., 2024, arXiv 2402.01306.
     """
     z = (logp_kl - ref_kl).mean().clamp(min=0).detach()
     v = beta * (logp - ref - z)
@@ -1353,13 +1357,11 @@ def bco(logp: Tensor, ref: Tensor, desirable: Tensor, *, beta: float = 0.1, delt
       beta: β.
       delta: δ in units of r, e.g. a running mean; None means the mean of r over this batch.
 
-    Returns: (N,).
     Gradient: ∂L/∂s = −βσ(−(r − δ)) if desirable, +βσ(r − δ) if not; none through δ.
+    Reference: Jung et al., 2024, arXiv 2404.04656.
 
     >>> bco(tensor([-12.0, -24.0]), tensor([-14.0, -22.0]), tensor([True, False]))  # r = 0.2, −0.2, δ = 0
     tensor([0.5981, 0.5981])
-
-    Reference: Jung et al., 2024, arXiv 2404.04656.
     """
     r = beta * (logp - ref)
     delta = r.detach().mean() if delta is None else delta
@@ -1379,13 +1381,12 @@ def apo_zero_unpaired(logp: Tensor, ref: Tensor, desirable: Tensor, *, beta: flo
 
     Returns: (N,) in (0, 1); ½ where policy = reference.
     Gradient: ∂L/∂s = −βσ(βu)σ(−βu) if desirable, the opposite if not.
+    Reference: D'Oosterlinck et al., 2024, arXiv 2408.06266, eq. 7; for single completions in trl's KTO trainer.
 
     It is `kto` with z = 0 and λ = 1, so no row sees another. A pair as two rows gives the two terms of `apo_zero`.
 
     >>> apo_zero_unpaired(tensor([-12.0, -24.0]), tensor([-14.0, -22.0]), tensor([True, False]))  # σ(−0.2) both
     tensor([0.4502, 0.4502])
-
-    Reference: D'Oosterlinck et al., 2024, arXiv 2408.06266, eq. 7; for single completions in trl's KTO trainer.
     """
     u = logp - ref
     return torch.sigmoid(beta * torch.where(desirable, -u, u))
@@ -1411,16 +1412,14 @@ def uapo(
       anchor: b in units of r; None means the mean of r over this batch, held constant.
       temperature: T, the uncertainty: larger trusts the labels less.
 
-    Returns: (N,).
     Gradient: ∂L/∂s = −(β/T)σ(−(r − b)) if desirable, +(β/T)σ(r − b) if not; none through b.
+    Reference: Wang et al., 2025, arXiv 2509.10515.
 
-    Public text fixes only this much: an anchor, each response compared with it, unpaired data allowed. The mean as
-    anchor and the form of the temperature are ours; at T = 1 the result is `bco`.
+    Public text fixes only this much: an anchor, on the authors' page a *learnable* one, each response compared with it,
+    unpaired data allowed. Ours is the batch's mean, a constant; that and T are our own; at T = 1 the result is `bco`.
 
     >>> uapo(*map(tensor, ([-12.0, -24.0], [-14.0, -22.0], [True, False])), anchor=0.1)  # −logσ(0.1), −logσ(0.3)
     tensor([0.6444, 0.5544])
-
-    Reference: Wang et al., 2025, arXiv 2509.10515.
     """
     r = beta * (logp - ref) / temperature
     anchor = r.detach().mean() if anchor is None else anchor
@@ -1464,15 +1463,14 @@ def wpo_weight(logp: Tensor, log_sum_p_squared: Tensor, length: Tensor) -> Tenso
 
     Args: logp, log_sum_p_squared, length: (B, k) of a row's k responses: Σ_t log π(y_t), Σ_t log Σ_v π(v)², tokens.
     Returns: (B,), held constant in the gradient.
+    Reference: Zhou et al., 2024, arXiv 2406.11827, eq. 2; with the bound 1, which trl's `use_weighting` once had and 1.16.0
+    has not. open-instruct's "wpo" leaves out Σ_v π(v)².
 
     Σ_v π(v)² is the probability that a sampled token has on average, so a response that was sampled has e^ā about 1 and one
     that the policy would hardly say has e^ā near 0.
 
     >>> wpo_weight(tensor([[-12.0, -24.0]]), tensor([[-8.0, -18.0]]), tensor([[10, 12]]))  # e^(−0.4 − 0.5)
     tensor([0.4066])
-
-    Reference: Zhou et al., 2024, arXiv 2406.11827, eq. 2; with the bound 1, which trl's `use_weighting` once had
-    and 1.16.0 has not.
     """
     return torch.exp(((logp - log_sum_p_squared) / length).sum(-1)).clamp(max=1.0).detach()
 
@@ -1508,8 +1506,8 @@ LIMITS = {
 
 
 def check(loss: Callable[..., Tensor], given: dict) -> dict:
-    """The arguments `given` to a loss, log-probs and lengths in fp32 or, given float64, in float64. Raises ValueError that
-    names the function and the argument."""
+    """The arguments `given` to a loss in fp32 or, where a log-prob is float64, in float64. Raises ValueError that names the
+    function and the argument."""
     rows = {name: x for name, x in given.items() if name in loss.tensors}
     first, like = next(iter(rows.items()))
 
@@ -1537,8 +1535,8 @@ def check(loss: Callable[..., Tensor], given: dict) -> dict:
         if not holds(given[name]):
             refuse(name, f"is {given[name]}; it must be {requirement}")
 
-    floats = [x.dtype for x in rows.values() if x.is_floating_point()]
-    dtype = functools.reduce(torch.promote_types, floats, torch.float32)
+    log_probs = [x.dtype for name, x in rows.items() if not name.startswith(("len_", "margin", "desirable"))]
+    dtype = functools.reduce(torch.promote_types, log_probs, torch.float32)
     return given | {name: x if x.dtype == torch.bool else x.to(dtype) for name, x in rows.items()}
 
 
@@ -1570,7 +1568,8 @@ class Term(NamedTuple):
     @property
     def coupled(self) -> bool:
         switch = self.loss.coupled
-        return (self.loss.settings | self.given)[switch] if isinstance(switch, str) else switch
+        value = (self.loss.settings | self.given)[switch] if isinstance(switch, str) else switch
+        return value is True or value is None
 
 
 class Objective:
@@ -1714,7 +1713,8 @@ def named_term(weight: float, name: str, given: dict) -> Term:
             fits = isinstance(value, type(default))
         else:
             fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-        if not fits and value is not default:
+        of_this_batch = value is None and key == loss.coupled
+        if not fits and not of_this_batch and value is not default:
             raise ValueError(f"objective {name}: {key}={str(value)[:80]} is of the wrong kind or size; {signature}")
     return Term(weight, name, loss, given)
 
@@ -1784,7 +1784,7 @@ def listing() -> str:
     for name, loss in OBJECTIVES.items():
         needs = [tensor_name for tensor_name in loss.tensors if tensor_name not in ("logp_w", "logp_l", "logp")]
         if loss.coupled:
-            needs.append("the whole batch" if loss.coupled is True else f"the whole batch if {loss.coupled}")
+            needs.append("the whole batch" if loss.coupled is True else f"the whole batch (see {loss.coupled})")
         settings = [f"{key}={value!r}" for key, value in loss.settings.items()]
         about = loss.__doc__.splitlines()[0]
         lines += [name, f"    {about}", f"    needs {', '.join(needs) or 'log-probs only'}"]

@@ -416,6 +416,15 @@ promise(
     step_zero=-0.5 * math.log(4 * sigmoid(2) * sigmoid(-2)),
 )
 promise(
+    "rpo_sq(logp_w, logp_l, ref_w, ref_l, margin, *, beta=0.1, eta=1.0)",
+    # (0.4 − 2)², (−0.4 − 0.5)², (−0.15 + 1)²
+    Case({}, [2.56, 0.81, 0.7225], lambda v: opposed(0.2 * (0.1 * gap(v) - v.margin))),
+    # β = 0.5, η = 3: (2 − 6)², (−2 − 1.5)², (−0.75 + 3)²
+    Case({"beta": 0.5, "eta": 3.0}, [16.0, 12.25, 5.0625], lambda v: opposed(0.5 * gap(v) - 3 * v.margin)),
+    reward=0.1 * 2.0,
+    step_zero=4.0,  # m²
+)
+promise(
     "rso_hinge(logp_w, logp_l, ref_w, ref_l, *, beta=0.05)",
     Case({}, [0.8, 1.2, 1.075], lambda v: opposed(tensor(-0.05))),
     # β = 1: pair 1 has Δ = 4 and rests
@@ -454,17 +463,23 @@ promise(
     step_zero=2 * LOG2,
 )
 promise(
-    "bco_pair(logp_w, logp_l, ref_w, ref_l, *, beta=0.1)",
+    "bco_pair(logp_w, logp_l, ref_w, ref_l, *, beta=0.1, delta=0.0)",
+    # The mean of the six u is ½/6 = 1/12.
     *(
         Case(
             given,
-            [softplus(-beta * w) + softplus(beta * r) for w, r in zip(U_W, U_L)],
-            lambda v, beta=beta: {
-                "logp_w": beta * (sig(beta * (v.logp_w - v.ref_w)) - 1),
-                "logp_l": beta * sig(beta * (v.logp_l - v.ref_l)),
+            [softplus(delta - beta * w) + softplus(beta * r - delta) for w, r in zip(U_W, U_L)],
+            lambda v, beta=beta, delta=delta: {
+                "logp_w": beta * (sig(beta * (v.logp_w - v.ref_w) - delta) - 1),
+                "logp_l": beta * sig(beta * (v.logp_l - v.ref_l) - delta),
             },
         )
-        for given, beta in (({}, 0.1), ({"beta": 1.0}, 1.0))
+        for given, beta, delta in (
+            ({}, 0.1, 0.0),
+            ({"beta": 1.0}, 1.0, 0.0),
+            ({"delta": 0.3}, 0.1, 0.3),
+            ({"delta": None}, 0.1, 0.1 / 12),
+        )
     ),
     reward=0.1 * 2.0,
     step_zero=2 * LOG2,
@@ -479,6 +494,20 @@ promise(
     ),
     reward=1e-3 * 2.0,
     step_zero=5e5,
+)
+promise(
+    "sppo_soft(logp_w, logp_l, ref_w, ref_l, margin, *, beta=1e-3, eta=1.0)",
+    # η = log 3, β = 0.1: P = 9/10, √3/(1 + √3), 1/4, so t = 4, 1.34, −2.5
+    Case(
+        {"beta": 0.1, "eta": math.log(3)},
+        [(w - t) ** 2 + (r + t) ** 2 for w, r, t in zip(U_W, U_L, (4.0, 10 * 3**0.5 / (1 + 3**0.5) - 5, -2.5))],
+        lambda v: {
+            "logp_w": 2 * (v.logp_w - v.ref_w - tensor([4.0, 10 * 3**0.5 / (1 + 3**0.5) - 5, -2.5], dtype=F64)),
+            "logp_l": 2 * (v.logp_l - v.ref_l + tensor([4.0, 10 * 3**0.5 / (1 + 3**0.5) - 5, -2.5], dtype=F64)),
+        },
+    ),
+    reward=1e-3 * 2.0,
+    step_zero=2 * (1000 * (sigmoid(2.0) - 0.5)) ** 2,
 )
 promise(
     "apo_zero(logp_w, logp_l, ref_w, ref_l, *, beta=0.1)",
@@ -772,6 +801,8 @@ promise(
         bt(alpha_h([-x for x in z_scores(REFERENCE_M)])),
         lambda v: alpha_slope(v, -scores(v.ref_w / v.len_w - v.ref_l / v.len_l)),
     ),
+    # Eq. 12 as it is printed: M = 10Δ beside u = 10d
+    Case({"margin": "sums"}, bt(alpha_h(z_scores(DELTA))), lambda v: alpha_slope(v, scores(gap(v)))),
     # Sums everywhere, β = 0.1: u = 1.2, −2.2, 0.1 and M = 0.1Δ
     Case(
         {"average": False, "beta": 0.1, "gamma": 1.0},
@@ -1325,6 +1356,21 @@ def test_reward_aware_losses_of_one_target_are_label_smoothing_and_exo():
     assert_close(call("rpo_fwd", x, beta=0.3, eta=3.0), call("exo", x, beta=0.3, label_smoothing=eps))
 
 
+def test_squared_reward_distance_of_one_target_is_ipo_on_sums():
+    """(βΔ − ηm)² = β²(Δ − 1/2τ)² where ηm = β/2τ."""
+    x = random_pairs("rpo_sq") | {"margin": torch.full((16,), 0.3 / (2 * 0.2) / 3.0, dtype=F64)}
+    lengths = {"len_w": torch.ones(16), "len_l": torch.ones(16)}
+    assert_close(call("rpo_sq", x, beta=0.3, eta=3.0), 0.3**2 * call("ipo", x | lengths, tau=0.2, average=False))
+
+
+def test_sppo_of_a_sure_win_is_sppo_and_of_an_even_chance_asks_for_nothing():
+    x = random_pairs("sppo_soft")
+    sure = x | {"margin": torch.ones(16, dtype=F64)}
+    assert_close(call("sppo_soft", sure, beta=0.1, eta=100.0), call("sppo", x, beta=0.1))
+    even = x | {"margin": torch.zeros(16, dtype=F64)}
+    assert_close(call("sppo_soft", even), (x["logp_w"] - x["ref_w"]) ** 2 + (x["logp_l"] - x["ref_l"]) ** 2)
+
+
 def test_ld_dpo_without_the_rest_is_dpo_of_the_first_tokens():
     """α = 0 scores both responses up to the same length: POET's cut, made in the loss."""
     x = random_pairs("ld_dpo")
@@ -1357,12 +1403,14 @@ def test_bco_of_a_pair_and_nca():
     assert_close(call("nca", x, beta=0.1), (b_w + b_l) / 2 + (b_w + turned) / 2)
 
 
-def test_bco_pair_is_bco_of_its_two_rows_without_a_shift():
+@pytest.mark.parametrize("delta", [0.0, 0.3, None])
+def test_bco_pair_is_bco_of_its_two_rows(delta):
+    """Without a shift, with a given one, and with the mean reward of all of them."""
     x = random_pairs("bco_pair")
-    yes, no = torch.ones(16, dtype=torch.bool), torch.zeros(16, dtype=torch.bool)
-    both = call("bco", {"logp": x["logp_w"], "ref": x["ref_w"], "desirable": yes}, delta=0.0)
-    both = both + call("bco", {"logp": x["logp_l"], "ref": x["ref_l"], "desirable": no}, delta=0.0)
-    assert_close(call("bco_pair", x), both)
+    label = torch.arange(32) < 16
+    rows = {"logp": torch.cat([x["logp_w"], x["logp_l"]]), "ref": torch.cat([x["ref_w"], x["ref_l"]]), "desirable": label}
+    of_rows = call("bco", rows, delta=delta)
+    assert_close(call("bco_pair", x, delta=delta), of_rows[:16] + of_rows[16:])
 
 
 def test_apo_zero_unpaired_is_half_a_pair_and_kto_without_its_kl_estimate():
@@ -1381,6 +1429,20 @@ def test_focal_turns_where_its_docstring_says():
     inputs = {"logp_w": [turn - 0.1, turn, turn + 0.1], **{k: [0.0] * 3 for k in ("logp_l", "ref_w", "ref_l")}}
     push = gradients(*at("focal", inputs, beta=1.0, gamma=1.0))["logp_w"]
     assert push[0] > 1e-3 and abs(push[1]) < 1e-12 and push[2] < -1e-3
+
+
+def test_dpop_jumps_where_training_begins():
+    """From just above the reference to just below it the push on the chosen response grows by the factor 1 + λ = 51."""
+    push = gradients(*at("dpop", {"logp_w": [1e-9, 0.0, -1e-9], **{k: [0.0] * 3 for k in ("logp_l", "ref_w", "ref_l")}}))
+    above, on, below = push["logp_w"].tolist()
+    assert on == pytest.approx(above) and below / above == pytest.approx(51)
+
+
+def test_scores_that_have_a_gradient_get_none_from_odpo():
+    """Its offset is a constant; at a tie the slope of log m would be 0 · ∞."""
+    inputs = tensors("odpo", {"margin": [2.0, 0.0, -1.0]})
+    inputs["margin"].requires_grad_()
+    assert gradients(inputs, OBJECTIVES["odpo"](**inputs))["margin"].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_uapo_is_bco_at_temperature_one():
@@ -1598,13 +1660,20 @@ def authors_margins(r, gamma, tau):
     return gamma * x.exp()
 
 
-@pytest.mark.parametrize("gamma, tau", [(4.0, 2.0), (4.0, 1.0), (4.0, 0.5)])
-def test_gamma_margins_settle_where_the_authors_steps_swing(gamma, tau):
-    """Far from the published settings, where a step of one half overshoots, 40 steps still end within 1e-4 γ₀."""
-    r = torch.randn(32, generator=torch.Generator().manual_seed(1), dtype=F64) * 5
+@pytest.mark.parametrize("gamma, tau", [(4.0, 2.0), (4.0, 1.0), (4.0, 0.5), (1.0, 0.1), (30.0, 3.0)])
+@pytest.mark.parametrize("rows, spread", [(2, 5.0), (32, 5.0), (32, 30.0), (128, 1.0)])
+def test_gamma_margins_are_exact_far_from_the_published_settings(gamma, tau, rows, spread):
+    r = torch.randn(rows, generator=torch.Generator().manual_seed(1), dtype=F64) * spread
     exact = tensor(gamma_by_bisection(r.tolist(), gamma, tau), dtype=F64)
-    assert (authors_margins(r, gamma, tau) - exact).abs().max() > 0.3 * gamma
-    assert (losses.gamma_margins(r, gamma, tau) - exact).abs().max() < 1e-4 * gamma
+    assert (losses.gamma_margins(r, gamma, tau) - exact).abs().max() < 1e-11 * gamma
+    assert (losses.gamma_margins(r.float(), gamma, tau) - exact).abs().max() < 1e-4 * gamma
+
+
+@pytest.mark.parametrize("tau", [2.0, 1.0, 0.5])
+def test_authors_steps_swing_where_a_step_of_one_half_overshoots(tau):
+    r = torch.randn(32, generator=torch.Generator().manual_seed(1), dtype=F64) * 5
+    exact = tensor(gamma_by_bisection(r.tolist(), 4.0, tau), dtype=F64)
+    assert (authors_margins(r, 4.0, tau) - exact).abs().max() > 0.3 * 4.0
 
 
 def test_authors_twenty_steps_are_a_millionth_off_at_the_published_settings():
@@ -1695,9 +1764,8 @@ def row_zero_sees_the_others(name, **settings):
 def test_coupling_is_declared_as_it_is(name):
     coupled = OBJECTIVES[name].coupled
     assert row_zero_sees_the_others(name) == (coupled is True)
-    if isinstance(coupled, str):
-        assert OBJECTIVES[name].settings[coupled] is False
-        assert row_zero_sees_the_others(name, **{coupled: True})
+    if isinstance(coupled, str):  # a switch, or a number in whose place None is the mean of the batch
+        assert row_zero_sees_the_others(name, **{coupled: True if OBJECTIVES[name].settings[coupled] is False else None})
 
 
 @pytest.mark.parametrize(
@@ -1942,6 +2010,14 @@ def test_no_value_is_read_from_an_accelerator(name):
     assert loss.device.type == "meta" and loss.shape == next(iter(inputs.values())).shape
 
 
+@pytest.mark.parametrize("name, what", [("simpo", "len_w"), ("odpo", "margin")])
+def test_counts_and_scores_in_float64_promote_no_log_probs(name, what):
+    half = {k: x.detach() for k, x in tensors(name, dtype=torch.bfloat16).items()}
+    wide = half | {what: half[what].double()}
+    assert OBJECTIVES[name](**wide).dtype == torch.float32
+    assert torch.equal(OBJECTIVES[name](**wide), OBJECTIVES[name](**half))
+
+
 def broken(name, **changes):
     """A call with some arguments replaced, and the message of the ValueError it raises."""
     with pytest.raises(ValueError) as caught:
@@ -1983,7 +2059,7 @@ def broken(name, **changes):
         ("online_simpo", "clip", -1.0, "at least 0"),
         ("f_dpo", "coef", 1.0, "reverse_kl"),
         ("f_dpo", "divergence", "kl", "'reverse_kl', 'forward_kl', 'js', 'alpha'"),
-        ("alpha_dpo", "margin", "ref", "'ratio', 'policy', 'reference', 'inverse_reference'"),
+        ("alpha_dpo", "margin", "ref", "'ratio', 'policy', 'reference', 'inverse_reference', 'sums'"),
     ],
 )
 def test_a_bad_argument_is_named(name, argument, bad, said):
@@ -2141,11 +2217,12 @@ def test_what_an_objective_needs_is_read_off_its_signature():
     assert parsed("tdpo1").outputs == ("kl",) and parsed("ld_dpo").outputs == ("prefix_logp",) and parsed("dpo").outputs == ()
     assert parsed("sft").responses == 1 and parsed("simpo").responses == 2 and parsed("kto").unpaired
     assert not parsed("online_simpo").coupled and parsed("online_simpo(self_normalize=True)").coupled
+    assert not parsed("bco_pair(delta=1.0)").coupled and parsed("bco_pair(delta=None)").coupled
     assert all(parsed(name).coupled == (loss.coupled is True) for name, loss in OBJECTIVES.items())
     assert str(parsed("repo(gamma=0.25)")) == "repo(gamma=0.25)" and parsed("simpo").name == "simpo"
 
 
-MPO = "0.8*dpo(beta=0.1) + 0.2*bco_pair(beta=0.1) + 1.0*sft()"
+MPO = "0.8*dpo(beta=0.1) + 0.2*bco_pair(beta=0.1, delta=None) + 1.0*sft()"
 
 
 def on_three_pairs(text):
@@ -2157,11 +2234,14 @@ def on_three_pairs(text):
 
 
 def test_a_sum_of_objectives_by_hand():
-    """MPO: 0.8 of −logσ(0.1Δ), 0.2 of −logσ(0.1u_w) − logσ(−0.1u_l), and −a_w; each slope in closed form."""
-    rows = list(zip(U_W, U_L, DELTA, A_W, PAIRS["len_w"]))
-    loss = [0.8 * softplus(-0.1 * d) + 0.2 * (softplus(-0.1 * w) + softplus(0.1 * r)) - a for w, r, d, a, _ in rows]
-    up = [-0.08 * sigmoid(-0.1 * d) - 0.02 * sigmoid(-0.1 * w) - 1 / n for w, _, d, _, n in rows]
-    down = [0.08 * sigmoid(-0.1 * d) + 0.02 * sigmoid(0.1 * r) for _, r, d, _, _ in rows]
+    """MPO: 0.8 of −logσ(0.1Δ), 0.2 of −logσ(0.1u_w − δ) − logσ(δ − 0.1u_l), δ the mean of the six 0.1u, and −a_w; each slope
+    in closed form."""
+    rows, delta = list(zip(U_W, U_L, DELTA, A_W, PAIRS["len_w"])), 0.1 / 12
+    loss = [
+        0.8 * softplus(-0.1 * d) + 0.2 * (softplus(delta - 0.1 * w) + softplus(0.1 * r - delta)) - a for w, r, d, a, _ in rows
+    ]
+    up = [-0.08 * sigmoid(-0.1 * d) - 0.02 * sigmoid(delta - 0.1 * w) - 1 / n for w, _, d, _, n in rows]
+    down = [0.08 * sigmoid(-0.1 * d) + 0.02 * sigmoid(0.1 * r - delta) for _, r, d, _, _ in rows]
     for got, expected in zip(on_three_pairs(MPO), (loss, up, down)):
         assert_close(got, tensor(expected, dtype=F64))
 
@@ -2187,7 +2267,7 @@ def test_what_a_sum_needs_is_the_union():
     assert (
         set(total(MPO).tensors) == {"logp_w", "logp_l", "ref_w", "ref_l", "len_w"} and total(MPO).name == "dpo + bco_pair + sft"
     )
-    assert total("sft + simpo").responses == 2 and not total("sft + simpo").needs("ref") and not total(MPO).coupled
+    assert total("sft + simpo").responses == 2 and not total("sft + simpo").needs("ref") and total(MPO).coupled
     assert total("dpo + tdpo1").needs("kl_") and total("dpo + alpha_dpo").coupled and total("kto + 0.5*bco").unpaired
     assert total("tdpo1 + ld_dpo").outputs == ("kl", "prefix_logp")
     assert total("simpo + online_simpo(self_normalize=True)").coupled and not total("simpo + online_simpo").coupled
@@ -2343,7 +2423,7 @@ def test_list_says_what_each_objective_does_needs_and_has_for_settings(capsys, m
         assert all(k in needs.split(", ") for k in loss.tensors if not k.startswith("logp") or k == "logp_kl")
         assert settings == (", ".join(f"{k}={v!r}" for k, v in loss.settings.items()) or "–")
     assert " needs log-probs only " in blocks["slic"] and " needs len_w, len_l, the whole batch settings " in blocks["amapo"]
-    assert "the whole batch if self_normalize" in blocks["online_simpo"] and "batch" not in blocks["dpo"]
+    assert "the whole batch (see self_normalize)" in blocks["online_simpo"] and "batch" not in blocks["dpo"]
 
 
 @every_objective

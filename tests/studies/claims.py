@@ -29,6 +29,7 @@ LEARNING_RATES, TUNING_SEED = (2e-4, 5e-4, 1e-3), 100
 SIMPO, ALPHA = "simpo(beta=2.0, gamma=1.0)", "alpha_dpo(beta=2.0, gamma=1.0, alpha={})"
 RUNS = {  # name → what differs from the default run
     "simpo": dict(objective=SIMPO),
+    "simpo, POET": dict(objective=SIMPO, equal_length=1.0),
     "simpo, γ = 0": dict(objective="simpo(beta=2.0, gamma=0.0)"),
     "simpo, γ = 4": dict(objective="simpo(beta=2.0, gamma=4.0)"),
     "sums": dict(objective="simpo(beta=0.2, gamma=0.0, average=False)"),
@@ -65,8 +66,9 @@ CLAIMS = (
     Claim("α = 0.5 improves on SimPO (α-DPO)", "win_rate", "α = 0.5", "simpo"),
     Claim("α-DPO needs the stop-gradient", "win_rate", "α = 0.5", "α = 0.5, no stop-gradient"),
     Claim("a larger γ lowers the chosen likelihood (SimPO)", "chosen", "simpo, γ = 0", "simpo, γ = 4"),
-    Claim("POET shortens answers", "length", "sums", "sums, POET"),
-    Claim("POET wins more", "win_rate", "sums, POET", "sums"),
+    Claim("POET shortens answers of SimPO on sums", "length", "sums", "sums, POET"),
+    Claim("POET makes SimPO on sums win more", "win_rate", "sums, POET", "sums"),
+    Claim("POET makes SimPO win more", "win_rate", "simpo, POET", "simpo"),
     Claim("margins that follow the batch help (γ-PO)", "win_rate", "γ-PO", "simpo"),
     Claim("margins for pairs below the mean help (AMaPO)", "win_rate", "amapo", "simpo"),
     Claim("replays alone overfit (LoRR)", "win_rate", "simpo", "4 replays"),

@@ -1,4 +1,8 @@
-"""The plan against memory that was measured, operations by hand, and plans that cannot be meant."""
+"""The plan against memory that was measured, operations by hand, the documents' table, and plans that cannot be meant."""
+
+import re
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +46,43 @@ def test_plan_against_measured_memory(family, pairs, checkpointing, reference):
     counted = will_it_fit.one_microbatch(config, pairs, (200, 150, 150), torch.float32, checkpointing, reference, gpu=False)
     planned = (16 if reference else 12) * counted["parameters"] + counted["peak"]
     assert planned == pytest.approx(ranks(0, peak_of_two_steps, config, pairs, checkpointing, reference)[0], rel=0.02)
+
+
+def test_each_further_pair_costs_the_same():
+    """The plan draws a line through one pair and three; seven lie on it. Chunks of the head are larger than a pair here."""
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config = Gemma2Config(vocab_size=256_000, head_dim=16, **sizes)
+    peaks = [will_it_fit.one_microbatch(config, n, (300, 350, 350), torch.bfloat16, True)["peak"] for n in (1, 3, 7)]
+    slope = (peaks[1] - peaks[0]) / 2
+    assert peaks[0] + 6 * slope == pytest.approx(peaks[2], rel=0.001)
+
+
+def documented(name: str) -> dict[tuple, tuple[str, ...]]:
+    """The table of a document's plan: model and memory → first pair, each further pair, budget."""
+    text = (Path(will_it_fit.__file__).parents[2] / name).read_text()
+    rows = re.findall(r"^\| ([\w-]+), (\d+) GB(, `--reference`)? \| ([\d.]+) GiB \| ([\d.]+) GiB \| ([\d,]+) \|", text, re.M)
+    return {(model, int(memory), bool(reference)): tuple(numbers) for model, memory, reference, *numbers in rows}
+
+
+TABLE = documented("tests/studies/README.md")
+
+
+@pytest.mark.parametrize("model, memory, reference", [
+    row if row == ("gemma-2-9b", 80, False) else pytest.param(*row, marks=pytest.mark.slow) for row in TABLE
+])  # fmt: skip
+def test_numbers_of_the_documents(model, memory, reference):
+    """With checkpointing, on 8 GPUs. The README has the first row's."""
+    config, pair = will_it_fit.config_of(model), (300, 350, 350)
+    one, three = (will_it_fit.one_microbatch(config, n, pair, torch.bfloat16, True, reference) for n in (1, 3))
+    per_pair = (three["peak"] - one["peak"]) / 2
+    args = Namespace(gpus=8, gpu_memory=memory, batch_size=128, lengths=pair, reference=reference)
+    *_, total, further, fits = will_it_fit.fit(one, per_pair, args)
+    (gib,), (gib_more,) = (re.findall(r"([\d.]+) GiB", line) for line in (total, further))
+    budget = int(fits.rpartition("up to ")[2])
+    assert (f"{float(gib):.1f}", gib_more, f"{budget:,}") == TABLE[model, memory, reference]
+    if (model, memory, reference) == ("gemma-2-9b", 80, False):
+        readme = (Path(will_it_fit.__file__).parents[2] / "README.md").read_text()
+        assert f"{float(gib):.1f} GiB for the first pair, up to {budget:,} tokens at once" in readme
 
 
 def test_flops_by_hand():

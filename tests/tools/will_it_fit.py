@@ -144,7 +144,8 @@ def one_microbatch(
     Args:
         reference: also the token KL to a second model.
         gpu: as on one: attention in the fused kernel, its block masks, the head in larger chunks, of which the first pair fills
-            one; each gradient is freed at once. Else as on this CPU, gradients kept.
+            two, as backward makes the logits of all but one again; each gradient is freed at once. Else as on this CPU,
+            gradients kept.
     Returns:
         peak: bytes at most alive besides the weights.
         flops: those of `model_flops`: nothing that is done twice.
@@ -174,7 +175,7 @@ def one_microbatch(
                 part.set_attn_implementation("fused_trace")
         policy = shard(policy, checkpointing=checkpointing)
         tensors = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in batch._asdict().items() if isinstance(v, Tensor)}
-        missing = max(0, (chunk or 0) - sum(responses))
+        missing = max(0, 2 * (chunk or 0) - sum(responses))
         for name in ("index", "targets", "response", "in_prefix"):
             tensors[name] = nn.functional.pad(tensors[name], (0, missing))
 
