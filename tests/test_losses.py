@@ -2279,7 +2279,7 @@ def test_a_sum_is_printed_with_all_its_settings_and_read_again():
     dpo = "dpo(beta=0.1, label_smoothing=0.0)"
     beta_dpo = "0.1*beta_dpo(beta=0.2, a=0.6, keep=0.8, mean=None, std=None)"
     for text, whole in (
-        ("0.8*dpo + 0.2*bco_pair(beta=0.1) + sft", f"0.8*{dpo} + 0.2*bco_pair(beta=0.1) + 1.0*sft()"),
+        ("0.8*dpo + 0.2*bco_pair(beta=0.1) + sft", f"0.8*{dpo} + 0.2*bco_pair(beta=0.1, delta=0.0) + 1.0*sft()"),
         ("1e-05*dpo() + 0.1*beta_dpo(beta=0.2, mean=None)", f"1e-05*{dpo} + {beta_dpo}"),
         ("2.0*simper()", "2.0*simper()"),
         ("dpo+2*(simper + sft())", f"1.0*{dpo} + 2.0*simper() + 2.0*sft()"),
