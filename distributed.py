@@ -195,10 +195,10 @@ def gather_rows(rows: Tensor, values: Tensor, total: int) -> Tensor:
 # ---- sharding --------------------------------------------------------------------------------------------------------
 
 
-def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     """The repeated layers of a transformer: the list of modules that holds the most parameters."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=[]))
+    return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=nn.ModuleList())
 
 
 def _compiled_when_packed(forward: Callable) -> Callable:
@@ -223,8 +223,8 @@ def shard(
         checkpointing: recompute the activations of a decoder block in backward.
         compiling: compile the decoder blocks.
     """
-    blocks = decoder_blocks(policy.model)
-    frozen = decoder_blocks(policy.reference) if policy.reference is not None else []
+    blocks = list(decoder_blocks(policy.model))
+    frozen = list(decoder_blocks(policy.reference)) if policy.reference is not None else []
     # 0. compiled innermost: what wraps a block later is no part of its graph, which all blocks of a kind share
     if compiling:
         for block in blocks + frozen:
@@ -292,8 +292,9 @@ def clip_gradients(policy: nn.Module, limit: float) -> Tensor:
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 
-def load_model(name: str, trust_remote_code: bool = False) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A causal language model with fp32 weights, read by transformers, and the weights that are still to be handed out.
+def load_model(name: str, trust_remote_code: bool, check: Callable) -> tuple[nn.Module, str, dict[str, Tensor]]:
+    """A causal language model with fp32 weights, read by transformers; what `check(model)` says of it while it is whole, called
+    on rank 0; and the weights that are still to be handed out.
 
     In one process nothing is left to hand out. Under torchrun rank 0 alone reads the weights and keeps them until `hand_out`,
     in fp32 on its CPU, 4 bytes per parameter beside its own shards. Every rank gets the model that rank 0 read, same ties and
@@ -306,25 +307,30 @@ def load_model(name: str, trust_remote_code: bool = False) -> tuple[nn.Module, d
     if trust_remote_code:
         init_hf_modules()  # where rank 0 puts the model's own code, and the others of this machine find it
 
-    def read() -> nn.Module:
+    def read() -> tuple[nn.Module, str]:
         model = _read_model(name, trust_remote_code)
+        said = check(model)
         if c10d.is_initialized():
-            weights.update(model.state_dict())
+            weights.update(model.cpu().state_dict())
             _empty(model)
-        return model
+        return model, said
 
-    return on_rank_0(read), weights
+    return *on_rank_0(read), weights
 
 
 def _read_model(name: str, trust_remote_code: bool) -> nn.Module:
     how = dict(dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
+    what = dict(output_attentions=False, output_hidden_states=False, return_dict=True)  # a file may have it otherwise
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, **how)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **what)
+        how |= dict(config=config, trust_remote_code=trust_remote_code)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **how)
     except Exception as error:  # transformers raises many kinds; all mean that there is no loadable model
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if ".safetensors" in reason:
             reason += "; .bin and .pt files can run code: convert them to safetensors"
+        if "custom code" in reason:
+            reason += "; --trust_remote_code would run it"
         raise UserError(f"{name}: no loadable causal language model there ({reason})") from error
     _refuse_weights(name, info)
     model.config.dtype = config.dtype  # what the file has, and the export will have
@@ -699,6 +705,7 @@ class Export:
     checkpoint: Path = field(metadata={"help": "a folder …/checkpoints/step-000120"})
     out: Path = field(metadata={"help": "the folder to write"})
     dtype: str = data.setting("bf16", "weights: bf16 or fp32")
+    trust_remote_code: bool = data.setting(False, "allow a checkpoint to bring Python code that is then run")
 
 
 def export_checkpoint(e: Export) -> None:
@@ -712,18 +719,22 @@ def export_checkpoint(e: Export) -> None:
     for place in (e.out, e.out.with_name(f"{e.out.name}.part")):
         if place.exists() and (place.is_file() or any(place.iterdir())):
             raise UserError(f"{place} exists already; choose another folder")
-    config = transformers.AutoConfig.from_pretrained(e.checkpoint, trust_remote_code=False)
-    with torch.device("meta"):  # its shape is enough: the weights come from the checkpoint
-        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        config = transformers.AutoConfig.from_pretrained(e.checkpoint, trust_remote_code=e.trust_remote_code)
+        with torch.device("meta"):  # its shape is enough: the weights come from the checkpoint
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=e.trust_remote_code)
+    except ValueError as error:  # it has code of its own, or there is no such kind of model
+        raise UserError(f"{e.checkpoint} cannot be exported: {str(error).splitlines()[0]}") from error
     if (e.checkpoint / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(e.checkpoint)
     metadata = dcp.HuggingFaceStorageReader(str(e.checkpoint)).read_metadata().state_dict_metadata
     saved = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in metadata.items() if name.startswith("weight.")}
     _read_into(saved, e.checkpoint)
     weights = {name.removeprefix("weight."): tensor for name, tensor in saved.items()}
+    tokenizer = data.load_tokenizer(str(e.checkpoint), e.trust_remote_code)
     state = json.loads((e.checkpoint / "step.json").read_text())
     card = model_card(e.out.name, state.get("run", {}), {"step": state["step"]})
-    _write_model(e.out, model, weights, data.load_tokenizer(str(e.checkpoint)), dtypes[e.dtype], card)
+    _write_model(e.out, model, weights, tokenizer, dtypes[e.dtype], card)
 
 
 def model_card(title: str, settings: dict, metrics: dict) -> str:

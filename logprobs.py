@@ -44,13 +44,18 @@ class Head(NamedTuple):
 
 
 def head_of(model: nn.Module) -> Head:
-    """The head of a model, with its config's logit scale (Cohere multiplies, Granite divides) and soft-cap. One that does
-    anything else is found out by `check_head`, not guessed at here."""
+    """The head of a model, with its config's logit scale and soft-cap, under the names that model families have for them. One
+    that does anything else is found out by comparing with `own_logprobs`, not guessed at here."""
     linear = model.get_output_embeddings()
     config = model.config.get_text_config()
-    factor = getattr(config, "logit_scale", None) or 1.0
-    divisor = getattr(config, "logits_scaling", None) or 1.0
-    softcap = getattr(config, "final_logit_softcapping", None)
+
+    def named(*names: str) -> float | None:
+        values = [getattr(config, name, None) for name in names]
+        return next(filter(None, values), None)
+
+    factor = named("logit_scale", "lm_head_multiplier", "output_multiplier") or 1.0
+    divisor = named("logits_scaling", "logits_mup_width_multiplier") or 1.0
+    softcap = named("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     return Head(linear.weight, getattr(linear, "bias", None), factor / divisor, softcap)
 
 
@@ -489,8 +494,9 @@ class ResponseLogProbs(nn.Module):
     def states(model: nn.Module, batch) -> Tensor:
         """Hidden states at the scored positions, (N, D). `batch.pairs` is None for the padded layout."""
         ids = batch.input_ids
-        positions = batch.position_ids
-        attention = {}  # padded: no mask either, as padding is on the right, where a causal position never looks
+        attention = {}  # padded: ids alone, as padding is on the right, where a causal position never looks
+        if batch.pairs is not None:
+            attention["position_ids"] = batch.position_ids
         if batch.pairs is not None and not model._can_set_attn_implementation():
             attention["attention_mask"] = pairs_mask(batch.pairs, model.dtype, ids.device)
         elif batch.pairs is not None and ids.device.type in FUSED:
@@ -498,11 +504,12 @@ class ResponseLogProbs(nn.Module):
             blocks = {window: Blocks.of(batch.pairs, window, ids.device) for window in windows}
             missing = len(blocks[None].ranges[0]) - ids.shape[1]
             ids = F.pad(ids, (0, missing))
-            positions = F.pad(positions, (0, missing))
+            attention["position_ids"] = F.pad(batch.position_ids, (0, missing))
             attention["blocks"] = blocks
         elif batch.pairs is not None:
             attention["pairs"] = PrefixSharedPairs(batch.pairs)
-        out = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **attention)
+        body = getattr(model, model.base_model_prefix, None) or model.model  # Llama-4's prefix names nothing that it has
+        out = body(input_ids=ids, use_cache=False, **attention)
         return out.last_hidden_state.flatten(0, 1)[batch.index]
 
     def forward(self, batch, outputs: tuple[str, ...] = ()) -> dict[str, Tensor]:
@@ -565,13 +572,11 @@ def continuations(
     sampling = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
     if temperature > 0:
         sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
-    was_training = model.training
-    model.train(False)
+    plain = dict(stop_strings=None, return_dict_in_generate=False)  # which a generation config may set otherwise
     out = model.generate(
         input_ids=torch.tensor(ids, device=model.device), attention_mask=torch.tensor(mask, device=model.device),
-        max_new_tokens=max_tokens, eos_token_id=stop, pad_token_id=pad, synced_gpus=together, **sampling
+        max_new_tokens=max_tokens, eos_token_id=stop, pad_token_id=pad, synced_gpus=together, **sampling, **plain
     )  # fmt: skip
-    model.train(was_training)
     answers, ended = [], []
     for generated in out[:, width:].tolist():
         length = 0
@@ -595,15 +600,10 @@ def completions(model: nn.Module, tokenizer, prompts: list[list[int]], *args, **
 
 
 @torch.no_grad()
-def check_head(model: nn.Module, input_ids: Tensor, tolerance: float) -> float:
-    """Largest difference between the model's own log-softmax and ours on `input_ids` (1, T); ValueError above `tolerance`."""
-    own = model(input_ids=input_ids, use_cache=False).logits[0].float().log_softmax(-1)
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0]
-    ours = logits_of(_as_computed(hidden), head_of(model)).log_softmax(-1)
-    worst = (own - ours).abs().max().item()
-    if not worst <= tolerance:
-        raise ValueError(
-            f"{type(model).__name__}: our log-probs differ from the model's own by {worst:.3g} nats (bound {tolerance:g}); "
-            "its head does more than weight, bias, logit scale and soft-cap, so plainpo cannot train it"
-        )
-    return worst
+def own_logprobs(model: nn.Module, prompt: list[int], response: list[int]) -> tuple[Tensor, float]:
+    """Log-probs of a response's tokens by the model's own logits, with nothing beside it: (n,) nats, fp32; and the spread of
+    these logits over the vocabulary, their standard deviation, by which differences of an untrained model are measured."""
+    ids = torch.tensor([prompt + response], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    logp = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None]).squeeze(-1)
+    return logp, logits.std(-1).mean().item()

@@ -17,6 +17,7 @@ import contextlib
 import copy
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -26,8 +27,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -39,12 +40,13 @@ from tqdm import tqdm
 import data
 import distributed as dist
 from data import Example, UserError, setting
-from logprobs import ResponseLogProbs, check_head, completions, to_device
+from logprobs import ResponseLogProbs, completions, own_logprobs, to_device
 from losses import OBJECTIVES, Objective, parse_objective, try_objective
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 DTYPES = ("auto", "fp32", "bf16")
+LAYOUTS = ("auto", "packed", "padded")
 
 
 @dataclass
@@ -59,7 +61,7 @@ class Settings(data.Reading):
     lr: float = setting(1e-6, "peak learning rate")
     batch_size: int = setting(32, "rows of one optimizer step (pairs, or completions when unpaired), all ranks together")
     tokens_per_microbatch: int = setting(2048, "token budget of one forward and backward pass")
-    layout: str = setting("packed", "the prompt once and no padding, or the textbook batch", choices=("packed", "padded"))
+    layout: str = setting("auto", "packed: no padding, the prompt once; auto: that, where it is right", choices=LAYOUTS)
     epochs: int = setting(1, "passes over the training rows")
     max_steps: int | None = setting(None, "stop after this many optimizer steps; the schedule ends there")
     warmup_ratio: float = setting(0.1, "share of the steps in which the learning rate rises to lr")
@@ -183,6 +185,7 @@ class Run:
     policy: ResponseLogProbs
     train: Sequence[Example]
     held_out: Sequence[Example]
+    layout: str = "packed"  # that of all batches, or "padded"
     reports: dict[str, data.Report] = field(default_factory=dict)  # what was kept and dropped, and why
     lock: object = None  # as long as it is held, nobody else writes to the output folder
     plan: list[list[int]] = field(default_factory=list)  # the training rows of each optimizer step
@@ -213,7 +216,7 @@ class Run:
         sizes = [data.tokens_of(e) for e in examples]
         groups = data.split_by_tokens(sizes, self.s.tokens_per_microbatch, dist.world_size())
         mine = groups[dist.rank() :: dist.world_size()]
-        make_batch = data.LAYOUTS[self.s.layout]
+        make_batch = data.LAYOUTS[self.layout]
         return [(at, make_batch([examples[i] for i in at]).to(self.device)) for at in mine]
 
 
@@ -228,9 +231,10 @@ def prepare(s: Settings) -> Run:
     lock = dist.own(Path(s.out))
     tokenizer = data.load_tokenizer(s.model, s.trust_remote_code)
     train_rows, held_out, reports = load_rows(s, tokenizer, objective)
-    policy = build_policy(s, objective, tokenizer, device)
-    run = Run(s, objective, device, tokenizer, policy, train_rows, held_out, reports, lock)
-    check_policy(run)
+    answers = [e._replace(responses=[[0] * s.sample_tokens]) for e in held_out[: s.samples]]  # as long as they may become
+    checked = extremes(itertools.chain(train_rows, held_out, answers))
+    policy = build_policy(s, objective, tokenizer, device, checked)
+    run = Run(s, objective, device, tokenizer, policy, train_rows, held_out, policy.layout, reports, lock)
     run.plan = plan_steps(s, len(train_rows))
     run.same = identity(run)
     if s.resume:
@@ -304,6 +308,7 @@ def train_step(run: Run, rows: list[int]) -> dict:
     if run.step == 0:  # the same microbatches give the same bits, but where a GPU or a compiler chooses how to add up
         rounding = run.device.type != "cpu" or s.compile
         check_step_zero(values, (0.1 if run.bf16 else 1e-3) if rounding else 0.0)
+        say_without_gradient(run.policy.model)
     lr = learning_rate(run.step, len(run.plan), s)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -477,18 +482,28 @@ def load_rows(s: Settings, tokenizer, objective: Objective) -> tuple[Sequence[Ex
     return train_rows.mapped(scored), held_out.mapped(scored), reports
 
 
-def build_policy(s: Settings, objective: Objective, tokenizer, device: torch.device) -> ResponseLogProbs:
-    """The model with fp32 weights, sharded over the ranks; and the reference, where an objective needs its token KL."""
-    model, weights = dist.load_model(s.model, s.trust_remote_code)
-    without_dropout(model)
-    embeddings = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > embeddings:
-        raise UserError(f"the tokenizer has {len(tokenizer)} ids, but the model only {embeddings} embeddings: no match")
-    if s.layout == "packed":
-        refuse_packed(model)
+def build_policy(
+    s: Settings, objective: Objective, tokenizer, device: torch.device, rows: dict[str, Example]
+) -> ResponseLogProbs:
+    """The model with fp32 weights, checked on the `extremes` of the rows, sharded over ranks, in the layout it is trained in;
+    and the reference, where an objective needs its token KL. None is ever in training mode, which turns on dropout and noise.
+    """
+    several = dist.world_size() > 1
+
+    def check(model: torch.nn.Module) -> str:
+        refuse_ids(model, tokenizer, rows["highest id"])
+        if several:  # only here is the model whole, on the CPU; its first blocks are enough if they pass
+            with contextlib.suppress(UserError, torch.OutOfMemoryError), first_blocks(model):
+                return choose_layout(model.to(device), rows, s.layout, s.tokens_per_microbatch)
+        return choose_layout(model.to("cpu" if several else device), rows, s.layout, s.tokens_per_microbatch)
+
+    model, layout, weights = dist.load_model(s.model, s.trust_remote_code, check)
+    aux = getattr(model.config.get_text_config(), "router_aux_loss_coef", None)
+    if aux:
+        say(f"router_aux_loss_coef {aux:g}: the load-balancing loss of this mixture of experts is not trained here")
     if s.compile:
-        refuse_compile(s, model, device)
-    reference = copy.deepcopy(model).requires_grad_(False).train(False) if objective.needs("kl_w") else None
+        refuse_compile(layout, model, device)
+    reference = copy.deepcopy(model).requires_grad_(False) if objective.needs("kl_w") else None
     checkpoints = s.keep + 1 if s.save_every else 0
     dist.on_rank_0(dist.check_space, Path(s.out), model, checkpoints, export_dtype(s, model))
     policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, uses_bf16(s, device), s.gradient_checkpointing, s.compile)
@@ -498,44 +513,131 @@ def build_policy(s: Settings, objective: Objective, tokenizer, device: torch.dev
     wrong = dist.not_finite(model)
     if wrong:
         raise UserError(f"{s.model}: {len(wrong)} weights of this model are not finite numbers, the first is {wrong[0]}")
-    policy.use_layout(s.layout)
-    model.train()
-    return policy
+    policy.use_layout(layout)
+    return policy.train(False)
 
 
-def without_dropout(model: torch.nn.Module) -> None:
-    """Dropout is 0 in the modules and in the configuration, where some models look it up at every pass."""
-    for config in (model.config, model.config.get_text_config()):
-        for key in config.to_dict():
-            if ("dropout" in key or key.endswith("pdrop")) and isinstance(getattr(config, key), float):
-                setattr(config, key, 0.0)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+def extremes(rows: Iterable[Example]) -> dict[str, Example]:
+    """The longest row (prompt and longer response), the one of most tokens in all, the shortest, that of the highest id."""
+    found = {}
+    for e in rows:
+        length = len(e.prompt) + max(map(len, e.responses))
+        highest = max(itertools.chain(e.prompt, *e.responses))
+        keys = {"longest": length, "largest": data.tokens_of(e), "shortest": -length, "highest id": highest}
+        for name, key in keys.items():
+            if name not in found or key > found[name][0]:
+                found[name] = (key, e)
+    return {name: e for name, (_, e) in found.items()}
 
 
-NOT_ATTENTION = ("mamba", "rwkv", "deltanet", "linearattention", "shortconv", "recurrentblock", "griffin", "xlstm", "mlstm")
+def refuse_ids(model: torch.nn.Module, tokenizer, row: Example) -> None:
+    highest = max(itertools.chain(row.prompt, *row.responses))
+    embeddings = len(model.get_input_embeddings().weight)
+    if max(len(tokenizer), highest + 1) > embeddings:
+        ids = f"the tokenizer has {len(tokenizer)} ids, and {row.where} holds id {highest}"
+        raise UserError(f"{ids}, but the model has only {embeddings} embeddings: no match")
 
 
-def refuse_packed(model: torch.nn.Module) -> None:
-    """The packed layout needs every layer to mix tokens by masked attention only; others are refused by name."""
-    for module in model.modules():
-        kind = type(module).__name__
-        if any(word in kind.lower() for word in NOT_ATTENTION):
-            raise UserError(f"{type(model).__name__} has {kind} layers, which carry state across tokens; use --layout padded")
+@contextlib.contextmanager
+def first_blocks(model: torch.nn.Module) -> Iterator[None]:
+    """A context in which a model has its first decoder blocks only: two, or as many as hold each kind that it has."""
+    blocks = dist.decoder_blocks(model)
+    types = getattr(model.config.get_text_config(), "layer_types", None) or [""] * len(blocks)
+    kinds = [f"{kind} {block}" for kind, block in zip(types, blocks)]
+    count = max([2, *(kinds.index(kind) + 1 for kind in kinds)])
+    rest = list(blocks[count:])
+    del blocks[count:]
+    try:
+        yield
+    finally:
+        blocks.extend(rest)
 
 
-def refuse_compile(s: Settings, model: torch.nn.Module, device: torch.device) -> None:
+@torch.no_grad()
+def choose_layout(model: torch.nn.Module, rows: dict[str, Example], wanted: str, budget: int = 1) -> str:
+    """The layout, packed or padded, in which a model's log-probs are its own; for auto the first of the two that is right.
+
+    Args:
+        rows: `extremes`. Long rows show where windows and learned positions end, beside the shortest and, in a pack of `budget`
+            tokens, beside themselves. What is right are the `own_logprobs` of each response alone, in fp32.
+        wanted: auto, packed or padded.
+    Raises:
+        UserError: the layout that is wanted is wrong, for auto both, or the model cannot read the longest row.
+    """
+    name = type(model).__name__
+    examples = list({str(rows[which]): rows[which] for which in ("longest", "largest", "shortest")}.values())
+    alone = [Example(e.prompt, [response]) for e in examples for response in e.responses]
+    try:
+        own = [own_logprobs(model, e.prompt, e.responses[0]) for e in alone]
+    except Exception as error:  # of any kind: positions that end, above all
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        where = f"{examples[0].where}, {max(map(data.tokens_of, alone))} tokens (its max_position_embeddings: {limit})"
+        raise UserError(f"{name} cannot read {where}: {brief(error)}; try a lower --max_length or --sample_tokens") from error
+    policy = ResponseLogProbs(model)
+    other = ""
+    for layout in LAYOUTS[1:] if wanted == "auto" else (wanted,):
+        times = max(1, budget // sum(map(data.tokens_of, examples))) if layout == "packed" else 1
+        problem = layout_problem(policy, layout, [data.LAYOUTS[layout](examples * times)], own * times)
+        if not problem:
+            say(f"layout: {layout}{other}; checked in fp32 on the longest row and the shortest")
+            return layout
+        other = f", as packed {problem}"
+    if layout == "packed":
+        raise UserError(f"{name}: packed {problem}; use --layout padded")
+    problem_alone = layout_problem(policy, "padded", [data.padded_batch([e]) for e in alone], own)
+    if problem_alone:
+        known = "plainpo knows models with last hidden states and a head of weight, bias, logit scale and soft-cap"
+        raise UserError(f"{name} cannot be trained: even alone in a batch {problem_alone}; {known}")
+    cause = "it sees padding, or reads a row otherwise beside a longer one (then a lower --max_length helps)"
+    raise UserError(f"{name} cannot be trained: padded {problem}; {cause}")
+
+
+BOUND = 1e-4  # nats per token, for rounding in fp32
+
+
+def layout_problem(policy: ResponseLogProbs, layout: str, batches: list[data.Batch], own: list[tuple[Tensor, float]]) -> str:
+    """What is wrong with a model's log-probs of the batches, whose responses have `own_logprobs`; "" where nothing is.
+
+    Differences are averaged over a response, as rounding may hand a token near a tie to another expert.
+    """
+    scored = []
+    try:
+        policy.use_layout(layout)
+        for batch in batches * 2:
+            tokens = len(batch.targets)
+            each = batch._replace(response=torch.arange(tokens), responses=tokens)  # sums of one token
+            scored.append(policy(each.to(policy.model.device))["logp"])
+    except Exception as error:  # of any kind: what a model does with a batch that it does not know
+        return f"it fails ({type(error).__name__}: {brief(error)})"
+    finally:
+        policy.use_layout("padded")
+    first, again = torch.cat(scored).view(torch.int32).chunk(2)
+    if not torch.equal(first, again):
+        return "it gives other numbers when the same batch is scored twice: something random is left in it"
+    bound = BOUND * min(1.0, max(0.01, own[0][1]))  # an untrained model's logits hardly differ, nor do its errors
+    logps = first.view(torch.float32).split([len(logp) for logp, _ in own])
+    for ours, (theirs, _) in zip(logps, own):
+        finite = theirs.isfinite()  # the others are named when weights and losses are looked at
+        apart = (ours - theirs)[finite].abs().sum().item() / max(1, len(theirs))
+        if not apart <= bound:
+            return f"its log-probs differ from the model's own by {apart:.2g} nats per token (bound {bound:.1g})"
+    return ""
+
+
+def refuse_compile(layout: str, model: torch.nn.Module, device: torch.device) -> None:
     """UserError where nothing would be compiled, or where the compiler does not work: it is tried on a line of code."""
-    if s.layout != "packed":
-        raise UserError(f"compile works on packs; with --layout {s.layout} leave it out")
+    if layout != "packed":
+        raise UserError(f"compile works on packs; with --layout {layout} leave it out")
     if not model._can_set_attn_implementation():
         raise UserError(f"compile: {type(model).__name__}'s attention is its own, so nothing would be compiled; leave it out")
     try:
         torch.compile(lambda x: x.exp() + 1)(torch.ones(8, device=device))
     except Exception as error:  # of many kinds, with pages of what the compiler said
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"compile: torch.compile does not work here ({why}); install g++ or leave it out") from error
+        raise UserError(f"compile: torch.compile does not work here ({brief(error)}); install g++ or leave it out") from error
+
+
+def brief(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def stop_at_terminator(model: torch.nn.Module, tokenizer, template: dict, say: Callable[[str], None]) -> None:
@@ -561,36 +663,6 @@ def uses_bf16(s: Settings, device: torch.device) -> bool:
 def export_dtype(s: Settings, model: torch.nn.Module) -> torch.dtype:
     came_in = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": came_in}[s.export_dtype]
-
-
-def check_policy(run: Run) -> None:
-    """Two checks that cost a small pass each: is the head one that we know, and do the two layouts agree?"""
-    few = list(run.train[:4])
-    run.policy.use_layout("padded")
-    try:
-        with run.arithmetic():
-            ids = torch.tensor([few[0].prompt[-32:]], device=run.device)
-            run.policy.run_unsharded(check_head, ids, 0.5 if run.bf16 else 1e-3)
-        run.policy.use_layout(run.s.layout)
-        compare_layouts(run, few, 0.1 if run.bf16 else 1e-4)
-    except ValueError as error:  # logprobs.py names the head or the attention that it cannot honour
-        raise UserError(str(error)) from error
-
-
-def compare_layouts(run: Run, examples: list[Example], bound: float) -> float:
-    """By how many nats per token packed and padded log-probs of the examples differ at most; UserError above `bound`."""
-    if run.s.layout != "packed":
-        return 0.0
-    with_packed = log_probs(run, examples)["logp"]
-    run.policy.use_layout("padded")
-    with_padded = log_probs(replace(run, s=replace(run.s, layout="padded")), examples)["logp"]
-    run.policy.use_layout("packed")
-    lengths = counted_inputs(examples, run.device)["len"]
-    worst = ((with_packed - with_padded).abs() / lengths).max().item()
-    say(f"layouts: packed and padded differ by at most {worst:.2g} nats per token (bound {bound:g})")
-    if not worst <= bound:
-        raise UserError(f"the packed layout disagrees with the padded one by {worst:.3g} nats per token; use --layout padded")
-    return worst
 
 
 @torch.no_grad()
@@ -650,8 +722,9 @@ def identity(run: Run) -> dict:
     if data.asks_for_date(run.tokenizer):  # else no id depends on it
         same["date"] = s.date
     names = ("lr", "batch_size", "epochs", "max_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "max_length",
-             "layout", "tokens_per_microbatch", "wpo")  # fmt: skip
-    return {**same, **{name: getattr(s, name) for name in names}, "training rows (hash)": digest}
+             "tokens_per_microbatch", "wpo")  # fmt: skip
+    same |= {name: getattr(s, name) for name in names} | {"layout": run.layout}
+    return same | {"training rows (hash)": digest}
 
 
 def score_initial_model(run: Run) -> None:
@@ -709,7 +782,7 @@ def reference_logps(run: Run, examples: Sequence[Example], what: str, at_once: S
     if run.objective.needs("ref_prefix") and len(examples[0].responses) > 1:
         names["prefix_logp"] = "ref_prefix_logp"
     key = hashlib.sha256()
-    packs = [s.layout, s.tokens_per_microbatch, dist.world_size(), at_once]
+    packs = [run.layout, s.tokens_per_microbatch, dist.world_size(), at_once]
     gpu = run.device.type == "cuda"
     machine = [torch.cuda.get_device_name(run.device)] if gpu else [platform.node(), torch.get_num_threads()]
     machine += [torch.__version__, transformers.__version__]
@@ -792,6 +865,13 @@ def stop_if_not_finite(examples: list[Example], logp: Tensor, loss: Tensor, grad
     )
 
 
+def say_without_gradient(model: torch.nn.Module) -> None:
+    """Name what no gradient has reached: parts that text does not use, such as a vision tower."""
+    names = [name for name, p in model.named_parameters() if p.grad is None]
+    if names:
+        say(f"no gradient reaches {len(names)} weights, which stay as they are: {', '.join(names[:4])} …")
+
+
 def check_step_zero(values: dict[str, Tensor], bound: float) -> None:
     """Before the first update policy and reference are the same model: every log-ratio, reward and KL must be 0."""
     differences = [values["logp"] - values["ref"]] if "ref" in values else []
@@ -865,7 +945,10 @@ def answers(run: Run) -> list[str]:
     layout = run.policy.use_layout("padded")  # the model's own attention, which generation needs
     how = dict(max_tokens=run.s.sample_tokens, together=dist.world_size() > 1)
     for i in range(0, len(prompts), 32):
-        some, _ = run.policy.run_unsharded(completions, run.tokenizer, prompts[i : i + 32], **how)
+        try:
+            some, _ = run.policy.run_unsharded(completions, run.tokenizer, prompts[i : i + 32], **how)
+        except Exception as error:  # of any kind, of the model or of what its generation config asks for
+            raise UserError(f"the model cannot answer ({brief(error)}); --samples 0 trains without answers") from error
         texts += some
     run.policy.use_layout(layout)
     return texts

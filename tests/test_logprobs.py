@@ -24,10 +24,12 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
+    AutoModelForCausalLM,
     CohereConfig,
     CohereForCausalLM,
     FalconConfig,
     FalconForCausalLM,
+    FalconH1Config,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -46,6 +48,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    RecurrentGemmaConfig,
+    xLSTMConfig,
 )  # fmt: skip
 
 import distributed as dist
@@ -57,11 +61,11 @@ from logprobs import (  # fmt: skip
     Head,
     PrefixSharedPairs,
     ResponseLogProbs,
-    check_head,
     chunk_rows,
     completions,
     continuations,
     head_of,
+    own_logprobs,
     response_logprob,
     token_kl,
     token_logprobs,
@@ -226,17 +230,43 @@ def test_nothing_leaks_between_branches_or_pairs(model):
                 assert before[2 * pair + side] != after[2 * pair + side]
 
 
-def test_check_head_accepts_the_families(model):
-    assert check_head(model, torch.tensor([[3, 4, 5, 6]]), tolerance=1e-4) <= 1e-4
+def test_own_logprobs_are_the_textbooks(model):
+    """Token by token they add up to the definition; their spread is what the logits of every position have on average."""
+    prompt, response = [3, 4, 5], [6, 7, 8, 9]
+    logp, spread = own_logprobs(model, prompt, response)
+    assert logp.shape == (4,)
+    torch.testing.assert_close(logp.sum(), response_logprob(model, prompt, response).detach())
+    logits = model(torch.tensor([prompt + response])).logits[0, 2:6].detach()
+    assert spread == pytest.approx(sum(row.std().item() for row in logits) / 4)
 
 
-def test_check_head_refuses_a_head_that_does_more():
+OTHER_NAMES = {  # of what scales or caps logits, beside those among the families
+    "falcon-h1": FalconH1Config(
+        **SIZE, lm_head_multiplier=0.3, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8
+    ),
+    "recurrent-gemma": RecurrentGemmaConfig(
+        **SIZE, logits_soft_cap=0.5, lru_width=32, block_types=("recurrent", "attention")
+    ),
+    "xlstm": xLSTMConfig(
+        vocab_size=V, hidden_size=32, embedding_dim=32, num_hidden_layers=2, num_blocks=2, num_heads=4, chunk_size=8,
+        output_logit_soft_cap=0.5,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_heads_are_known_by_other_names_too(name):
+    """Hidden states → logits as the model itself makes them, with scales and caps that are far from nothing."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZE))
-    linear = model.lm_head
-    linear.register_forward_hook(lambda m, i, out: out * 1.5)
-    with pytest.raises(ValueError, match="its head does more"):
-        check_head(model, torch.tensor([[3, 4, 5]]), tolerance=1e-4)
+    model = AutoModelForCausalLM.from_config(OTHER_NAMES[name]).eval()
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        model.get_output_embeddings().weight.normal_()
+        own = model(ids, use_cache=False).logits[0]
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state[0]
+        torch.testing.assert_close(logprobs.logits_of(hidden, head_of(model)), own, rtol=1e-5, atol=1e-5)
+        bare = torch.nn.functional.linear(hidden, model.get_output_embeddings().weight)
+    assert (bare - own).abs().max() > 0.5
 
 
 def test_packed_attention_in_bf16_stays_near_fp32(model):
@@ -865,6 +895,9 @@ def test_greedy_completions_are_the_likeliest_tokens_one_by_one():
     assert {ended for _, ended in expected} == {True, False}
     assert list(zip(*completions(model, Letters(), prompts, 6))) == expected and model.training
     assert list(zip(*continuations(model, Letters(), prompts, 6))) == ids  # with the token that ended them
+    model.generation_config.stop_strings = ["a"]  # what a file may ask of generation: neither an error nor another answer
+    model.generation_config.return_dict_in_generate = True
+    assert list(zip(*continuations(model, Letters(), prompts, 6))) == ids
 
 
 def test_sampled_completions_follow_the_models_distribution():

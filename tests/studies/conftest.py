@@ -23,8 +23,10 @@ def small(tmp_path_factory) -> Path:
     model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True, bos_token_id=None, eos_token_id=3, pad_token_id=3))
     for part in (model, tokenizer):
         part.save_pretrained(folder / "model")
-    paired = [{"prompt": p.prompt, "chosen": p.responses[0], "rejected": p.responses[1]} for p in pairs]
-    single = [{"prompt": p.prompt, "completion": p.responses[i % 2], "label": i % 2 == 0} for i, p in enumerate(pairs)]
+    paired = [{"prompt": p.prompt, "chosen": p.responses[0]["content"], "rejected": p.responses[1]["content"]} for p in pairs]
+    single = [
+        {"prompt": p.prompt, "completion": p.responses[i % 2]["content"], "label": i % 2 == 0} for i, p in enumerate(pairs)
+    ]
     for name, rows in (("pairs", paired), ("rows", single)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

@@ -313,7 +313,12 @@ def test_step_pairs_by_hand(tmp_path):
 STEPS = ["Sky is blue.\n", "Grass is green; water is wet.\n\n", "Good day"]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# Of the others an answer is more than its text (an empty think block, a channel), or what transformers alone renders of it is
+# not all (parts of contents; no terminator).
+TEXT_AND_TERMINATOR = [name for name in FAMILIES if name not in ("qwen3", "qwen3.5", "gpt-oss", "parts", "glm4")]
+
+
+@pytest.mark.parametrize("name", TEXT_AND_TERMINATOR)
 def test_steps_are_the_whole_conversation_cut_in_pieces(name, tmp_path):
     """A search that is answered with a turn's ids, as the template's rendering has them: prompt + step is always its beginning.
 
