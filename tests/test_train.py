@@ -1375,6 +1375,46 @@ def test_a_step_of_more_rows_than_are_scored_at_a_time_elsewhere(world, argument
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("objective", ["dpo", "alpha_dpo", "kto"])
+@pytest.mark.parametrize("more", [dict(batch_size=12, tokens_per_microbatch=90), dict(batch_size=300, max_steps=1)])
+def test_the_reference_is_scored_in_the_steps_own_microbatches(world, arguments, tmp_path, monkeypatch, objective, more):
+    """The token ids of every pass: for the reference those of the steps, of their extra passes and of the evaluation."""
+    lines = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(lines[i % 40]) + "\n" for i in range(308)))
+    seen, reference = [], {}
+    forward, reference_logps = train.ResponseLogProbs.forward, train.reference_logps
+
+    def noted(policy, batch, outputs=()):
+        seen.append((torch.is_grad_enabled(), batch.input_ids.tolist()))
+        return forward(policy, batch, outputs)
+
+    def noted_reference(run, examples, what, *how):
+        start = len(seen)
+        scored = reference_logps(run, examples, what, *how)
+        reference[what] = [ids for _, ids in seen[start:]]
+        return scored
+
+    monkeypatch.setattr(train.ResponseLogProbs, "forward", noted)
+    monkeypatch.setattr(train, "reference_logps", noted_reference)
+    how = dict(objective=objective, dataset=tmp_path / "many.jsonl", samples=0, max_steps=3) | more
+    run = train.prepare(train.parse_settings(arguments(**how)))
+    seen.clear()
+    train.evaluate(run)
+    assert [ids for _, ids in seen] == reference["held-out rows"] + reference.get("held-out KL completions", [])
+    trained, of_others = [], []
+    for rows in run.plan:
+        seen.clear()
+        train.train_step(run, rows)
+        with_gradient = [ids for gradient, ids in seen if gradient]
+        without = [ids for gradient, ids in seen if not gradient]
+        before = with_gradient if run.objective.coupled else []  # all log-probs first
+        assert len(with_gradient) > 1 and without[len(without) - len(before) :] == before
+        trained += with_gradient
+        of_others += without[: len(without) - len(before)]
+    assert trained == reference["rows"] and of_others == reference.get("KL completions", [])
+    assert bool(of_others) == (objective == "kto")
+
+
 def test_only_rows_that_steps_come_to_are_scored(arguments, tmp_path, at_step_zero):
     """Two steps of 8 of 32 rows: 16 rows of the first epoch; four epochs: each row once, and later steps find theirs."""
     run = train.prepare(train.parse_settings(arguments(objective="dpo", max_steps=2)))
