@@ -240,31 +240,33 @@ def test_own_logprobs_are_the_textbooks(model):
     assert spread == pytest.approx(sum(row.std().item() for row in logits) / 4)
 
 
-OTHER_NAMES = {  # config names that scale or cap logits, beside those among the families
-    "falcon-h1": (
-        FalconH1Config,
-        dict(lm_head_multiplier=0.3, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8),
+OTHER_NAMES = {  # of what scales or caps logits, beside those among the families
+    "falcon-h1": FalconH1Config(
+        **SIZE, lm_head_multiplier=0.3, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8
     ),
-    "recurrent-gemma": (RecurrentGemmaConfig, dict(logits_soft_cap=0.5, lru_width=32, block_types=("recurrent", "attention"))),
-    "xlstm": (xLSTMConfig, dict(output_logit_soft_cap=0.5, embedding_dim=32, num_blocks=2, num_heads=4, chunk_size=8)),
-}
+    "recurrent-gemma": RecurrentGemmaConfig(
+        **SIZE, logits_soft_cap=0.5, lru_width=32, block_types=("recurrent", "attention")
+    ),
+    "xlstm": xLSTMConfig(
+        vocab_size=V, hidden_size=32, embedding_dim=32, num_hidden_layers=2, num_blocks=2, num_heads=4, chunk_size=8,
+        output_logit_soft_cap=0.5,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OTHER_NAMES)
 def test_heads_are_known_by_other_names_too(name):
     """Hidden states → logits as the model itself makes them, with scales and caps that are far from nothing."""
     torch.manual_seed(0)
-    kind, more = OTHER_NAMES[name]
-    model = AutoModelForCausalLM.from_config(kind(**SIZE, **more)).eval()
+    model = AutoModelForCausalLM.from_config(OTHER_NAMES[name]).eval()
+    ids = torch.arange(3, 12)[None]
     with torch.no_grad():
         model.get_output_embeddings().weight.normal_()
-        ids = torch.arange(3, 12)[None]
-        hidden = model.base_model(ids).last_hidden_state[0]
-        torch.testing.assert_close(
-            logprobs.logits_of(hidden, head_of(model)), model(ids).logits[0].float(), rtol=1e-5, atol=1e-5
-        )
+        own = model(ids, use_cache=False).logits[0]
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state[0]
+        torch.testing.assert_close(logprobs.logits_of(hidden, head_of(model)), own, rtol=1e-5, atol=1e-5)
         bare = torch.nn.functional.linear(hidden, model.get_output_embeddings().weight)
-    assert (bare - model(ids).logits[0]).abs().max() > 0.5
+    assert (bare - own).abs().max() > 0.5
 
 
 def test_packed_attention_in_bf16_stays_near_fp32(model):

@@ -480,14 +480,14 @@ def test_a_compiler_that_does_not_work_is_said_in_a_line(monkeypatch, error, why
     monkeypatch.setattr(torch, "compile", broken)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=10, hidden_size=8, num_attention_heads=2, num_hidden_layers=1))
     with pytest.raises(UserError) as told:
-        train.refuse_compile(Settings(), model, torch.device("cpu"))
+        train.refuse_compile("packed", model, torch.device("cpu"))
     assert f"({why}); install g++" in str(told.value) and "\n" not in str(told.value)
 
 
 def test_compile_is_refused_where_it_would_compile_nothing():
     model = FalconForCausalLM(FalconConfig(vocab_size=10, hidden_size=8, num_attention_heads=2, num_hidden_layers=1))
     with pytest.raises(UserError, match="FalconForCausalLM's attention is its own"):
-        train.refuse_compile(Settings(), model, torch.device("cpu"))
+        train.refuse_compile("packed", model, torch.device("cpu"))
 
 
 # ---- what a run says of itself -----------------------------------------------------------------------------------------
