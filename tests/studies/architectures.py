@@ -48,7 +48,7 @@ from logprobs import ResponseLogProbs, response_logprob  # noqa: E402
 
 LOGP_BOUND = 5e-6  # nats per token
 GRADIENT_BOUND = 5e-5  # of the largest entry
-SECONDS = 120.0  # for one model
+SECONDS = 600.0  # for one model
 MEMORY = 16 * 2**30  # bytes of address space, for one model
 RESULTS = ("packed", "padded", "refused", "too strict", "wrong", "not built")
 WORDS = ((1, 1, 2), (1, 2, 1), (2, 4, 3), (5, 9, 2), (9, 3, 16), (17, 8, 5), (24, 30, 26), (40, 22, 31))  # prompt, responses
@@ -67,7 +67,7 @@ SIZES = {  # of fields by name; one that is 0 stays 0
     "projector_input_dim projector_output_dim base_channels output_channels num_filters upsample_groups codebook_dim "
     "vector_quantization_hidden_dimension ext_pw_out_channel depthwise_separable_out_channel nemo_conv_channels image_size "
     "crop_size",
-    16: "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size shared_intermediate_size "
+    16: "index_n_heads moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size shared_intermediate_size "
     "moe_shared_expert_intermediate_size expert_ffn_hidden_size q_lora_rank kv_lora_rank o_lora_rank qk_head_dim laurel_rank "
     "attention_head_dim adapter_rank hc_lowrank loop_gate_rank gated_norm_rank attention_head_size kv_channels "
     "prompt_mid_dim mamba_d_head mamba_head_dim mamba_headdim",
@@ -77,7 +77,7 @@ SIZES = {  # of fields by name; one that is 0 stays 0
     "state_size ssm_state_size rotary_dim mamba_chunk_size chunk_size index_topk time_step_rank mamba_dt_rank block_size "
     "feature_size index_block_size prompt_length",
     4: "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads encoder_attention_heads "
-    "swa_num_attention_heads linear_num_value_heads linear_num_heads index_n_heads num_encoder_attention_heads "
+    "swa_num_attention_heads linear_num_value_heads linear_num_heads num_encoder_attention_heads "
     "num_decoder_attention_heads num_experts n_routed_experts num_local_experts moe_num_experts zero_expert_num patch_size "
     "mamba_n_heads mamba_num_heads",
     2: "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads linear_num_key_heads num_experts_per_tok "
@@ -95,7 +95,9 @@ OVERRIDES = {  # by a configuration's model_type: what the names of its fields d
     "bamba": dict(num_hidden_layers=2, attn_layer_indices=[1]),
     "cohere_compass_text": dict(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"],
         rope_parameters={"sliding_attention": ROPE, "full_attention": ROPE}),
-    "dory": dict(num_hidden_layers=6, layer_types=["sliding_attention", "full_attention"] * 3),
+    "dbrx": dict(attn_config=dict(kv_n_heads=2, rope_theta=10000.0)),
+    "dory": dict(num_hidden_layers=6, n_input_layers=2, n_recurrent_layers=2, n_output_layers=2, 
+        layer_types=["sliding_attention", "full_attention"] * 3),
     "dots1": dict(layer_types=["sliding_attention", "full_attention"], num_hidden_layers=2, n_shared_experts=1),
     "dots3_note_text": dict(swa_num_attention_heads=4, swa_num_key_value_heads=4, swa_q_lora_rank=16, swa_kv_lora_rank=16,
         swa_head_dim=16, swa_qk_nope_head_dim=8, swa_v_head_dim=8),
@@ -176,7 +178,10 @@ def build(name: str, folder: Path):
         for lengths in WORDS:
             texts = [" ".join(draw.choices(toy.WORDS, k=length)) for length in lengths]
             file.write(json.dumps(dict(zip(("prompt", "chosen", "rejected"), texts))) + "\n")
-    return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval(), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+    for config in (model.config, model.config.get_text_config()):
+        config.use_cache = False
+    return model, tokenizer
 
 
 def numbers(model, logps) -> tuple:
