@@ -13,8 +13,9 @@ compared with `logprobs.response_logprob` on the model as transformers loads it,
     padded       equal in the padded layout, which was chosen, and why
     refused      before training, in which words
     too strict   refused, though the padded layout is equal and the model sees no later token
-    wrong        not equal, sees later tokens and is not refused, or no user error but a traceback, a crash, a hang
-    not built    transformers itself cannot build the model, save it and score one row with it
+    wrong        not equal, or a traceback, a crash, a hang; or transformers cannot score a row with it, or sees later tokens
+                 in doing so, and it is not refused
+    not built    transformers itself cannot build the model, save and load it
 
 Exit code 1 if any is wrong.
 """
@@ -65,12 +66,12 @@ SIZES = {  # of fields by name; one that is 0 stays 0
     "input_size adapter_out_dim vision_output_dim out_hidden_size pronunciation_embed_dim shape_embed_dim "
     "hidden_size_per_layer_input ple_embed_dim adapter_in_dim downsample_hidden_size adapter_input_size conv_output_size "
     "projector_input_dim projector_output_dim base_channels output_channels num_filters upsample_groups codebook_dim "
-    "vector_quantization_hidden_dimension ext_pw_out_channel depthwise_separable_out_channel nemo_conv_channels image_size "
-    "crop_size",
-    16: "index_n_heads moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size shared_intermediate_size "
-    "moe_shared_expert_intermediate_size expert_ffn_hidden_size q_lora_rank kv_lora_rank o_lora_rank qk_head_dim laurel_rank "
-    "attention_head_dim adapter_rank hc_lowrank loop_gate_rank gated_norm_rank attention_head_size kv_channels "
-    "prompt_mid_dim mamba_d_head mamba_head_dim mamba_headdim",
+    "vector_quantization_hidden_dimension ext_pw_out_channel depthwise_separable_out_channel nemo_conv_channels "
+    "image_size crop_size",
+    16: "index_n_heads moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size "
+    "shared_intermediate_size moe_shared_expert_intermediate_size expert_ffn_hidden_size q_lora_rank kv_lora_rank "
+    "o_lora_rank qk_head_dim laurel_rank attention_head_dim adapter_rank hc_lowrank loop_gate_rank gated_norm_rank "
+    "attention_head_size kv_channels prompt_mid_dim mamba_d_head mamba_head_dim mamba_headdim",
     8: "head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim index_head_dim linear_key_head_dim linear_value_head_dim "
     "linear_head_dim swa_head_dim d_kv dim_head d_head d_rel sliding_window attention_window_size window_size "
     "sliding_window_size local_attention attention_chunk_size keep_window_size local_attention_window_len mamba_d_state "
@@ -78,12 +79,12 @@ SIZES = {  # of fields by name; one that is 0 stays 0
     "feature_size index_block_size prompt_length",
     4: "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads encoder_attention_heads "
     "swa_num_attention_heads linear_num_value_heads linear_num_heads num_encoder_attention_heads "
-    "num_decoder_attention_heads num_experts n_routed_experts num_local_experts moe_num_experts zero_expert_num patch_size "
-    "mamba_n_heads mamba_num_heads",
+    "num_decoder_attention_heads num_experts n_routed_experts num_local_experts moe_num_experts zero_expert_num "
+    "patch_size mamba_n_heads mamba_num_heads",
     2: "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads linear_num_key_heads num_experts_per_tok "
-    "num_experts_per_token moe_k moe_topk moe_top_k num_query_groups mamba_expand expand encoder_layers num_encoder_layers "
-    "num_decoder_layers num_lstm_layers num_layers_per_stack n_layers_per_attn_res_block depth num_blocks o_groups "
-    "conf_num_hidden_layers index_topk_blocks adapter_merge_size",
+    "num_experts_per_token moe_k moe_topk moe_top_k num_query_groups mamba_expand expand encoder_layers "
+    "num_encoder_layers num_decoder_layers num_lstm_layers num_layers_per_stack n_layers_per_attn_res_block depth "
+    "num_blocks o_groups conf_num_hidden_layers index_topk_blocks adapter_merge_size",
     1: "n_shared_experts num_shared_experts moe_num_shared_experts n_group topk_group num_expert_group first_k_dense_replace "
     "num_dense_layers n_groups mamba_n_groups mamba_ngroups",
 }  # fmt: skip
@@ -95,7 +96,7 @@ OVERRIDES = {  # by a configuration's model_type: what the names of its fields d
     "bamba": dict(num_hidden_layers=2, attn_layer_indices=[1]),
     "cohere_compass_text": dict(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"],
         rope_parameters={"sliding_attention": ROPE, "full_attention": ROPE}),
-    "dbrx": dict(attn_config=dict(kv_n_heads=2, rope_theta=10000.0)),
+    "dbrx": dict(attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=10000.0)),
     "dory": dict(num_hidden_layers=6, n_input_layers=2, n_recurrent_layers=2, n_output_layers=2, 
         layer_types=["sliding_attention", "full_attention"] * 3),
     "dots1": dict(layer_types=["sliding_attention", "full_attention"], num_hidden_layers=2, n_shared_experts=1),
@@ -111,7 +112,10 @@ OVERRIDES = {  # by a configuration's model_type: what the names of its fields d
     "mamba2": dict(head_dim=16),
     "qwen4_exp_text": dict(indexer_n_heads=4, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8,
         indexer_compress_ratio=4, output_gate_type="sigmoid"),
-    "reformer": dict(attn_layers=["local", "lsh"], axial_pos_shape=[16, 16], axial_pos_embds_dim=[16, 16]),
+    "qwen2_moe": dict(sliding_window=8),
+    "recurrent_gemma": dict(num_hidden_layers=3),
+    "reformer": dict(local_attn_chunk_length=8, lsh_attn_chunk_length=8, attn_layers=["local", "lsh"],
+        axial_pos_shape=[16, 16], axial_pos_embds_dim=[16, 16]),
     "xmod": dict(default_language="en_XX"),
     "zamba": dict(num_hidden_layers=4, layers_block_type=["linear_attention", "hybrid"] * 2, attention_hidden_size=64),
     "zamba2": dict(num_hidden_layers=4, layers_block_type=["linear_attention", "hybrid"] * 2, attention_hidden_size=64,
@@ -143,6 +147,8 @@ def tiny_config(kind: type):
         if isinstance(fields.get(name), int):
             small |= some_layers(name, fields)
             break
+    if fields.get("use_sliding_window") is False and set(small.get("layer_types", ())) == {"full_attention"}:
+        small |= dict(use_sliding_window=True, layer_types=["full_attention", "sliding_attention"])
     return kind(**{**small, **overrides})
 
 
@@ -154,7 +160,7 @@ def some_layers(name: str, fields: dict) -> dict:
     for layer in range(number):
         first.setdefault(str([values[layer] for values in lists.values()]), layer)
     layers = list(first.values())[:4]
-    layers += [layer for layer in range(number) if layer not in layers][: 2 - len(layers)]
+    layers += [layer for layer in range(number) if layer not in layers][: max(0, 2 - len(layers))]
     layers.sort()
     return {name: len(layers), **{key: [values[layer] for layer in layers] for key, values in lists.items()}}
 
@@ -211,6 +217,8 @@ def difference(ours: tuple, right: tuple, examples) -> str:
     for name in ours[1].keys() | right[1].keys():
         apart = ours[1].get(name, 0.0) - right[1].get(name, 0.0)
         gradient = max(gradient, apart.abs().max().item() / largest)
+    if not right[0].isfinite().all():
+        return "log-probs are not finite"
     if logp <= LOGP_BOUND and gradient <= GRADIENT_BOUND:
         return ""
     return f"log-probs differ by {logp:.2g} nats per token, gradients by {gradient:.2g} of the largest entry"
@@ -233,35 +241,45 @@ def judge(name: str, folder: Path) -> tuple[str, str]:
     s = train.Settings(**how, cache=str(folder / "cache"), lr=1e-3)
     try:
         model, tokenizer = build(name, folder)
-        examples = list(data.load(s.dataset, tokenizer, s)[0])
-        right = by_definition(model, examples)
-        looks_ahead = sees_later_tokens(model, examples[-1])
-        if not right[0].isfinite().all():
-            raise ValueError("log-probs are not finite")
-    except Exception as error:
+    except Exception as error:  # of any kind, as in what follows: it is what is looked for
         return "not built", one_line(error)
+    examples = list(data.load(s.dataset, tokenizer, s)[0])
+    right = None
+    undefined = "sees later tokens"
+    with contextlib.suppress(Exception):
+        if not sees_later_tokens(model, examples[-1]):
+            undefined = "cannot be scored row by row"
+            right = by_definition(model, examples)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             run = train.prepare(s)
+            wrong = wrong_numbers(run, examples, right) if right else undefined
+            loss = train.train_step(run, run.plan[0])["loss"]
     except data.UserError as error:
         with contextlib.suppress(Exception):
-            if not looks_ahead and not difference(in_layout(ResponseLogProbs(model), examples, "padded"), right, examples):
+            if right and not difference(in_layout(ResponseLogProbs(model), examples, "padded"), right, examples):
                 return "too strict", one_line(error)
         return "refused", one_line(error)
-    if looks_ahead:
-        return "wrong", "sees later tokens"
-    for layout in dict.fromkeys((run.layout, "padded")):
-        wrong = difference(in_layout(run.policy, examples, layout), right, examples)
-        if wrong:
-            return "wrong", f"{layout}: {wrong}"
-    run.policy.use_layout(run.layout)
-    run.policy.zero_grad()
-    loss = train.train_step(run, run.plan[0])["loss"]
-    if not abs(loss - math.log(2)) < 1e-5:
-        return "wrong", f"the first loss of dpo is {loss:.6f}, not log 2"
+    except Exception as error:
+        return "wrong", f"traceback: {one_line(error)}"
+    if not wrong and not abs(loss - math.log(2)) < 1e-5:
+        wrong = f"the first loss of dpo is {loss:.6f}, not log 2"
+    if wrong:
+        return "wrong", wrong
     why = [line for line in said.getvalue().splitlines() if line.startswith("layout: padded")]
     return run.layout, why[0] if why else ""
+
+
+def wrong_numbers(run: train.Run, examples: list, right: tuple) -> str:
+    """What is wrong with a run's log-probs and gradients, in its layout and padded; "" where nothing is."""
+    for layout in dict.fromkeys((run.layout, "padded")):
+        apart = difference(in_layout(run.policy, examples, layout), right, examples)
+        if apart:
+            return f"{layout}: {apart}"
+    run.policy.use_layout(run.layout)
+    run.policy.zero_grad()
+    return ""
 
 
 def one_line(error: Exception) -> str:
