@@ -83,7 +83,7 @@ SIZES = {  # of fields by name; one that is 0 stays 0
     "patch_size mamba_n_heads mamba_num_heads",
     2: "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads linear_num_key_heads num_experts_per_tok "
     "num_experts_per_token moe_k moe_topk moe_top_k num_query_groups mamba_expand expand encoder_layers "
-    "num_encoder_layers num_decoder_layers num_lstm_layers num_layers_per_stack n_layers_per_attn_res_block depth "
+    "num_encoder_layers num_decoder_layers num_lstm_layers n_layers_per_attn_res_block depth "
     "num_blocks o_groups conf_num_hidden_layers index_topk_blocks adapter_merge_size",
     1: "n_shared_experts num_shared_experts moe_num_shared_experts n_group topk_group num_expert_group first_k_dense_replace "
     "num_dense_layers n_groups mamba_n_groups mamba_ngroups",
