@@ -35,9 +35,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import processes  # noqa: E402, I001
-
-processes.preload()
-
 import torch  # noqa: E402
 import toy  # noqa: E402
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig  # noqa: E402
@@ -322,6 +319,7 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[str, str]]:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         print(json.dumps(judge(options.judge, Path.cwd())))
         return {}
+    processes.preload()
     names = options.only or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     verdicts = {}
     for number, name in enumerate(names, 1):
