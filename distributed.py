@@ -717,9 +717,12 @@ def export_checkpoint(e: Export) -> None:
     for place in (e.out, e.out.with_name(f"{e.out.name}.part")):
         if place.exists() and (place.is_file() or any(place.iterdir())):
             raise UserError(f"{place} exists already; choose another folder")
-    config = transformers.AutoConfig.from_pretrained(e.checkpoint, trust_remote_code=e.trust_remote_code)
-    with torch.device("meta"):  # its shape is enough: the weights come from the checkpoint
-        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=e.trust_remote_code)
+    try:
+        config = transformers.AutoConfig.from_pretrained(e.checkpoint, trust_remote_code=e.trust_remote_code)
+        with torch.device("meta"):  # its shape is enough: the weights come from the checkpoint
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=e.trust_remote_code)
+    except ValueError as error:  # it has code of its own, or there is no such kind of model
+        raise UserError(f"{e.checkpoint} cannot be exported: {str(error).splitlines()[0]}") from error
     metadata = dcp.HuggingFaceStorageReader(str(e.checkpoint)).read_metadata().state_dict_metadata
     saved = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in metadata.items() if name.startswith("weight.")}
     _read_into(saved, e.checkpoint)

@@ -488,8 +488,8 @@ def build_policy(
         refuse_ids(model, tokenizer, rows["highest id"])
         if several:  # only here is the model whole, on the CPU; its first blocks are enough if they pass
             with contextlib.suppress(UserError, torch.OutOfMemoryError), first_blocks(model):
-                return choose_layout(model.to(device), rows, s.layout)
-        return choose_layout(model.cpu() if several else model.to(device), rows, s.layout)
+                return choose_layout(model.to(device), rows, s.layout, s.tokens_per_microbatch)
+        return choose_layout(model.to("cpu" if several else device), rows, s.layout, s.tokens_per_microbatch)
 
     model, layout, weights = dist.load_model(s.model, s.trust_remote_code, check)
     aux = getattr(model.config.get_text_config(), "router_aux_loss_coef", None)
@@ -512,12 +512,13 @@ def build_policy(
 
 
 def extremes(rows: Iterable[Example]) -> dict[str, Example]:
-    """The longest row (a prompt with its longer response), the shortest, and one with the highest token id."""
+    """The longest row (prompt and longer response), the one of most tokens in all, the shortest, that of the highest id."""
     found = {}
     for e in rows:
         length = len(e.prompt) + max(map(len, e.responses))
         highest = max(itertools.chain(e.prompt, *e.responses))
-        for name, key in (("longest", length), ("shortest", -length), ("highest id", highest)):
+        keys = {"longest": length, "largest": data.tokens_of(e), "shortest": -length, "highest id": highest}
+        for name, key in keys.items():
             if name not in found or key > found[name][0]:
                 found[name] = (key, e)
     return {name: e for name, (_, e) in found.items()}
@@ -547,17 +548,18 @@ def first_blocks(model: torch.nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def choose_layout(model: torch.nn.Module, rows: dict[str, Example], wanted: str) -> str:
+def choose_layout(model: torch.nn.Module, rows: dict[str, Example], wanted: str, budget: int = 1) -> str:
     """The layout, packed or padded, in which a model's log-probs are its own; for auto the first of the two that is right.
 
-    The longest row shows where windows and learned positions end, and the shortest is packed, or padded, beside it. What is
-    right: `own_logprobs` of each response alone, in fp32.
-
+    Args:
+        rows: `extremes`. Long rows show where windows and learned positions end, beside the shortest and, in a pack of `budget`
+            tokens, beside themselves. What is right are the `own_logprobs` of each response alone, in fp32.
+        wanted: auto, packed or padded.
     Raises:
         UserError: the layout that is wanted is wrong, for auto both, or the model cannot read the longest row.
     """
     name = type(model).__name__
-    examples = [rows["longest"], rows["shortest"]]
+    examples = list({str(rows[which]): rows[which] for which in ("longest", "largest", "shortest")}.values())
     alone = [Example(e.prompt, [response]) for e in examples for response in e.responses]
     try:
         own = [own_logprobs(model, e.prompt, e.responses[0]) for e in alone]
@@ -568,7 +570,8 @@ def choose_layout(model: torch.nn.Module, rows: dict[str, Example], wanted: str)
     policy = ResponseLogProbs(model)
     other = ""
     for layout in LAYOUTS[1:] if wanted == "auto" else (wanted,):
-        problem = layout_problem(policy, layout, [data.LAYOUTS[layout](examples)], own)
+        times = max(1, budget // sum(map(data.tokens_of, examples))) if layout == "packed" else 1
+        problem = layout_problem(policy, layout, [data.LAYOUTS[layout](examples * times)], own * times)
         if not problem:
             say(f"layout: {layout}{other}; checked in fp32 on the longest row and the shortest")
             return layout
@@ -902,7 +905,10 @@ def answers(run: Run) -> list[str]:
     layout = run.policy.use_layout("padded")  # the model's own attention, which generation needs
     how = dict(max_tokens=run.s.sample_tokens, together=dist.world_size() > 1)
     for i in range(0, len(prompts), 32):
-        some, _ = run.policy.run_unsharded(completions, run.tokenizer, prompts[i : i + 32], **how)
+        try:
+            some, _ = run.policy.run_unsharded(completions, run.tokenizer, prompts[i : i + 32], **how)
+        except Exception as error:  # of any kind, of the model or of what its generation config asks for
+            raise UserError(f"the model cannot answer ({brief(error)}); --samples 0 trains without answers") from error
         texts += some
     run.policy.use_layout(layout)
     return texts

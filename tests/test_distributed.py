@@ -28,7 +28,17 @@ import torch
 import toy
 from forked import allocated, port, rank_of, ranks
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MixtralConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    FalconH1Config,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
 from worlds import world_pairs
 
 import data
@@ -95,7 +105,9 @@ def settings(folder: Path, **changed) -> train.Settings:
 
 def loaded(s: train.Settings) -> ResponseLogProbs:
     """The policy alone: built, cut over the ranks, its weights read."""
-    return train.build_policy(s, train.parse_objective(s.objective), data.load_tokenizer(s.model), torch.device("cpu"))
+    tokenizer = data.load_tokenizer(s.model)
+    rows = train.extremes([data.Example([4, 5, 6], [[7, 8], [9]])])
+    return train.build_policy(s, train.parse_objective(s.objective), tokenizer, torch.device("cpu"), rows)
 
 
 def whole(parameter) -> np.ndarray:
@@ -312,12 +324,17 @@ def test_an_export_keeps_what_else_is_in_its_folder(world, tmp_path):
 
 
 REMOTE = """
-from transformers import LlamaForCausalLM
-class Doubled(LlamaForCausalLM):
+from transformers import LlamaForCausalLM, LlamaModel
+class DoubledModel(LlamaModel):
     def forward(self, *args, **kwargs):
         out = super().forward(*args, **kwargs)
-        out.logits = 2 * out.logits
+        out.last_hidden_state = 2 * out.last_hidden_state
         return out
+class Doubled(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = DoubledModel(config)
+        self.post_init()
 """
 
 
@@ -340,6 +357,61 @@ def test_a_model_with_code_of_its_own(world, tmp_path, monkeypatch):
     for count in (0, 2):
         for ours in ranks(count, logits_of, s):
             np.testing.assert_allclose(ours, 2 * logits(world / "tied"), atol=4e-6)
+
+
+def test_no_loader_runs_code_that_was_not_asked_for(world, tmp_path, monkeypatch):
+    """A model folder and a checkpoint with code of their own: refused, and nobody is asked, whose answer would be yes."""
+    shutil.copytree(world / "tied", tmp_path / "m")
+    (tmp_path / "m/modeling_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{REMOTE}")
+    ranks(0, trained, settings(world, out=str(tmp_path / "o"), save_every=1, max_steps=1))
+    checkpoint = tmp_path / "o/checkpoints/step-000001"
+    shutil.copy(tmp_path / "m/modeling_own.py", checkpoint)
+    for file in (tmp_path / "m/config.json", checkpoint / "config.json"):
+        own = {
+            "model_type": "own",
+            "auto_map": {"AutoConfig": "modeling_own.C", "AutoModelForCausalLM": "modeling_own.Doubled"},
+        }
+        file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr(dist, "validate", lambda _: None)  # of a checkpoint that somebody else has made
+    with pytest.raises(data.UserError, match="trust_remote_code"):
+        loaded(settings(world, model=str(tmp_path / "m")))
+    with pytest.raises(data.UserError, match="trust_remote_code"):
+        dist.export_checkpoint(dist.Export(checkpoint, tmp_path / "e"))
+    assert not (tmp_path / "ran").exists()
+
+
+def layout_of(s: train.Settings) -> tuple[str, int]:
+    """The layout in which a model is trained, of rows beyond a window of 8, and how many blocks it has then."""
+    rows = train.extremes([data.Example([4, 5, 6] * 4, [[7, 8] * 4, [9] * 5]), data.Example([5], [[6], [7]])])
+    tokenizer = data.load_tokenizer(s.model)
+    try:
+        policy = train.build_policy(s, train.parse_objective(s.objective), tokenizer, torch.device("cpu"), rows)
+    except data.UserError as error:
+        return str(error), 0
+    return policy.layout, len(dist.decoder_blocks(policy.model))
+
+
+SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2)
+LAYOUTS = {  # configuration → what several ranks say of it, in bf16, that see few of its blocks
+    "llama": (LlamaConfig(**SMALL), "packed", 5),
+    "falcon-h1": (FalconH1Config(**SMALL, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8), "padded", 5),
+    "gpt-neo": (GPTNeoConfig(hidden_size=32, num_layers=4, num_heads=4, window_size=8,
+                             attention_types=[[["global", "local"], 2]]), "padded", 4),
+    "gpt-2": (GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=12), "GPT2LMHeadModel cannot read , 20 tokens", 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_ranks_agree_on_the_layout_before_they_shard(world, tmp_path, name):
+    config, layout, blocks = LAYOUTS[name]
+    config.update(dict(vocab_size=len(toy.word_tokenizer()), initializer_range=0.2, eos_token_id=3, pad_token_id=3))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    toy.word_tokenizer().save_pretrained(tmp_path / "m")
+    s = settings(world, model=str(tmp_path / "m"), dtype="bf16")
+    for said, left in ranks(2, layout_of, s):
+        assert said.startswith(layout) and left == blocks
 
 
 def dtypes(s: train.Settings) -> tuple:

@@ -98,7 +98,7 @@ def built(args, s: train.Settings) -> train.Run:
         model = LlamaForCausalLM(config).train()
     policy = train.dist.shard(train.ResponseLogProbs(model), checkpointing=s.gradient_checkpointing, compiling=s.compile)
     policy.use_layout(s.layout)
-    run = train.Run(s, train.read_objective(s.objective), device, None, policy, examples, [])
+    run = train.Run(s, train.read_objective(s.objective), device, None, policy, examples, [], s.layout)
     if run.objective.needs("ref"):
         run.ref = {"ref": train.log_probs(run, examples)["logp"]}
     run.optimizer = train.make_optimizer(run)

@@ -55,7 +55,7 @@ def with_moving_reference(run: train.Run) -> MovingReference:
     for name in ("ref", "ref_prefix_logp"):
         run.held_out_inputs.pop(name, None)
     run.policy.reference = copy.deepcopy(run.policy.model).requires_grad_(False).train(False)
-    run.policy.use_layout(run.s.layout)  # of the copy too
+    run.policy.use_layout(run.layout)  # of the copy too
     return run
 
 
