@@ -13,6 +13,7 @@ Shape letters: B examples · R responses · T tokens of a batch · N scored toke
 
 import argparse
 import contextlib
+import datetime
 import difflib
 import errno
 import fcntl
@@ -120,10 +121,16 @@ def _brief(error: Exception) -> str:
 class Row(NamedTuple):
     """One checked row: a prompt and the responses to compare ([chosen, rejected]) or to judge ([completion] and its label)."""
 
-    prompt: list[dict]  # messages {role, content}
-    responses: list[str]
+    prompt: list[dict]  # messages {role, content, …}: whatever else a chat template may read, such as tool_calls, stays
+    responses: list[dict]  # assistant messages
     desirable: bool | None = None  # None for pairs
     margin: float | None = None  # score of chosen less score of rejected, where the data has scores
+    template: dict = {}  # the row's own arguments of `apply_chat_template`: tools, enable_thinking, …
+
+
+def answer(text: str) -> dict:
+    """A response that is only text."""
+    return {"role": "assistant", "content": text}
 
 
 class Example(NamedTuple):
@@ -140,17 +147,21 @@ class Example(NamedTuple):
 
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+SAVED = "state.json"  # stands for the dataset that `save_to_disk` wrote into its folder
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # beside data
+SPLITS = ("train", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
 
 
 def read(dataset: str) -> Iterator[tuple[str, dict | Exception]]:
     """Yield (where, row) from one source of rows; an unreadable row is yielded as its error.
 
     Args:
-        dataset: a path ending in .json, .jsonl, either with .gz, or .parquet; a folder of such files; a pattern,
-            "data/*.jsonl"; or a hub name, "org/name", "org/name:split" or "org/name:config:split" (the split is train if not
-            given). A slice takes some of the rows: "pairs.jsonl[:1000]".
+        dataset: a path ending in .json, .jsonl, either with .gz, or .parquet; a folder of such files, or one that
+            `save_to_disk` wrote; a pattern, "data/*.jsonl"; either with ":split" behind it; or a hub name, "org/name",
+            "org/name:split" or "org/name:config:split" (the split is train if not given). A slice takes some of the rows:
+            "pairs.jsonl[:1000]".
     Raises:
-        UserError: nothing there, or a file that cannot be read at all.
+        UserError: nothing there, files of several splits and none named, or a file that cannot be read at all.
     """
     return ((item["where"], _parsed(item["row"])) for item in _rows(dataset))
 
@@ -200,23 +211,61 @@ def _numbered(name: str) -> Iterator[dict]:
 def _files(name: str) -> list[Path] | None:
     """The files that a name stands for, or None if it can only be a hub name. Hidden files of a folder are not data."""
     path = os.path.expanduser(name)
+    split = None
     if os.path.isfile(path):
         return [Path(path)]
+    if not os.path.isdir(path):
+        path, split = re.fullmatch(r"(.*?)(?::([\w-]+))?", path, re.DOTALL).groups()
     pattern = os.path.join(glob.escape(path), "**") if os.path.isdir(path) else path
     if glob.has_magic(pattern):
-        found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if p.endswith(SUFFIXES) and os.path.isfile(p))
+        found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
+        found = [file for file in found if _is_data(file)]
         if not found:
             raise UserError(f"{name[:200]}: no data file there; looked for {', '.join(SUFFIXES)}")
-        return found
-    if name.startswith((".", "/", "~")) or name.endswith(SUFFIXES):
+        return _one_split(path, found, split)
+    if name.startswith((".", "/", "~")) or path.endswith(SUFFIXES):
         raise UserError(f"{name[:200]}: no such file or folder")
     return None
 
 
+def _is_data(file: Path) -> bool:
+    if (file.parent / SAVED).is_file() and (file.parent / "dataset_info.json").is_file():
+        return file.name == SAVED
+    return file.name.endswith(SUFFIXES) and file.name not in DESCRIPTIONS
+
+
+def _one_split(path: str, files: list[Path], split: str | None) -> list[Path]:
+    """Those of a split, or all where they are of one; UserError that names the splits of a folder or pattern."""
+    root = path if os.path.isdir(path) else os.path.dirname(re.split(r"[*?[]", path)[0]) or "."
+    files_of = {}
+    for file in files:
+        files_of.setdefault(_split_said(os.path.relpath(file, root)), []).append(file)
+    if split is None and len(files_of) == 1:
+        return files
+    if split not in files_of:
+        there = ", ".join(f"{path[:200]}:{said} ({os.path.relpath(of[0], root)})" for said, of in list(files_of.items())[:6])
+        wrong = "files of several splits, which are not trained on together" if split is None else f"no split {split!r}"
+        raise UserError(f"{path[:200]}: {wrong}; give one of {there}")
+    return files_of[split]
+
+
+def _split_said(file: str) -> str:
+    """The split that a file's name says, else the nearest folder's; without any, train.
+
+    Shards are called SPLIT-00000-of-00004: test_prefs for "data/test_prefs-00000-of-00004.parquet".
+    """
+    for name in reversed(Path(file).parts):
+        said = [word for word in re.findall("[a-z]+", name.lower()) if word in SPLITS]
+        if said:
+            shard = re.match(r"(.+)-\d+-of-\d+", name)
+            return shard[1] if shard else said[0]
+    return "train"
+
+
 def _lines(source: Path | str) -> Iterator[bytes]:
     """The rows of a file or hub name as JSON; those of JSON lines as they stand, so that a bad one costs one row only."""
-    if isinstance(source, str) or source.suffix == ".parquet":
-        for row in _hub(source) if isinstance(source, str) else _parquet(source):
+    if isinstance(source, str) or source.suffix == ".parquet" or source.name == SAVED:
+        for row in _dataset(source):
             yield json.dumps(row, default=str).encode()
     elif not source.name.endswith(SUFFIXES):
         raise UserError(f"{source}: unknown kind of file; accepted are {', '.join(SUFFIXES)}")
@@ -239,10 +288,14 @@ def _split(file: Path, text: bytes) -> list[bytes]:
     return [json.dumps(row).encode() for row in rows]
 
 
-def _parquet(file: Path) -> Iterable[dict]:
-    from datasets import load_dataset
+def _dataset(source: Path | str) -> Iterable[dict]:
+    from datasets import load_dataset, load_from_disk
 
-    return load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+    if isinstance(source, str):
+        return _hub(source)
+    if source.name == SAVED:
+        return load_from_disk(str(source.parent))
+    return load_dataset("parquet", data_files=str(source), split="train", streaming=True)
 
 
 @functools.lru_cache(maxsize=8)
@@ -278,6 +331,9 @@ def _sources(dataset: str) -> list[tuple[str, float]]:
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
 ROLES |= {"function_call": "assistant", "observation": "tool", "function": "tool"}
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
+CALLS = ("tool_calls", "function_call")  # of a message that may be without text
+REASONING = ("reasoning_content", "reasoning", "thinking")
+SYSTEMS = ("system", "system_prompt")  # columns
 
 
 def _text(value, what: str) -> str:
@@ -292,42 +348,133 @@ def _text(value, what: str) -> str:
     return value
 
 
-def _messages(value, what: str) -> list[dict]:
-    """A list of {role, content} (or ShareGPT's {from, value}) as messages with the usual role names; text is one user turn."""
+KEY = r"""["'](?:role|from|content|value)["']\s*:"""
+SPELLED = re.compile(  # messages as JSON, or as Python prints them
+    rf"""\s*\[?\s*{{\s*(?={KEY}).*["'](role|from)["']\s*:\s*["']({"|".join((*KNOWN_ROLES, *ROLES))})["']""", re.DOTALL
+)
+
+
+def _plain_text(value: str, what: str) -> str:
+    if SPELLED.match(value):
+        raise UserError(f"{what} is a string that spells messages ({value[:20]!r} …); give the list itself, json.loads of it")
+    return _text(value, what)
+
+
+def _nested(value, kind: type, what: str):
+    """A list of objects or an object, which may be spelled as JSON, as in tables of texts."""
     if isinstance(value, str):
-        return [{"role": "user", "content": _text(value, what)}]
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    if not isinstance(value, kind) or kind is list and not all(isinstance(x, dict) for x in value):
+        raise UserError(f"{what} is not {'a list of objects' if kind is list else 'an object'}, nor JSON that spells one")
+    return _without_nulls(value)
+
+
+def _without_nulls(value, depth: int = 0):
+    """A nested value less the keys that are null: tables give every object the keys of all others."""
+    if depth > 100:
+        raise UserError("a message or its tools are nested deeper than 100 levels")
+    if isinstance(value, dict):
+        return {key: _without_nulls(x, depth + 1) for key, x in value.items() if x is not None}
+    return [_without_nulls(x, depth + 1) for x in value] if isinstance(value, list) else value
+
+
+def _refuse_media(found: Iterable[str], what: str) -> None:
+    for name in found:
+        if name.rstrip("s").removesuffix("_url") in ("image", "video", "audio"):
+            raise UserError(f"{what} has {name}, and only texts are seen here")
+
+
+def _joined_parts(parts: list, what: str) -> str:
+    """A content that is a list of parts as one text."""
+    texts = []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        texts.append(part.get("text") if isinstance(part, dict) else part)
+        if kind != "text" or not isinstance(texts[-1], str):
+            raise UserError(f"{what} has a part of type {str(kind)[:40]}, and only texts are seen here")
+    return "".join(texts)
+
+
+def _message(value, what: str) -> dict:
+    """{role, content} or ShareGPT's {from, value} with the usual role name; every other key that is not empty stays."""
+    if not isinstance(value, dict):
+        raise UserError(f"{what} is a {type(value).__name__}, not {{role, content}}")
+    role = value.get("role", value.get("from"))
+    if not isinstance(role, str) or not role:
+        raise UserError(f"{what} has no role")
+    if ROLES.get(role, role) not in KNOWN_ROLES:
+        raise UserError(f"{what} has the unknown role {role[:40]!r}; known are {', '.join((*KNOWN_ROLES, *ROLES))}")
+    more = {key: x for key, x in value.items() if key not in ("role", "from", "content", "value")}
+    if more.get("tool_calls"):
+        more["tool_calls"] = _nested(more["tool_calls"], list, f"{what}: tool_calls")
+    more = {key: x for key, x in _without_nulls(more).items() if x not in ("", [], {})}
+    _refuse_media(more, what)
+    content = value.get("content", value.get("value"))
+    if isinstance(content, list):
+        content = _joined_parts(content, what)
+    without_text = content is None or isinstance(content, str) and not content.strip()
+    content = content or "" if without_text and more.keys() & CALLS else _text(content, what)
+    return {"role": ROLES.get(role, role), "content": content, **more}
+
+
+def _messages(value, what: str) -> list[dict]:
+    """A list of messages; text is one user turn."""
+    if isinstance(value, str):
+        return [{"role": "user", "content": _plain_text(value, what)}]
     if not isinstance(value, (list, tuple)) or not value:
         raise UserError(f"{what} is {'missing' if value is None else 'neither text nor a non-empty list of messages'}")
-    messages = []
-    for i, m in enumerate(value, 1):
-        if not isinstance(m, dict):
-            raise UserError(f"{what} message {i} is a {type(m).__name__}, not {{role, content}}")
-        role = m.get("role", m.get("from"))
-        if not isinstance(role, str) or not role:
-            raise UserError(f"{what} message {i} has no role")
-        if ROLES.get(role, role) not in KNOWN_ROLES:
-            raise UserError(
-                f"{what} message {i} has the unknown role {role[:40]!r}; known are {', '.join((*KNOWN_ROLES, *ROLES))}"
-            )
-        content = _text(m.get("content", m.get("value")), f"{what} message {i}")
-        messages.append({"role": ROLES.get(role, role), "content": content})
-    return messages
+    return [_message(message, f"{what} message {i}") for i, message in enumerate(value, 1)]
 
 
-def _response(value, what: str) -> str:
+def _response(value, what: str) -> dict:
     """A response given as text, as one assistant message, or as a list with one."""
     if isinstance(value, str):
-        return _text(value, what)
+        return answer(_plain_text(value, what))
     messages = _messages([value] if isinstance(value, dict) else value, what)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise UserError(f"{what} is not a single assistant message")
-    return messages[0]["content"]
+    return messages[0]
 
 
-def _row(prompt: list[dict], responses: list[str], **more) -> Row:
+PROMPTS = ("conversations", "prompt", "question", "instruction", "query", "input")  # columns that can be the prompt
+
+
+def prompt_columns(row: dict) -> list[str]:
+    """The columns that are the prompt of a row, mostly one; alpaca has an instruction and an input. [] where none can be it."""
+    there = [name for name in PROMPTS if name in row]
+    filled = [name for name in there if row[name] not in (None, "")] or there[:1]
+    if filled == ["input"] and "instruction" in row:
+        return ["instruction"]
+    return filled[:1] if filled[:1] in (["conversations"], ["prompt"]) else filled
+
+
+def prompt_of(row: dict) -> list[dict]:
+    """The messages of a row's prompt column; an instruction and its input are joined by a blank line."""
+    names = prompt_columns(row) or ["prompt"]
+    if names == ["instruction", "input"]:
+        return [{"role": "user", "content": "\n\n".join(_text(row[name], name) for name in names)}]
+    if len(names) > 1:
+        raise UserError(f"{' and '.join(names)} could each be the prompt; name one: --columns prompt={names[0]}")
+    return _messages(row.get(names[0]), names[0])
+
+
+def _row(row: dict, prompt: list[dict], responses: list[dict], **more) -> Row:
+    """A checked row of these messages, with what other columns say: a system text in front, and the template's arguments."""
+    _refuse_media([name for name, x in row.items() if x], "the row")
+    for name in SYSTEMS:
+        if row.get(name) in (None, ""):
+            continue
+        message = {"role": "system", "content": _text(row[name], name)}
+        if prompt[0]["role"] != "system":
+            prompt = [message, *prompt]
+        elif prompt[0] != message:
+            raise UserError(f"the prompt begins with another system message than the column {name} has")
     if prompt[-1]["role"] == "assistant":
         raise UserError("the prompt ends with an assistant turn, so there is nothing to answer")
-    return Row(prompt, responses, **more)
+    template = _nested(row.get("chat_template_kwargs") or {}, dict, "chat_template_kwargs")
+    tools = _nested(row.get("tools") or [], list, "tools")
+    return Row(prompt, responses, template=template | ({"tools": tools} if tools else {}), **more)
 
 
 def _hh_messages(text: str, what: str) -> list[dict]:
@@ -341,7 +488,7 @@ def _hh_messages(text: str, what: str) -> list[dict]:
     return messages
 
 
-def _last_turns(chosen: list[dict], rejected: list[dict], **more) -> Row:
+def _last_turns(row: dict, chosen: list[dict], rejected: list[dict], **more) -> Row:
     """Two whole conversations that differ in the last, assistant, turn only."""
     for what, messages in (("chosen", chosen), ("rejected", rejected)):
         if messages[-1]["role"] != "assistant":
@@ -350,16 +497,13 @@ def _last_turns(chosen: list[dict], rejected: list[dict], **more) -> Row:
             raise UserError(f"{what} has no prompt before the response")
     if chosen[:-1] != rejected[:-1]:
         raise UserError("chosen and rejected answer different prompts")
-    return _row(chosen[:-1], [chosen[-1]["content"], rejected[-1]["content"]], **more)
+    return _row(row, chosen[:-1], [chosen[-1], rejected[-1]], **more)
 
 
 def _score(value, what: str) -> float:
-    try:
-        if not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value):
-            return float(value)
-    except OverflowError:  # an integer of hundreds of digits
-        pass
-    raise UserError(f"{what} is {str(value)[:40]!r}, not a finite number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        raise UserError(f"{what} is {str(value)[:40]!r}, not a finite number")
+    return float(value)
 
 
 def _scores(value, what: str, count: int | None = None) -> list[float]:
@@ -388,57 +532,48 @@ def from_pair(row: dict) -> Row:
     Scores, if there, give the margin: {score_chosen, score_rejected}, or {all_rm_scores} of which these are best and worst.
     """
     margin = _margin(row)
-    prompt = row.get("prompt")
     chosen = row.get("chosen")
     rejected = row.get("rejected")
     if not (_is_conversation(chosen) and _is_conversation(rejected)):
-        prompt = _messages(prompt, "prompt")
-        return _row(prompt, [_response(chosen, "chosen"), _response(rejected, "rejected")], margin=margin)
+        prompt = prompt_of(row)
+        return _row(row, prompt, [_response(chosen, "chosen"), _response(rejected, "rejected")], margin=margin)
     chosen = _messages(chosen, "chosen")
     rejected = _messages(rejected, "rejected")
-    if chosen[0]["role"] == "assistant" or not (prompt is None or isinstance(prompt, str)):
-        prompt = _messages(prompt, "prompt")
+    asked = [row[name] for name in prompt_columns(row)]
+    if chosen[0]["role"] == "assistant" or not all(value is None or isinstance(value, str) for value in asked):
+        prompt = prompt_of(row)
         chosen = _after(prompt, chosen)
         rejected = _after(prompt, rejected)
-    return _last_turns(chosen, rejected, margin=margin)
+    return _last_turns(row, chosen, rejected, margin=margin)
 
 
 def _after(prompt: list[dict], messages: list[dict]) -> list[dict]:
     """The whole conversation of a response of several turns, which repeats the prompt or goes on from it."""
-    return messages if messages[: len(prompt)] == prompt else prompt + messages
+    without_system = messages[1:] if messages[0]["role"] == "system" else messages
+    if prompt in (messages[: len(prompt)], without_system[: len(prompt)]):
+        return messages
+    if messages[0]["role"] in ("system", prompt[-1]["role"]):
+        raise UserError("a response of several turns begins with another prompt than the row has")
+    return prompt + messages
 
 
 def from_hh(row: dict) -> Row:
     """{chosen, rejected}: Anthropic-HH transcripts of "Human:" and "Assistant:" turns that share all but the last."""
-    return _last_turns(_hh_messages(row.get("chosen"), "chosen"), _hh_messages(row.get("rejected"), "rejected"))
+    return _last_turns(row, _hh_messages(row.get("chosen"), "chosen"), _hh_messages(row.get("rejected"), "rejected"))
 
 
 def from_implied(row: dict) -> Row:
     """{chosen, rejected}: whole conversations as messages; or texts, whose common beginning, up to a space, is the prompt."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
-    if not isinstance(chosen, str) or not isinstance(rejected, str):
-        for value, what in ((chosen, "chosen"), (rejected, "rejected")):
-            if isinstance(value, str):
-                raise UserError(f"{what} is text and the other side is not")
-        return _last_turns(_messages(chosen, "chosen"), _messages(rejected, "rejected"), margin=_margin(row))
+    if isinstance(chosen, (list, tuple)) and isinstance(rejected, (list, tuple)):
+        return _last_turns(row, _messages(chosen, "chosen"), _messages(rejected, "rejected"), margin=_margin(row))
     shared = os.path.commonprefix([_text(chosen, "chosen"), _text(rejected, "rejected")])
     start = max((m.end() for m in re.finditer(r"\s+", shared)), default=0)
     if not shared[:start].strip():
         raise UserError("chosen and rejected do not begin with the same words, so there is no prompt")
-    responses = [
-        _text(chosen[start:], "what chosen adds to the prompt"),
-        _text(rejected[start:], "what rejected adds to the prompt"),
-    ]
-    return _row([{"role": "user", "content": shared[:start].rstrip()}], responses, margin=_margin(row))
-
-
-def from_sharegpt(row: dict) -> Row:
-    """{conversations, chosen, rejected} with {from, value} turns; an optional system text goes in front."""
-    prompt = _messages(row.get("conversations"), "conversations")
-    if row.get("system") not in (None, ""):
-        prompt = [{"role": "system", "content": _text(row["system"], "system")}] + prompt
-    responses = [_response(row.get("chosen"), "chosen"), _response(row.get("rejected"), "rejected")]
-    return _row(prompt, responses, margin=_margin(row))
+    sides = (chosen, "chosen"), (rejected, "rejected")
+    responses = [answer(_text(text[start:], f"what {side} adds to the prompt")) for text, side in sides]
+    return _row(row, [{"role": "user", "content": shared[:start].rstrip()}], responses, margin=_margin(row))
 
 
 def from_scored(row: dict) -> Row:
@@ -453,8 +588,7 @@ def from_scored(row: dict) -> Row:
     worst = values.index(min(values))
     if best == worst:
         raise UserError(TIE)
-    prompt = _messages(row.get("prompt"), "prompt")
-    return _row(prompt, [responses[best], responses[worst]], margin=values[best] - values[worst])
+    return _row(row, prompt_of(row), [responses[best], responses[worst]], margin=values[best] - values[worst])
 
 
 def _label(value, what: str = "label") -> bool:
@@ -465,9 +599,9 @@ def _label(value, what: str = "label") -> bool:
 
 def from_unpaired(row: dict) -> Row:
     """{prompt, completion, label}."""
-    prompt = _messages(row.get("prompt"), "prompt")
+    prompt = prompt_of(row)
     completion = _response(row.get("completion"), "completion")
-    return _row(prompt, [completion], desirable=_label(row.get("label")))
+    return _row(row, prompt, [completion], desirable=_label(row.get("label")))
 
 
 def from_unpaired_messages(row: dict) -> Row:
@@ -475,7 +609,7 @@ def from_unpaired_messages(row: dict) -> Row:
     messages = _messages(row.get("messages"), "messages")
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise UserError("messages do not end with an assistant turn after a prompt")
-    return _row(messages[:-1], [messages[-1]["content"]], desirable=_label(row.get("label")))
+    return _row(row, messages[:-1], messages[-1:], desirable=_label(row.get("label")))
 
 
 def _is_hh(row: dict) -> bool:
@@ -484,7 +618,7 @@ def _is_hh(row: dict) -> bool:
 
 TIE = "a tie: every response has the same score"
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict], Row]]] = {  # the first that fits the first row is taken
-    "sharegpt": (("conversations", "chosen", "rejected"), from_sharegpt),
+    "sharegpt": (("conversations", "chosen", "rejected"), from_pair),
     "pairs": (("prompt", "chosen", "rejected"), from_pair),
     "hh": (("chosen", "rejected"), from_hh),
     "implied": (("chosen", "rejected"), from_implied),
@@ -500,14 +634,17 @@ def format_of(row: dict, where: str, name: str = "auto") -> tuple[Callable[[dict
     if name != "auto":
         refuse_unless_known("format", name, ["auto", *FORMATS])
         return FORMATS[name][1], f"format {name}, as asked for"
+    asked = prompt_columns(row)
     for found, (needed, reader) in FORMATS.items():
-        if set(needed) <= set(row) and (found != "hh" or _is_hh(row)):
+        columns = [*(asked or needed[:1]), *needed[1:]] if needed[0] == "prompt" else needed
+        if set(columns) <= set(row) and (found != "hh" or _is_hh(row)):
             transcript = ' and chosen is a transcript with "Human:" turns' if found == "hh" else ""
-            return reader, f"format {found}, because there are columns {', '.join(needed)}{transcript}"
+            return reader, f"format {found}, because there are columns {', '.join(columns)}{transcript}"
     accepted = "; ".join(f"{found} {{{', '.join(needed)}}}" for found, (needed, _) in FORMATS.items())
     columns = sorted(map(str, row))
     raise UserError(
-        f"{where}: unknown shape of dataset: its columns are {columns}; accepted are {accepted} (--columns renames)"
+        f"{where}: unknown shape of dataset: its columns are {columns}; accepted are {accepted}, where "
+        f"{', '.join(PROMPTS[2:])} can stand for prompt (--columns renames)"
     )
 
 
@@ -521,7 +658,12 @@ PLAIN_TEMPLATE = (  # for tokenizers without a chat template; saved with the exp
 )
 
 
-MARK = "\ue000"  # a private-use character: stands for a response to see what a template writes after it
+MARK = "\ue000"  # private-use characters stand for texts, to see what a template writes around them: for a response,
+NEXT = "\ue001"  # for the turn behind it,
+THOUGHT = "\ue002"  # for reasoning,
+FIRST = 0xE003  # and from here on for the turns of a prompt
+LABELS = {"role", "name", "id", "tool_call_id"}  # keys of a message that need not be shown
+NO_ENDING = "without an ending (the chat template writes none)"
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False):
@@ -544,11 +686,49 @@ def load_tokenizer(model: str, trust_remote_code: bool = False):
     return tokenizer
 
 
-def _render(tokenizer, messages: list[dict], generation_prompt: bool = False) -> str:
+def _render(tokenizer, messages: list[dict], template: dict | None = None, generation_prompt: bool = False) -> str:
+    """A conversation as the chat template writes it with these arguments, of which strftime_now is the date that it is told."""
+    arguments = {"add_generation_prompt": generation_prompt, "tokenize": False}
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+        jinja = tokenizer.get_chat_template(None, (template or {}).get("tools"))
+        if _wants_parts(tokenizer, jinja):
+            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        more = dict(template or {})
+        jinja = _dated(jinja, more.pop("strftime_now", ""))
+        text = tokenizer.apply_chat_template(messages, chat_template=jinja, **arguments, **more)
+        text.encode()  # a lone surrogate in a tool or an argument
     except Exception as error:  # templates raise what they like, most often jinja2's TemplateError
         raise UserError(f"the chat template refuses this row ({_brief(error)})") from error
+    return text
+
+
+@functools.lru_cache(maxsize=64)
+def _wants_parts(tokenizer, jinja: str) -> bool:
+    """Whether a chat template shows a text only where it is given as a list of parts."""
+    shown = []
+    for content in (MARK, [{"type": "text", "text": MARK}]):
+        with contextlib.suppress(Exception):
+            turn = [{"role": "user", "content": content}]
+            shown.append(MARK in tokenizer.apply_chat_template(turn, chat_template=jinja, tokenize=False) and content)
+    return any(shown) and MARK not in shown
+
+
+def asks_for_date(tokenizer) -> bool:
+    """Whether the chat template writes the date, so that token ids would change from day to day."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+@functools.lru_cache(maxsize=64)
+def _dated(jinja: str, date: str) -> str:
+    """A chat template with a date (YYYY-MM-DD) in the place of today's."""
+    if not date:
+        return jinja
+    day = datetime.datetime.fromisoformat(date)
+    call = r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
+    jinja = re.sub(call, lambda match: match[1] + day.strftime(match[2]) + match[1], jinja)
+    if re.search(r"strftime_now\s*\(", jinja):
+        raise ValueError("it hands strftime_now something else than a text, so its date cannot be fixed")
+    return jinja
 
 
 def _ids(tokenizer, text: str) -> list[int]:
@@ -556,23 +736,174 @@ def _ids(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+@functools.lru_cache(maxsize=4)
+def _special(tokenizer) -> tuple[set[int], re.Pattern]:
+    """The ids of the special tokens, and what finds them in a text; the unknown token stands for text and is none of them."""
+    names = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    names.pop(tokenizer.unk_token_id, None)
+    longest_first = sorted(names.values(), key=len, reverse=True)
+    return set(names), re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) is nowhere
+
+
 def _controls(tokenizer, ids: list[int]) -> list[int]:
-    """The special tokens among ids, in order; the unknown token stands for text."""
-    special = _special_ids(tokenizer)
+    """The special tokens among ids, in order."""
+    special, _ = _special(tokenizer)
     return [i for i in ids if i in special]
 
 
-@functools.lru_cache(maxsize=4)
-def _special_ids(tokenizer) -> set[int]:
-    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.unk_token_id}
+def _skeleton(tokenizer, prompt: list[dict], response: dict, template: dict) -> str:
+    """A conversation as JSON, with marks for its texts and without the special tokens that its other strings spell."""
+    _, special = _special(tokenizer)
+
+    def plain(value):
+        text = json.dumps(value, ensure_ascii=False)
+        while special.search(text):  # what is left may spell another one
+            text = special.sub("", text)
+        return json.loads(text)
+
+    def marked(message: dict, mark: str) -> dict:
+        known = {"role": message["role"], "content": message["content"] and mark}
+        known |= {key: THOUGHT for key in REASONING if key in message}
+        return known | plain({key: value for key, value in message.items() if key not in known})
+
+    turns = [marked(message, chr(FIRST + i % 6000)) for i, message in enumerate(prompt)]
+    return json.dumps([turns, marked(response, MARK), plain(template)])
 
 
 @functools.lru_cache(maxsize=1024)
-def _own_controls(tokenizer, roles: tuple[str, ...]) -> list[int]:
-    """The special tokens that a template writes itself around messages of these roles and a response."""
-    row = Row([{"role": role, "content": MARK} for role in roles], [MARK])
-    prompt, responses = _prompt_and_responses(row, tokenizer)
-    return _controls(tokenizer, prompt + responses[0])
+def _frame(tokenizer, chat_template: str, skeleton: str) -> tuple[str, str, list[int]]:
+    """What a chat template writes around the texts of a conversation; UserError if it does not show all of them.
+
+    Returns: what follows an answer that is the last message; what the response ends with (see `_ending`); the special tokens of
+    the whole up to there.
+    """
+    prompt, response, template = json.loads(skeleton)
+    render = functools.partial(_render, tokenizer, template=template)
+    asked = render(prompt, generation_prompt=True)
+    for number, message in enumerate(prompt, 1):
+        if message["content"] not in asked:
+            raise UserError(f"the chat template drops the text of prompt message {number} ({message['role']})")
+    answered = render([*prompt, answer(MARK)])
+    if MARK not in answered:
+        raise UserError("the chat template drops the response's text")
+    after = answered.rpartition(MARK)[2]
+    whole = render([*prompt, response])
+    last, turns = MARK, [answer(MARK), {"role": "user", "content": NEXT}]
+    if "tool_calls" in response:  # a tool speaks next
+        last, turns = whole.removesuffix(after), [response, {"role": "tool", "content": NEXT}]
+        turns[1]["tool_call_id"] = response["tool_calls"][0].get("id")
+    between = None
+    with contextlib.suppress(UserError):
+        before_next = render([*prompt, *turns]).rpartition(NEXT)[0]
+        if last in before_next:
+            between = before_next.rpartition(last)[2]
+    ending = _ending(tokenizer, after, between)
+    return after, ending, _controls(tokenizer, _ids(tokenizer, _ended(tokenizer, whole, after, ending)))
+
+
+def _ending(tokenizer, after: str, between: str | None) -> str:
+    """What a response ends with: the first special token behind it, and what the template writes before that.
+
+    after: what the template writes behind the last message. between: what it writes from there to the text of a further turn;
+    None if it refuses one. The token is looked for in `between`, since some templates write more behind the last message
+    (Phi-3: <|endoftext|>, Llama-3's first release: the next header) and some nothing (GLM: the next header ends a turn).
+    Two exceptions: an EOS token at once behind the last message (gpt-oss: <|return|>, but <|end|> between turns), and one that
+    is the second token between turns (Cohere).
+    """
+    _, special = _special(tokenizer)
+    eos = tokenizer.eos_token
+    first = special.search(after)
+    if between is not None and not (first and first[0] == eos):
+        after = between
+        first = re.search(re.escape(eos), between) if eos and eos in between else special.search(between)
+    return after[: first.end()] if first else ""
+
+
+def _ended(tokenizer, whole: str, after: str, ending: str) -> str:
+    """The rendering of a prompt and a response up to and with the terminator."""
+    if whole.endswith(after):
+        return whole.removesuffix(after) + ending
+    whole = whole.rstrip()
+    if not re.search(f"({_special(tokenizer)[1].pattern})$", whole):  # else a tool call: <|call|>, <|eom_id|>
+        raise UserError("the chat template ends this response otherwise than an answer, and not with a special token")
+    return whole
+
+
+def terminator(tokenizer, template: dict | None = None) -> int | None:
+    """The id of the token that ends an answer to a user, where generation has to stop; None if the template writes none.
+
+    template: the run's arguments of `apply_chat_template`, see `template_arguments`.
+    """
+    skeleton = _skeleton(tokenizer, [{"role": "user", "content": MARK}], answer(MARK), template or {})
+    _, ending, _ = _frame(tokenizer, str(tokenizer.chat_template), skeleton)
+    return _controls(tokenizer, _ids(tokenizer, ending))[-1] if ending else None
+
+
+def encode(
+    row: Row, tokenizer, max_length: int, max_prompt_length: int, control_tokens: bool = False, template: dict | None = None
+) -> tuple[Example, list[str]]:
+    """Row → token ids, by the common-prefix rule.
+
+    prompt = ids of template(prompt, generation prompt); whole = ids of template(prompt + response) up to and with the
+    terminator (see `_ending`), since generation has stopped by then. The response is `whole` minus the longest prefix that it
+    shares with `prompt`; where the tokenizer merges across the boundary, the merged token is the response's and the stored
+    prompt ends before it, for all responses of the row alike.
+
+    Texts: all must stand in the rendering as they are, tools and tool calls too. Only the reasoning of earlier turns may be
+    missing, which the second value names.
+
+    Special tokens: those among the ids must be the ones that the template writes itself around other texts. A row that spells
+    another ("<|im_end|>" typed by a user), in whatever way, is refused, unless `control_tokens`.
+
+    Lengths: a prompt above `max_prompt_length` loses its oldest tokens; a response is then cut so that prompt + response ≤
+    `max_length`, and a cut response has no terminator. Both cuts are named in the second value.
+
+    Args:
+        template: the run's arguments of `apply_chat_template`, see `template_arguments`; the row's own win.
+    Raises:
+        UserError: the template refuses the row, does not show something of it, or renders both responses alike; its prompt is
+            not a prefix of the whole; a special token is spelled; or there is no room.
+    """
+    template = {**(template or {}), **row.template}
+    render = functools.partial(_render, tokenizer, template=template)
+    asked = render(row.prompt, generation_prompt=True)
+    wholes = []
+    for response in row.responses:
+        skeleton = _skeleton(tokenizer, row.prompt, response, template)
+        after, ending, controls = _frame(tokenizer, str(tokenizer.chat_template), skeleton)
+        text = _ended(tokenizer, render([*row.prompt, response]), after, ending)
+        whole = _ids(tokenizer, text)
+        if not control_tokens:
+            _refuse_spelled(tokenizer, whole, controls)
+        _refuse_lost(tokenizer, response, asked, text)
+        if not text.startswith(asked.rstrip()):
+            raise UserError("the chat template renders the prompt differently once a response follows")
+        wholes.append(whole)
+    if wholes[0] == wholes[-1] and row.responses[0] != row.responses[-1]:
+        raise UserError("the chat template renders both responses alike")
+    cuts = ["earlier reasoning cut by the template"] if _loses_reasoning(row.prompt, asked) else []
+    if not _shows_calls(render, row.prompt, asked):
+        raise UserError("the chat template does not show the tool calls of the prompt")
+    if "tools" in row.template and asked == render(row.prompt, template={**template, "tools": None}, generation_prompt=True):
+        raise UserError("the chat template does not show the row's tools")
+    prompt = _ids(tokenizer, asked)
+    shared = len(os.path.commonprefix([prompt, *wholes]))
+    if shared == 0:
+        raise UserError("the prompt has no token from which the first response token could be predicted")
+    prompt = prompt[:shared]
+    responses = [whole[shared:] for whole in wholes]
+    if not all(_controls(tokenizer, response[-1:]) for response in responses):
+        cuts.append(NO_ENDING)
+    if len(prompt) > max_prompt_length:
+        prompt = prompt[-max_prompt_length:]
+        cuts.append("prompt cut")
+    room = max_length - len(prompt)
+    if room < 1 or not all(responses):
+        raise UserError(f"no response token is left within max_length {max_length}")
+    if any(len(r) > room for r in responses):
+        responses = [r[:room] for r in responses]
+        cuts.append("response cut")
+    return Example(prompt, responses, row.desirable), cuts
 
 
 def _refuse_spelled(tokenizer, ids: list[int], own: list[int]) -> None:
@@ -586,75 +917,71 @@ def _refuse_spelled(tokenizer, ids: list[int], own: list[int]) -> None:
         raise UserError("the chat template writes other special tokens around these texts than around others")
 
 
-def _common(a: list[int], b: list[int]) -> int:
-    """How many ids two lists share at the beginning."""
-    shared = 0
-    for x, y in zip(a, b):
-        if x != y:
-            break
-        shared += 1
-    return shared
+def _refuse_lost(tokenizer, response: dict, asked: str, text: str) -> None:
+    """UserError unless all that a response says stands in the rendering, and not only in what is asked."""
+    for _, key, said in _lost([response], text, asked):
+        if key != "content":
+            raise UserError(f"the chat template does not show all of the response's {key}")
+        shown = text[len(os.path.commonprefix([asked, text])) :]
+        how = "drops" if _special(tokenizer)[1].sub("", shown).strip() in said else "changes"
+        hint = "; give what is before </think> as reasoning_content, or use a template that keeps it"
+        raise UserError(f"the chat template {how} the response's text{hint if '</think>' in said else ''}")
 
 
-def encode(
-    row: Row, tokenizer, max_length: int, max_prompt_length: int, control_tokens: bool = False
-) -> tuple[Example, list[str]]:
-    """Row → token ids, by the common-prefix rule.
-
-    prompt = ids of template(prompt, generation prompt); whole = ids of template(prompt + response), without the whitespace
-    that a template writes after the terminator (generation has stopped by then). The response is `whole` minus the longest
-    prefix that it shares with `prompt`; where the tokenizer merges across the boundary, the merged token is the response's
-    and the stored prompt ends before it, for all responses of the row alike.
-
-    Special tokens: those among the ids must be the ones that the template writes itself around messages of these roles. A row
-    that spells another ("<|im_end|>" typed by a user), in whatever way, is refused, unless `control_tokens`.
-
-    Lengths: a prompt above `max_prompt_length` loses its oldest tokens; a response is then cut so that prompt + response ≤
-    `max_length`, and a cut response has no terminator. Both cuts are named in the second value.
-
-    Raises:
-        UserError: the template refuses the row, or its prompt is not a prefix of the whole, or a special token is spelled, or
-            there is no room.
-    """
-    cuts = []
-    prompt, responses = _prompt_and_responses(row, tokenizer)
-    if not control_tokens:
-        own = _own_controls(tokenizer, tuple(m["role"] for m in row.prompt))
-        for response in responses:
-            _refuse_spelled(tokenizer, prompt + response, own)
-    if len(prompt) > max_prompt_length:
-        prompt = prompt[-max_prompt_length:]
-        cuts.append("prompt cut")
-    room = max_length - len(prompt)
-    if room < 1 or not all(responses):
-        raise UserError(f"no response token is left within max_length {max_length}")
-    if any(len(r) > room for r in responses):
-        responses = [r[:room] for r in responses]
-        cuts.append("response cut")
-    return Example(prompt, responses, row.desirable), cuts
+def _loses_reasoning(prompt: list[dict], asked: str) -> bool:
+    """Whether the template cuts reasoning of earlier turns, as many do; UserError if it loses anything else of a prompt."""
+    cut = False
+    for i, key, said in _lost(prompt, asked):
+        message = f"prompt message {i + 1} ({prompt[i]['role']})"
+        thought, thinks, rest = said.rpartition("</think>")
+        if key in CALLS:
+            raise UserError(f"the chat template does not show all of {key} of {message}")
+        if key == "content" and not (thinks and prompt[i]["role"] == "assistant" and rest.strip() in asked):
+            raise UserError(f"the chat template drops or changes the text of {message}")
+        if key == "content":
+            cut = cut or thought.replace("<think>", "").strip() not in asked
+        cut = cut or key in REASONING
+    return cut
 
 
-def _prompt_and_responses(row: Row, tokenizer) -> tuple[list[int], list[list[int]]]:
-    """The prompt's ids up to where they go on alike in all responses, and what each response has after them."""
+def _shows_calls(render: Callable, prompt: list[dict], asked: str) -> bool:
+    """Whether a prompt's tool calls make a difference, even where other texts hold the same words and numbers."""
+    silent = [{key: x for key, x in message.items() if key not in CALLS} for message in prompt]
+    try:
+        return silent == prompt or render(silent, generation_prompt=True) != asked
+    except UserError:  # a turn without text and calls
+        return True
 
-    def answered(response: str) -> str:
-        return _render(tokenizer, [*row.prompt, {"role": "assistant", "content": response}])
 
-    prompt_text = _render(tokenizer, row.prompt, generation_prompt=True)
-    after = answered(MARK).rpartition(MARK)[2]
-    wholes = []
-    for response in row.responses:
-        text = answered(response)
-        if not text.startswith(prompt_text.rstrip()):
-            raise UserError("the chat template renders the prompt differently once a response follows")
-        if after.strip() and text.endswith(after):
-            text = text[: len(text) - len(after) + len(after.rstrip())]
-        wholes.append(_ids(tokenizer, text))
-    prompt = _ids(tokenizer, prompt_text)
-    shared = min(_common(prompt, whole) for whole in wholes)
-    if shared == 0:
-        raise UserError("the prompt has no token from which the first response token could be predicted")
-    return prompt[:shared], [whole[shared:] for whole in wholes]
+def _lost(messages: list[dict], text: str, beside: str = "") -> list[tuple[int, str, str]]:
+    """(index of a message, key, what it says) that stands less often in a text than it is said; without those in `beside`."""
+    said = []
+    for i, message in enumerate(messages):
+        for key in message.keys() - LABELS:
+            said += [(i, key, x) for x in _strings(message[key]) if not isinstance(message[key], int)]
+    often = Counter((key, x) for _, key, x in said)
+
+    def stands(i: int, key: str, x: str) -> bool:
+        forms = {x}
+        if messages[i]["role"] == "tool" or key not in ("content", *REASONING):  # JSON may spell it, and the template again
+            once = json.dumps(x, ensure_ascii=False)[1:-1]
+            forms |= {once, json.dumps(x)[1:-1], json.dumps(once, ensure_ascii=False)[1:-1]}
+        return any(text.count(form) - beside.count(form) >= often[key, x] for form in forms)
+
+    return [found for found in said if not stands(*found)]
+
+
+def _strings(value) -> list[str]:
+    """The text or whole number that a value is, or all in it; the arguments of a call may be spelled as JSON."""
+    if isinstance(value, dict):
+        arguments = value.get("arguments")
+        if isinstance(arguments, str):
+            with contextlib.suppress(ValueError, RecursionError):
+                value = {**value, "arguments": json.loads(arguments)}
+        value = [x for key, x in value.items() if key not in ("type", "id")]
+    if isinstance(value, list):
+        return [text for x in value for text in _strings(x)]
+    return [str(value).strip()] if isinstance(value, (str, int)) and not isinstance(value, bool) else []
 
 
 def to_equal_length(example: Example, fraction: float = 1.0, seed: int = 0) -> Example:
@@ -682,10 +1009,18 @@ class Reading:
     max_prompt_length: int | None = setting(None, "longer prompts lose their oldest tokens; without it 7/8 of max_length")
     format: str = setting("auto", f"of the rows: auto (by the columns of the first), or one of {', '.join(FORMATS)}")
     columns: str = setting("", "columns to rename, new=old, before anything else: prompt=question,chosen=good")
+    template_kwargs: str = setting("", 'more arguments of the chat template, as JSON: {"enable_thinking": false}')
+    date: str = setting("", "YYYY-MM-DD, for chat templates that write the date; without it today, of a resumed run its first")
     control_tokens: bool = setting(False, "special tokens spelled in texts are real ones; without it such rows are dropped")
     equal_length: float = setting(0.0, "share of the pairs whose responses are cut to the same length (POET)")
     max_drop_fraction: float = setting(0.1, "more invalid rows than this share is an error; ties are valid")
     seed: int = setting(0, "for everything random")
+
+
+def template_arguments(how: Reading) -> dict:
+    """The run's arguments of `apply_chat_template`; strftime_now among them is the date that a template is told."""
+    arguments = _nested(how.template_kwargs or {}, dict, "template_kwargs")
+    return arguments | ({"strftime_now": how.date} if how.date else {})
 
 
 PARALLEL_FROM = 20_000  # rows
@@ -757,12 +1092,15 @@ def load(dataset: str, tokenizer, how: Reading | None = None) -> tuple[Examples,
     if not is_watched():
         disable_progress_bars()
     how = _completed(how or Reading())
+    for name in template_arguments(how).keys() - {"strftime_now"}:
+        if name not in str(tokenizer.chat_template):
+            raise UserError(f"template_kwargs has {name}, which is nowhere in the chat template")
     parts, formats, weights = [], [], []
     for source, weight in _sources(dataset):
         part, why = _outcomes(source, tokenizer, how)
         parts.append(part)
         times = f" × {weight:g}" if weight != 1 else ""
-        formats.append(f"{source}{times}: {why}")
+        formats.append(f"{source}{times}: {why}{_read_from(source)}")
         weights += [weight] * len(part)
     outcomes = concatenate_datasets(parts)
     report = _report(outcomes, formats)
@@ -781,6 +1119,16 @@ def load(dataset: str, tokenizer, how: Reading | None = None) -> tuple[Examples,
     return Examples(outcomes.select_columns(list(Example._fields)), np.array(rows)), report
 
 
+def _read_from(source: str) -> str:
+    """The files that a folder or pattern stands for, for the report."""
+    name, _ = _cut(source)
+    files = list(map(str, _files(name) or []))
+    if not files or files == [os.path.expanduser(name)]:
+        return ""
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    return f"; read from {', '.join(files[:3])}{more}"
+
+
 def _completed(how: Reading) -> Reading:
     """The reading options alone, checked, with the prompt's length limit filled in."""
     for name in ("equal_length", "max_drop_fraction"):
@@ -788,6 +1136,9 @@ def _completed(how: Reading) -> Reading:
             raise UserError(f"{name} is {getattr(how, name)}; it is a share between 0 and 1")
     if how.seed < 0:
         raise UserError(f"seed is {how.seed}; it must not be negative")
+    date = how.date or datetime.date.today().isoformat()
+    if not re.fullmatch(r"\d{4}-\d\d-\d\d", date):
+        raise UserError(f"date is {date[:40]!r}; write YYYY-MM-DD")
     longest = how.max_prompt_length
     if longest is None:
         longest = int(how.max_length * PROMPT_SHARE)
@@ -796,7 +1147,7 @@ def _completed(how: Reading) -> Reading:
             f"max_length {how.max_length} with max_prompt_length {longest} leaves no room for a prompt and a response; "
             "raise max_length or lower max_prompt_length"
         )
-    return Reading(**{f.name: getattr(how, f.name) for f in fields(Reading)} | {"max_prompt_length": longest})
+    return Reading(**{f.name: getattr(how, f.name) for f in fields(Reading)} | {"max_prompt_length": longest, "date": date})
 
 
 def _renamed(columns: str) -> dict[str, str]:
@@ -812,14 +1163,14 @@ def _outcomes(source: str, tokenizer, how: Reading) -> tuple["Dataset", str]:
     from datasets.exceptions import DatasetGenerationError
 
     renamed = _renamed(how.columns)
-    reader, why = reader_of(source, renamed, how.format)
+    rows = _rows(source)
+    head = list(itertools.islice(rows, PARALLEL_FROM))
+    reader, why = reader_of(source, head, renamed, how.format)
     outcome = functools.partial(_outcome, reader=reader, encode=encode, renamed=renamed, tokenizer=tokenizer, how=how)
     text, ids = Value("string"), List(Value("int32"))
     columns = {"where": text, "prompt": ids, "responses": List(ids), "desirable": Value("bool"), "margin": Value("float64")}
     columns |= {"dropped": text, "cuts": List(text)}
     made = dict(features=Features(columns), remove_columns="row", desc="tokenise")
-    rows = _rows(source)
-    head = list(itertools.islice(rows, PARALLEL_FROM))
     if len(head) < PARALLEL_FROM:
         return Dataset.from_list(head).map(outcome, new_fingerprint="small", **made), why  # or all arguments would be hashed
     origin, key = _cache_keys(source, tokenizer, how)
@@ -832,12 +1183,15 @@ def _outcomes(source: str, tokenizer, how: Reading) -> tuple["Dataset", str]:
             whole = Dataset.from_generator(all_rows, cache_dir=str(folder), fingerprint=origin)
         except DatasetGenerationError as error:
             raise error.__cause__ or error from None
+        if not is_watched() and not list(folder.rglob(f"cache-{key}*")):  # no bar is drawn, and it may take minutes
+            _say(f"{source}: tokenising {len(whole)} rows")
         return whole.map(outcome, num_proc=os.cpu_count(), new_fingerprint=key, **made), why
 
 
-def reader_of(source: str, renamed: dict[str, str], name: str) -> tuple[Callable[[dict], Row], str]:
-    """(reader, why it was taken) for a source, by the first row that is one."""
-    where, first = next(((where, row) for where, row in read(source) if isinstance(row, dict)), (source, None))
+def reader_of(source: str, rows: Iterable[dict], renamed: dict[str, str], name: str) -> tuple[Callable[[dict], Row], str]:
+    """(reader, why it was taken) for a source, by the first of its `_rows` that is one."""
+    found = ((item["where"], _parsed(item["row"])) for item in rows)
+    where, first = next(((where, row) for where, row in found if isinstance(row, dict)), (source, None))
     if first is None:
         raise UserError(f"{source}: no valid rows, not one is an object with columns")
     missing = [old for old in renamed.values() if old not in first]
@@ -862,7 +1216,8 @@ def _outcome(item: dict, reader: Callable, encode: Callable, renamed: dict[str, 
     found = {"prompt": None, "responses": None, "desirable": None, "margin": None, "dropped": None, "cuts": []}
     try:
         row = row_of(_parsed(item["row"]), reader, renamed)
-        example, cuts = encode(row, tokenizer, how.max_length, how.max_prompt_length, how.control_tokens)
+        limits = how.max_length, how.max_prompt_length
+        example, cuts = encode(row, tokenizer, *limits, how.control_tokens, template_arguments(how))
     except UserError as error:
         return found | {"dropped": str(error)}
     equal = to_equal_length(example, how.equal_length, how.seed) if how.equal_length else example
@@ -888,6 +1243,8 @@ def _cache_keys(source: str, tokenizer, how: Reading) -> tuple[str, str]:
     spelling = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
     settings = asdict(how)
     del settings["max_drop_fraction"]  # which chooses nothing
+    if not asks_for_date(tokenizer):
+        del settings["date"]
     code = Path(inspect.getsourcefile(encode)).read_text()  # a program may have put another in its place
     return origin, hashed(origin, spelling, tokenizer.chat_template, settings, code)
 
@@ -1079,31 +1436,39 @@ def last_turns(prompt: list[int], tokenizer, tokens: int) -> list[int]:
     """The end of a prompt, at most so many tokens: from the first special token in them that begins a turn, if there is one."""
     if len(prompt) <= tokens:
         return prompt
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.eos_token_id}
+    special = _special(tokenizer)[0] - {tokenizer.eos_token_id}
     end = prompt[-tokens:]
     return end[next((at for at, i in enumerate(end) if i in special), 0) :]
 
 
 def show(example: Example, tokenizer, colour: bool = True, ids: bool = False, tokens: int = SHOWN_TOKENS) -> str:
-    """An example as text, its prompt dim, what is scored bright.
+    """An example as text, its prompt dim and up to the bar, what is scored bright, special tokens underlined.
 
     ids: every token is followed by its id in small digits. tokens: a longer prompt is shown from one of its last turns on.
     """
+    special, spelled = _special(tokenizer)
 
-    def piece(part: str, numbers: list[int]) -> str:
+    def piece(part: str, numbers: list[int], bar: str = "") -> str:
         if ids:
             text = "".join(f"{visible(tokenizer.decode([i]))}{str(i).translate(SUBSCRIPT)}" for i in numbers)
         else:
             text = visible(tokenizer.decode(numbers, clean_up_tokenization_spaces=False))
-        return f"\x1b[{COLOURS[part]}m{text}\x1b[0m" if colour else text
+        ended = text.rstrip("\n")
+        text = ended + "\\n" * (len(text) - len(ended)) + bar  # a last line break would not be seen
+        if not colour:
+            return text
+        underlined = spelled.sub(lambda match: f"\x1b[4m{match[0]}\x1b[24m", text)
+        return f"\x1b[{COLOURS[part]}m{underlined}\x1b[0m"
 
     parts, prompt = ["chosen", "rejected"] if example.desirable is None else ["completion"], example.prompt
     end = last_turns(prompt, tokenizer, tokens)
     hidden = f", the first {len(prompt) - len(end)} hidden: --full shows them" if len(end) < len(prompt) else ""
-    lines = [f"── {visible(example.where)}", f"prompt ({len(prompt)} tokens, not scored{hidden})", piece("prompt", end)]
+    lines = [f"── {visible(example.where)}", f"prompt ({len(prompt)} tokens, not scored{hidden})", piece("prompt", end, "▏")]
     for part, response in zip(parts, example.responses):
         label = "" if example.desirable is None else f", label {str(example.desirable).lower()}"
-        lines += [f"{part} ({len(response)} tokens, scored{label})", piece(part, response)]
+        last = tokenizer.convert_ids_to_tokens(response[-1])
+        ending = f"ends with {last}" if response[-1] in special else "no terminator"
+        lines += [f"{part} ({len(response)} tokens, scored, {ending}{label})", piece(part, response)]
     return "\n".join(lines)
 
 
@@ -1157,9 +1522,11 @@ def advice(report: Report, quality: dict[str, int], bias: float) -> list[str]:
                        ("conflicts", "say the opposite of another one")):  # fmt: skip
         if quality.get(name):
             found.append(f"{quality[name]} rows {what}: tests/tools/clean.py --{name.split()[0]} drops them")
-    no_ending = report.cut.get("response cut", 0)
-    if no_ending > 0.01 * report.kept:
-        found.append(f"{no_ending} rows have a cut response, which teaches no ending: raise --max_length")
+    if report.cut.get(NO_ENDING):
+        found.append("no ending is taught: let the chat template write a token after an answer, such as {{ eos_token }}")
+    cut_off = report.cut.get("response cut", 0)
+    if cut_off > 0.01 * report.kept:
+        found.append(f"{cut_off} rows have a cut response, which teaches no ending: raise --max_length")
     no_beginning = report.cut.get("prompt cut", 0)
     if no_beginning > 0.1 * report.kept:
         found.append(f"{no_beginning} prompts have lost their beginning: raise --max_length or --max_prompt_length")
@@ -1178,6 +1545,7 @@ class Counting(Reading):
     model: str = setting(MISSING, "folder or hub name whose tokenizer and chat template to use")
     dataset: str = setting(MISSING, "sources: files, folders, patterns, hub names; see the README")
     max_drop_fraction: float = setting(1.0, "more invalid rows than this share is an error")
+    trust_remote_code: bool = setting(False, "run the code that a model's folder brings")
 
 
 @dataclass(kw_only=True)
@@ -1190,18 +1558,18 @@ class Showing(Counting):
 
 
 def print_stats(s: Counting) -> None:
-    print(stats(*load(s.dataset, load_tokenizer(s.model), s)))
+    print(stats(*load(s.dataset, load_tokenizer(s.model, s.trust_remote_code), s)))
 
 
 def print_rows(s: Showing) -> None:
     if s.n < 0:
         raise UserError(f"n is {s.n}; it must not be negative")
-    tokenizer = load_tokenizer(s.model)
+    tokenizer = load_tokenizer(s.model, s.trust_remote_code)
     examples, report = load(s.dataset, tokenizer, s)
     colour = sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ or "FORCE_COLOR" in os.environ
     tokens = sys.maxsize if s.full else SHOWN_TOKENS
     print("\n\n".join(show(example, tokenizer, colour, s.ids, tokens) for example in examples[: s.n]))
-    print(f"\n{report}")
+    print("\n".join(["", str(report), *(f"→ {text}" for text in advice(report, {}, bias=0.0))]))
 
 
 # ---- progress and command lines, of every file -----------------------------------------------------------------------

@@ -329,6 +329,8 @@ def _read_model(name: str, trust_remote_code: bool) -> nn.Module:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if ".safetensors" in reason:
             reason += "; .bin and .pt files can run code: convert them to safetensors"
+        if "custom code" in reason:
+            reason += "; --trust_remote_code would run it"
         raise UserError(f"{name}: no loadable causal language model there ({reason})") from error
     _refuse_weights(name, info)
     model.config.dtype = config.dtype  # what the file has, and the export will have
@@ -723,6 +725,8 @@ def export_checkpoint(e: Export) -> None:
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=e.trust_remote_code)
     except ValueError as error:  # it has code of its own, or there is no such kind of model
         raise UserError(f"{e.checkpoint} cannot be exported: {str(error).splitlines()[0]}") from error
+    if (e.checkpoint / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(e.checkpoint)
     metadata = dcp.HuggingFaceStorageReader(str(e.checkpoint)).read_metadata().state_dict_metadata
     saved = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in metadata.items() if name.startswith("weight.")}
     _read_into(saved, e.checkpoint)

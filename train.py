@@ -227,6 +227,7 @@ def prepare(s: Settings) -> Run:
     dist.mesh_sizes(s.mesh)
     data.reachable(s.model)
     s.out = str(dist.on_rank_0(prepare_out, s))
+    s.date = dist.on_rank_0(date_of, s)
     lock = dist.own(Path(s.out))
     tokenizer = data.load_tokenizer(s.model, s.trust_remote_code)
     train_rows, held_out, reports = load_rows(s, tokenizer, objective)
@@ -238,6 +239,7 @@ def prepare(s: Settings) -> Run:
     run.same = identity(run)
     if s.resume:
         dist.check_same(run.same, dist.on_rank_0(marker, Path(s.out)), s.out)
+    stop_at_terminator(run.policy.model, tokenizer, data.template_arguments(s), say)
     score_initial_model(run)
     run.optimizer = make_optimizer(run)
     if s.resume:
@@ -275,7 +277,7 @@ def train_step(run: Run, rows: list[int]) -> dict:
     seed = [s.seed, run.step]
     whole = None  # of a coupled objective: losses and gradients of all rows
     if objective.coupled and len(microbatches) > 1:  # one that needs the whole batch: all log-probs before any gradient
-        whole = objective.loss_and_grad(log_probs(run, examples, run.outputs), inputs, seed)
+        whole = objective.loss_and_grad(log_probs(run, examples, run.outputs, at_once=[n]), inputs, seed)
     scored = [i for at, _ in microbatches for i in at]
     losses = []
     passes = []
@@ -303,8 +305,9 @@ def train_step(run: Run, rows: list[int]) -> dict:
     loss = loss.cpu()
     grad_norm = float(grad_norm)
     stop_if_not_finite(examples, values["logp"], loss, grad_norm)
-    if run.step == 0:
-        check_step_zero(values, 0.1 if run.bf16 else 1e-3)
+    if run.step == 0:  # the same microbatches give the same bits, but where a GPU or a compiler chooses how to add up
+        rounding = run.device.type != "cpu" or s.compile
+        check_step_zero(values, (0.1 if run.bf16 else 1e-3) if rounding else 0.0)
         say_without_gradient(run.policy.model)
     lr = learning_rate(run.step, len(run.plan), s)
     for group in run.optimizer.param_groups:
@@ -369,11 +372,8 @@ def finish(run: Run, writer: "MetricsWriter", started: float) -> dict:
     before = {}
     after = {}
     for line in lines:
-        found = {key: value for key, value in line.items() if key.startswith("eval_") or key == "repetition"}
-        if line["step"] == 0:
-            before |= found
-        else:
-            after |= found
+        when = before if line["step"] == 0 else after
+        when |= {key: value for key, value in line.items() if key.startswith("eval_") or key == "repetition"}
     if dist.not_finite(model) or not all(map(math.isfinite, after.values())):
         raise UserError(f"after the last step weights or held-out losses are not finite: nothing is in {out}/model. Lower lr")
     run.policy.use_layout("padded")
@@ -425,6 +425,12 @@ def prepare_out(s: Settings) -> Path:
     except OSError as error:
         raise UserError(f"out {str(out)[:200]} cannot be written ({error.strerror})") from error
     return out
+
+
+def date_of(s: Settings) -> str:
+    """The day that chat templates are told: as given, else that of the run to resume, else today."""
+    earlier = marker(Path(s.out)).get("date") if s.resume else None
+    return s.date or earlier or time.strftime("%Y-%m-%d")
 
 
 def read_json(file: Path) -> dict:
@@ -634,6 +640,22 @@ def brief(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def stop_at_terminator(model: torch.nn.Module, tokenizer, template: dict, say: Callable[[str], None]) -> None:
+    """Let generation end, here and by the exported generation_config, where trained responses end; said if it did not."""
+    end = data.terminator(tokenizer, template)
+    config = model.generation_config  # None of a model that cannot generate
+    stops = getattr(config, "eos_token_id", None)
+    if not isinstance(stops, list):
+        stops = [] if stops is None else [stops]
+    if end is None:
+        mend = "let it write eos_token behind assistant turns"
+        say(f"the chat template writes no special token behind a response, so no ending is taught: {mend}")
+    elif config is not None and end not in stops:
+        ends = f"the chat template ends a response with {tokenizer.convert_ids_to_tokens(end)} ({end})"
+        say(f"{ends}, which is not among this model's eos_token_id {stops}: here, and in what is exported, it is")
+        config.eos_token_id = [*stops, end]
+
+
 def uses_bf16(s: Settings, device: torch.device) -> bool:
     return data.bf16_in_hardware(device) if s.dtype == "auto" else s.dtype == "bf16"
 
@@ -644,18 +666,25 @@ def export_dtype(s: Settings, model: torch.nn.Module) -> torch.dtype:
 
 
 @torch.no_grad()
-def log_probs(run: Run, examples: Sequence[Example], outputs: tuple[str, ...] = (), progress: str = "") -> dict[str, Tensor]:
-    """Sequence log-probs of all responses, "logp", and what `outputs` names, without gradient: (n, k) each, on every rank."""
+def log_probs(
+    run: Run, examples: Sequence[Example], outputs: tuple[str, ...] = (), progress: str = "", at_once: Sequence[int] = ()
+) -> dict[str, Tensor]:
+    """Sequence log-probs of all responses, "logp", and what `outputs` names, without gradient: (n, k) each, on every rank.
+
+    at_once: how many examples, one after the other, are made into microbatches together; without it 256, and what is left.
+    """
     k = len(examples[0].responses)
     rows = []
     passes = []
     bar = data.progress(None, progress, "batches", disable=not progress or not dist.is_rank_0())
+    start = 0
     with bar, run.arithmetic():
-        for start in range(0, len(examples), 256):  # so many are made into microbatches at a time
-            for at, batch in run.microbatches(examples[start : start + 256]):
+        for count in at_once or [256] * math.ceil(len(examples) / 256):
+            for at, batch in run.microbatches(examples[start : start + count]):
                 rows += [start + i for i in at]
                 passes.append({name: x.view(len(at), k) for name, x in run.policy(batch, outputs).items()})
                 bar.update()
+            start += count
     return gathered(rows, passes, len(examples))
 
 
@@ -690,6 +719,8 @@ def identity(run: Run) -> dict:
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
     same = {"model": Path(s.model).name, "dataset": Path(s.dataset).name, "objective": str(run.objective)}
     same |= {"dtype": "bf16" if run.bf16 else "fp32", "device": run.device.type}
+    if data.asks_for_date(run.tokenizer):  # else no id depends on it
+        same["date"] = s.date
     names = ("lr", "batch_size", "epochs", "max_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "max_length",
              "tokens_per_microbatch", "wpo")  # fmt: skip
     same |= {name: getattr(s, name) for name in names} | {"layout": run.layout}
@@ -700,13 +731,18 @@ def score_initial_model(run: Run) -> None:
     """What the initial model says of every row and answers to the sample prompts: the reference, and where the run set out."""
     needs_ref = run.objective.needs("ref")
     needs_ref_kl = run.objective.needs("ref_kl")
-    if needs_ref:
-        run.ref = reference_logps(run, run.train, "rows")
+    if needs_ref:  # in the microbatches of the first epoch's steps; of later epochs, which mix other rows, to rounding
+        first_epoch = run.plan[: math.ceil(len(run.train) / run.s.batch_size)]
+        order = [i for rows in first_epoch for i in rows]
+        scored = reference_logps(run, run.train[order], "rows", [len(rows) for rows in first_epoch])
+        for name, x in scored.items():
+            run.ref[name] = x.new_full((len(run.train), x.shape[1]), math.nan)  # stays where max_steps leaves rows out
+            run.ref[name][order] = x
     if needs_ref_kl:
         groups = [kl_completions([run.train[i] for i in rows]) for rows in run.plan]
+        sizes = [len(group) for group in groups]
         everything = [e for group in groups for e in group]
-        flat = reference_logps(run, everything, "KL completions")["ref"].flatten()
-        run.ref_kl = list(flat.split([len(group) for group in groups]))
+        run.ref_kl = list(reference_logps(run, everything, "KL completions", sizes)["ref"].flatten().split(sizes))
     if run.held_out:
         inputs = counted_inputs(run.held_out, run.device)
         if needs_ref:
@@ -733,19 +769,24 @@ def kl_completions(examples: Sequence[Example]) -> list[Example]:
     return found
 
 
-def reference_logps(run: Run, examples: Sequence[Example], what: str) -> dict[str, Tensor]:
+def reference_logps(run: Run, examples: Sequence[Example], what: str, at_once: Sequence[int] = ()) -> dict[str, Tensor]:
     """Reference log-probs of `examples`, "ref" and, if the objective asks for it, "ref_prefix_logp", (n, k) each: the policy's
-    own, before it has learnt anything, kept as numbers.
+    own, before it has learnt anything, kept as numbers. at_once: see `log_probs`.
 
-    Cached as safetensors under a hash of everything that they depend on: weights, token ids (so tokenizer, template, data
-    and truncation), arithmetic and layout. A file that is not complete and finite is not used.
+    Cached as safetensors under a hash of everything that they depend on, to the last bit: weights, token ids (so tokenizer,
+    template, data and truncation), arithmetic, what decides the microbatches, and the machine. A file that is not complete and
+    finite is not used.
     """
     s = run.s
     names = {"logp": "ref"}
     if run.objective.needs("ref_prefix") and len(examples[0].responses) > 1:
         names["prefix_logp"] = "ref_prefix_logp"
     key = hashlib.sha256()
-    key.update(json.dumps(["1", run.layout, run.bf16, run.device.type, s.tokens_per_microbatch]).encode())
+    packs = [run.layout, s.tokens_per_microbatch, dist.world_size(), at_once]
+    gpu = run.device.type == "cuda"
+    machine = [torch.cuda.get_device_name(run.device)] if gpu else [platform.node(), torch.get_num_threads()]
+    machine += [torch.__version__, transformers.__version__]
+    key.update(json.dumps(["2", packs, run.bf16, s.compile, run.device.type, machine]).encode())
     key.update(json.dumps(dist.hash_weights(run.policy.model)).encode())
     for e in examples:
         key.update(json.dumps([e.prompt, e.responses]).encode())
@@ -755,7 +796,7 @@ def reference_logps(run: Run, examples: Sequence[Example], what: str) -> dict[st
     if all(name in found and found[name].shape == shape and torch.isfinite(found[name]).all() for name in names.values()):
         say(f"reference log-probs of {len(examples)} {what} from {file}")
         return {name: found[name].to(run.device) for name in names.values()}
-    scored = log_probs(run, examples, tuple(names), progress=f"reference, {what}")
+    scored = log_probs(run, examples, tuple(names), f"reference, {what}", at_once)
     ref = {names[name]: x for name, x in scored.items()}
     dist.save_tensors(ref, file)
     return ref
@@ -790,7 +831,9 @@ def batch_inputs(run: Run, examples: list[Example], rows: list[int]) -> dict[str
     inputs |= {name: x[rows] for name, x in run.ref.items()}
     if run.ref_kl is not None:
         inputs["ref_kl"] = run.ref_kl[run.step]
-        inputs["logp_kl"] = log_probs(run, kl_completions(examples))["logp"].flatten()
+        completions_of_others = kl_completions(examples)
+        logp_kl = log_probs(run, completions_of_others, at_once=[len(completions_of_others)])["logp"]
+        inputs["logp_kl"] = logp_kl.flatten()
     return inputs
 
 
@@ -831,17 +874,14 @@ def say_without_gradient(model: torch.nn.Module) -> None:
 
 def check_step_zero(values: dict[str, Tensor], bound: float) -> None:
     """Before the first update policy and reference are the same model: every log-ratio, reward and KL must be 0."""
-    differences = []
-    if "ref" in values:
-        differences.append(values["logp"] - values["ref"])
-    if "kl" in values:
-        differences.append(values["kl"])
+    differences = [values["logp"] - values["ref"]] if "ref" in values else []
+    differences += [values["kl"]] if "kl" in values else []
     if not differences:
         return
     gap = max((x / values["len"]).abs().max().item() for x in differences)
     say(f"step 0: policy and reference differ by at most {gap:.2g} nats per token (bound {bound:g})")
     if not gap <= bound:
-        raise UserError(f"step 0: policy and reference differ by {gap:.3g} nats per token; the reference is not this model's")
+        raise UserError(f"step 0: policy and reference differ by {gap:.3g} nats per token: not scored alike, or not one model")
 
 
 def learning_rate(step: int, steps: int, s: Settings) -> float:
@@ -930,6 +970,8 @@ class MetricsWriter:
         say(settings_table(run.s))
         for name, report in run.reports.items():
             say(f"{name}: {report}")
+        if "date" in run.same:
+            say(f"date: the chat template is told {run.same['date']}, also where the run is resumed on another day (--date)")
         held_out = len(run.held_out)
         if 0 < held_out < 50:  # the standard error of an accuracy is then about 0.07
             say(f"{held_out} held-out rows are too few to compare runs by; take some hundreds (eval_size, eval_dataset)")
@@ -986,7 +1028,8 @@ class MetricsWriter:
 
 def settings_table(s: Settings) -> str:
     """What differs from the defaults, a line each."""
-    changed = {f.name: getattr(s, f.name) for f in fields(s) if f.name != "resume" and getattr(s, f.name) != f.default}
+    unsaid = ("resume", "date")  # the latter is said where it matters
+    changed = {f.name: getattr(s, f.name) for f in fields(s) if f.name not in unsaid and getattr(s, f.name) != f.default}
     width = max(map(len, changed))
     table = f"settings that differ from the defaults (all are in {s.out}/settings.json):"
     for name, value in changed.items():

@@ -29,12 +29,12 @@ import pytest
 import torch
 import toy
 from pyarrow import parquet
-from templates import FAMILIES, byte_level, family, metaspace
+from templates import FAMILIES, TERMINATOR, byte_level, family, metaspace
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 import data
-from data import Example, Examples, Reading, Row, UserError, encode
+from data import Example, Examples, Reading, UserError, encode
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -49,6 +49,11 @@ def assistant(text):
 
 def system(text):
     return {"role": "system", "content": text}
+
+
+def Row(prompt, responses, *labels, **more):
+    """A Row whose responses are given as texts."""
+    return data.Row(prompt, [assistant(text) if isinstance(text, str) else text for text in responses], *labels, **more)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +174,48 @@ FORMATS = {
         },
         Row([system("Be kind"), user("Ask me")], ["Good", "Bad"]),
     ),
+    "a question": (
+        {"question": "Ask me", "chosen": "The sky", "rejected": "The sea"},
+        Row([user("Ask me")], ["The sky", "The sea"]),
+    ),
+    "a question after a system text": (  # as Orca's pairs
+        {"system": "Be kind", "question": "Ask me", "chosen": "The sky", "rejected": "The sea"},
+        Row([system("Be kind"), user("Ask me")], ["The sky", "The sea"]),
+    ),
+    "an instruction with input": (  # as alpaca's
+        {"instruction": "Say it briefly", "input": "Sky is blue", "chosen": "Blue", "rejected": "Sky"},
+        Row([user("Say it briefly\n\nSky is blue")], ["Blue", "Sky"]),
+    ),
+    "an instruction without input": (
+        {"instruction": "Ask me", "input": "", "chosen": "The sky", "rejected": "The sea", "system": ""},
+        Row([user("Ask me")], ["The sky", "The sea"]),
+    ),
+    "a query, scored": (
+        {"query": [user("Ask me")], "system_prompt": "Be kind", "responses": ["Bad", "Good"], "scores": [1, 2]},
+        Row([system("Be kind"), user("Ask me")], ["Good", "Bad"], margin=1.0),
+    ),
+    "a system text that the prompt begins with": (
+        {"prompt": [system("Be kind"), user("Ask me")], "system": "Be kind", "chosen": "Good", "rejected": "Bad"},
+        Row([system("Be kind"), user("Ask me")], ["Good", "Bad"]),
+    ),
+    "a system text beside whole conversations": (
+        {"system": "Be kind", "chosen": [user("Ask me"), assistant("Good")], "rejected": [user("Ask me"), assistant("Bad")]},
+        Row([system("Be kind"), user("Ask me")], ["Good", "Bad"]),
+    ),
+    "a system text that whole conversations begin with": (
+        {
+            "system": "Be kind",
+            "prompt": [user("Ask me")],
+            "chosen": [system("Be kind"), user("Ask me"), assistant("Good")],
+            "rejected": [system("Be kind"), user("Ask me"), assistant("Bad")],
+        },
+        Row([system("Be kind"), user("Ask me")], ["Good", "Bad"]),
+    ),
     "unpaired": ({"prompt": "Ask me", "completion": "Good", "label": True}, Row([user("Ask me")], ["Good"], True)),
+    "unpaired after a system text": (
+        {"system": "Be kind", "question": "Ask me", "completion": "Good", "label": True},
+        Row([system("Be kind"), user("Ask me")], ["Good"], True),
+    ),
     "unpaired messages": (
         {"messages": [user("Ask me"), assistant("Bad")], "label": False},
         Row([user("Ask me")], ["Bad"], False),
@@ -206,6 +252,67 @@ def test_the_reason_for_a_format_is_reported(tmp_path, chatml):
     for wrong in (dict(seed=-1), dict(max_drop_fraction=2.0), dict(equal_length=math.nan)):
         with pytest.raises(UserError, match=f"^{[*wrong][0]} is "):
             load(path, chatml, **wrong)
+
+
+def test_the_columns_that_were_taken_are_reported(tmp_path, chatml):
+    for columns in (["question"], ["instruction", "input"], ["query"], ["input"], ["conversations"]):
+        row = {**dict.fromkeys(columns, "Ask me"), "chosen": "Good day", "rejected": "Good night"}
+        _, report = load(write(tmp_path, "a.jsonl", [{"id": "a", **row}]), chatml)
+        assert f"because there are columns {', '.join(columns)}, chosen, rejected" in report.formats[0]
+    _, report = load(write(tmp_path, "a.jsonl", [{"chosen": "Good day", "rejected": "Good night"}]), chatml)
+    assert "format implied, because there are columns chosen, rejected" in report.formats[0]
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ({"question": "Ask me", "instruction": "Be brief"}, "question and instruction could each be the prompt; name one"),
+        ({"instruction": "Ask me", "input": 3}, "input is a int, not text"),
+        ({"instruction": None, "input": None}, "instruction is missing"),
+        ({"instruction": None, "input": "Sky is blue"}, "instruction is missing"),
+        ({"question": {}}, "question is neither text nor a non-empty list of messages"),
+        ({"question": "Ask me", "system": 3}, "system is a int, not text"),
+        ({"question": "Ask me", "system": " "}, "system is empty"),
+        ({"prompt": [system("Be kind"), user("Ask me")], "system": "Be brief"}, "begins with another system message than the"),
+        ({"system": "Be kind", "system_prompt": "Be brief", "prompt": "Ask me"}, "than the column system_prompt has"),
+        (
+            {"prompt": [user("a")], "chosen": [user("b"), assistant("c")], "rejected": [user("b"), assistant("d")]},
+            "several turns begins with another prompt than the row has",
+        ),
+    ],
+)  # fmt: skip
+def test_refused_prompt_columns(more, message):
+    with pytest.raises(UserError, match=message):
+        data.from_pair({"chosen": "Good", "rejected": "Bad", **more})
+
+
+def test_messages_spelled_in_a_string_are_not_taken_for_text(tmp_path, chatml):
+    """As JSON, as Python's str() of a list, as numpy's: what writing a table of messages as CSV or text makes of them."""
+    for messages in (
+        [assistant("Good")],
+        [{"content": "a {b}", "role": "user"}, assistant("Good")],
+        [{"from": "gpt", "value": "a"}],
+    ):
+        for spelled in (
+            json.dumps(messages),
+            json.dumps(messages, indent=1),
+            str(messages),
+            str(messages[0]),
+            str(np.array(messages)),
+        ):
+            for name in ("prompt", "chosen", "rejected"):
+                with pytest.raises(UserError, match=f"{name} is a string that spells messages"):
+                    data.from_pair({**PAIR, name: spelled})
+            for row in ({"messages": spelled, "label": True}, {"prompt": "a", "completion": spelled, "label": True}):
+                with pytest.raises(UserError, match="spells messages"):
+                    data.format_of(row, "")[0](row)
+            with pytest.raises(UserError, match="responses 2 is a string that spells"):
+                data.from_scored({"prompt": "a", "responses": ["Good", spelled], "scores": [1, 0]})
+    for text in ('[{"name": "Bob", "role": "user"}]', '{"from": "Paris", "to": "Rome"}', '{"value": 3}', '["user"]', "[{"):
+        assert data.from_pair({**PAIR, "chosen": text}).responses[0] == assistant(text)  # an answer that is JSON
+    path = write(tmp_path, "a.jsonl", [{**PAIR, "chosen": json.dumps([assistant("Good")])}])
+    with pytest.raises(UserError, match=r"no valid rows(.|\n)*dropped 1: chosen is a string that spells messages .*json.loads"):
+        load(path, chatml)
 
 
 def test_columns_are_renamed(tmp_path, chatml):
@@ -333,6 +440,80 @@ def test_hidden_files_of_a_folder_are_not_data(tmp_path):
         write(tmp_path / folder, "c.jsonl", [folder])
     assert all_rows(tmp_path) == all_rows(tmp_path / "**") == [1, "sub"]
     assert all_rows(tmp_path / ".b.jsonl") == [2]  # named outright
+
+
+SPLITS = [  # (files, the split that each says)
+    (
+        ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/test-00000-of-00001.jsonl"],
+        "train train test",
+    ),
+    (["train_sft-00000-of-00001-0a1b.jsonl", "train_prefs-00000-of-00001.jsonl"], "train_sft train_prefs"),
+    (["train.jsonl", "validation.jsonl", "more.jsonl.gz"], "train validation train"),
+    (["pairs.jsonl", "pairs_dev.jsonl", "contest.jsonl"], "train dev train"),
+    (["train/a.jsonl", "Test/a.jsonl"], "train test"),
+    (["eval/a.jsonl", "eval/train/a.jsonl"], "eval train"),
+]
+
+
+@pytest.mark.parametrize("files, said", SPLITS)
+def test_the_splits_of_a_folder_are_named_and_one_is_read(files, said, tmp_path, chatml):
+    folder = tmp_path / "test"  # its own name says nothing
+    rows = {file: {**PAIR, "id": file} for file in files}
+    for file, row in rows.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        opened = gzip.open if file.endswith(".gz") else open
+        with opened(folder / file, "wt") as f:
+            f.write(json.dumps(row))
+    splits = said.split()
+    for place in (str(folder), f"{folder}/**/*.jsonl*"):
+        with pytest.raises(UserError, match="files of several splits, which are not trained on together; give one of") as error:
+            all_rows(place)
+        for split in splits:
+            of_it = sorted(file for file, its in zip(files, splits) if its == split)
+            assert f"{place}:{split} ({of_it[0]})" in str(error.value)
+            assert all_rows(f"{place}:{split}") == [rows[file] for file in of_it]
+        with pytest.raises(UserError, match="no split 'other'; give one of"):
+            all_rows(f"{place}:other")
+    _, report = load(f"{folder}:{splits[1]}[:1]", chatml)
+    assert report.rows == 1 and "; read from " in report.formats[0] and str(folder / files[1]) in report.formats[0]
+    assert all_rows(folder / files[0]) == [rows[files[0]]]  # named outright
+
+
+def test_a_folder_of_one_split_is_read_and_its_files_are_named(tmp_path, chatml):
+    for i in range(5):
+        write(tmp_path, f"test-{i}.jsonl", [PAIR])
+    write(tmp_path, "dataset_infos.json", [{"splits": 1}])
+    _, report = load(str(tmp_path), chatml)
+    first = ", ".join(str(tmp_path / f"test-{i}.jsonl") for i in range(3))
+    assert report.kept == 5 and report.formats[0].endswith(f"; read from {first} and 2 more")
+
+
+def test_what_save_to_disk_wrote(tmp_path, chatml, monkeypatch):
+    import datasets
+
+    datasets.disable_progress_bars()
+    rows = [{**PAIR, "id": i} for i in range(5)]
+    made = datasets.Dataset.from_list(rows)
+    made.select([4, 0]).save_to_disk(tmp_path / "one")
+    made.save_to_disk(tmp_path / "shards", num_shards=2)
+    datasets.DatasetDict(train=made).save_to_disk(tmp_path / "dict")
+    datasets.DatasetDict(train=made, test=made.select([1])).save_to_disk(tmp_path / "dicts")
+    (tmp_path / "one" / "cache-0123.arrow").write_bytes(b"what a map left behind")
+    assert all_rows(tmp_path / "one") == [rows[4], rows[0]] and all_rows(f"{tmp_path}/one[1:]") == [rows[0]]
+    assert all_rows(tmp_path / "shards") == all_rows(tmp_path / "dict") == all_rows(f"{tmp_path}/dicts:train") == rows
+    assert all_rows(f"{tmp_path}/dicts:test") == all_rows(tmp_path / "dicts" / "test") == [rows[1]]
+    with pytest.raises(
+        UserError, match=r"several splits, .*dicts:test \(test/state.json\), .*dicts:train \(train/state.json\)"
+    ):
+        all_rows(tmp_path / "dicts")
+    _, report = load(str(tmp_path / "dict"), chatml)
+    assert report.kept == 5 and report.formats[0].endswith(f"; read from {tmp_path / 'dict' / 'train' / 'state.json'}")
+    key = data._cache_keys(str(tmp_path / "one"), chatml, Reading())
+    made.select([3]).save_to_disk(tmp_path / "one")
+    assert data._cache_keys(str(tmp_path / "one"), chatml, Reading()) != key and all_rows(tmp_path / "one") == [rows[3]]
+    (tmp_path / "one" / "data-00000-of-00001.arrow").write_bytes(b"broken")
+    with pytest.raises(UserError, match="one/state.json: cannot be read"):
+        all_rows(tmp_path / "one")
 
 
 def test_standard_input_is_no_source():
@@ -544,7 +725,7 @@ def test_refused_margins_roles_and_prompts():
         data.from_pair({**PAIR, "prompt": [user("a"), assistant("b")]})
     with pytest.raises(UserError, match="do not begin with the same words"):
         data.from_implied({"chosen": "one two", "rejected": "three two"})
-    with pytest.raises(UserError, match="rejected is text and the other side is not"):
+    with pytest.raises(UserError, match="chosen is a list, not text"):
         data.from_implied({"chosen": [user("a"), assistant("b")], "rejected": "a b"})
 
 
@@ -571,8 +752,8 @@ def test_refused_transcripts_and_labels():
 # ---- fuzz: used correctly or reported, never a traceback, never silently wrong ---------------------------------------
 
 WRONG = [
-    None, True, 3, 2.5, math.nan, "", " \n", [], {}, [[]], [{}], [None], ["a"], [[["a"]]], "\ud800",
-    {"role": "user"}, {"role": "narrator", "content": "a"}, {"role": "user", "content": ["a"]}, {"content": "a"},
+    None, True, 3, 2.5, math.nan, "", " \n", [], {}, [[]], [{}], [None], ["a", None], [[["a"]]], "\ud800",
+    {"role": "user"}, {"role": "narrator", "content": "a"}, {"role": "user", "content": ["a", 3]}, {"content": "a"},
 ]  # fmt: skip
 
 
@@ -593,8 +774,10 @@ def mutants(value, path=()):
 def test_wrong_values_anywhere(name, tmp_path, chatml):
     row, _ = FORMATS[name]
     # other numbers in the place of scores, another label or end and no system text are right values; they are tested elsewhere
-    free = ("scores", "all_rm_scores", "label", "system", "chosen_ends", "rejected_ends")
+    free = ("scores", "all_rm_scores", "label", "system", "system_prompt", "input", "chosen_ends", "rejected_ends")
     rows = [row] + [m for path, m in mutants(row) if not path or path[0] not in free]
+    if "input" in row:  # which alone is a prompt, too
+        rows = [m for m in rows if not isinstance(m, dict) or len(m) < 2 or "instruction" in m]
     path = write(tmp_path, "a.jsonl", rows)
     examples, report = load(path, chatml, max_drop_fraction=1)
     assert report.kept + sum(report.dropped.values()) == report.rows == len(rows) > 50
@@ -688,10 +871,6 @@ RENDERED = [
     ("none", TURNS, "Good day",
      "<|endoftext|>User: Ask me\n\nAssistant: Yes<|endoftext|>\n\nUser: Why\n\nAssistant:", " Good day<|endoftext|>"),
 ]  # fmt: skip
-TERMINATOR = {
-    "llama2": "</s>", "llama3": "<|eot_id|>", "mistral": "</s>", "gemma2": "<end_of_turn>", "qwen2.5": "<|im_end|>",
-    "smollm2": "<|im_end|>", "zephyr": "</s>", "none": "<|endoftext|>",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -774,12 +953,10 @@ def test_a_template_that_rewrites_the_prompt_is_refused():
 
 
 def test_nothing_before_the_response_is_refused():
-    tokenizer = tokenizer_with(
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{% endif %}{% endfor %}",
-        byte_level(["</s>"]),
-    )
+    names = ["</s>", "q", "b", "qb"]  # the whole prompt is merged into the response's first token
+    tokenizer = tokenizer_with(COLON.replace(":", ""), Tokenizer(models.BPE({t: i for i, t in enumerate(names)}, [("q", "b")])))
     with pytest.raises(UserError, match="no token from which the first response token could be predicted"):
-        encode(Row([user("Hello")], ["Good"]), tokenizer, 100, 90)
+        encode(Row([user("q")], ["b"]), tokenizer, 100, 90)
 
 
 @pytest.mark.parametrize("response", ["Good", "Good\n", "|>", "im_end", "\n", "m", "", "<|im_end"])
@@ -837,7 +1014,7 @@ def test_a_row_that_spells_a_special_token_is_refused_with_its_name(families, na
     tokenizer, end = families[name], TERMINATOR[name]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.unk_token_id}
     clean, _ = encode(Row([user("Ask me")], ["Good day", "Yes"]), tokenizer, 1000, 900)
-    attack = f"Ask me{end}\n{end} Good {tokenizer.bos_token or '<|im_start|>'}day"
+    attack = f"Ask me{end}\n{end} Good {tokenizer.bos_token or FAMILIES[name].special[0]}day"
     row = Row([user(attack)], ["Good day", "Yes"]) if place == "prompt" else Row([user("Ask me")], ["Good day", attack])
     with pytest.raises(UserError, match=SPELLED.format("(" + "|".join(map(re.escape, tokenizer.all_special_tokens)) + "|.*)")):
         encode(row, tokenizer, 1000, 900)
@@ -849,7 +1026,14 @@ def test_a_row_that_spells_a_special_token_is_refused_with_its_name(families, na
 @pytest.mark.parametrize("name", FAMILIES)
 def test_ordinary_texts_are_not_taken_for_special_tokens(families, name):
     tokenizer = families[name]
-    for text in ("two  spaces\n\nünï ☃ 中 <a|b>", "<|im_", "im_end|>", "[INST]", "<s", "\ue000 \U000f0000"):
+    for text in (
+        "two  spaces\n\nünï ☃ 中 <a|b>",
+        "<|im_",
+        "im_end|>",
+        "[INST]"[name == "mistral-v3" :],
+        "<s",
+        "\ue000 \U000f0000",
+    ):
         assert encode(Row([user(f"Ask {text} me")], [f"Good {text}", text]), tokenizer, 1000, 900)[0].responses
     if "<unk>" in tokenizer.get_vocab():  # it stands for text
         tokenizer = copy.deepcopy(tokenizer)
@@ -871,13 +1055,13 @@ def test_rows_that_spell_special_tokens_are_counted_by_token(tmp_path, chatml):
 
 
 def test_a_template_that_leaves_out_its_own_special_tokens_is_refused(chatml):
-    tokenizer = copy.deepcopy(chatml)
-    tokenizer.chat_template = JOINING.replace(
-        "<|im_end|>{% else %}", "{{ '' if 'x' in m['content'] else '<|im_end|>' }}{% else %}"
-    )
-    assert encode(Row([user("a")], ["b"]), tokenizer, 512, 448)
-    with pytest.raises(UserError, match="writes other special tokens around these texts"):
-        encode(Row([user("a")], ["x"]), tokenizer, 512, 448)
+    for token, said in (("<|im_end|>", "ends this response otherwise"), ("<|im_start|>", "writes other special tokens around")):
+        tokenizer = copy.deepcopy(chatml)
+        its_own = f"{{{{ '' if 'x' in m['content'] else '{token}' }}}}"
+        tokenizer.chat_template = JOINING.replace(token, its_own, 1)
+        assert encode(Row([user("a")], ["b"]), tokenizer, 512, 448)
+        with pytest.raises(UserError, match=said):
+            encode(Row([user("a")], ["x"]), tokenizer, 512, 448)
 
 
 JOINING = (  # lets messages touch, and deletes a character
@@ -898,10 +1082,357 @@ def test_special_tokens_that_the_template_makes_of_pieces(families, pieces, cont
     if control:
         with pytest.raises(UserError, match=SPELLED.format(r"<\|im_(start|end)\|>")):
             encode(row, tokenizer, 512, 448)
-        assert encode(row, tokenizer, 512, 448, control_tokens=True)[0].responses
+        if "~" in pieces[0]:  # the template deletes it, and that is changing a text
+            with pytest.raises(UserError, match=r"changes the text of prompt message 1 \(user\)"):
+                encode(row, tokenizer, 512, 448, control_tokens=True)
+        else:
+            assert encode(row, tokenizer, 512, 448, control_tokens=True)[0].responses
     else:
         example, _ = encode(row, tokenizer, 512, 448)
         assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in example.prompt
+
+
+# ---- what else than text a row has, and what a template does with it --------------------------------------------------
+
+
+def tool(name="add", **more):
+    properties = {"a": {"type": "number"}, "b": {"type": "number"}}
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}, **more}}
+
+
+def calls(*arguments, name="add"):
+    return [{"type": "function", "function": {"name": name, "arguments": given}} for given in arguments]
+
+
+def said(text="", **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+TWO_AND_TWO = calls({"a": 2, "b": 2})
+TOOL_ROW = {"tools": [tool()], "prompt": [user("Add")], "chosen": said("", tool_calls=TWO_AND_TWO), "rejected": said("Five")}
+RESULT_ROW = {
+    "tools": [tool()],
+    "prompt": [user("Add"), said("I do", tool_calls=TWO_AND_TWO), {"role": "tool", "name": "add", "content": '4, "four"'}],
+    "chosen": "It is four",
+    "rejected": "No",
+}
+
+
+def test_messages_keep_their_keys():
+    """Nulls and empty values, which tables add to every object, are left out at any depth."""
+    filled = {"prompt": [{**user("Add"), "tool_calls": None, "name": "Ada"}], "chosen_ends": None}
+    filled["chosen"] = {**said(None), "tool_calls": calls({"a": 2, "unit": None}), "reasoning_content": "", "audio": None}
+    filled["rejected"] = [{"from": "gpt", "value": "Five", "thinking": "hm", "weight": 0.5}]
+    filled["tools"] = [tool(strict=None)]
+    filled["chat_template_kwargs"] = {"enable_thinking": False, "builtin_tools": None}
+    row = data.from_pair(filled)
+    assert row.prompt == [{**user("Add"), "name": "Ada"}]
+    assert row.responses == [said("", tool_calls=calls({"a": 2})), said("Five", thinking="hm", weight=0.5)]
+    assert row.template == {"enable_thinking": False, "tools": [tool()]}
+    assert data.from_pair(PAIR).template == data.from_pair({**PAIR, "tools": [], "chat_template_kwargs": None}).template == {}
+
+
+def test_what_tables_spell_as_json_is_read():
+    spelled = {**TOOL_ROW, "tools": json.dumps(TOOL_ROW["tools"]), "chat_template_kwargs": '{"enable_thinking": false}'}
+    spelled["chosen"] = said("", tool_calls=json.dumps(TWO_AND_TWO))
+    row = data.from_pair(spelled)
+    assert row.responses == data.from_pair(TOOL_ROW).responses and row.template == {"enable_thinking": False, "tools": [tool()]}
+    arguments = '{"a": 2}'
+    kept = data.from_pair({**TOOL_ROW, "chosen": said("", tool_calls=calls(arguments))}).responses[0]["tool_calls"]
+    assert kept[0]["function"]["arguments"] == arguments  # templates differ in what they want
+
+
+def test_parts_that_are_texts_are_joined():
+    parts = [{"type": "text", "text": "Ask "}, "me", {"type": "text", "text": "!", "image": None}]
+    assert (
+        data.from_pair({**PAIR, "prompt": [user(parts)], "chosen": said(parts)})[:2]
+        == Row([user("Ask me!")], ["Ask me!", "Bad"])[:2]
+    )
+
+
+deep = functools.reduce(lambda inner, _: {"a": inner}, range(500), {})
+NO_TEXT = [
+    ({"images": ["cat.png"]}, "the row has images, and only texts are seen here"),
+    ({"video": {"path": "cat.mp4"}}, "the row has video, and only"),
+    ({"prompt": [{**user("Look"), "images": ["cat.png"]}]}, "prompt message 1 has images, and only"),
+    (
+        {"prompt": [user([{"type": "image"}, {"type": "text", "text": "Look"}])]},
+        "prompt message 1 has a part of type image, and",
+    ),
+    ({"prompt": [user([{"type": "image_url", "image_url": {"url": "u"}}])]}, "prompt message 1 has a part of type image_url"),
+    ({"chosen": said([{"type": "text"}])}, "chosen message 1 has a part of type text, and only"),
+    ({"chosen": said("")}, "chosen message 1 is empty"),
+    ({"chosen": said("", tool_calls=[])}, "chosen message 1 is empty"),
+    ({"chosen": said("", tool_calls="add")}, "chosen message 1: tool_calls is not a list of objects, nor JSON"),
+    ({"chosen": said("", tool_calls=["add"])}, "tool_calls is not a list of objects"),
+    ({"tools": "add"}, "tools is not a list of objects, nor JSON that spells one"),
+    ({"tools": {"name": "add"}}, "tools is not a list of objects"),
+    ({"chat_template_kwargs": [1]}, "chat_template_kwargs is not an object"),
+    ({"chat_template_kwargs": {"a": deep}}, "nested deeper than 100"),
+    ({"chosen": said("Good", more=deep)}, "nested deeper than 100"),
+]
+
+
+@pytest.mark.parametrize("change, message", NO_TEXT)
+def test_what_is_no_text_is_refused_by_name(change, message):
+    assert data.from_pair({**PAIR, "images": [], "video": None})
+    with pytest.raises(UserError, match=message):
+        data.from_pair({**PAIR, **change})
+
+
+def encoded(row, tokenizer, **more):
+    return encode(data.from_pair(row), tokenizer, 4000, 3500, **more)
+
+
+def texts(row, tokenizer, **more):
+    """(prompt, chosen, rejected) as texts, what is cut."""
+    example, cuts = encoded(row, tokenizer, **more)
+    return [tokenizer.decode(ids) for ids in (example.prompt, *example.responses)], cuts
+
+
+HERMES = (  # the texts around the tools, written by hand
+    "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.\n\n"
+    "# Tools\n\nYou may call one or more functions.\n\n<tools>\n{}\n</tools>\n\nFor each call return <tool_call>\n"
+    '{{"name": <name>, "arguments": <object>}}\n</tool_call><|im_end|>\n<|im_start|>user\nAdd<|im_end|>\n'
+)
+CALLED = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call>'
+
+
+def test_tools_and_their_calls_by_hand():
+    tokenizer = family("qwen2.5")
+    (prompt, chosen, rejected), cuts = texts(TOOL_ROW, tokenizer)
+    begin = HERMES.format(json.dumps(tool()))
+    assert prompt + chosen == f"{begin}<|im_start|>assistant\n{CALLED}<|im_end|>"
+    assert prompt + rejected == f"{begin}<|im_start|>assistant\nFive<|im_end|>" and cuts == []
+    (prompt, chosen, _), _ = texts(RESULT_ROW, tokenizer)
+    result = '<|im_start|>user\n<tool_response>\n4, "four"\n</tool_response><|im_end|>\n'
+    assert prompt == f"{begin}<|im_start|>assistant\nI do\n{CALLED}<|im_end|>\n{result}<|im_start|>assistant\n"
+    assert chosen == "It is four<|im_end|>"
+    both = {**TOOL_ROW, "chosen": said("I add", tool_calls=TWO_AND_TWO), "rejected": said("I add")}
+    assert texts(both, tokenizer)[0][1:] == [f"I add\n{CALLED}<|im_end|>", "I add<|im_end|>"]  # not the same ids
+
+
+# (family, what stands behind the arguments of a call, its terminator, that of an answer)
+@pytest.mark.parametrize(
+    "name, closing, call, answer",
+    [
+        ("gpt-oss", "", "<|call|>", "<|return|>"),
+        ("glm4", "", "<|observation|>", "<|user|>"),
+        ("llama3.2", "}", "<|eot_id|>", "<|eot_id|>"),
+        ("qwen3", "}\n</tool_call>", "<|im_end|>", "<|im_end|>"),
+        ("hermes", "}\n</tool_call>", "<|im_end|>", "<|im_end|>"),
+    ],
+)
+def test_what_a_call_and_an_answer_end_with(name, closing, call, answer):
+    day = {"strftime_now": "2024-03-01"}
+    (_, chosen, rejected), cuts = texts(TOOL_ROW, family(name), template=day)
+    assert chosen.endswith('{"a": 2, "b": 2}' + closing + call) and chosen.count(call) == 1
+    assert rejected.endswith("Five" + answer) and rejected.count(answer) == 1 and cuts == []
+    called = [user("Add"), said("", tool_calls=TWO_AND_TWO), RESULT_ROW["prompt"][2]]
+    (prompt, chosen, _), _ = texts({**RESULT_ROW, "prompt": called}, family(name), template=day)
+    assert "four" in prompt and chosen.endswith("It is four" + answer)
+
+
+SPECIAL = ["</s>", "<|im_start|>", "<|im_end|>"]
+
+
+def turns(text="m.content", after="<|im_end|>\n", prompted="<|im_start|>assistant\n", otherwise=""):
+    """A template: what it shows of a message, what it writes behind it, for a generation prompt and otherwise."""
+    last = "{% if add_generation_prompt %}" + prompted + "{% else %}" + otherwise + "{% endif %}"
+    return "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ " + text + " }}" + after + "{% endfor %}" + last
+
+
+# structures that public templates have: (template, what ends an answer; "" where nothing does)
+ENDINGS = {
+    "at once": (turns(), "<|im_end|>"),
+    "EOS behind the last message too": (turns(otherwise="{{ eos_token }}"), "<|im_end|>"),
+    "EOS in the place of the last token": (
+        turns(after="{{ eos_token if loop.last and m.role == 'assistant' else '<|im_end|>' }}"), "</s>"
+    ),
+    "the next header, whether asked for or not": (turns(otherwise="<|im_start|>assistant\n"), "<|im_end|>"),
+    "the next header only": (turns(after=""), "<|im_start|>"),
+    "two tokens, the second is EOS": (turns(after="<|im_end|>{{ eos_token }}\n"), "<|im_end|></s>"),
+    "a space before it": (turns(after=" {{ eos_token }}"), " </s>"),
+    "no further turn": (turns(after="<|im_end|>{% if loop.index > 2 %}{{ raise_exception('no') }}{% endif %}"), "<|im_end|>"),
+    "nothing": (turns(after="\n\n", prompted="assistant\n").replace("<|im_start|>", ""), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_an_answer_ends_once_and_nothing_follows(name):
+    template, ending = ENDINGS[name]
+    tokenizer = tokenizer_with(template, byte_level(SPECIAL))
+    (prompt, chosen, rejected), cuts = texts(PAIR, tokenizer)
+    assert [chosen.lstrip(), rejected.lstrip()] == ["Good" + ending, "Bad" + ending]
+    assert cuts == ([] if ending else [data.NO_ENDING])
+    last = raw_ids(tokenizer, ending)[-1:]
+    assert data.terminator(tokenizer) == (last[0] if ending else None)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_terminator_of_a_family(families, name):
+    assert data.terminator(families[name]) == families[name].convert_tokens_to_ids(TERMINATOR[name])
+
+
+def test_no_ending_is_said(tmp_path, capsys):
+    template, _ = ENDINGS["nothing"]
+    tokenizer = tokenizer_with(template, byte_level(["</s>"]))
+    examples, report = load(write(tmp_path, "a.jsonl", [PAIR] * 3), tokenizer)
+    assert report.cut == {data.NO_ENDING: 3} and "3 of 3 rows kept, 3 without an ending" in str(report)
+    assert "→ no ending is taught: let the chat template write a token" in data.stats(examples, report)
+    assert "tokens, scored, no terminator)" in data.show(examples[0], tokenizer, colour=False)
+
+
+def test_reasoning_reaches_the_ids_and_an_empty_block_belongs_to_the_prompt_where_it_is_asked_for():
+    tokenizer, begin = family("qwen3"), f"{ASK}{THEN}"
+    reasoned = {
+        "prompt": "Ask me",
+        "chosen": said("Good", reasoning_content="Why not"),
+        "rejected": said("Bad", reasoning_content="No"),
+    }
+    (prompt, chosen, rejected), cuts = texts(reasoned, tokenizer)
+    assert (prompt, cuts) == (begin, []) and chosen == "<think>\nWhy not\n</think>\n\nGood<|im_end|>"
+    assert rejected == "<think>\nNo\n</think>\n\nBad<|im_end|>"
+    assert texts(PAIR, tokenizer)[0] == [begin, "<think>\n\n</think>\n\nGood<|im_end|>", "<think>\n\n</think>\n\nBad<|im_end|>"]
+    without = [begin + "<think>\n\n</think>\n\n", "Good<|im_end|>", "Bad<|im_end|>"]
+    assert texts({**PAIR, "chat_template_kwargs": {"enable_thinking": False}}, tokenizer)[0] == without
+    assert texts(PAIR, tokenizer, template={"enable_thinking": False})[0] == without
+    own_wins = {**PAIR, "chat_template_kwargs": {"enable_thinking": True}}
+    assert texts(own_wins, tokenizer, template={"enable_thinking": False}) == texts(PAIR, tokenizer)
+
+
+def test_reasoning_of_earlier_turns_may_be_cut_and_is_counted(tmp_path):
+    tokenizer = family("qwen3")
+    for earlier in (said("Yes", reasoning_content="Let me see"), said("<think>\nLet me see\n</think>\n\nYes")):
+        row = {**PAIR, "prompt": [user("Hi"), earlier, user("So")]}
+        (prompt, _, _), cuts = texts(row, tokenizer)
+        assert "Let me see" not in prompt and "assistant\nYes<|im_end|>" in prompt
+        assert cuts == ["earlier reasoning cut by the template"]
+        _, report = load(write(tmp_path, "a.jsonl", [row, PAIR]), tokenizer)
+        assert report.cut == {"earlier reasoning cut by the template": 1}
+    (prompt, _, _), cuts = texts(row, family("smollm2"))
+    assert "<think>\nLet me see\n</think>\n\nYes" in prompt and cuts == []  # this one leaves it in
+
+
+ROLES = "m.content if m.role in ['user', 'assistant'] else ''"
+ONCE = "m.content if m.content not in messages[:loop.index0] | map(attribute='content') else ''"
+WITH_NAMES = turns("m.content ~ m.tool_calls | map(attribute='function.name') | join")
+WITH_CALLS = turns("m.content ~ (m.tool_calls | tojson if m.tool_calls else '')")
+OLD_CALL = {"name": "add", "arguments": '{"a": "two"}'}
+# (template, row, what is said of it)
+LOST = {
+    "capitals": (turns("m.content | upper"), PAIR | {"prompt": "ASK"}, "changes the response's text$"),
+    "the first words only": (turns("m.content[:3]"), PAIR | {"prompt": "Ask"}, "drops the response's text$"),
+    "up to </think>": (turns("m.content.split('</think>')[-1]"), PAIR | {"chosen": "<think>Hm</think>Good"},
+                       "drops the response's text; give what is before </think> as reasoning_content"),
+    "capitals for users": (turns("m.content if m.role == 'assistant' else m.content | upper"), PAIR,
+                           r"drops or changes the text of prompt message 1 \(user\)"),
+    "no developer": (turns(ROLES), PAIR | {"prompt": [{"role": "developer", "content": "a"}, user("Ask me")]},
+                     r"drops the text of prompt message 1 \(developer\)"),  # there is an "a" in every rendering
+    "no system": (turns(ROLES), PAIR | {"system": "Be kind"}, r"drops the text of prompt message 1 \(system\)"),
+    "each text once": (turns(ONCE), PAIR | {"prompt": [user("Ask me"), said("Yes"), user("Ask me")]},
+                       r"drops or changes the text of prompt message 1 \(user\)"),
+    "more than earlier reasoning": (
+        turns("m.content[:3]"), PAIR | {"prompt": [user("Ask"), said("<think>Hm</think>Fine"), user("Ask")], "chosen": "Yes"},
+        r"drops or changes the text of prompt message 2 \(assistant\)",
+    ),
+    "tools": (WITH_CALLS, TOOL_ROW, "does not show the row's tools"),
+    "calls": (turns(), TOOL_ROW, "does not show all of the response's tool_calls"),
+    "arguments": (WITH_NAMES, TOOL_ROW, "does not show all of the response's tool_calls"),
+    "earlier calls": (turns(), RESULT_ROW, r"does not show all of tool_calls of prompt message 2 \(assistant\)"),
+    "old calls": (turns(), PAIR | {"chosen": said("", function_call=OLD_CALL)}, "does not show all of .* function_call"),
+    "reasoning": (turns(), PAIR | {"chosen": said("Good", reasoning_content="Hm")}, "does not show all of .*reasoning_content"),
+    "thinking": (turns(), PAIR | {"chosen": said("Good", thinking="Hm")}, "does not show all of the response's thinking"),
+    "another key": (turns(), PAIR | {"chosen": said("Good", plan=["Hm"])}, "does not show all of the response's plan"),
+    "text beside a call": (
+        turns("m.tool_calls | tojson if m.tool_calls else m.content"), PAIR | {"chosen": said("I add", tool_calls=TWO_AND_TWO)},
+        "changes the response's text",
+    ),
+    "the difference": (turns("m.content | trim"), PAIR | {"rejected": "Good "}, "renders both responses alike"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_a_template_drops_or_changes_is_refused(name):
+    template, row, message = LOST[name]
+    tokenizer = tokenizer_with(template, byte_level(SPECIAL))
+    with pytest.raises(UserError, match=f"^the chat template {message}"):
+        encoded(row, tokenizer)
+
+
+def test_what_need_not_be_shown():
+    tokenizer = tokenizer_with(WITH_CALLS, byte_level(SPECIAL))
+    labels = {"name": "Ada", "id": "x1", "weight": 0.5, "train": True}
+    (prompt, chosen, _), _ = texts(
+        {**PAIR, "prompt": [{**user("Ask me"), "stamp": "noon"}], "chosen": said("Good", **labels)}, tokenizer
+    )
+    assert chosen == "Good<|im_end|>" and "noon" not in prompt
+    identical = encoded({**PAIR, "rejected": "Good"}, tokenizer)[0]
+    assert identical.responses[0] == identical.responses[1]  # counted by `quality`
+    for arguments in ({"a": 'say "no"\n', "n": 12}, '{"a": "say \\"no\\"\\n", "n": 12}'):  # shown as JSON, or as JSON in JSON
+        (_, chosen, _), _ = texts({**PAIR, "chosen": said("", tool_calls=calls(arguments, "{}"))}, tokenizer)
+        assert "say" in chosen and chosen.count("add") == 2
+
+
+def test_special_tokens_spelled_elsewhere_than_in_texts():
+    tokenizer = family("qwen2.5")
+    for row in (
+        {**TOOL_ROW, "tools": [tool(description="<|im_end|>")]}, {**TOOL_ROW, "tools": [tool("<|im_<|im_end|>end|>")]},
+        {**TOOL_ROW, "chosen": said("", tool_calls=calls({"a": "<|im_end|>"}))},
+        {**TOOL_ROW, "rejected": said("Five", tool_calls=calls('{"<|im_end|>": 2}'))},
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=SPELLED.format(r"<\|im_end\|>")):
+            encoded(row, tokenizer)
+        assert encoded(row, tokenizer, control_tokens=True)
+    reasoned = {**PAIR, "chosen": said("Good", reasoning_content="<|im_end|>")}
+    with pytest.raises(UserError, match=SPELLED.format(r"<\|im_end\|>")):
+        encoded(reasoned, family("qwen3"))
+
+
+def test_contents_are_given_as_parts_where_the_template_wants_them(tmp_path):
+    tokenizer = family("parts")
+    begin = "<|im_start|>system\nBe kind<end_of_utterance>\n<|im_start|>user\nAsk me<end_of_utterance>\n<|im_start|>assistant\n"
+    assert texts({**PAIR, "system": "Be kind"}, tokenizer)[0] == [begin, "Good<end_of_utterance>", "Bad<end_of_utterance>"]
+    assert data.terminator(tokenizer) == tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+
+
+DATED = "{% if strftime_now is defined %}It is {{ strftime_now('%d %b %Y') }}, {{ strftime_now( \"%H\" ) }}.\n{% endif %}"
+DATED += turns()
+
+
+def test_a_template_is_told_one_date(tmp_path):
+    tokenizer = tokenizer_with(DATED, byte_level(SPECIAL))
+    path = write(tmp_path, "a.jsonl", [PAIR])
+    begun = [tokenizer.decode(load(path, tokenizer, date=date)[0][0].prompt) for date in ("2024-03-01", "2025-12-31", "")]
+    assert begun[0].startswith("It is 01 Mar 2024, 00.\n<|im_start|>") and begun[1].startswith("It is 31 Dec 2025, 00.\n")
+    today = {
+        time.strftime("It is %d %b %Y", time.localtime(time.time() - ago)) for ago in (0, 3600)
+    }  # midnight may be just now
+    assert begun[2][:17] in today and tokenizer.chat_template == DATED  # exported as it is
+    assert data.asks_for_date(tokenizer) and not data.asks_for_date(family("smollm2"))
+    with pytest.raises(UserError, match="date is 'yesterday'; write YYYY-MM-DD"):
+        load(path, tokenizer, date="yesterday")
+    unclear = tokenizer_with("{% set form = '%Y' %}{{ strftime_now(form) }}" + turns(), byte_level(SPECIAL))
+    with pytest.raises(UserError, match="strftime_now something else than a text, so its date cannot be fixed"):
+        load(path, unclear)
+
+
+def test_arguments_of_the_template_for_a_whole_run(tmp_path):
+    tokenizer, path = family("qwen3"), write(tmp_path, "a.jsonl", [PAIR])
+    examples, _ = load(path, tokenizer, template_kwargs='{"enable_thinking": false}')
+    assert tokenizer.decode(examples[0].prompt).endswith("<think>\n\n</think>\n\n")
+    assert data.template_arguments(Reading(template_kwargs='{"a": 1}', date="2024-03-01")) == {
+        "a": 1,
+        "strftime_now": "2024-03-01",
+    }
+    for wrong in ("enable_thinking=false", "[1]", "3"):
+        with pytest.raises(UserError, match="template_kwargs is not an object"):
+            load(path, tokenizer, template_kwargs=wrong)
+    with pytest.raises(UserError, match="template_kwargs has enable_thinkng, which is nowhere in the chat template"):
+        load(path, tokenizer, template_kwargs='{"enable_thinkng": false}')
+    for name in ("messages", "tokenize", "chat_template", "add_generation_prompt"):  # that are no arguments of a template
+        with pytest.raises(UserError, match="multiple values"):
+            encoded({**PAIR, "chat_template_kwargs": {name: True}}, tokenizer)
 
 
 # ---- equal length ----------------------------------------------------------------------------------------------------
@@ -965,7 +1496,7 @@ def test_quality_by_hand():
 # ---- large data ------------------------------------------------------------------------------------------------------
 
 
-def test_large_data_is_tokenised_in_parallel_cached_and_equal(tmp_path, chatml, monkeypatch):
+def test_large_data_is_tokenised_in_parallel_cached_and_equal(tmp_path, chatml, monkeypatch, capsys):
     rows = [{**PAIR, "prompt": f"Ask {i}"} for i in range(300)] + [{**PAIR, "chosen": ""}, {**PAIR, "prompt": "Ask 7"}]
     path = write(tmp_path, "a.jsonl", rows)
     options = dict(equal_length=0.5, max_drop_fraction=0.5)
@@ -987,10 +1518,11 @@ def test_large_data_is_tokenised_in_parallel_cached_and_equal(tmp_path, chatml, 
         return {f.name.split("_")[0] for f in files}
 
     once = made()
-    assert len(tables(once)) == 1
+    assert len(tables(once)) == 1 and f"{path}: tokenising 302 rows\n" in capsys.readouterr().err
     assert list(load(path, chatml, **options)[0]) == small and made() == once  # read back, not written again
     load(path, chatml, **options | {"max_drop_fraction": 1.0})
     assert made() == once
+    assert "tokenising" not in capsys.readouterr().err
     load(path, chatml, max_length=100, **options)
     load(path, family("qwen2.5"), **options)
     assert len(tables(made())) == 3  # other settings, other tokenizer: another table
@@ -1014,12 +1546,17 @@ def test_the_cache_key_holds_everything_that_an_outcome_depends_on(tmp_path, cha
     other_template.chat_template += " "
     keys = [key(), key(path + "[:1]"), key(tokenizer=other_words), key(tokenizer=other_template)]
     changed = dict(
-        max_length=9, max_prompt_length=9, format="pairs", columns="a=b", control_tokens=True, equal_length=0.5, seed=1
-    )
+        max_length=9, max_prompt_length=9, format="pairs", columns="a=b", control_tokens=True, equal_length=0.5, seed=1,
+        template_kwargs='{"a": 1}',
+    )  # fmt: skip
     keys += [key(**{name: value}) for name, value in changed.items()]
-    assert key(max_drop_fraction=0.5) == key() and {*changed, "max_drop_fraction"} == {f.name for f in fields(Reading)}
+    assert key(max_drop_fraction=0.5) == key(date="2024-03-01") == key()
+    assert {*changed, "max_drop_fraction", "date"} == {f.name for f in fields(Reading)}
+    dated = copy.deepcopy(chatml)
+    dated.chat_template += "{{ strftime_now('%Y') }}"
+    keys += [key(tokenizer=dated, date="2024-03-01"), key(tokenizer=dated, date="2025-03-01")]
     monkeypatch.setattr(data, "encode", byte_level)  # a function of another file
-    assert len({*keys, key()}) == len(keys) + 1 == 4 + 7 + 1
+    assert len({*keys, key()}) == len(keys) + 1 == 4 + 8 + 2 + 1
     rows = data._cache_keys(path, chatml, Reading())[0]
     assert rows == data._cache_keys(path, other_words, Reading(seed=1))[0] not in keys
     os.utime(path, ns=(1, 1))
@@ -1197,7 +1734,7 @@ def test_batch_targets_decode_to_the_responses(layout, chatml):
     examples = [encode(r, chatml, 1000, 900)[0] for r in rows]
     batch = data.LAYOUTS[layout](examples)
     texts = [chatml.decode(batch.targets[batch.response == r]) for r in range(batch.responses)]
-    assert texts == [r + "<|im_end|>" for row in rows for r in row.responses]
+    assert texts == [r["content"] + "<|im_end|>" for row in rows for r in row.responses]
     assert batch.input_ids.flatten()[batch.index[0]] == examples[0].prompt[-1]
 
 
@@ -1222,17 +1759,17 @@ def test_show_by_hand():
     assert ids["<user>"] == 1 and ids["<end>"] == 3
     pair = Example([1], [[ids["cat"], 3], [ids["pig"], 3]], where="f row 1")
     small = {w: str(i).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")) for w, i in ids.items()}
-    plain = ["prompt (1 tokens, not scored)", "<user>", "chosen (2 tokens, scored)", "cat <end>"]
+    plain = ["prompt (1 tokens, not scored)", "<user>▏", "chosen (2 tokens, scored, ends with <end>)", "cat <end>"]
     assert data.show(pair, tokenizer, colour=False).splitlines()[1:5] == plain
     assert data.show(pair, tokenizer, colour=False, ids=True).splitlines() == [
         "── f row 1",
-        "prompt (1 tokens, not scored)", "<user>₁",
-        "chosen (2 tokens, scored)", f"cat{small['cat']}<end>₃",
-        "rejected (2 tokens, scored)", f"pig{small['pig']}<end>₃",
+        "prompt (1 tokens, not scored)", "<user>₁▏",
+        "chosen (2 tokens, scored, ends with <end>)", f"cat{small['cat']}<end>₃",
+        "rejected (2 tokens, scored, ends with <end>)", f"pig{small['pig']}<end>₃",
     ]  # fmt: skip
-    assert "\x1b[2m<user>\x1b[0m" in data.show(pair, tokenizer)
-    single = Example([1], [[3]], desirable=False)
-    assert "completion (1 tokens, scored, label false)" in data.show(single, tokenizer, colour=False)
+    assert "\x1b[2m\x1b[4m<user>\x1b[24m▏\x1b[0m" in data.show(pair, tokenizer)  # dim, and underlined as a special token
+    single = Example([1], [[ids["cat"]]], desirable=False)
+    assert "completion (1 tokens, scored, no terminator, label false)" in data.show(single, tokenizer, colour=False)
 
 
 def test_show_hides_the_beginning_of_long_prompts(chatml):

@@ -1276,3 +1276,200 @@ def test_another_reference_is_found_out_at_step_zero():
     values = {"len": torch.tensor([[2, 2]]), "logp": logp, "ref": torch.tensor([[-2.0, -2.0]])}
     with pytest.raises(UserError, match="differ by 1 nats"):
         train.check_step_zero(values, 1e-3)
+
+
+# ---- step 1 is exact: the reference is scored in the very microbatches of the first epoch's steps -----------------------
+
+
+@pytest.fixture
+def at_step_zero(monkeypatch) -> dict:
+    """What the check of step 0 is given, with its bound."""
+    given = {}
+    check = train.check_step_zero
+
+    def seen(values, bound):
+        given.update(values, bound=bound)
+        check(values, bound)
+
+    monkeypatch.setattr(train, "check_step_zero", seen)
+    return given
+
+
+EXACT = [
+    ("dpo", {}), ("dpo", dict(wpo=True, layout="padded")), ("ld_dpo", dict(gradient_checkpointing=True)),
+    ("kto", {}), ("kto", dict(layout="padded", gradient_checkpointing=True)), ("0.5*alpha_dpo + 0.5*tdpo2 + sft", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("objective, more", EXACT)
+def test_policy_and_reference_have_the_same_bits_at_step_zero(arguments, at_step_zero, dtype, objective, more):
+    """Steps of several microbatches, whose rows and widths are others than those of the data's own order."""
+    how = dict(objective=objective, dtype=dtype, batch_size=12, tokens_per_microbatch=90, samples=0) | more
+    run = train.prepare(train.parse_settings(arguments(**how)))
+    examples = first_examples(run)
+    assert len(run.microbatches(examples)) > 2
+    before = train.evaluate(run)
+    line = train.train_step(run, run.plan[0])
+    assert at_step_zero["bound"] == 0 and torch.equal(at_step_zero["logp"], at_step_zero["ref"])
+    for name, of in (("prefix_logp", "ref_prefix_logp"), ("logp_kl", "ref_kl")):
+        assert of not in at_step_zero or torch.equal(at_step_zero[name], at_step_zero[of])
+    assert at_step_zero.get("kl", torch.zeros(1)).abs().max() == 0
+    assert ("ref_prefix_logp" in at_step_zero, "ref_kl" in at_step_zero, "kl" in at_step_zero) == (
+        objective == "ld_dpo", objective == "kto", "tdpo2" in objective
+    )  # fmt: skip
+    assert before["eval_drift"] == 0
+    assert line["reward_accuracy"] == 0.5 or "alpha_dpo" in objective  # whose reward has no reference in it
+    if objective == "ld_dpo":  # −log σ(0)
+        assert line["loss"] == pytest.approx(math.log(2), abs=1e-7) and line["reward_margin"] == 0
+        assert before["eval_loss"] == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_a_step_of_more_rows_than_are_scored_at_a_time_elsewhere(world, arguments, tmp_path, at_step_zero):
+    """300 pairs in a bf16 step of an objective that needs all log-probs of the batch before any gradient: α-DPO's margins and
+    their z-scores are 0, so its loss is SimPO's with the same β and γ."""
+    lines = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(lines[i % 40]) + "\n" for i in range(300)))
+    how = dict(
+        dataset=tmp_path / "many.jsonl", eval_size=0, samples=0, batch_size=300, dtype="bf16", tokens_per_microbatch=1500
+    )
+    losses = []
+    for i, objective in enumerate(("alpha_dpo(beta=2.0, gamma=1.0, alpha=0.5)", "simpo(beta=2.0, gamma=1.0)")):
+        run = train.prepare(train.parse_settings(arguments(objective=objective, out=tmp_path / str(i), **how)))
+        losses.append(train.train_step(run, run.plan[0])["loss"])
+    assert torch.equal(at_step_zero["logp"], at_step_zero["ref"]) and at_step_zero["logp"].shape == (300, 2)
+    assert losses[0] == losses[1]
+
+
+def test_only_rows_that_steps_come_to_are_scored(arguments, tmp_path, at_step_zero):
+    """Two steps of 8 of 32 rows: 16 rows of the first epoch; four epochs: each row once, and later steps find theirs."""
+    run = train.prepare(train.parse_settings(arguments(objective="dpo", max_steps=2)))
+    asked = sorted(run.plan[0] + run.plan[1])
+    assert torch.isfinite(run.ref["ref"]).all(-1).nonzero().flatten().tolist() == asked and len(asked) == 16
+    scored = [tuple(dist.load_tensors(file)["ref"].shape) for file in (tmp_path / "cache").glob("*")]
+    assert sorted(scored) == [(8, 2), (16, 2)]  # held-out rows and these
+    run = train.prepare(train.parse_settings(arguments(objective="dpo", epochs=4, max_steps=None, out=tmp_path / "other")))
+    assert len(run.plan) == 16 and torch.isfinite(run.ref["ref"]).all()
+    for rows in (run.plan[0], run.plan[9]):
+        found = train.batch_inputs(run, [run.train[i] for i in rows], rows)["ref"]
+        assert torch.allclose(found, train.log_probs(run, [run.train[i] for i in rows])["logp"], atol=1e-5)
+
+
+def test_the_cache_knows_the_microbatches(arguments, tmp_path, monkeypatch):
+    """What puts rows into other microbatches, or adds them up on another machine, scores anew; what does not, does not."""
+    cache = tmp_path / "cache"
+
+    def files(**more) -> int:
+        how = dict(objective="dpo", samples=0, out=tmp_path / str(time.time())) | more
+        train.prepare(train.parse_settings(arguments(**how)))
+        return len(list(cache.glob("*")))
+
+    assert files() == 2 == files(objective="ipo", lr=1e-4)  # training and held-out rows
+    assert files(tokens_per_microbatch=100) == 4
+    assert files(batch_size=4, max_steps=None) == 5  # evaluation has no steps
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert files() == 7
+
+
+# ---- where a response ends, and on which day ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other_model(world, tmp_path):
+    """The world's model in a folder of its own, its EOS another token than the one that its chat template writes (<end>, 3)."""
+
+    def build(template: str | None = None, eos: int | list[int] | None = 7) -> Path:
+        folder = tmp_path / "other"
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(world / "model"), AutoTokenizer.from_pretrained(world / "model")
+        model.generation_config.eos_token_id = eos
+        model.save_pretrained(folder)
+        tokenizer.chat_template = template or tokenizer.chat_template
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return build
+
+
+def tokens_until_the_end(folder: Path) -> int:
+    """How many tokens transformers' own generation makes with a model that could only say <end>."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    others = [i for i in range(model.config.vocab_size) if i != 3]
+    return model.generate(torch.tensor([[5, 6]]), max_new_tokens=5, do_sample=False, suppress_tokens=others).shape[1] - 2
+
+
+@pytest.mark.parametrize("eos, wanted", [(7, [7, 3]), ([7, 8], [7, 8, 3]), (None, [3])])
+def test_the_templates_terminator_ends_generation(arguments, other_model, tmp_path, capsys, monkeypatch, eos, wanted):
+    """Said before training, in a line; samples, checkpoints and both exports follow, and transformers stops there."""
+    folder = other_model(eos=eos)
+    assert tokens_until_the_end(folder) == 5
+    asked = []
+    generate = LlamaForCausalLM.generate
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "generate", lambda self, **how: asked.append(how) or generate(self, **how))
+        train.main(arguments(model=folder, max_steps=1, save_every=1))
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if "the chat template ends a response with <end> (3)" in line]
+    assert len(lines) == 1 and f"not among this model's eos_token_id {wanted[:-1]}" in lines[0]
+    assert said.index(lines[0]) < said.index("before: ")
+    assert asked and all(how["eos_token_id"] == wanted for how in asked)
+    checkpoint = tmp_path / "out/checkpoints/step-000001"
+    dist.main(["export", str(checkpoint), str(tmp_path / "exported")])
+    for place in (checkpoint, tmp_path / "out/model", tmp_path / "exported"):
+        assert json.loads((place / "generation_config.json").read_text())["eos_token_id"] == wanted, place
+    assert tokens_until_the_end(tmp_path / "out/model") == tokens_until_the_end(tmp_path / "exported") == 1
+
+
+def test_nothing_is_said_of_an_end_that_the_model_knows(arguments, world, tmp_path, capsys):
+    train.main(arguments(max_steps=1))
+    said = capsys.readouterr().err
+    assert "the chat template" not in said and "date" not in said
+    was, is_now = (json.loads((f / "generation_config.json").read_text()) for f in (world / "model", tmp_path / "out/model"))
+    assert was["eos_token_id"] == is_now["eos_token_id"] == 3
+
+
+def test_a_template_without_an_ending_is_said(arguments, other_model, tmp_path, capsys):
+    """Nothing is made up: the exported model ends where the given one did."""
+    train.main(arguments(model=other_model("{% for m in messages %}{{ m['content'] }} {% endfor %}"), max_steps=1))
+    said = capsys.readouterr().err
+    assert "so no ending is taught: let it write eos_token behind assistant turns" in said
+    assert json.loads((tmp_path / "out/model/generation_config.json").read_text())["eos_token_id"] == 7
+
+
+YEAR = "{% if strftime_now('%Y') == '2001' %}name two {% endif %}"  # words that only a prompt of that year begins with
+
+
+def test_a_run_keeps_its_date(arguments, other_model, world, tmp_path, capsys, monkeypatch):
+    """A run of another year, by its clock, killed and resumed today: the same ids, the same cache, the same weights."""
+    template = YEAR + AutoTokenizer.from_pretrained(world / "model").chat_template
+    how = dict(model=other_model(template), objective="dpo", save_every=2)
+    strftime = time.strftime  # which a day's own calls
+    with monkeypatch.context() as patch:
+        patch.setattr(train.time, "strftime", lambda form, *day: strftime(form, *day) if day else "2001-02-03")
+        train.main(arguments(**how, out=tmp_path / "a"))
+    assert "date: the chat template is told 2001-02-03" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b/checkpoints/step-000004")
+    (tmp_path / "b/summary.json").unlink()
+    assert json.loads((tmp_path / "b/run.json").read_text())["plainpo"]["date"] == "2001-02-03"
+    assert json.loads((tmp_path / "b/settings.json").read_text())["date"] == "2001-02-03"
+    said = refused(arguments(**how, out=tmp_path / "b", date="2001-02-04") + ["--resume"], capsys)
+    assert "date is '2001-02-04' here and '2001-02-03' there" in said
+    train.main(arguments(**how, out=tmp_path / "b") + ["--resume"])
+    said = capsys.readouterr().err
+    assert "resumed after step 2" in said and "2001-02-03" in said and "reference log-probs of 32 rows from" in said
+    assert [x["loss"] for x in steps(tmp_path / "b")] == [x["loss"] for x in steps(tmp_path / "a")]
+    one, two = ((tmp_path / x / "model/model.safetensors").read_bytes() for x in "ab")
+    assert one == two
+    run = train.prepare(train.parse_settings(arguments(**how, out=tmp_path / "c")))  # a new one has today's
+    known = train.prepare(train.parse_settings(arguments(**how, out=tmp_path / "d", date="2001-12-31")))
+    assert run.s.date == time.strftime("%Y-%m-%d")
+    lengths = [[len(r.train[i].prompt) for i in range(3)] for r in (run, known)]
+    assert [b - a for a, b in zip(*lengths)] == [2, 2, 2]
+
+
+def test_a_date_that_no_id_depends_on_is_no_part_of_a_run(arguments, tmp_path, capsys):
+    train.main(arguments(save_every=2, date="2001-02-03"))
+    (tmp_path / "out/summary.json").unlink()
+    assert "date" not in json.loads((tmp_path / "out/run.json").read_text())["plainpo"]
+    assert train.main(arguments(save_every=2, date="2001-02-04") + ["--resume"])["steps"] == 4
+    assert "2001" not in capsys.readouterr().err

@@ -3,7 +3,7 @@
 import numpy as np
 import toy
 
-from data import Row
+from data import Row, answer
 
 
 def world_pairs(seed: int, demonstrations: int, pairs: int) -> list[Row]:
@@ -24,5 +24,5 @@ def world_pairs(seed: int, demonstrations: int, pairs: int) -> list[Row]:
         worse = toy.quality(prompt, b)
         if better != worse:
             responses = [a, b] if better > worse else [b, a]
-            rows.append(Row([{"role": "user", "content": prompt}], responses))
+            rows.append(Row([{"role": "user", "content": prompt}], list(map(answer, responses))))
     return rows

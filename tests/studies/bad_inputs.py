@@ -378,9 +378,30 @@ def datasets() -> Iterator[Case]:
         ("held out paired", f"{TRAIN} --dataset rows.jsonl --eval-dataset pairs.jsonl {kto}", (0, 2)),
     ):  # fmt: skip
         yield Case(f"data: paired and unpaired, {what}", command, "", mixed, code)
+    splits = both(write("split/train.jsonl", text), write("split/test.jsonl", text))
+    for what, dataset, word in (("of two splits", "split", "split:train"), ("without that split", "split:dev", "split:test"),
+                                ("by a pattern", "'split/*.jsonl'", "split/.*:test")):  # fmt: skip
+        yield Case(f"data: a folder {what}", f"{TRAIN} --dataset {dataset}", word, splits)
+        yield Case(f"data: a folder {what} (stats)", f"{STATS} {dataset}", word, splits)
+    saved = both(
+        write("saved/dataset_info.json", "{}"), write("saved/state.json", '{"_data_files": [{"filename": "a.arrow"}]}')
+    )
+    yield Case("data: half of what save_to_disk wrote", f"{TRAIN} --dataset saved", "saved/state.json", saved)
+    asked, answers = {"question": "name two fruits"}, {"chosen": "apple and pear", "rejected": "so apple"}
+    spelled = json.dumps([{"role": "assistant", "content": "apple and pear"}])
+    for what, row, word in (
+        ("messages as JSON in a string", pair | {"chosen": spelled}, "chosen is a string that spells messages"),
+        ("messages as Python prints them", pair | {"prompt": str([{"role": "user", "content": "name"}])}, "prompt is a string"),
+        ("two columns that could be the prompt", asked | answers | {"query": "name three"}, "question and query"),
+        ("two system texts", {"prompt": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], "system": "c"}
+         | answers, "system message"),
+        ("a system text that is none", asked | answers | {"system": [1]}, "system is a list"),
+        ("answers alone", answers, "begin with the same words"),
+    ):  # fmt: skip
+        yield Case(f"data: {what}", f"{TRAIN} --dataset new.jsonl", word, rows("new.jsonl", *[row] * 30))
     for what, dataset, word in (
         ("missing", "nowhere.jsonl", "nowhere"), ("a folder without data", "model", "model"),
-        ("no match", "'*.nothing'", "nothing"),
+        ("no match", "'*.nothing'", "nothing"), ("a split of a file", "pairs.jsonl:train", "pairs.jsonl:train"),
         ("a billionfold", "pairs.jsonl@1000000000", "pairs.jsonl|weight"), ("weight 0", "pairs.jsonl@0", "pairs.jsonl|weight"),
         ("weight nan", "pairs.jsonl@nan", "pairs.jsonl|weight"), ("weight -1", "pairs.jsonl@-1", "pairs.jsonl|weight"),
         ("weight 1e-9", "pairs.jsonl@1e-9", "pairs.jsonl|weight|rows|eval.size"),

@@ -99,8 +99,6 @@ def built(args, s: train.Settings) -> train.Run:
     policy = train.dist.shard(train.ResponseLogProbs(model), checkpointing=s.gradient_checkpointing, compiling=s.compile)
     policy.use_layout(s.layout)
     run = train.Run(s, train.read_objective(s.objective), device, None, policy, examples, [], s.layout)
-    if run.objective.needs("ref"):
-        run.ref = {"ref": train.log_probs(run, examples)["logp"]}
     run.optimizer = train.make_optimizer(run)
     return run
 
@@ -148,6 +146,8 @@ def ours(args) -> dict:
     if len(run.train) < need:
         sys.exit(f"{args.dataset}: {need} pairs are needed, {len(run.train)} fit")
     run.plan = [list(range(i, i + size)) for i in range(0, need, size)]
+    if run.objective.needs("ref"):  # in the microbatches of these steps
+        run.ref["ref"] = train.log_probs(run, run.train[:need], at_once=[size] * len(run.plan))["logp"]
     measured = [run.train[i] for i in range(WARM * size, need)]
     step = {"full": full_logits_step, "unshared": unshared_step}.get(layout, train.train_step)
     for rows in run.plan[:WARM]:
@@ -240,10 +240,10 @@ def peer(args) -> dict:
             examples.append(data.encode(row, tokenizer, args.max_length, args.max_length * 7 // 8)[0])
         except data.UserError:
             continue
-        reply = [[{"role": "assistant", "content": r}] for r in row.responses]
-        rows.append({"prompt": row.prompt, "chosen": reply[0], "rejected": reply[1]})
+        chosen, rejected = row.responses
+        rows.append({"prompt": row.prompt, "chosen": [chosen], "rejected": [rejected]})
     rows, examples = rows[:need], examples[:need]
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False)
 
     class Clock(TrainerCallback):
         tick = 0.0

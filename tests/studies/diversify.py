@@ -128,7 +128,7 @@ def respond(model, tokenizer, rows: list[dict], s: Strategies, seed: int, scores
         if name == "plain":
             found = on_policy.plain_responses(model, tokenizer, rows, s, seed)
         elif name == "cot":
-            asked = [{**row, "prompt": with_more(row["prompt"], STEP_BY_STEP)} for row in rows]
+            asked = [with_more(row, STEP_BY_STEP) for row in rows]
             found = on_policy.plain_responses(model, tokenizer, asked, s, seed)
         elif name == "dts":
             found = by_approaches(model, tokenizer, rows, s, seed)
@@ -158,20 +158,20 @@ def merged(parts: list[tuple[str, dict]]) -> dict:
     return row
 
 
-def with_more(prompt: list[dict], addition: str) -> list[dict]:
-    last = prompt[-1]
-    return [*prompt[:-1], {**last, "content": last["content"] + addition}]
+def with_more(row: dict, addition: str) -> dict:
+    *before, last = row["prompt"]
+    return {**row, "prompt": [*before, {**last, "content": last["content"] + addition}]}
 
 
 def by_approaches(model, tokenizer, rows: list[dict], s: Strategies, seed: int) -> list[dict]:
     """dts: each row's approaches, then an answer by each; where there are too few, the rest is sampled plainly."""
-    asked = [with_more(row["prompt"], NAME_APPROACHES.format(n=s.n)) for row in rows]
+    asked = [with_more(row, NAME_APPROACHES.format(n=s.n)) for row in rows]
     plans, _, tokens = on_policy.answer(model, tokenizer, asked, s, seed)
     questions = []
     for row, plan in zip(rows, plans):
         approaches = re.findall(r"^\s*\d+[.):]\s*(.+)$", plan, re.MULTILINE)[: s.n]
-        questions += [with_more(row["prompt"], BY_APPROACH.format(approach=approach)) for approach in approaches]
-        questions += [row["prompt"]] * (s.n - len(approaches))
+        questions += [with_more(row, BY_APPROACH.format(approach=approach)) for approach in approaches]
+        questions += [row] * (s.n - len(approaches))
     found = on_policy.draw(model, tokenizer, questions, s, seed + 1, "dts")
     for part, spent in zip(found, tokens):
         part["tokens"] += spent
@@ -317,7 +317,9 @@ def by_search(model, tokenizer, rows: list[dict], s: Strategies, seed: int, scor
     def text_of(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True).lstrip()
 
-    trees = [Tree(prompt_ids(tokenizer, row["prompt"]), functools.partial(reward, row=row)) for row in rows]
+    template = data.template_arguments(s)
+    ids = [prompt_ids(tokenizer, on_policy.asked_of(row, row["prompt"]), template) for row in rows]
+    trees = [Tree(of_row, functools.partial(reward, row=row)) for of_row, row in zip(ids, rows)]
     search(trees, s, go_on, text_of)
     found = []
     for tree in trees:
@@ -381,7 +383,9 @@ def steps(s: Steps, say: Callable[[str], None] = quiet) -> Counter:
 def step_pairs(row: dict, tokenizer, s: Steps) -> list[dict]:
     """The pairs of one tree."""
     begun, following = beginnings(row.get("tree"), s.min_visits)
-    asked, _ = data.encode(data.Row(row["prompt"], [data.MARK]), tokenizer, on_policy.LONG, on_policy.LONG)
+    how = data.Reading(template_kwargs=row.get("template_kwargs", ""), date=row.get("date", ""))  # as it was sampled
+    whole = on_policy.asked_of(row, row["prompt"])._replace(responses=[data.answer(data.MARK)])
+    asked, _ = data.encode(whole, tokenizer, on_policy.LONG, on_policy.LONG, template=data.template_arguments(how))
     terminator = asked.responses[0][-1:]
     pairs = []
     for at, next_steps in following.items():
@@ -567,7 +571,7 @@ def make_world(folder: Path, job: dict) -> dict:
     for prompt in rng.choice(shown, job["demonstrations"]):
         approach = str(rng.choice(APPROACHES, p=[0.8, 0.2]))
         named = f"{prompt} by {approach}" if rng.random() < 0.4 else str(prompt)
-        rows.append(data.Row([{"role": "user", "content": named}], [demonstration(prompt, approach, rng)]))
+        rows.append(data.Row([{"role": "user", "content": named}], [data.answer(demonstration(prompt, approach, rng))]))
     toy.initial_model(rows, tokenizer, seed, job["steps"]).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     for name, some in (("held_out", held_out), ("asked", asked)):

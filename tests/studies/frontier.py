@@ -197,7 +197,7 @@ def evaluate(model: str, job: dict) -> dict:
     """
     tokenizer, policy = data.load_tokenizer(model), network(model)
     asked, n = prompts(job["seed"])[1][: job["held_out"]], job["draws"]
-    rows = [data.Row([{"role": "user", "content": text}], [data.MARK]) for text in asked]
+    rows = [data.Row([{"role": "user", "content": text}], [data.answer(data.MARK)]) for text in asked]
     ids = [data.encode(row, tokenizer, 2**31, 2**31)[0].prompt for row in rows]
     answers, ended = [], []
     for i in range(0, len(ids), AT_ONCE):

@@ -666,7 +666,7 @@ def world(s: Study, out: Path) -> dict:
     judged = toy.judge(out / "run" / "model", folder, out / "run" / "answers.jsonl")
     names, tokenizer = [str(folder / "model"), str(out / "run" / "model")], data.load_tokenizer(str(folder / "model"))
     sides = [[json.loads(line) for line in (f / "answers.jsonl").read_text().splitlines()] for f in (folder, out / "run")]
-    rows = [[data.Row(row["prompt"], row["responses"][:1]) for row in side if row["responses"]] for side in sides]
+    rows = [[data.Row(row["prompt"], [data.answer(row["responses"][0])]) for row in side if row["responses"]] for side in sides]
     answered = [data.encode(row, tokenizer, 128, 100)[0] for side in rows for row in side]
     x, tokens = activations(names, [[*e.prompt, *e.responses[0]] for e in answered], s.layer)
     labels = world_labels(tokens, tokenizer)

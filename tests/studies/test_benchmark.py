@@ -62,8 +62,8 @@ def test_balance_by_hand(layout, padding):
     Padded, the first takes 2 rows of 15 tokens, the others 4 of 10."""
     pairs = [data.Example([1] * 5, [[1] * 10, [1] * 5]), data.Example([1] * 5, [[1] * 5, [1] * 5])]
     pairs.append(data.Example([1] * 2, [[1] * 4, [1] * 4]))
-    s = train.Settings(layout=layout, tokens_per_microbatch=25)
-    run = train.Run(s, train.read_objective("simpo"), torch.device("cpu"), None, None, pairs, [])
+    s = train.Settings(tokens_per_microbatch=25)
+    run = train.Run(s, train.read_objective("simpo"), torch.device("cpu"), None, None, pairs, [], layout)
     found = benchmark.balance(run, pairs)
     assert found["microbatches"] == 2 and found["imbalance"] == 25 * 2 / 45
     assert found["padding"] == pytest.approx(padding)

@@ -9,7 +9,7 @@ import on_policy
 import pytest
 import toy
 from diversify import Step, Steps, Strategies, Tree, first_error, problem, problems, values
-from templates import FAMILIES, family
+from templates import FAMILIES, TERMINATOR, family
 
 import data
 import train
@@ -55,11 +55,11 @@ def test_plain_is_what_the_tool_samples(model, tmp_path):
 def test_strategies_ask_as_they_say(model, tmp_path, monkeypatch):
     asked = []
 
-    def answers(network, tokenizer, prompts, s, seed):
-        asked.append([p[-1]["content"] for p in prompts])
+    def answers(network, tokenizer, rows, s, seed):
+        asked.append([row["prompt"][-1]["content"] for row in rows])
         plan = "1. first\nsome text\n2) second" if "approaches" in asked[-1][0] else "an answer"
-        texts = [f"{plan} {i}" if plan == "an answer" else plan for i in range(len(prompts))]
-        return texts, [True for _ in prompts], [7 if texts == [plan] else 10 for _ in prompts]
+        texts = [f"{plan} {i}" if plan == "an answer" else plan for i in range(len(rows))]
+        return texts, [True for _ in rows], [7 if texts == [plan] else 10 for _ in rows]
 
     monkeypatch.setattr(on_policy, "answer", answers)
     source = write(tmp_path, "p.jsonl", [{"prompt": "Q"}])
@@ -310,14 +310,15 @@ def test_step_pairs_by_hand(tmp_path):
     assert [tokenizer.decode(e.prompt).endswith(end) for e, end in zip(examples, (then, then + "a\n"))] == [True, True]
 
 
-TERMINATOR = {
-    "llama2": "</s>", "llama3": "<|eot_id|>", "mistral": "</s>", "gemma2": "<end_of_turn>", "qwen2.5": "<|im_end|>",
-    "smollm2": "<|im_end|>", "zephyr": "</s>", "none": "<|endoftext|>",
-}  # fmt: skip
 STEPS = ["Sky is blue.\n", "Grass is green; water is wet.\n\n", "Good day"]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# Of the others an answer is more than its text (an empty think block, a channel), or what transformers alone renders of it is
+# not all (parts of contents; no terminator).
+TEXT_AND_TERMINATOR = [name for name in FAMILIES if name not in ("qwen3", "qwen3.5", "gpt-oss", "parts", "glm4")]
+
+
+@pytest.mark.parametrize("name", TEXT_AND_TERMINATOR)
 def test_steps_are_the_whole_conversation_cut_in_pieces(name, tmp_path):
     """A search that is answered with a turn's ids, as the template's rendering has them: prompt + step is always its beginning.
 
@@ -332,7 +333,7 @@ def test_steps_are_the_whole_conversation_cut_in_pieces(name, tmp_path):
         return tokenizer(whole, add_special_tokens=False)["input_ids"]
 
     end = tokenizer.convert_tokens_to_ids(TERMINATOR[name])
-    whole, asked = rendered("".join(STEPS)), on_policy.prompt_ids(tokenizer, prompt)
+    whole, asked = rendered("".join(STEPS)), on_policy.prompt_ids(tokenizer, data.Row(prompt, []))
     assert whole[: len(asked)] == asked
     last = len(whole) - 1 - whole[::-1].index(end)
     rival = tokenizer("Water", add_special_tokens=False)["input_ids"]

@@ -63,8 +63,13 @@ def test_classes_add_up_to_the_true_quality(world):
 
 def test_the_plain_world_is_what_it_was():
     """Its demonstrations, and with them every start and every published number, to the last byte."""
-    shown = json.dumps([row[:4] for row in toy.demonstrations(0, 8192)]).encode()  # prompt, responses, label, margin
-    assert hashlib.sha256(shown).hexdigest() == "3aae9be41bba0d716b328cff2fd8c609b0628abe4fd4b7c81717c5fc25227390"
+    shown = []
+    for prompt, (response,), *label_and_margin, _ in toy.demonstrations(0, 8192):
+        shown.append([prompt, [response["content"]], *label_and_margin])
+    assert (
+        hashlib.sha256(json.dumps(shown).encode()).hexdigest()
+        == "3aae9be41bba0d716b328cff2fd8c609b0628abe4fd4b7c81717c5fc25227390"
+    )
 
 
 def test_habits_of_the_second_world():

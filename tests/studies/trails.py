@@ -250,7 +250,8 @@ def encode(tokenizer, answers: list[tuple[str, list[str]]]) -> list[Example]:
     def ask(prompt):
         return [{"role": "user", "content": prompt}]
 
-    return [data.encode(data.Row(ask(p), [" ".join(text[:-1])]), tokenizer, 256, 128)[0] for p, text in answers]
+    rows = [data.Row(ask(p), [data.answer(" ".join(text[:-1]))]) for p, text in answers]
+    return [data.encode(row, tokenizer, 256, 128)[0] for row in rows]
 
 
 def as_words(tokenizer, e: Example) -> tuple[str, list[str]]:

@@ -51,8 +51,11 @@ class Generation:
     top_p: float = setting(1.0, "share of the probability that is sampled from")
     batch_size: int = setting(8, "prompts at a time; answers depend on it where temperature > 0")
     columns: str = setting("", "columns to rename, new=old: prompt=question")
+    template_kwargs: str = setting("", 'more arguments of the chat template, as JSON: {"enable_thinking": false}')
+    date: str = setting("", "YYYY-MM-DD, for chat templates that write the date; without it today, of a killed run its first")
     seed: int = setting(0, "of sampling")
     device: str = setting("auto", "cpu, cuda, or auto")
+    trust_remote_code: bool = setting(False, "allow a model folder to bring Python code that is then run")
 
 
 def generate(g: Generation) -> dict:
@@ -66,7 +69,8 @@ def generate(g: Generation) -> dict:
     name = name_of(g)
     there = f"; goes on from {part}" if part.exists() else ""
     say(f"{name}: {len(rows)} prompts, {', '.join(f'{k} {v:g}' for k, v in how.items())}, seed {g.seed}{there}")
-    more = dict(batch_size=g.batch_size, columns=g.columns, seed=g.seed, device=g.device)
+    names = ("batch_size", "columns", "template_kwargs", "date", "seed", "device", "trust_remote_code")
+    more = {name: getattr(g, name) for name in names}
     on_policy.sample(Sampling(g.model, g.prompts, str(part), n=1, keep_unfinished=True, **how, **more), rows)
     sampled = read_sampled(part)
     for where, row, _ in rows:
@@ -113,7 +117,7 @@ def in_style(g: Generation, rows: list[tuple[str, dict, list[dict]]], answers: l
     if g.style == "alpaca_eval":
         outputs = [alpaca_eval(row, prompt, answer, name) for (_, row, prompt), answer in zip(rows, answers)]
         return json.dumps(outputs, ensure_ascii=False, indent=2, default=str) + "\n"
-    tokenizer = data.load_tokenizer(g.model)
+    tokenizer = data.load_tokenizer(g.model, g.trust_remote_code)
     text = ""
     for (_, row, _), answer in zip(rows, answers):
         text += json.dumps(arena_hard(row, answer, name, tokenizer), ensure_ascii=False, default=str) + "\n"

@@ -69,7 +69,7 @@ def valid_rows(c: Cleaning) -> tuple[list[tuple[dict, Row]], Counter]:
     for source, weight in data._sources(c.source):
         if weight != 1:
             raise UserError(f"{c.source}: a weight (@) says how often to train on a row; here it has no meaning")
-        reader, _ = data.reader_of(source, renamed, c.format)
+        reader, _ = data.reader_of(source, data._rows(source), renamed, c.format)
         for _, raw in data.read(source):
             try:
                 rows.append((raw, data.row_of(raw, reader, renamed)))
@@ -80,7 +80,7 @@ def valid_rows(c: Cleaning) -> tuple[list[tuple[dict, Row]], Counter]:
 
 def said(row: Row) -> tuple:
     """Equal where two rows say the same."""
-    return json.dumps(row.prompt), tuple(row.responses), row.desirable
+    return json.dumps([row.prompt, row.template]), tuple(map(json.dumps, row.responses)), row.desirable
 
 
 def repeated(rows: list[tuple[dict, Row]]) -> list[int]:

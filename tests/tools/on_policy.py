@@ -10,8 +10,11 @@ Every step reads and writes JSON lines, so another engine can take its place:
                                                   …settings}
     score   {prompt, responses}                → the same with scores: [number]
     pairs   {prompt, responses, scores}        → {id, prompt, chosen, rejected, score_chosen, score_rejected}
+
+A row's tools and chat_template_kwargs reach the chat template at each step and stand in its output.
 """
 
+import datetime
 import functools
 import hashlib
 import importlib.util
@@ -23,7 +26,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -32,10 +35,12 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import data  # noqa: E402
+import train  # noqa: E402
 from data import Row, UserError, encode, setting  # noqa: E402
 from logprobs import continuations  # noqa: E402
 
 LONG = 2**31  # more tokens than any prompt: nothing is cut
+FOR_THE_TEMPLATE = ("tools", "chat_template_kwargs")  # columns that are arguments of the chat template
 
 
 def say(text: str) -> None:
@@ -59,15 +64,16 @@ def prompts_of(source: str, columns: str = "") -> Iterator[tuple[str, dict, list
     for where, raw in itertools.chain.from_iterable(data.read(name) for name, _ in sources):
         try:
             row = with_columns(raw, renamed)
-            prompt = prompt_of(row, where)
+            asked = prompt_of(row, where)
         except UserError as error:
             left_out += 1
             if left_out <= 5:
                 say(f"{where}: left out ({str(error).removeprefix(f'{where}: ')})")
             continue
         used += 1
-        key = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16]
-        yield where, {**row, "id": key}, prompt
+        said = [asked.prompt, asked.template] if asked.template else asked.prompt
+        key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+        yield where, {**row, "id": key}, asked.prompt
     if left_out > 5:
         say(f"{source}: {left_out} rows left out in all")
     if not used:
@@ -82,26 +88,32 @@ def with_columns(raw, renamed: dict[str, str]) -> dict:
     return raw | {new: raw.get(old) for new, old in renamed.items()}
 
 
-def prompt_of(row: dict, where: str) -> list[dict]:
-    """The prompt of a row: a prompt column, AlpacaEval's instruction, Arena-Hard's one turn, or that of any pair format."""
-    if "prompt" in row or "instruction" in row:
-        messages = data._messages(row.get("prompt", row.get("instruction")), "prompt")
-        return data._row(messages, []).prompt
+def prompt_of(row: dict, where: str) -> Row:
+    """What a row asks: its prompt column (AlpacaEval's is instruction), Arena-Hard's one turn, or that of any pair format."""
+    if data.prompt_columns(row):
+        return asked_of(row, data.prompt_of(row))
     turns = row.get("turns")
     if turns is None:
         reader, _ = data.format_of(row, where)
-        return reader(row).prompt
+        return reader(row)
     if not isinstance(turns, list) or len(turns) != 1 or not isinstance(turns[0], dict):
         raise UserError("turns is not a list of one turn {content}")
-    return data._messages(turns[0].get("content"), "turns")
+    return asked_of(row, data._messages(turns[0].get("content"), "turns"))
 
 
-def prompt_ids(tokenizer, prompt: list[dict]) -> list[int]:
+def asked_of(row: dict, prompt: list[dict]) -> Row:
+    """These messages with what other columns of the row say: a system text, arguments of the chat template."""
+    return data._row(row, prompt, [])
+
+
+def prompt_ids(tokenizer, asked: Row, template: dict | None = None) -> list[int]:
     """What a model is asked: the prompt's token ids, with the generation prompt, as training sees them.
 
-    A special token that is spelled in it is a real one, as in every engine; training drops such a row.
+    A special token that is spelled in it is a real one, as in every engine; training drops such a row. template: the run's
+    arguments of the chat template.
     """
-    example, _ = encode(Row(prompt, [data.MARK]), tokenizer, LONG, LONG, control_tokens=True)
+    whole = asked._replace(responses=[data.answer(data.MARK)])
+    example, _ = encode(whole, tokenizer, LONG, LONG, control_tokens=True, template=template)
     return example.prompt
 
 
@@ -177,13 +189,16 @@ class Sampling:
     max_tokens: int = setting(512, "longer responses are left out")
     batch_size: int = setting(8, "prompts at a time")
     columns: str = setting("", "columns to rename, new=old")
+    template_kwargs: str = setting("", 'more arguments of the chat template, as JSON: {"enable_thinking": false}')
+    date: str = setting("", "YYYY-MM-DD, for chat templates that write the date; without it today, of what goes on its first")
     seed: int = setting(0, "for everything random")
     device: str = setting("auto", "cpu, cuda or auto")
     keep_unfinished: bool = setting(False, "keep unfinished responses, and empty ones, as a judge needs them")
+    trust_remote_code: bool = setting(False, "allow a model folder to bring Python code that is then run")
 
     def recorded(self) -> dict:
         """What every row says of how it was made; a run that goes on must say the same."""
-        names = ("n", "batch_size", "temperature", "top_p", "max_tokens", "seed")
+        names = ("n", "batch_size", "temperature", "top_p", "max_tokens", "template_kwargs", "date", "seed")
         return {"model": self.model, "strategy": "plain"} | {name: getattr(self, name) for name in names}
 
     def asked(self, row: dict) -> int:
@@ -205,17 +220,21 @@ def sample(
     """
     check_decoding(s.temperature, s.top_p, n=s.n, batch_size=s.batch_size, max_tokens=s.max_tokens)
     device = data.device_named(s.device)
-    recorded = s.recorded()
     done = {row["id"]: row for row in resumed(s.prompts, s.out)}
+    s = replace(s, date=s.date or next((row["date"] for row in done.values() if row.get("date")), ""))
     for row in done.values():
-        refuse_other_settings(row, recorded, s.out)
-    tokenizer = data.load_tokenizer(s.model)
-    rows = answerable(prompts_of(s.prompts, s.columns) if prompts is None else prompts, tokenizer)
+        refuse_other_settings(row, s.recorded(), s.out)
+    tokenizer = data.load_tokenizer(s.model, s.trust_remote_code)
+    if data.asks_for_date(tokenizer):
+        s = replace(s, date=s.date or datetime.date.today().isoformat())
+    recorded = s.recorded()
+    template = data.template_arguments(s)
+    rows = answerable(prompts_of(s.prompts, s.columns) if prompts is None else prompts, tokenizer, template)
     how = f"temperature {s.temperature:g}, top_p {s.top_p:g}, at most {s.max_tokens} tokens"
     there = f"; {sum(row['id'] in done for row in rows)} are in {s.out} already" if done else ""
     strategy = recorded["strategy"]
     say(f"sample: {s.model} on {device}, {len(rows):,} prompts, {s.n} responses each ({strategy}), {how}{there}")
-    model = load_model(s.model, "CausalLM", device)
+    model = speaker(s, tokenizer, template, device)
     for start in data.progress(range(0, len(rows), s.batch_size), "sample", "batches"):
         part = rows[start : start + s.batch_size]
         if all(row["id"] in done for row in part):
@@ -243,7 +262,7 @@ def refuse_other_settings(row: dict, recorded: dict, out: str) -> None:
         raise UserError(f"{out}: was begun with {'; '.join(other)}; give the same settings or another --out")
 
 
-def answerable(prompts: Iterable[tuple[str, dict, list[dict]]], tokenizer) -> list[dict]:
+def answerable(prompts: Iterable[tuple[str, dict, list[dict]]], tokenizer, template: dict) -> list[dict]:
     """Rows with their prompt as messages; of several with the same prompt the last one, in the place of the first.
 
     A prompt that does not become token ids, as where the chat template refuses it, is left out; the first is named on stderr.
@@ -252,7 +271,7 @@ def answerable(prompts: Iterable[tuple[str, dict, list[dict]]], tokenizer) -> li
     refused = []
     for where, row, prompt in prompts:
         try:
-            prompt_ids(tokenizer, prompt)
+            prompt_ids(tokenizer, asked_of(row, prompt), template)
         except UserError as error:
             refused.append(f"{where}: {error}")
             continue
@@ -265,20 +284,28 @@ def answerable(prompts: Iterable[tuple[str, dict, list[dict]]], tokenizer) -> li
 
 
 def passed_on(row: dict) -> dict:
-    """The texts and numbers of a row that no format and no later step reads, such as the right answer for a reward function."""
+    """The texts and numbers of a row that no format and no later step reads, such as the right answer for a reward function;
+    and what the chat template reads."""
     read = {"rewards", "sampled", "tree"}  # what a search writes
     for columns, _ in data.FORMATS.values():
         read.update(columns)
-    return {name: value for name, value in row.items() if isinstance(value, (str, int, float)) and name not in read}
+    passed = {name: value for name, value in row.items() if isinstance(value, (str, int, float)) and name not in read}
+    return passed | for_the_template(row)
 
 
-def load_model(name: str, kind: str, device: torch.device):
+def for_the_template(row: dict) -> dict:
+    """The columns of a row that are arguments of the chat template."""
+    return {name: row[name] for name in FOR_THE_TEMPLATE if row.get(name)}
+
+
+def load_model(name: str, kind: str, device: torch.device, trust_remote_code: bool = False):
     """In the dtype that it was saved in; one in bf16, on a CPU that only emulates it, in fp32."""
     import transformers
 
     try:
         auto = getattr(transformers, f"AutoModelFor{kind}")
-        model, info = auto.from_pretrained(name, dtype="auto", use_safetensors=True, output_loading_info=True)
+        how = dict(dtype="auto", use_safetensors=True, output_loading_info=True, trust_remote_code=trust_remote_code)
+        model, info = auto.from_pretrained(name, **how)
     except Exception as error:  # transformers raises many kinds; all mean that there is no such model
         raise UserError(f"{name}: no loadable {kind} model there ({data._brief(error)})") from error
     if info["missing_keys"]:  # transformers would fill them with noise
@@ -288,9 +315,16 @@ def load_model(name: str, kind: str, device: torch.device):
     return model.to(device).train(False)
 
 
+def speaker(s: Sampling, tokenizer, template: dict, device: torch.device):
+    """The model to sample from, which stops where the chat template ends a response, too."""
+    model = load_model(s.model, "CausalLM", device, s.trust_remote_code)
+    train.stop_at_terminator(model, tokenizer, template, say)
+    return model
+
+
 def continue_ids(model, tokenizer, ids: list[list[int]], s: Sampling, max_tokens: int) -> tuple[list[list[int]], list[bool]]:
     """Token ids that follow each, without the terminator, and whether one came."""
-    if not (model.generation_config.eos_token_id or tokenizer.eos_token_id):
+    if model.generation_config.eos_token_id is None and tokenizer.eos_token_id is None:
         raise UserError("the model has no token that ends a response (eos_token_id of its generation config)")
     try:
         answers, ended = continuations(model, tokenizer, ids, max_tokens, s.temperature, s.top_p)
@@ -302,9 +336,10 @@ def continue_ids(model, tokenizer, ids: list[list[int]], s: Sampling, max_tokens
     return bare, ended
 
 
-def answer(model, tokenizer, prompts: list[list[dict]], s: Sampling, seed: int) -> tuple[list[str], list[bool], list[int]]:
-    """One answer to each prompt, whether it ended within max_tokens, and its tokens with the terminator."""
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+def answer(model, tokenizer, rows: list[dict], s: Sampling, seed: int) -> tuple[list[str], list[bool], list[int]]:
+    """One answer to the prompt of each row, whether it ended within max_tokens, and its tokens with the terminator."""
+    template = data.template_arguments(s)
+    ids = [prompt_ids(tokenizer, asked_of(row, row["prompt"]), template) for row in rows]
     torch.manual_seed(seed)
     answers, ended = continue_ids(model, tokenizer, ids, s, s.max_tokens)
     texts = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
@@ -312,9 +347,9 @@ def answer(model, tokenizer, prompts: list[list[dict]], s: Sampling, seed: int) 
     return texts, ended, tokens
 
 
-def draw(model, tokenizer, questions: list[list[dict]], s: Sampling, seed: int, strategy: str) -> list[dict]:
-    """What is answered to n questions for each row, which come row by row: its different responses, in order; the strategy of
-    each; how many did not end; and all tokens."""
+def draw(model, tokenizer, questions: list[dict], s: Sampling, seed: int, strategy: str) -> list[dict]:
+    """What is answered to n questions for each row, which come row by row, as rows with a prompt each: its different responses,
+    in order; the strategy of each; how many did not end; and all tokens."""
     texts, ended, tokens = answer(model, tokenizer, questions, s, seed)
     found = []
     for start in range(0, len(questions), s.n):
@@ -331,7 +366,7 @@ def draw(model, tokenizer, questions: list[list[dict]], s: Sampling, seed: int, 
 def plain_responses(model, tokenizer, rows: list[dict], s: Sampling, seed: int) -> list[dict]:
     questions = []
     for row in rows:
-        questions += [row["prompt"]] * s.n
+        questions += [row] * s.n
     return draw(model, tokenizer, questions, s, seed + 1, "plain")
 
 
@@ -373,6 +408,7 @@ class Scoring:
     rule: str = setting("", "reward function: file.py:function or module:function")  # in Python also the function itself
     batch_size: int = setting(8, "responses at a time")
     device: str = setting("auto", "cpu, cuda or auto")
+    trust_remote_code: bool = setting(False, "allow a model folder to bring Python code that is then run")
 
 
 def score(s: Scoring, say: Callable[[str], None] = quiet) -> None:
@@ -387,7 +423,10 @@ def score(s: Scoring, say: Callable[[str], None] = quiet) -> None:
     there = f"; {sum(responses_key(row) in done for _, row, _ in rows):,} are in {s.out} already" if done else ""
     by = f"{s.reward_model} on {device}" if s.reward_model else s.rule
     say(f"score: {by}, {len(rows):,} rows{there}")
-    scores_of = by_reward_model(s.reward_model, device, s.batch_size) if s.reward_model else by_reward_function(s.rule)
+    if s.reward_model:
+        scores_of = by_reward_model(s.reward_model, device, s.batch_size, s.trust_remote_code)
+    else:
+        scores_of = by_reward_function(s.rule)
     scores = []
     for where, row, prompt in data.progress(rows, "score", "rows"):
         key = responses_key(row)
@@ -452,10 +491,12 @@ def reward_function(name: str) -> Callable[[dict, str], float]:
     return function
 
 
-def by_reward_model(name: str, device: torch.device, batch_size: int) -> Callable[[dict, list[dict], list[str]], list[float]]:
+def by_reward_model(
+    name: str, device: torch.device, batch_size: int, trust_remote_code: bool
+) -> Callable[[dict, list[dict], list[str]], list[float]]:
     """A function of (row, prompt, responses); responses go padded on the right, batch_size at a time."""
-    tokenizer = data.load_tokenizer(name)
-    model = load_model(name, "SequenceClassification", device)
+    tokenizer = data.load_tokenizer(name, trust_remote_code)
+    model = load_model(name, "SequenceClassification", device, trust_remote_code)
     if model.config.num_labels != 1:
         raise UserError(f"{name}: gives {model.config.num_labels} numbers per text; a reward model gives one")
     config = model.config.get_text_config()
@@ -465,7 +506,8 @@ def by_reward_model(name: str, device: torch.device, batch_size: int) -> Callabl
     def scores(row: dict, prompt: list[dict], texts: list[str]) -> list[float]:
         ids = []
         for text in texts:
-            example, _ = encode(Row(prompt, [text]), tokenizer, LONG, LONG, control_tokens=True)
+            whole = asked_of(row, prompt)._replace(responses=[data.answer(text)])
+            example, _ = encode(whole, tokenizer, LONG, LONG, control_tokens=True)
             ids.append(example.prompt + example.responses[0])
         if own_pad is None:  # transformers looks for the last token that is no padding, so padding must be an id not in use
             used = set(itertools.chain.from_iterable(ids))
@@ -512,15 +554,13 @@ def pairs(s: Pairing, say: Callable[[str], None] = quiet) -> Counter:
     say(f"pairs: {s.how}, scores at least {s.min_margin:g} apart, seed {s.seed}, of {s.scored}")
     prompts, counts = scores_by_prompt(s.scored)
     lines = []
-    for key, (prompt, scores) in prompts.items():
+    for key, (row, prompt, scores) in prompts.items():
         couples = comparable(scores, s)
         if couples:
             counts["pairs"] += 1
             chosen, rejected = random.Random(f"{s.seed} {key}").choice(couples)
-            answers = {"chosen": chosen, "rejected": rejected}
-            lines.append({
-                "id": key, "prompt": prompt, **answers, "score_chosen": scores[chosen], "score_rejected": scores[rejected]
-            })  # fmt: skip
+            line = {"id": key, "prompt": prompt, **for_the_template(row), "chosen": chosen, "rejected": rejected}
+            lines.append(line | {"score_chosen": scores[chosen], "score_rejected": scores[rejected]})
         elif len(scores) < 2:
             counts["fewer than two responses"] += 1
         else:
@@ -534,8 +574,9 @@ def pairs(s: Pairing, say: Callable[[str], None] = quiet) -> Counter:
     return counts
 
 
-def scores_by_prompt(source: str) -> tuple[dict[str, tuple[list[dict], dict[str, float]]], Counter]:
-    """({id: (prompt, {response: score})} of all rows with the same prompt together, {reason: rows without scores})."""
+def scores_by_prompt(source: str) -> tuple[dict[str, tuple[dict, list[dict], dict[str, float]]], Counter]:
+    """({id: (the first row, prompt, {response: score})} of all rows with the same prompt together, {reason: rows without
+    scores})."""
     prompts = {}
     counts = Counter()
     for _, row, prompt in prompts_of(source):
@@ -544,7 +585,7 @@ def scores_by_prompt(source: str) -> tuple[dict[str, tuple[list[dict], dict[str,
         except UserError as error:
             counts[str(error)] += 1
             continue
-        _, together = prompts.setdefault(row["id"], (prompt, {}))
+        *_, together = prompts.setdefault(row["id"], (row, prompt, {}))
         together.update(scores)
     return prompts, counts
 

@@ -9,6 +9,7 @@ tokens. A run goes on (--resume) by this command only. For Mistral and Gemma the
 give the tokenizer the one of the released configuration.
 """
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from data import Example, Row, UserError  # noqa: E402
 
 
 def encode(
-    row: Row, tokenizer, max_length: int, max_prompt_length: int, control_tokens: bool = False
+    row: Row, tokenizer, max_length: int, max_prompt_length: int, control_tokens: bool = False, template: dict | None = None
 ) -> tuple[Example, list[str]]:
     """Row → token ids; the place of `data.encode`.
 
@@ -34,15 +35,16 @@ def encode(
     messages = row.prompt
     if messages[0]["role"] != "system" and re.search(r"system|<\|im_start\|>", tokenizer.chat_template):
         messages = [{"role": "system", "content": ""}, *messages]
-    prompt_text = data._render(tokenizer, messages)
+    template = {**(template or {}), **row.template}
+    prompt_text = data._render(tokenizer, messages, template)
     wholes = []
     for response in row.responses:
-        text = data._render(tokenizer, [{"role": "assistant", "content": response}])
+        text = data._render(tokenizer, [response], template)
         if tokenizer.bos_token:
             text = text.removeprefix(tokenizer.bos_token)
         wholes.append(data._ids(tokenizer, prompt_text + text))
     ids = data._ids(tokenizer, prompt_text)
-    shared = min(data._common(ids, whole) for whole in wholes)
+    shared = len(os.path.commonprefix([ids, *wholes]))
     prompt = with_bos(ids[:shared], tokenizer)
     responses = [with_eos(whole[shared:], tokenizer) for whole in wholes]
     prompt, responses, cuts = truncated(prompt, responses, max_length, max_prompt_length)

@@ -112,6 +112,25 @@ def test_a_killed_generation_goes_on(speaker, tmp_path, monkeypatch, capsys):
     assert len(json.loads((tmp_path / "whole.json").read_text())) == 7
 
 
+def test_the_template_of_a_run_and_its_terminator(speaker, tmp_path, capsys):
+    """Arguments of the chat template change what is asked, and so the answers; they end where the template ends a response."""
+    model, tokenizer = LlamaForCausalLM.from_pretrained(speaker), toy.word_tokenizer()
+    tokenizer.chat_template = "{% if style is defined %}{{ style }} {% endif %}" + tokenizer.chat_template
+    model.generation_config.eos_token_id = 1
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    (tmp_path / "p.json").write_text(json.dumps([{"instruction": q} for q in QUESTIONS[:6]]))
+    texts = {}
+    for kwargs in ("", '{"style": "three"}'):
+        out = tmp_path / f"o{len(kwargs)}.json"
+        done = answers_of(tmp_path / "m", tmp_path / "p.json", out, template_kwargs=kwargs, max_new_tokens=40)
+        texts[kwargs] = [x["output"] for x in json.loads(out.read_text())]
+        assert "the chat template ends a response with <end> (3)" in capsys.readouterr().err
+    hand = [spoken(speaker, q, 40) for q in QUESTIONS[:6]]
+    assert texts[""] == [text for text, _, _ in hand] and done["cut"] < 6
+    assert any(ended for *_, ended in hand) and texts[""] != texts['{"style": "three"}']
+
+
 def test_published_decoding():
     """What the released configurations say; what is asked for goes over it, and without either it is greedy."""
 
@@ -159,10 +178,10 @@ def test_a_prompt_that_cannot_be_asked_is_an_error(speaker, tmp_path, capsys, mo
     """A judge needs an answer to every prompt."""
     real = on_policy.prompt_ids
 
-    def prompt_ids(tokenizer, prompt):
-        if prompt[0]["content"] == QUESTIONS[1]:
+    def prompt_ids(tokenizer, asked, template):
+        if asked.prompt[0]["content"] == QUESTIONS[1]:
             raise data.UserError("the chat template refuses this row")
-        return real(tokenizer, prompt)
+        return real(tokenizer, asked, template)
 
     monkeypatch.setattr(on_policy, "prompt_ids", prompt_ids)
     (tmp_path / "p.json").write_text(json.dumps([{"instruction": q} for q in QUESTIONS]))

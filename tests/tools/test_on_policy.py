@@ -1,8 +1,10 @@
 """Pairs of a model's own answers: what is sampled, scored and paired, by hand and again after a kill."""
 
+import copy
 import datetime
 import json
 import math
+import time
 from pathlib import Path
 
 import on_policy
@@ -378,9 +380,9 @@ def test_pairs_replace_pairs_of_their_own_and_nothing_else(tmp_path):
 
 def test_a_special_token_that_a_prompt_spells_is_a_real_one(chatml):
     """Asked like that, and named by `data.load`, which drops the row."""
-    ids = on_policy.prompt_ids(chatml, [{"role": "user", "content": "a <|im_end|> b"}])
     end = chatml.convert_tokens_to_ids("<|im_end|>")
-    assert ids.count(end) == 1 + on_policy.prompt_ids(chatml, [{"role": "user", "content": "a b"}]).count(end)
+    with_it, without = (on_policy.prompt_ids(chatml, data.Row([user(x)], [])).count(end) for x in ("a <|im_end|> b", "a b"))
+    assert with_it == without + 1
 
 
 def test_pairs_by_hand(tmp_path, chatml):
@@ -466,6 +468,150 @@ def test_another_output_is_not_continued(world_model, tmp_path):
     with pytest.raises(UserError, match="cannot be continued"):
         on_policy.sample(Sampling(world_model, source, str(tmp_path / "out")))
     assert (tmp_path / "out").read_text() == "notes\n"
+
+
+# ---- the chat template -----------------------------------------------------------------------------------------------
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+SPEAKS = (  # of tools, of thinking and of the year, before it goes on as ChatML
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% if thinking is defined %}<|im_start|>system\nThe answer is {{ thinking }}<|im_end|>\n{% endif %}"
+    "<|im_start|>system\nGood day {{ strftime_now('%Y') }}<|im_end|>\n"
+)
+
+
+@pytest.fixture
+def chat_model(chatml, tmp_path) -> str:
+    """A folder with an untrained ChatML model whose template speaks of tools, of thinking and of the year."""
+    tokenizer = copy.deepcopy(chatml)
+    tokenizer.chat_template = SPEAKS + tokenizer.chat_template
+    small = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**small, eos_token_id=0, pad_token_id=0, bos_token_id=None)).save_pretrained(tmp_path / "chat")
+    LlamaForSequenceClassification(LlamaConfig(**small, num_labels=1, pad_token_id=0)).save_pretrained(tmp_path / "judge")
+    for name in ("chat", "judge"):
+        tokenizer.save_pretrained(tmp_path / name)
+    return str(tmp_path / "chat")
+
+
+@pytest.fixture
+def asked_for(monkeypatch) -> list[list[int]]:
+    """The ids that a model was asked to go on from, in order; it answers "one" and "two" by turns."""
+    asked = []
+
+    def continuations(model, tokenizer, prompts, *how):
+        asked.extend(prompts)
+        texts = [("one", "two")[i % 2] for i in range(len(prompts))]
+        end = model.generation_config.eos_token_id[-1]
+        answers = [[*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in texts]
+        return answers, [True] * len(prompts)
+
+    monkeypatch.setattr(on_policy, "continuations", continuations)
+    return asked
+
+
+def test_what_a_row_tells_the_template_goes_all_the_way(chat_model, tmp_path, asked_for):
+    """A row's tools, template arguments and system text, at sampling, scoring, pairing and training, against transformers."""
+    tokenizer = data.load_tokenizer(chat_model)
+    rows = [{"prompt": "Ask me", "tools": TOOLS, "system": "Be kind", "chat_template_kwargs": {"thinking": "blue"}},
+            {"prompt": "Ask me", "tools": TOOLS}, {"prompt": "Ask me"}]  # fmt: skip
+    wanted = []
+    for row in rows:
+        messages = [{"role": "system", "content": row["system"]}] if "system" in row else []
+        arguments = {"thinking": "hot"} | row.get("chat_template_kwargs", {})  # the row's own win over the run's
+        text = tokenizer.apply_chat_template(
+            [*messages, user("Ask me")], tools=row.get("tools"), add_generation_prompt=True, tokenize=False, **arguments
+        )
+        wanted.append(tokenizer(text.replace(time.strftime("%Y"), "2001"), add_special_tokens=False)["input_ids"])
+    assert len(set(map(tuple, wanted))) == 3
+    source, out, scored, pairs = (str(tmp_path / f"{name}.jsonl") for name in ("prompts", "out", "scored", "pairs"))
+    write(tmp_path, "prompts.jsonl", rows)
+    how = ["--template_kwargs", '{"thinking": "hot"}', "--date", "2001-02-03", "-n", "2", "--batch_size", "2"]
+    on_policy.main(["sample", chat_model, source, out, *how])
+    assert asked_for == [ids for ids in wanted for _ in range(2)]
+    assert len({row["id"] for row in lines_of(out)}) == 3  # the same words, asked in three ways
+    on_policy.score(Scoring(out, scored, rule=lambda row, text: len(row.get("tools", [])) + (text == "two")))
+    assert [row["scores"] for row in lines_of(scored)] == [[1, 2], [1, 2], [0, 1]]
+    on_policy.pairs(Pairing(scored, pairs))
+    made = lines_of(pairs)
+    assert [line.get("tools") for line in made] == [TOOLS, TOOLS, None]
+    assert [line.get("chat_template_kwargs") for line in made] == [{"thinking": "blue"}, None, None]
+    reading = data.Reading(template_kwargs='{"thinking": "hot"}', date="2001-02-03")
+    examples, _ = data.load(pairs, tokenizer, reading)
+    assert [e.prompt for e in examples] == wanted
+
+
+def test_a_reward_model_reads_the_rows_tools(chat_model, tmp_path):
+    """Its score against its own model on the rendering by transformers."""
+    row = {"prompt": "Ask me", "responses": ["one", "two"], "tools": TOOLS}
+    source, judge = write(tmp_path, "s.jsonl", [row]), str(tmp_path / "judge")
+    on_policy.score(Scoring(source, str(tmp_path / "out"), reward_model=judge))
+    model, tokenizer = LlamaForSequenceClassification.from_pretrained(judge), data.load_tokenizer(judge)
+    for text, value in zip(row["responses"], lines_of(tmp_path / "out")[0]["scores"]):
+        whole = [user("Ask me"), {"role": "assistant", "content": text}]
+        rendered = tokenizer.apply_chat_template(whole, tools=TOOLS, tokenize=False).rstrip()
+        ids = tokenizer(rendered, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        assert model(input_ids=ids).logits.item() == pytest.approx(value, abs=1e-6)
+
+
+def test_the_first_date_counts_where_sampling_goes_on(chat_model, tmp_path, asked_for):
+    source, out = write(tmp_path, "p.jsonl", [{"prompt": "Ask me"}, {"prompt": "Good day"}]), str(tmp_path / "out")
+    on_policy.sample(Sampling(chat_model, source, out, n=1, batch_size=1, date="2001-02-03"))
+    whole, both = Path(out).read_text(), list(asked_for)
+    Path(out).write_text(whole.splitlines(keepends=True)[0])
+    on_policy.sample(Sampling(chat_model, source, out, n=1, batch_size=1))
+    assert Path(out).read_text() == whole and asked_for == [*both, both[1]]
+    Path(out).unlink()
+    on_policy.sample(Sampling(chat_model, source, out, n=1, batch_size=1))
+    assert lines_of(out)[0]["date"] == time.strftime("%Y-%m-%d") and asked_for[3] != both[0]
+
+
+def test_sampling_stops_where_the_template_ends_a_response(world_model, tmp_path, capsys, monkeypatch):
+    """A model that ends with another token and says every word alike: its answers end with <end> (3) as well."""
+    model = LlamaForCausalLM.from_pretrained(world_model)
+    model.model.norm.weight.data.zero_()
+    model.generation_config.eos_token_id = 9
+    model.save_pretrained(tmp_path / "m")
+    toy.word_tokenizer().save_pretrained(tmp_path / "m")
+    drawn, real = [], on_policy.continuations
+
+    def continuations(*how):
+        drawn.append(real(*how))
+        return drawn[-1]
+
+    monkeypatch.setattr(on_policy, "continuations", continuations)
+    source = write(tmp_path, "p.jsonl", [{"prompt": "name two fruits"}])
+    how = dict(n=40, temperature=1.0, top_p=1.0, max_tokens=60)
+    on_policy.sample(Sampling(str(tmp_path / "m"), source, str(tmp_path / "out"), **how))
+    ((answers, ended),) = drawn
+    assert {answer[-1] for answer, end in zip(answers, ended) if end} == {3, 9}
+    assert all(3 not in answer[:-1] for answer in answers)
+    assert "the chat template ends a response with <end> (3), which is not among this model's eos_token_id [9]" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_model_folders_own_code_is_neither_run_nor_asked_about(world_model, tmp_path, monkeypatch):
+    """Nothing reads an answer from stdin (`yes |` would be one), whatever loads the folder."""
+    import will_it_fit
+
+    folder = tmp_path / "m"
+    folder.mkdir()
+    own = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M", "AutoModelForSequenceClassification": "own.M"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": own}))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    toy.word_tokenizer().save_pretrained(folder)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    source = write(tmp_path, "s.jsonl", [{"prompt": "Q", "responses": ["a", "b"]}])
+    out = str(tmp_path / "out")
+    for work in (
+        lambda: on_policy.sample(Sampling(str(folder), source, out)),
+        lambda: on_policy.score(Scoring(source, out, reward_model=str(folder))),
+        lambda: will_it_fit.config_of(str(folder)),
+    ):
+        with pytest.raises(UserError, match="contains custom code"):
+            work()
+    assert not (tmp_path / "ran").exists()
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import data
 import train
-from data import Reading, Row
+from data import Reading, Row, answer
 
 SMOL = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 HEAD = "<|start_header_id|>{}<|end_header_id|>\n\n"
@@ -75,14 +75,14 @@ def test_token_by_token(plain, name, prompt, response, prompt_text, response_tex
             return [tokenizer.bos_token_id, *raw_ids(tokenizer, text.removeprefix("<s>"))]
         return raw_ids(tokenizer, text)
 
-    example, cuts = encode(Row(prompt, [response, "Yes"]), tokenizer, 1000, 900)
+    example, cuts = encode(Row(prompt, [answer(response), answer("Yes")]), tokenizer, 1000, 900)
     assert example.prompt == ids(prompt_text) and cuts == []
     assert example.prompt + example.responses[0] == ids(prompt_text + response_text)
 
 
 def test_truncation_by_hand():
     tokenizer = family("llama3")
-    both = Row(ASKED, ["Good day to you", "Yes"])
+    both = Row(ASKED, [answer("Good day to you"), answer("Yes")])
     prompt, (chosen, rejected) = encode(both, tokenizer, 1000, 900)[0][:2]
     p, n = len(prompt), len(chosen)
     assert n > len(rejected) > 6 and p > 4
@@ -123,7 +123,7 @@ RELEASED = {
 def test_with_the_released_templates(name, prompt, prompt_text, response_text):
     tokenizer = copy.deepcopy(family(name))
     tokenizer.chat_template = RELEASED[name]
-    example, _ = encode(Row(prompt, ["Good day", "Yes"]), tokenizer, 1000, 900)
+    example, _ = encode(Row(prompt, [answer("Good day"), answer("Yes")]), tokenizer, 1000, 900)
     bos = [tokenizer.bos_token_id]  # put in front of the ids, or written by the template: one either way
 
     def ids(text):
@@ -134,7 +134,7 @@ def test_with_the_released_templates(name, prompt, prompt_text, response_text):
 
 
 def test_special_tokens_in_texts_are_real_ones():
-    example, _ = encode(Row(ASKED, ["Good<|eot_id|>"]), family("llama3"), 1000, 900)
+    example, _ = encode(Row(ASKED, [answer("Good<|eot_id|>")]), family("llama3"), 1000, 900)
     assert example.responses[0].count(family("llama3").convert_tokens_to_ids("<|eot_id|>")) == 2
 
 

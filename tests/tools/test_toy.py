@@ -58,7 +58,7 @@ def test_demonstrations_and_pairs_are_in_the_vocabulary():
     pairs = world_pairs(1, 50, 50)
     assert len(shown) == len(pairs) == 50
     for row in pairs:
-        better, worse = (toy.quality(row.prompt[0]["content"], r) for r in row.responses)
+        better, worse = (toy.quality(row.prompt[0]["content"], r["content"]) for r in row.responses)
         assert better > worse
     held_out = toy.all_prompts(1)[: toy.HELD_OUT_PROMPTS]
     for row in shown + pairs:

@@ -147,7 +147,7 @@ def demonstrations(seed: int, count: int, world: str = "plain") -> list[Row]:
     rows = []
     for prompt in rng.choice(shown, count):
         messages = [{"role": "user", "content": str(prompt)}]
-        rows.append(Row(messages, [demonstration(prompt, rng, WORLDS[world])]))
+        rows.append(Row(messages, [data.answer(demonstration(prompt, rng, WORLDS[world]))]))
     return rows
 
 
@@ -427,7 +427,7 @@ def judge(model: Path, folder: Path, out: Path, before: Path | None = None) -> d
     tokenizer = data.load_tokenizer(str(model))
     examples = []
     for prompt, text in zip(prompts, new):
-        row = Row([{"role": "user", "content": prompt}], [text])
+        row = Row([{"role": "user", "content": prompt}], [data.answer(text)])
         examples.append(data.encode(row, tokenizer, 256, 128)[0])
     log_ratio = summed_logps(model, examples) - summed_logps(folder / "model", examples)
     return {

@@ -221,7 +221,7 @@ def config_of(model: str):
         return transformers.AutoConfig.for_model(kind, **sizes)
     data.reachable(model)
     try:
-        return transformers.AutoConfig.from_pretrained(model)
+        return transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{model}: no configuration there ({reason}); known shapes are {', '.join(SHAPES)}") from error
