@@ -227,7 +227,8 @@ def prepare(s: Settings) -> Run:
     data.reachable(s.model)
     out = dist.on_rank_0(prepare_out, s)
     s.out = str(out)
-    s.date = dist.on_rank_0(date_of, s)
+    earlier = dist.on_rank_0(marker, out) if s.resume else {}
+    s.date = s.date or earlier.get("date") or dist.on_rank_0(time.strftime, "%Y-%m-%d")
     lock = dist.own(out)
     tokenizer = data.load_tokenizer(s.model, s.trust_remote_code)
     train_rows, held_out, reports = load_rows(s, tokenizer, objective)
@@ -238,9 +239,10 @@ def prepare(s: Settings) -> Run:
     run.plan = plan_steps(s, len(train_rows))
     run.same = identity(run)
     dist.check_ranks(run.same)
-    if s.resume:
-        dist.check_same(run.same, dist.on_rank_0(marker, out) or run.same, f"{out} belongs to another run")
-    dist.on_rank_0(write_marker, run)
+    if earlier:
+        dist.check_same(run.same, earlier, f"{out} belongs to another run")
+    rows = {name: report._asdict() for name, report in reports.items()}
+    dist.on_rank_0(write_whole, out / MARKER, json.dumps({"plainpo": run.same, "rows": rows}, indent=2) + "\n")
     stop_at_terminator(run.policy.model, tokenizer, data.template_arguments(s), say)
     with dist.StopOnSignal(at_once=True):
         score_initial_model(run)
@@ -460,12 +462,6 @@ def prepare_out(s: Settings) -> Path:
     return out
 
 
-def date_of(s: Settings) -> str:
-    """The day that chat templates are told: as given, else that of the run to resume, else today."""
-    earlier = marker(Path(s.out)).get("date") if s.resume else None
-    return s.date or earlier or time.strftime("%Y-%m-%d")
-
-
 def read_json(file: Path) -> dict:
     """What a file of JSON holds; {} where there is none, or not a whole one."""
     try:
@@ -480,11 +476,6 @@ def marker(out: Path) -> dict:
     found = [read_json(out / MARKER).get("plainpo")]
     found += [read_json(checkpoint / "step.json").get("run") for checkpoint in dist.complete_checkpoints(out / "checkpoints")]
     return next((same for same in found if same and isinstance(same, dict)), {})
-
-
-def write_marker(run: Run) -> None:
-    rows = {name: report._asdict() for name, report in run.reports.items()}
-    write_whole(Path(run.s.out) / MARKER, json.dumps({"plainpo": run.same, "rows": rows}, indent=2) + "\n")
 
 
 def finished(s: Settings) -> dict:
@@ -626,9 +617,6 @@ def choose_layout(model: torch.nn.Module, rows: dict[str, Example], wanted: str,
     raise UserError(f"{name} cannot be trained: padded {problem}; {cause}, or {head}")
 
 
-BOUND = 1e-4  # nats per token, for rounding in fp32
-
-
 def layout_problem(policy: ResponseLogProbs, layout: str, examples: list[Example], own: list[tuple[Tensor, float]]) -> str:
     """What is wrong with a model's log-probs of one batch, whose responses have `own_logprobs`; "" where nothing is.
 
@@ -647,7 +635,8 @@ def layout_problem(policy: ResponseLogProbs, layout: str, examples: list[Example
         policy.use_layout("padded")
     if not torch.equal(first.view(torch.int32), again.view(torch.int32)):  # bit for bit, and NaN is NaN
         return "it gives other numbers when the same batch is scored twice: something random is left in it"
-    bound = BOUND * min(1.0, max(0.01, own[0][1]))  # an untrained model's logits hardly differ, nor do its errors
+    spread = own[0][1]  # an untrained model's logits hardly differ, nor do its errors
+    bound = 1e-4 * min(1.0, max(0.01, spread))  # nats per token, for rounding in fp32
     logps = first.split([len(logp) for logp, _ in own])
     for ours, (theirs, _) in zip(logps, own):
         finite = theirs.isfinite()  # the others are named when weights and losses are looked at
@@ -1019,7 +1008,6 @@ class MetricsWriter:
         if 0 < held_out < 50:  # the standard error of an accuracy is then about 0.07
             say(f"{held_out} held-out rows are too few to compare runs by; take some hundreds (eval_size, eval_dataset)")
         self.records = dist.on_rank_0(open_records, run)  # {file: its lines}
-        self.initial = next((line for line in self.records["metrics.jsonl"] if line["step"] == 0), {})
         self.send = open_log(run.s, self.out)
         self.prompts = [run.tokenizer.decode(e.prompt) for e in run.held_out[: run.s.samples]]
         self.warned = set()
@@ -1044,15 +1032,13 @@ class MetricsWriter:
         step = self.run.step
         if texts:
             line = line | {"repetition": repetition(texts)}
-        record = {"step": step, **line}
-        self._append("metrics.jsonl", record)
+        self._append("metrics.jsonl", {"step": step, **line})
         for prompt, text in zip(self.prompts, texts):
             self._append("samples.jsonl", {"step": step, "prompt": prompt, "answer": text})
         when = f"step {step}" if step else "before"
         say(f"{when}: {', '.join(f'{name} {value:.4f}' for name, value in line.items())}")
-        if step == 0:
-            self.initial = line
-        for guard, warning in divergence(self.initial, line).items():
+        initial = self.records["metrics.jsonl"][0]
+        for guard, warning in divergence(initial, line).items():
             if guard not in self.warned:
                 say(f"warning: {warning}. Lower lr (try a third), or stop earlier: --eval-every shows where it began")
                 self.warned.add(guard)
