@@ -519,12 +519,13 @@ def build_policy(s: Settings, objective: Objective, device: torch.device, rows: 
     and the reference, where an objective needs its token KL. None is ever in training mode, which turns on dropout and noise.
     """
     several = dist.world_size() > 1
+    longest_pack = min(s.tokens_per_microbatch, max(s.batch_size, AT_ONCE) * data.tokens_of(rows["largest"]))
 
     def check(model: torch.nn.Module) -> str:
         if several:  # only here is the model whole, on the CPU; its first blocks are enough if they pass
             with contextlib.suppress(UserError, torch.OutOfMemoryError), first_blocks(model):
-                return choose_layout(model.to(device), rows, s.layout, s.tokens_per_microbatch)
-        return choose_layout(model.to("cpu" if several else device), rows, s.layout, s.tokens_per_microbatch)
+                return choose_layout(model.to(device), rows, s.layout, longest_pack)
+        return choose_layout(model.to("cpu" if several else device), rows, s.layout, longest_pack)
 
     model, layout, weights = dist.load_model(s.model, s.trust_remote_code, check)
     aux = getattr(model.config.get_text_config(), "router_aux_loss_coef", None)
@@ -685,13 +686,16 @@ def export_dtype(s: Settings, model: torch.nn.Module) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": came_in}[s.export_dtype]
 
 
+AT_ONCE = 256  # examples that are made into microbatches together, where there are no steps
+
+
 @torch.no_grad()
 def log_probs(
     run: Run, examples: Sequence[Example], outputs: tuple[str, ...] = (), progress: str = "", at_once: Sequence[int] = ()
 ) -> dict[str, Tensor]:
     """Sequence log-probs of all responses, "logp", and what `outputs` names, without gradient: (n, k) each, on every rank.
 
-    at_once: how many examples, one after the other, are made into microbatches together; without it 256, and what is left.
+    at_once: how many examples, one after the other, are made into microbatches together; without it AT_ONCE.
     """
     k = len(examples[0].responses)
     rows = []
@@ -699,7 +703,7 @@ def log_probs(
     bar = data.progress(None, progress, "batches", disable=not progress or not dist.is_rank_0())
     start = 0
     with bar, run.arithmetic():
-        for count in at_once or [256] * math.ceil(len(examples) / 256):
+        for count in at_once or [AT_ONCE] * math.ceil(len(examples) / AT_ONCE):
             for at, batch in run.microbatches(examples[start : start + count]):
                 rows += [start + i for i in at]
                 passes.append({name: x.view(len(at), k) for name, x in run.policy(batch, outputs).items()})
