@@ -330,7 +330,7 @@ def load_model(name: str, trust_remote_code: bool, check: Callable) -> tuple[nn.
     def read() -> tuple[nn.Module, str]:
         model = _read_model(name, trust_remote_code)
         said = check(model)
-        model.initial_hash = hash_weights(model)[0]  # of all of it, so for any number of ranks the same
+        model.initial_hash = _digest(_tensors(model))  # the same for any number of ranks
         if c10d.is_initialized():
             weights.update(model.cpu().state_dict())
             _empty(model)
@@ -408,11 +408,6 @@ def not_finite(model: nn.Module) -> list[str]:
 # ---- numbers kept between runs ---------------------------------------------------------------------------------------
 
 
-def hash_weights(model: nn.Module) -> list[str]:
-    """A digest of the names and bytes of weights and persistent buffers, one per rank of its own shards; equal on all ranks."""
-    return gather_objects(_digest({name: _local(tensor) for name, tensor in _tensors(model).items()}))
-
-
 def _digest(tensors: dict[str, Tensor]) -> str:
     """Of names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
@@ -423,10 +418,8 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write small tensors that all ranks have as one safetensors file, with a checksum among its metadata; a folder that cannot
-    be written is no reason to stop."""
-    if not is_rank_0():
-        return
+    """Write small tensors as one safetensors file, with a checksum among its metadata; a folder that cannot be written is no
+    reason to stop."""
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -439,11 +432,7 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def load_tensors(file: Path) -> dict[str, Tensor] | None:
-    """What save_tensors wrote, as rank 0 reads it; None if there is no such file, or, said in a line, if it is damaged."""
-    return on_rank_0(_read_tensors, file)
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor] | None:
+    """What save_tensors wrote; None if there is no such file, or, said in a line, if it is damaged."""
     with contextlib.suppress(Exception):  # what is no such file fails in many ways
         with safe_open(file, "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in sorted(opened.keys())}
@@ -564,16 +553,11 @@ def validate(checkpoint: Path) -> str | None:
         return f"its files or its marker cannot be read ({error})"
     except (ValueError, TypeError, AttributeError, RecursionError):
         return "its marker is damaged"
-    for name, sums in expected.items():
-        if name not in found:
-            return f"{name} is missing"
-        if found[name] != sums:
-            return f"{name} is {'cut short' if found[name][0] < sums[0] else 'damaged'}"
-    for name in found:
-        if name.endswith(".safetensors") and name not in expected:
-            return f"{name} is not part of it"
     if "step.json" not in expected:
         return "its marker is damaged"
+    for name in expected.keys() | {name for name in found if name.endswith(".safetensors")}:
+        if found.get(name) != expected.get(name):
+            return f"{name} is damaged: [bytes, CRC-32] are {found.get(name)}, the marker says {expected.get(name)}"
     step = json.loads((checkpoint / "step.json").read_text())["step"]
     if checkpoint.name != f"step-{step:06d}":
         return f"it is called {checkpoint.name} and holds step {step}"
@@ -698,22 +682,18 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def check_same(run: dict, saved: dict, where: str | Path) -> None:
-    """UserError, by name of what differs, where the run that was saved is not this one."""
-    differs = [f"{k} is {v!r} here and {saved.get(k)!r} there" for k, v in run.items() if saved.get(k) != v]
+def check_same(here: dict, there: dict, message: str) -> None:
+    """UserError, the message and by name what differs, where another run is not this one."""
+    differs = [f"{k} is {v!r} here and {there.get(k)!r} there" for k, v in here.items() if there.get(k) != v]
     if differs:
-        raise UserError(f"{where} belongs to another run: {'; '.join(differs)}")
+        raise UserError(f"{message}: {'; '.join(differs)}")
 
 
 def check_ranks(values: dict) -> None:
     """UserError, on all ranks, where one of them was given something else: a line edited on one machine, another file there."""
-    everywhere = gather_objects(values)
-    for number, theirs in enumerate(everywhere):
-        differs = [
-            f"{k} is {theirs.get(k)!r} there and {v!r} on rank 0" for k, v in everywhere[0].items() if theirs.get(k) != v
-        ]
-        if differs:
-            raise UserError(f"rank {number} was not started like rank 0: {'; '.join(differs)}")
+    first, *others = gather_objects(values)
+    for number, theirs in enumerate(others, 1):
+        check_same(first, theirs, f"rank {number} was not started like rank 0")
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, run: dict) -> dict:
@@ -726,7 +706,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, run: dict) ->
         UserError: it is another run's, by name of what differs.
     """
     state = json.loads((checkpoint / "step.json").read_text())
-    check_same(run, state.get("run", {}), checkpoint)
+    check_same(run, state.get("run", {}), f"{checkpoint} belongs to another run")
     _read_into(_everything(model, optimizer, state["step"]), checkpoint)
     return state
 
@@ -779,15 +759,13 @@ class Export:
 
     checkpoint: Path = field(metadata={"help": "a folder …/checkpoints/step-000120"})
     out: Path = field(metadata={"help": "the folder to write"})
-    dtype: str = data.setting("bf16", "weights: bf16 or fp32")
+    dtype: str = data.setting("bf16", "that of the weights", choices=("bf16", "fp32"))
     trust_remote_code: bool = data.setting(False, "allow a checkpoint to bring Python code that is then run")
 
 
 def export_checkpoint(e: Export) -> None:
     import torch.distributed.checkpoint as dcp
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    data.refuse_unless_known("dtype", e.dtype, dtypes)
     reason = validate(e.checkpoint)
     if reason is not None:
         raise UserError(f"{e.checkpoint} cannot be exported: {reason}")
@@ -809,7 +787,7 @@ def export_checkpoint(e: Export) -> None:
     tokenizer = data.load_tokenizer(str(e.checkpoint), e.trust_remote_code)
     state = json.loads((e.checkpoint / "step.json").read_text())
     card = model_card(e.out.name, state.get("run", {}), {"step": state["step"]})
-    _write_model(e.out, model, weights, tokenizer, dtypes[e.dtype], card)
+    _write_model(e.out, model, weights, tokenizer, torch.bfloat16 if e.dtype == "bf16" else torch.float32, card)
 
 
 def model_card(title: str, settings: dict, metrics: dict) -> str:

@@ -100,19 +100,18 @@ def parse_settings(argv: list[str], kind: type[Settings] = Settings, prog: str =
     def parse(words: list[str]) -> Settings:
         return data.parse(kind, words, prog, text, hints)
 
-    options = []  # those of a file
+    file = None
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        file = Path(argv[0])
-        argv = argv[1:]
+        file, *argv = argv
+    elif not any(word.startswith(("--model", "--dataset")) for word in argv):
+        file = DEFAULT
+    options = []
+    if file is not None:
         try:
-            options = options_of(file, kind)
+            options = options_of(Path(file), kind)
             parse(options)
         except UserError as error:
             raise UserError(f"{file}: {error}") from error
-    else:
-        s = parse(argv)
-        if s.model is None and s.dataset is None:
-            options = options_of(DEFAULT, kind)
     s = parse([*options, *argv])
     check_settings(s)
     return s
@@ -228,20 +227,22 @@ def prepare(s: Settings) -> Run:
     data.reachable(s.model)
     out = dist.on_rank_0(prepare_out, s)
     s.out = str(out)
-    s.date = dist.on_rank_0(date_of, s)
+    earlier = dist.on_rank_0(marker, out) if s.resume else {}
+    s.date = s.date or earlier.get("date") or dist.on_rank_0(time.strftime, "%Y-%m-%d")
     lock = dist.own(out)
     tokenizer = data.load_tokenizer(s.model, s.trust_remote_code)
     train_rows, held_out, reports = load_rows(s, tokenizer, objective)
     answers = [e._replace(responses=[[0] * s.sample_tokens]) for e in held_out[: s.samples]]  # as long as they may become
     checked = extremes(itertools.chain(train_rows, held_out, answers))
-    policy = build_policy(s, objective, tokenizer, device, checked)
+    policy = build_policy(s, objective, device, checked)
     run = Run(s, objective, device, tokenizer, policy, train_rows, held_out, policy.layout, reports, lock)
     run.plan = plan_steps(s, len(train_rows))
     run.same = identity(run)
     dist.check_ranks(run.same)
-    if s.resume:
-        dist.check_same(run.same, dist.on_rank_0(marker, out) or run.same, out)
-    dist.on_rank_0(write_marker, run)
+    if earlier:
+        dist.check_same(run.same, earlier, f"{out} belongs to another run")
+    rows = {name: report._asdict() for name, report in reports.items()}
+    dist.on_rank_0(write_whole, out / MARKER, json.dumps({"plainpo": run.same, "rows": rows}, indent=2) + "\n")
     stop_at_terminator(run.policy.model, tokenizer, data.template_arguments(s), say)
     with dist.StopOnSignal(at_once=True):
         score_initial_model(run)
@@ -309,10 +310,8 @@ def train_step(run: Run, rows: list[int]) -> dict:
     loss = loss.cpu()
     grad_norm = float(grad_norm)
     stop_if_not_finite(run, examples, values["logp"], loss, grad_norm)
-    if run.step == 0:  # the same microbatches give the same bits, but where a GPU or a compiler chooses how to add up
-        rounding = run.device.type != "cpu" or s.compile
-        check_step_zero(values, (0.1 if run.bf16 else 1e-3) if rounding else 0.0)
-        say_without_gradient(run.policy.model)
+    if run.step == 0:
+        check_first_step(run, values)
     lr = learning_rate(run.step, len(run.plan), s)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -332,10 +331,9 @@ def train(s: Settings) -> dict:
     started = time.perf_counter()
     dist.setup(s.device)
     dist.check_ranks({name: value for name, value in asdict(s).items() if name not in PLACES})
-    if s.resume:
-        summary = dist.on_rank_0(finished, Path(s.out))
-        if summary:
-            return summary
+    summary = dist.on_rank_0(finished, s)
+    if summary:
+        return summary
     run = prepare(s)
     writer = MetricsWriter(run)
     with dist.StopOnSignal() as stop:
@@ -400,11 +398,9 @@ def finish(run: Run, writer: "MetricsWriter", started: float) -> dict:
     write_model(run, card(last))
     if run.held_out and "eval_loss" not in last:
         writer.evaluated(evaluate(run), answers(run))
-    before = {}
-    after = {}
-    for line in lines:
-        when = before if line["step"] == 0 else after
-        when |= {key: value for key, value in line.items() if key.startswith("eval_") or key == "repetition"}
+    evaluations = [line for line in lines if "eval_loss" in line] or [{}]
+    before = evaluations[0]
+    after = evaluations[-1]
     if not all(map(math.isfinite, after.values())):
         raise UserError(f"after the last step held-out losses are not finite: {out}/model is of no use. Lower lr")
     with optional("curves.png"):
@@ -453,12 +449,10 @@ def prepare_out(s: Settings) -> Path:
         out = Path(s.out)
     try:
         names = {path.name for path in out.iterdir()} if out.exists() else set()
-        if MARKER in names and ((out / MARKER).stat().st_size == 0 or marker(out)):
-            names.remove(MARKER)
-        blank = names <= {".lock", "run.part"}  # nothing, or what a run leaves that did not come to its first step
-        if s.resume and not marker(out) and not (blank and ".lock" in names):
+        begun = ".lock" in names and names <= {".lock", "run.part", MARKER}  # by a run that did not come to its first step
+        if s.resume and not begun and not marker(out):
             raise UserError(f"out {out} holds no run to resume (no {MARKER} of plainpo)")
-        if not s.resume and not blank:
+        if names and not begun and not s.resume:
             held = "a run; use --resume" if marker(out) else "files; use an empty folder"
             raise UserError(f"out {out} already holds {held} or another folder")
         out.mkdir(parents=True, exist_ok=True)
@@ -466,12 +460,6 @@ def prepare_out(s: Settings) -> Path:
     except OSError as error:
         raise UserError(f"out {str(out)[:200]} cannot be written ({error.strerror})") from error
     return out
-
-
-def date_of(s: Settings) -> str:
-    """The day that chat templates are told: as given, else that of the run to resume, else today."""
-    earlier = marker(Path(s.out)).get("date") if s.resume else None
-    return s.date or earlier or time.strftime("%Y-%m-%d")
 
 
 def read_json(file: Path) -> dict:
@@ -490,18 +478,13 @@ def marker(out: Path) -> dict:
     return next((same for same in found if same and isinstance(same, dict)), {})
 
 
-def write_marker(run: Run) -> None:
-    rows = {name: report._asdict() for name, report in run.reports.items()}
-    write_whole(Path(run.s.out) / MARKER, json.dumps({"plainpo": run.same, "rows": rows}, indent=2) + "\n")
-
-
-def finished(out: Path) -> dict:
-    """The summary of the run in a folder; empty where it has not come to its end."""
-    summary = read_json(out / "summary.json")
-    if not marker(out) or "steps" not in summary:
+def finished(s: Settings) -> dict:
+    """The summary of the run to resume; empty where it has not come to its end."""
+    summary = read_json(Path(s.out) / "summary.json") if s.resume and marker(Path(s.out)) else {}
+    if "steps" not in summary:
         return {}
-    done = f"out {out} holds a finished run of {summary['steps']} steps: nothing to do"
-    say(f"{done}. To train on from its model: --model {out}/model and another --out")
+    done = f"out {s.out} holds a finished run of {summary['steps']} steps: nothing to do"
+    say(f"{done}. To train on from its model: --model {s.out}/model and another --out")
     return summary
 
 
@@ -531,20 +514,18 @@ def load_rows(s: Settings, tokenizer, objective: Objective) -> tuple[Sequence[Ex
     return train_rows.mapped(scored), held_out.mapped(scored), reports
 
 
-def build_policy(
-    s: Settings, objective: Objective, tokenizer, device: torch.device, rows: dict[str, Example]
-) -> ResponseLogProbs:
+def build_policy(s: Settings, objective: Objective, device: torch.device, rows: dict[str, Example]) -> ResponseLogProbs:
     """The model with fp32 weights, checked on the `extremes` of the rows, sharded over ranks, in the layout it is trained in;
     and the reference, where an objective needs its token KL. None is ever in training mode, which turns on dropout and noise.
     """
     several = dist.world_size() > 1
+    longest_pack = min(s.tokens_per_microbatch, max(s.batch_size, AT_ONCE) * data.tokens_of(rows["largest"]))
 
     def check(model: torch.nn.Module) -> str:
-        refuse_ids(model, tokenizer, rows["highest id"])
         if several:  # only here is the model whole, on the CPU; its first blocks are enough if they pass
             with contextlib.suppress(UserError, torch.OutOfMemoryError), first_blocks(model):
-                return choose_layout(model.to(device), rows, s.layout, s.tokens_per_microbatch)
-        return choose_layout(model.to("cpu" if several else device), rows, s.layout, s.tokens_per_microbatch)
+                return choose_layout(model.to(device), rows, s.layout, longest_pack)
+        return choose_layout(model.to("cpu" if several else device), rows, s.layout, longest_pack)
 
     model, layout, weights = dist.load_model(s.model, s.trust_remote_code, check)
     aux = getattr(model.config.get_text_config(), "router_aux_loss_coef", None)
@@ -579,14 +560,6 @@ def extremes(rows: Iterable[Example]) -> dict[str, Example]:
     return {name: e for name, (_, e) in found.items()}
 
 
-def refuse_ids(model: torch.nn.Module, tokenizer, row: Example) -> None:
-    highest = max(itertools.chain(row.prompt, *row.responses))
-    embeddings = len(model.get_input_embeddings().weight)
-    if max(len(tokenizer), highest + 1) > embeddings:
-        ids = f"the tokenizer has {len(tokenizer)} ids, and {row.where} holds id {highest}"
-        raise UserError(f"{ids}, but the model has only {embeddings} embeddings: no match")
-
-
 @contextlib.contextmanager
 def first_blocks(model: torch.nn.Module) -> Iterator[None]:
     """A context in which a model has its first decoder blocks only: two, or as many as hold each kind that it has."""
@@ -611,62 +584,61 @@ def choose_layout(model: torch.nn.Module, rows: dict[str, Example], wanted: str,
             tokens, beside themselves. What is right are the `own_logprobs` of each response alone, in fp32.
         wanted: auto, packed or padded.
     Raises:
-        UserError: the layout that is wanted is wrong, for auto both, or the model cannot read the longest row.
+        UserError: the layout that is wanted is wrong, for auto both, or the model cannot read the longest row or the highest
+            id.
     """
     name = type(model).__name__
+    odd = rows["highest id"]
+    highest = max(itertools.chain(odd.prompt, *odd.responses))
+    embeddings = len(model.get_input_embeddings().weight)
+    if highest >= embeddings:
+        raise UserError(f"{odd.where} holds id {highest}, but {name} has only {embeddings} embeddings: no match")
     examples = list({str(rows[which]): rows[which] for which in ("longest", "largest", "shortest")}.values())
-    alone = [Example(e.prompt, [response]) for e in examples for response in e.responses]
     try:
-        own = [own_logprobs(model, e.prompt, e.responses[0]) for e in alone]
+        own = [own_logprobs(model, e.prompt, response) for e in examples for response in e.responses]
     except Exception as error:  # of any kind: positions that end, above all
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        where = f"{examples[0].where}, {max(map(data.tokens_of, alone))} tokens (its max_position_embeddings: {limit})"
-        raise UserError(
-            f"{name} cannot read {where}: {data.brief(error)}; try a lower --max_length or --sample_tokens"
-        ) from error
+        tokens = len(examples[0].prompt) + max(map(len, examples[0].responses))
+        longest = f"{examples[0].where}, {tokens} tokens (its max_position_embeddings: {limit})"
+        advice = "try a lower --max_length or --sample_tokens"
+        raise UserError(f"{name} cannot read {longest}: {data.brief(error)}; {advice}") from error
     policy = ResponseLogProbs(model)
     other = ""
     for layout in LAYOUTS[1:] if wanted == "auto" else (wanted,):
         times = max(1, budget // sum(map(data.tokens_of, examples))) if layout == "packed" else 1
-        problem = layout_problem(policy, layout, [data.LAYOUTS[layout](examples * times)], own * times)
+        problem = layout_problem(policy, layout, examples * times, own * times)
         if not problem:
             say(f"layout: {layout}{other}; checked in fp32 on the longest row and the shortest")
             return layout
         other = f", as packed {problem}"
     if layout == "packed":
         raise UserError(f"{name}: packed {problem}; use --layout padded")
-    problem_alone = layout_problem(policy, "padded", [data.padded_batch([e]) for e in alone], own)
-    if problem_alone:
-        known = "plainpo knows models with last hidden states and a head of weight, bias, logit scale and soft-cap"
-        raise UserError(f"{name} cannot be trained: even alone in a batch {problem_alone}; {known}")
     cause = "it sees padding, or reads a row otherwise beside a longer one (then a lower --max_length helps)"
-    raise UserError(f"{name} cannot be trained: padded {problem}; {cause}")
+    head = "it has more behind its last hidden states than a head of weight, bias, logit scale and soft-cap"
+    raise UserError(f"{name} cannot be trained: padded {problem}; {cause}, or {head}")
 
 
-BOUND = 1e-4  # nats per token, for rounding in fp32
-
-
-def layout_problem(policy: ResponseLogProbs, layout: str, batches: list[data.Batch], own: list[tuple[Tensor, float]]) -> str:
-    """What is wrong with a model's log-probs of the batches, whose responses have `own_logprobs`; "" where nothing is.
+def layout_problem(policy: ResponseLogProbs, layout: str, examples: list[Example], own: list[tuple[Tensor, float]]) -> str:
+    """What is wrong with a model's log-probs of one batch, whose responses have `own_logprobs`; "" where nothing is.
 
     Differences are averaged over a response, as rounding may hand a token near a tie to another expert.
     """
-    scored = []
+    batch = data.LAYOUTS[layout](examples)
+    tokens = len(batch.targets)
+    batch = batch._replace(response=torch.arange(tokens), responses=tokens).to(policy.model.device)  # sums of one token
     try:
         policy.use_layout(layout)
-        for batch in batches * 2:
-            tokens = len(batch.targets)
-            each = batch._replace(response=torch.arange(tokens), responses=tokens)  # sums of one token
-            scored.append(policy(each.to(policy.model.device))["logp"])
+        first = policy(batch)["logp"]
+        again = policy(batch)["logp"]
     except Exception as error:  # of any kind: what a model does with a batch that it does not know
         return f"it fails ({type(error).__name__}: {data.brief(error)})"
     finally:
         policy.use_layout("padded")
-    first, again = torch.cat(scored).view(torch.int32).chunk(2)
-    if not torch.equal(first, again):
+    if not torch.equal(first.view(torch.int32), again.view(torch.int32)):  # bit for bit, and NaN is NaN
         return "it gives other numbers when the same batch is scored twice: something random is left in it"
-    bound = BOUND * min(1.0, max(0.01, own[0][1]))  # an untrained model's logits hardly differ, nor do its errors
-    logps = first.view(torch.float32).split([len(logp) for logp, _ in own])
+    spread = own[0][1]  # an untrained model's logits hardly differ, nor do its errors
+    bound = 1e-4 * min(1.0, max(0.01, spread))  # nats per token, for rounding in fp32
+    logps = first.split([len(logp) for logp, _ in own])
     for ours, (theirs, _) in zip(logps, own):
         finite = theirs.isfinite()  # the others are named when weights and losses are looked at
         apart = (ours - theirs)[finite].abs().sum().item() / max(1, len(theirs))
@@ -714,13 +686,16 @@ def export_dtype(s: Settings, model: torch.nn.Module) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": came_in}[s.export_dtype]
 
 
+AT_ONCE = 256  # examples that are made into microbatches together, where there are no steps
+
+
 @torch.no_grad()
 def log_probs(
     run: Run, examples: Sequence[Example], outputs: tuple[str, ...] = (), progress: str = "", at_once: Sequence[int] = ()
 ) -> dict[str, Tensor]:
     """Sequence log-probs of all responses, "logp", and what `outputs` names, without gradient: (n, k) each, on every rank.
 
-    at_once: how many examples, one after the other, are made into microbatches together; without it 256, and what is left.
+    at_once: how many examples, one after the other, are made into microbatches together; without it AT_ONCE.
     """
     k = len(examples[0].responses)
     rows = []
@@ -728,7 +703,7 @@ def log_probs(
     bar = data.progress(None, progress, "batches", disable=not progress or not dist.is_rank_0())
     start = 0
     with bar, run.arithmetic():
-        for count in at_once or [256] * math.ceil(len(examples) / 256):
+        for count in at_once or [AT_ONCE] * math.ceil(len(examples) / AT_ONCE):
             for at, batch in run.microbatches(examples[start : start + count]):
                 rows += [start + i for i in at]
                 passes.append({name: x.view(len(at), k) for name, x in run.policy(batch, outputs).items()})
@@ -768,18 +743,22 @@ def identity(run: Run) -> dict:
     names = ("lr", "batch_size", "epochs", "max_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "max_length",
              "tokens_per_microbatch", "wpo")  # fmt: skip
     same |= {name: getattr(s, name) for name in names} | {"layout": run.layout}
-    same["initial weights (hash)"] = run.policy.model.initial_hash[:16]
+    same["initial weights (hash)"] = run.policy.model.initial_hash
     for what, examples in (("training rows", run.train), ("held-out rows", run.held_out)):
-        digest = hashlib.sha256()
-        for e in examples:  # one after the other: all of them as text are gigabytes
-            margin = e.margin if run.objective.needs("margin") else None
-            digest.update(json.dumps([e.prompt, e.responses, e.desirable, margin]).encode())
-        same[f"{what} (hash)"] = digest.hexdigest()[:16]
+        same[f"{what} (hash)"] = hash_of([e.prompt, e.responses, e.desirable, e.margin] for e in examples)
     for term in run.objective.terms:
         file = term.name.rpartition(":")[0]  # of a function of the user's own
         if file:
-            same[f"{file} (hash)"] = hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()[:16]
+            same[f"{file} (bytes, CRC-32)"] = data.checksum(Path(file).expanduser())
     return same
+
+
+def hash_of(values: Iterable) -> str:
+    """Of values as JSON, taken one after the other: the text of all rows is gigabytes."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(json.dumps(value).encode())
+    return digest.hexdigest()
 
 
 def score_initial_model(run: Run) -> None:
@@ -829,31 +808,26 @@ def reference_logps(run: Run, examples: Sequence[Example], what: str, at_once: S
     own, before it has learnt anything, kept as numbers. at_once: see `log_probs`.
 
     Cached as safetensors under a hash of everything that they depend on, to the last bit: weights, token ids (so tokenizer,
-    template, data and truncation), arithmetic, what decides the microbatches, and the machine. A file that is not complete and
-    finite is not used.
+    template, data and truncation), arithmetic, what decides the microbatches, and the machine.
     """
     s = run.s
     names = {"logp": "ref"}
     if run.objective.needs("ref_prefix") and len(examples[0].responses) > 1:
         names["prefix_logp"] = "ref_prefix_logp"
-    key = hashlib.sha256()
     packs = [run.layout, s.tokens_per_microbatch, dist.world_size(), at_once]
-    gpu = run.device.type == "cuda"
-    machine = [torch.cuda.get_device_name(run.device)] if gpu else [platform.node(), torch.get_num_threads()]
-    machine += [torch.__version__, transformers.__version__]
-    key.update(json.dumps(["2", packs, run.bf16, s.compile, run.device.type, machine]).encode())
-    key.update(json.dumps(dist.hash_weights(run.policy.model)).encode())
-    for e in examples:
-        key.update(json.dumps([e.prompt, e.responses]).encode())
-    file = Path(s.cache).expanduser() / f"reference-{key.hexdigest()[:32]}.safetensors"
-    found = dist.load_tensors(file) or {}
-    shape = (len(examples), len(examples[0].responses))
-    if all(name in found and found[name].shape == shape and torch.isfinite(found[name]).all() for name in names.values()):
+    cpu = [platform.node(), torch.get_num_threads()]
+    machine = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else cpu
+    versions = [torch.__version__, transformers.__version__]
+    how = [packs, run.bf16, s.compile, machine, versions, run.policy.model.initial_hash]
+    key = hash_of(itertools.chain(how, ([e.prompt, e.responses] for e in examples)))
+    file = Path(s.cache).expanduser() / f"reference-{key[:32]}.safetensors"
+    found = dist.on_rank_0(dist.load_tensors, file) or {}
+    if found.keys() >= set(names.values()):
         say(f"reference log-probs of {len(examples)} {what} from {file}")
         return {name: found[name].to(run.device) for name in names.values()}
     scored = log_probs(run, examples, tuple(names), f"reference, {what}", at_once)
     ref = {names[name]: x for name, x in scored.items()}
-    dist.save_tensors(ref, file)
+    dist.on_rank_0(dist.save_tensors, ref, file)
     return ref
 
 
@@ -925,9 +899,13 @@ def stop_if_not_finite(run: Run, examples: list[Example], logp: Tensor, loss: Te
     )
 
 
-def say_without_gradient(model: torch.nn.Module) -> None:
-    """Name what no gradient has reached: parts that text does not use, such as a vision tower."""
-    names = [name for name, p in model.named_parameters() if p.grad is None]
+def check_first_step(run: Run, values: dict[str, Tensor]) -> None:
+    """Compare policy and reference, and name what no gradient has reached: parts that text does not use, such as a vision
+    tower."""
+    # the same microbatches give the same bits, but where a GPU or a compiler chooses how to add up
+    rounding = run.device.type != "cpu" or run.s.compile
+    check_step_zero(values, (0.1 if run.bf16 else 1e-3) if rounding else 0.0)
+    names = [name for name, p in run.policy.model.named_parameters() if p.grad is None]
     if names:
         say(f"no gradient reaches {len(names)} weights, which stay as they are: {', '.join(names[:4])} …")
 
@@ -1034,7 +1012,6 @@ class MetricsWriter:
         if 0 < held_out < 50:  # the standard error of an accuracy is then about 0.07
             say(f"{held_out} held-out rows are too few to compare runs by; take some hundreds (eval_size, eval_dataset)")
         self.records = dist.on_rank_0(open_records, run)  # {file: its lines}
-        self.initial = next((line for line in self.records["metrics.jsonl"] if line["step"] == 0), {})
         self.send = open_log(run.s, self.out)
         self.prompts = [run.tokenizer.decode(e.prompt) for e in run.held_out[: run.s.samples]]
         self.warned = set()
@@ -1059,15 +1036,13 @@ class MetricsWriter:
         step = self.run.step
         if texts:
             line = line | {"repetition": repetition(texts)}
-        record = {"step": step, **line}
-        self._append("metrics.jsonl", record)
+        self._append("metrics.jsonl", {"step": step, **line})
         for prompt, text in zip(self.prompts, texts):
             self._append("samples.jsonl", {"step": step, "prompt": prompt, "answer": text})
         when = f"step {step}" if step else "before"
         say(f"{when}: {', '.join(f'{name} {value:.4f}' for name, value in line.items())}")
-        if step == 0:
-            self.initial = line
-        for guard, warning in divergence(self.initial, line).items():
+        initial = self.records["metrics.jsonl"][0]
+        for guard, warning in divergence(initial, line).items():
             if guard not in self.warned:
                 say(f"warning: {warning}. Lower lr (try a third), or stop earlier: --eval-every shows where it began")
                 self.warned.add(guard)
@@ -1099,8 +1074,8 @@ def open_records(run: Run) -> dict[str, list[dict]]:
     out = Path(s.out)
     (out / "checkpoints").mkdir(exist_ok=True)
     kept = {}
-    for name, is_record in (("metrics.jsonl", is_metrics), ("samples.jsonl", is_sample)):
-        lines = read_lines(out / name, is_record)
+    for name, types in (("metrics.jsonl", (int, float)), ("samples.jsonl", (int, str))):
+        lines = read_lines(out / name, types)
         kept[name] = [line for line in lines if run.step and line["step"] <= run.step]
         write_whole(out / name, as_lines(kept[name]))
     settings = {name: value for name, value in asdict(s).items() if name != "resume"} | {"objective": str(run.objective)}
@@ -1111,8 +1086,9 @@ def open_records(run: Run) -> dict[str, list[dict]]:
     return kept
 
 
-def read_lines(file: Path, is_record: Callable[[dict], bool]) -> list[dict]:
-    """The records of a file of JSON lines; what is none (damaged, or half-written by a kill) is passed over, and said."""
+def read_lines(file: Path, types: tuple[type, ...]) -> list[dict]:
+    """The records of a file of JSON lines: a step and values of these types. What is none (damaged, or half-written by a kill)
+    is passed over, and said."""
     lines = []
     passed = []
     texts = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
@@ -1121,21 +1097,13 @@ def read_lines(file: Path, is_record: Callable[[dict], bool]) -> list[dict]:
             line = json.loads(text)
         except (ValueError, RecursionError):
             line = None
-        if isinstance(line, dict) and is_record(line):
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and all(isinstance(x, types) for x in line.values()):
             lines.append(line)
         elif text:
             passed.append(str(number))
     if passed:
         say(f"{file}: left out what is no record of a run: line {', '.join(passed)}")
     return lines
-
-
-def is_metrics(line: dict) -> bool:
-    return "step" in line and all(isinstance(x, (int, float)) for x in line.values())
-
-
-def is_sample(line: dict) -> bool:
-    return isinstance(line.get("step"), int) and all(isinstance(line.get(name), str) for name in ("prompt", "answer"))
 
 
 def as_lines(records: list[dict]) -> str:
@@ -1228,19 +1196,6 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def pyplot():
-    """matplotlib.pyplot drawing to files, or None with a word about it."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        say('no pictures: matplotlib is missing (pip install "plainpo[plot]")')
-        return None
-    return plt
-
-
 CURVES = {  # title of a panel: its lines, {metric: what it is of}
     "loss": {"loss": ""},
     "reward margin": {"reward_margin": ""},
@@ -1251,11 +1206,10 @@ CURVE_STYLES = (("", "training", dict(alpha=0.55, lw=1.2)), ("eval_", "held out"
 
 
 def draw_curves(lines: list[dict], path: Path, title: str) -> None:
-    plt = pyplot()
-    if plt is None:
-        return
-    figure, axes = plt.subplots(1, len(CURVES), figsize=(16, 3.6), constrained_layout=True)
-    for axis, (name, curves) in zip(axes, CURVES.items()):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 3.6), layout="constrained")
+    for axis, (name, curves) in zip(figure.subplots(1, len(CURVES)), CURVES.items()):
         for colour, (key, side) in enumerate(curves.items()):
             for prefix, rows, style in CURVE_STYLES:
                 points = [(line["step"], line[prefix + key]) for line in lines if prefix + key in line]
@@ -1266,7 +1220,6 @@ def draw_curves(lines: list[dict], path: Path, title: str) -> None:
             axis.legend(fontsize=8)
     figure.suptitle(title, parse_math=False)  # a $ in a name is a $
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def report_end(summary: dict, samples: list[dict]) -> None:

@@ -328,7 +328,7 @@ def report(best: dict, results: dict, traces: dict, out: Path) -> dict[str, str]
         "Lemma 4.3": text_4_3(traces),
         "Reward and likelihood (SimPO's slides)": text_agreement(best, traces),
     }
-    plt = train.pyplot()
+    plt = miniature.pyplot()
     if plt is None:
         return parts
     for title, name, draw in (

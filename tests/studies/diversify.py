@@ -50,7 +50,7 @@ import torch  # noqa: E402
 import toy  # noqa: E402
 from claims import verdict  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from miniature import job_key, markdown, mean_and_error, refuse_own_data, run_jobs  # noqa: E402
+from miniature import job_key, markdown, mean_and_error, pyplot, refuse_own_data, run_jobs  # noqa: E402
 from on_policy import Sampling, prompt_ids, quiet, say  # noqa: E402
 
 import data  # noqa: E402
@@ -799,7 +799,7 @@ def report(worlds: list[dict], runs: dict, best: dict) -> str:
 
 def draw(worlds: list[dict], runs: dict, file: Path) -> None:
     """Held-out accuracy against what a pair costs: a colour and a name for each set, a mark for each objective."""
-    plt = train.pyplot()
+    plt = pyplot()
     if plt is None:
         return
     figure, axis = plt.subplots(figsize=(8, 5), constrained_layout=True)

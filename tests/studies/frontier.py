@@ -308,7 +308,7 @@ def shown(results: dict[str, list[dict]], asked: list[str]) -> str:
 def draw(results: dict[str, list[dict]], file: Path) -> None:
     """Reward against KL: a colour for each objective, a shape for each learning rate, hollow where it is not the arm's first
     setting; a line along the arm's own frontier, its name at the end."""
-    plt = train.pyplot()
+    plt = miniature.pyplot()
     if plt is None:
         return
     figure, axis = plt.subplots(figsize=(9.5, 7), constrained_layout=True)

@@ -398,6 +398,19 @@ def comparison_table(best: dict[str, dict], results: dict[str, list[dict]], grid
     return markdown(lines) + f"\n{said}{', '.join(edges)}.\n"
 
 
+def pyplot():
+    """matplotlib.pyplot drawing to files, or None with a word about it."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        data.say('no pictures: matplotlib is missing (pip install "plainpo[plot]")')
+        return None
+    return plt
+
+
 def axis_title(name: str) -> str:
     return MEASURES[name][0].replace(", %", "")
 
@@ -407,7 +420,7 @@ def draw_comparison(results: dict[str, list[dict]], out: Path) -> None:
 
     A point that is further from the median than five times the middle half of all is left out and named instead.
     """
-    plt = train.pyplot()
+    plt = pyplot()
     if plt is None:
         return
     for file, x, y in (("length", "length", "win_rate"), ("drift", "chosen", "rejected"), ("kl", "kl", "quality")):
@@ -463,7 +476,7 @@ def name_points(axis, points: dict[str, tuple[float, float, str]]) -> None:
 
 def draw_sweep(title: str, values: tuple, labels: list[str], results: dict, file: Path) -> None:
     """A panel for each of PANELS: every series against what is swept, with standard errors."""
-    plt = train.pyplot()
+    plt = pyplot()
     if plt is None:
         return
     figure, axes = plt.subplots(1, len(PANELS), figsize=(16, 3.8), constrained_layout=True)

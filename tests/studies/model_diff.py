@@ -34,7 +34,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / 
 import on_policy  # noqa: E402
 import torch  # noqa: E402
 import toy  # noqa: E402
-from miniature import markdown  # noqa: E402
+from miniature import markdown, pyplot  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import data  # noqa: E402
@@ -304,7 +304,7 @@ def summary(reading: Reading) -> str:
 
 def draw_latents(readings: dict[str, Reading], path: Path) -> None:
     """A dot a latent that fires: Δ against the cosine; above, how many there are."""
-    plt = train.pyplot()
+    plt = pyplot()
     if plt is None:
         return
     figure, axes = plt.subplots(2, len(readings), figsize=(4.2 * len(readings), 5.2), squeeze=False, sharex=True,
@@ -541,7 +541,7 @@ def synthetic(s: Study, out: Path) -> dict:
 
 
 def draw_planted(found: dict[tuple, list[dict]], path: Path) -> None:
-    plt = train.pyplot()
+    plt = pyplot()
     if plt is None:
         return
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")

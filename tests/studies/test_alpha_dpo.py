@@ -262,7 +262,7 @@ def test_report_where_runs_ended_early(tmp_path, made_up, monkeypatch, broken):
 
 def test_names_at_the_ends_of_lines_stand_apart():
     """In the order of the ends, inside the axes, and none over another."""
-    plt = train.pyplot()
+    plt = miniature.pyplot()
     figure, axis = plt.subplots()
     axis.set(xlim=(0, 10), ylim=(0, 1))
     ends = {"a": (10, 0.99, "k"), "b": (10, 0.98, "k"), "c": (10, 0.5, "k"), "d": (10, 0.985, "k")}

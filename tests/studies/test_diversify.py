@@ -564,5 +564,5 @@ def test_a_small_world_and_a_run(tmp_path, monkeypatch):
         and "+0.0 ± 0.0, open" in text
     )
     diversify.draw([world] * 2, runs, tmp_path / "x.png")
-    assert (tmp_path / "x.png").exists() == (train.pyplot() is not None)
+    assert (tmp_path / "x.png").exists() == (diversify.pyplot() is not None)
     json.dumps(world)

@@ -476,7 +476,7 @@ FURTHEST, DEEPEST = 3.0, 0.1  # nats of KL, and quality below the initial model'
 
 def draw_quality(results: dict[str, list[dict]], file: Path) -> None:
     """Quality against KL, a panel for each suspect, simpo and dpo in all; a name stands at the end of its line."""
-    plt = train.pyplot()
+    plt = miniature.pyplot()
     if plt is None:
         return
     panels = {"the objectives": [n for n in results if not ARMS[n][2]]}
@@ -522,7 +522,7 @@ def quality_line(runs: list[dict]) -> list[tuple[float, float, float]]:
 
 def draw_classes(results: dict[str, list[dict]], file: Path) -> None:
     """Change by token class at the middle KL: arms down, classes across, the number in each field."""
-    plt = train.pyplot()
+    plt = miniature.pyplot()
     if plt is None:
         return
     names = [n for n, runs in results.items() if all(math.isfinite(m) for m, _ in change_of_classes(runs, "count"))]
