@@ -1341,13 +1341,21 @@ LOST = {
     "arguments": (WITH_NAMES, TOOL_ROW, "does not show all of the response's tool_calls"),
     "earlier calls": (turns(), RESULT_ROW, r"does not show all of tool_calls of prompt message 2 \(assistant\)"),
     "old calls": (turns(), PAIR | {"chosen": said("", function_call=OLD_CALL)}, "does not show all of .* function_call"),
-    "reasoning": (turns(), PAIR | {"chosen": said("Good", reasoning_content="Hm")}, "does not show all of .*reasoning_content"),
-    "thinking": (turns(), PAIR | {"chosen": said("Good", thinking="Hm")}, "does not show all of the response's thinking"),
+    "reasoning": (turns(), PAIR | {"chosen": said("Good", reasoning_content="Hm")}, "does not show the response's reasoning"),
+    "thinking": (turns(), PAIR | {"chosen": said("Good", thinking="Hm")}, "does not show the response's reasoning"),
+    "capitals for reasoning": (turns("m.content ~ (m.thinking or '') | upper"), PAIR | {"chosen": said("Good", thinking="Hm")},
+                               "does not show all of the response's thinking"),
     "another key": (turns(), PAIR | {"chosen": said("Good", plan=["Hm"])}, "does not show all of the response's plan"),
     "text beside a call": (
         turns("m.tool_calls | tojson if m.tool_calls else m.content"), PAIR | {"chosen": said("I add", tool_calls=TWO_AND_TWO)},
-        "changes the response's text",
+        "drops the response's text$",
     ),
+    "a call in other words": (turns(), PAIR | {"chosen": said("I add 2 and 2", tool_calls=TWO_AND_TWO)},
+                              "does not show the tool calls of the response"),
+    "earlier calls in other words": (turns(), RESULT_ROW | {"tools": None, "prompt": [
+        user("Add"), said("I add 2 and 2", tool_calls=TWO_AND_TWO), {"role": "tool", "content": "4"}]},
+        "does not show the tool calls of the prompt"),
+    "reasoning in other words": (turns(), PAIR | {"chosen": said("Good day", thinking="Good")}, "does not show .* reasoning"),
     "the difference": (turns("m.content | trim"), PAIR | {"rejected": "Good "}, "renders both responses alike"),
 }  # fmt: skip
 
