@@ -1312,6 +1312,9 @@ def test_reasoning_of_earlier_turns_may_be_cut_and_is_counted(tmp_path):
         assert report.cut == {"earlier reasoning cut by the template": 1}
     (prompt, _, _), cuts = texts(row, family("smollm2"))
     assert "<think>\nLet me see\n</think>\n\nYes" in prompt and cuts == []  # this one leaves it in
+    called = said("<think>Let me see</think>I do", tool_calls=TWO_AND_TWO)
+    (prompt, _, _), cuts = texts({**RESULT_ROW, "prompt": [user("Add"), called, RESULT_ROW["prompt"][2]]}, tokenizer)
+    assert "<think>\nLet me see\n</think>\n\nI do\n<tool_call>" in prompt and cuts == []  # with line breaks around it
 
 
 ROLES = "m.content if m.role in ['user', 'assistant'] else ''"
@@ -1322,6 +1325,8 @@ OLD_CALL = {"name": "add", "arguments": '{"a": "two"}'}
 # (template, row, what is said of it)
 LOST = {
     "capitals": (turns("m.content | upper"), PAIR | {"prompt": "ASK"}, "changes the response's text$"),
+    "capitals for answers": (turns("m.content | upper if m.role == 'assistant' else m.content"), PAIR | {"prompt": "Good or Bad"},
+                             "changes the response's text$"),  # which stands in the prompt as it is
     "the first words only": (turns("m.content[:3]"), PAIR | {"prompt": "Ask"}, "drops the response's text$"),
     "up to </think>": (turns("m.content.split('</think>')[-1]"), PAIR | {"chosen": "<think>Hm</think>Good"},
                        "drops the response's text; give what is before </think> as reasoning_content"),
