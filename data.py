@@ -343,7 +343,7 @@ ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assi
 ROLES |= {"function_call": "assistant", "observation": "tool", "function": "tool"}
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 CALLS = ("tool_calls", "function_call")  # of a message that may be without text
-REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of it
 SYSTEMS = ("system", "system_prompt")  # columns
 
 
@@ -672,7 +672,7 @@ PLAIN_TEMPLATE = (  # for tokenizers without a chat template; saved with the exp
 MARK = "\ue000"  # private-use characters stand for texts, to see what a template writes around them: for a response,
 NEXT = "\ue001"  # for the turn behind it,
 THOUGHT = "\ue002"  # for reasoning,
-FIRST = 0xE003  # and from here on for the turns of a prompt
+FIRST_TURN = 0xE003  # and from here on for the turns of a prompt
 LABELS = {"role", "name", "id", "tool_call_id"}  # keys of a message that need not be shown
 NO_ENDING = "without an ending (the chat template writes none)"
 
@@ -699,14 +699,14 @@ def load_tokenizer(model: str, trust_remote_code: bool = False):
 
 def _render(tokenizer, messages: list[dict], template: dict | None = None, generation_prompt: bool = False) -> str:
     """A conversation as the chat template writes it with these arguments, of which strftime_now is the date that it is told."""
-    arguments = {"add_generation_prompt": generation_prompt, "tokenize": False}
+    arguments = dict(template or {})
+    date = arguments.pop("strftime_now", "")
+    how = {"add_generation_prompt": generation_prompt, "tokenize": False}
     try:
-        jinja = tokenizer.get_chat_template(None, (template or {}).get("tools"))
+        jinja = tokenizer.get_chat_template(None, arguments.get("tools"))
         if _wants_parts(tokenizer, jinja):
             messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-        more = dict(template or {})
-        jinja = _dated(jinja, more.pop("strftime_now", ""))
-        text = tokenizer.apply_chat_template(messages, chat_template=jinja, **arguments, **more)
+        text = tokenizer.apply_chat_template(messages, chat_template=_dated(jinja, date), **how, **arguments)
         text.encode()  # a lone surrogate in a tool or an argument
     except Exception as error:  # templates raise what they like, most often jinja2's TemplateError
         raise UserError(f"the chat template refuses this row ({brief(error)})") from error
@@ -716,12 +716,15 @@ def _render(tokenizer, messages: list[dict], template: dict | None = None, gener
 @functools.lru_cache(maxsize=64)
 def _wants_parts(tokenizer, jinja: str) -> bool:
     """Whether a chat template shows a text only where it is given as a list of parts."""
-    shown = []
-    for content in (MARK, [{"type": "text", "text": MARK}]):
-        with contextlib.suppress(Exception):
-            turn = [{"role": "user", "content": content}]
-            shown.append(MARK in tokenizer.apply_chat_template(turn, chat_template=jinja, tokenize=False) and content)
-    return any(shown) and MARK not in shown
+
+    def shows(content) -> bool:
+        turn = [{"role": "user", "content": content}]
+        try:
+            return MARK in tokenizer.apply_chat_template(turn, chat_template=jinja, tokenize=False)
+        except Exception:
+            return False
+
+    return not shows(MARK) and shows([{"type": "text", "text": MARK}])
 
 
 def asks_for_date(tokenizer) -> bool:
@@ -777,7 +780,7 @@ def _skeleton(tokenizer, prompt: list[dict], response: dict, template: dict) -> 
         known |= {key: THOUGHT for key in REASONING if key in message}
         return known | plain({key: value for key, value in message.items() if key not in known})
 
-    turns = [marked(message, chr(FIRST + i % 6000)) for i, message in enumerate(prompt)]
+    turns = [marked(message, chr(FIRST_TURN + i % 6000)) for i, message in enumerate(prompt)]
     return json.dumps([turns, marked(response, MARK), plain(template)])
 
 
@@ -795,19 +798,22 @@ def _frame(tokenizer, chat_template: str, skeleton: str) -> tuple[str, str, list
         if message["content"] not in asked:
             raise UserError(f"the chat template drops the text of prompt message {number} ({message['role']})")
     answered = render([*prompt, answer(MARK)])
-    if MARK not in answered:
-        raise UserError("the chat template drops the response's text")
     after = answered.rpartition(MARK)[2]
     whole = render([*prompt, response])
-    last, turns = MARK, [answer(MARK), {"role": "user", "content": NEXT}]
-    if "tool_calls" in response:  # a tool speaks next
-        last, turns = whole.removesuffix(after), [response, {"role": "tool", "content": NEXT}]
-        turns[1]["tool_call_id"] = response["tool_calls"][0].get("id")
+    if MARK not in answered or response["content"] not in whole:
+        raise UserError("the chat template drops the response's text")
+    if response.keys() & REASONING and whole.count(THOUGHT) == asked.count(THOUGHT):
+        raise UserError("the chat template does not show the response's reasoning")
+    if response.get("tool_calls"):  # a tool speaks next
+        result = {"role": "tool", "content": NEXT, "tool_call_id": response["tool_calls"][0].get("id")}
+        said, turns = whole.removesuffix(after), [response, result]
+    else:
+        said, turns = MARK, [answer(MARK), {"role": "user", "content": NEXT}]
     between = None
     with contextlib.suppress(UserError):
         before_next = render([*prompt, *turns]).rpartition(NEXT)[0]
-        if last in before_next:
-            between = before_next.rpartition(last)[2]
+        if said in before_next:
+            between = before_next.rpartition(said)[2]
     ending = _ending(tokenizer, after, between)
     return after, ending, _controls(tokenizer, _ids(tokenizer, _ended(tokenizer, whole, after, ending)))
 
@@ -887,14 +893,14 @@ def encode(
         if not control_tokens:
             _refuse_spelled(tokenizer, whole, controls)
         _refuse_lost(tokenizer, response, asked, text)
+        _refuse_unseen_calls(render, row.prompt, [response])
         if not text.startswith(asked.rstrip()):
             raise UserError("the chat template renders the prompt differently once a response follows")
         wholes.append(whole)
     if wholes[0] == wholes[-1] and row.responses[0] != row.responses[-1]:
         raise UserError("the chat template renders both responses alike")
     cuts = ["earlier reasoning cut by the template"] if _loses_reasoning(row.prompt, asked) else []
-    if not _shows_calls(render, row.prompt, asked):
-        raise UserError("the chat template does not show the tool calls of the prompt")
+    _refuse_unseen_calls(render, [], row.prompt)
     if "tools" in row.template and asked == render(row.prompt, template={**template, "tools": None}, generation_prompt=True):
         raise UserError("the chat template does not show the row's tools")
     prompt = _ids(tokenizer, asked)
@@ -944,32 +950,36 @@ def _loses_reasoning(prompt: list[dict], asked: str) -> bool:
     cut = False
     for i, key, said in _lost(prompt, asked):
         message = f"prompt message {i + 1} ({prompt[i]['role']})"
-        thought, thinks, rest = said.rpartition("</think>")
         if key in CALLS:
             raise UserError(f"the chat template does not show all of {key} of {message}")
-        if key == "content" and not (thinks and prompt[i]["role"] == "assistant" and rest.strip() in asked):
-            raise UserError(f"the chat template drops or changes the text of {message}")
+        if key in REASONING:
+            cut = True
         if key == "content":
+            thought, thinks, rest = said.rpartition("</think>")
+            if not thinks or prompt[i]["role"] != "assistant" or rest.strip() not in asked:
+                raise UserError(f"the chat template drops or changes the text of {message}")
             cut = cut or thought.replace("<think>", "").strip() not in asked
-        cut = cut or key in REASONING
     return cut
 
 
-def _shows_calls(render: Callable, prompt: list[dict], asked: str) -> bool:
-    """Whether a prompt's tool calls make a difference, even where other texts hold the same words and numbers."""
-    silent = [{key: x for key, x in message.items() if key not in CALLS} for message in prompt]
+def _refuse_unseen_calls(render: Callable, before: list[dict], messages: list[dict]) -> None:
+    """UserError where calls of tools make no difference: what they say may stand in a rendering for another reason."""
+    silent = [{key: x for key, x in message.items() if key not in CALLS} for message in messages]
     try:
-        return silent == prompt or render(silent, generation_prompt=True) != asked
+        seen = silent == messages or render([*before, *silent]) != render([*before, *messages])
     except UserError:  # a turn without text and calls
-        return True
+        return
+    if not seen:
+        raise UserError(f"the chat template does not show the tool calls of the {'response' if before else 'prompt'}")
 
 
 def _lost(messages: list[dict], text: str, beside: str = "") -> list[tuple[int, str, str]]:
     """(index of a message, key, what it says) that stands less often in a text than it is said; without those in `beside`."""
     said = []
     for i, message in enumerate(messages):
-        for key in message.keys() - LABELS:
-            said += [(i, key, x) for x in _strings(message[key]) if not isinstance(message[key], int)]
+        for key, value in message.items():
+            if key not in LABELS and isinstance(value, (str, list, dict)):
+                said += [(i, key, x) for x in _strings(value)]
     often = Counter((key, x) for _, key, x in said)
 
     def stands(i: int, key: str, x: str) -> bool:

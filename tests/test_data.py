@@ -1312,6 +1312,9 @@ def test_reasoning_of_earlier_turns_may_be_cut_and_is_counted(tmp_path):
         assert report.cut == {"earlier reasoning cut by the template": 1}
     (prompt, _, _), cuts = texts(row, family("smollm2"))
     assert "<think>\nLet me see\n</think>\n\nYes" in prompt and cuts == []  # this one leaves it in
+    called = said("<think>Let me see</think>I do", tool_calls=TWO_AND_TWO)
+    (prompt, _, _), cuts = texts({**RESULT_ROW, "prompt": [user("Add"), called, RESULT_ROW["prompt"][2]]}, tokenizer)
+    assert "<think>\nLet me see\n</think>\n\nI do\n<tool_call>" in prompt and cuts == []  # with line breaks around it
 
 
 ROLES = "m.content if m.role in ['user', 'assistant'] else ''"
@@ -1322,6 +1325,8 @@ OLD_CALL = {"name": "add", "arguments": '{"a": "two"}'}
 # (template, row, what is said of it)
 LOST = {
     "capitals": (turns("m.content | upper"), PAIR | {"prompt": "ASK"}, "changes the response's text$"),
+    "capitals for answers": (turns("m.content | upper if m.role == 'assistant' else m.content"), PAIR | {"prompt": "Good or Bad"},
+                             "changes the response's text$"),  # which stands in the prompt as it is
     "the first words only": (turns("m.content[:3]"), PAIR | {"prompt": "Ask"}, "drops the response's text$"),
     "up to </think>": (turns("m.content.split('</think>')[-1]"), PAIR | {"chosen": "<think>Hm</think>Good"},
                        "drops the response's text; give what is before </think> as reasoning_content"),
@@ -1341,13 +1346,21 @@ LOST = {
     "arguments": (WITH_NAMES, TOOL_ROW, "does not show all of the response's tool_calls"),
     "earlier calls": (turns(), RESULT_ROW, r"does not show all of tool_calls of prompt message 2 \(assistant\)"),
     "old calls": (turns(), PAIR | {"chosen": said("", function_call=OLD_CALL)}, "does not show all of .* function_call"),
-    "reasoning": (turns(), PAIR | {"chosen": said("Good", reasoning_content="Hm")}, "does not show all of .*reasoning_content"),
-    "thinking": (turns(), PAIR | {"chosen": said("Good", thinking="Hm")}, "does not show all of the response's thinking"),
+    "reasoning": (turns(), PAIR | {"chosen": said("Good", reasoning_content="Hm")}, "does not show the response's reasoning"),
+    "thinking": (turns(), PAIR | {"chosen": said("Good", thinking="Hm")}, "does not show the response's reasoning"),
+    "capitals for reasoning": (turns("m.content ~ (m.thinking or '') | upper"), PAIR | {"chosen": said("Good", thinking="Hm")},
+                               "does not show all of the response's thinking"),
     "another key": (turns(), PAIR | {"chosen": said("Good", plan=["Hm"])}, "does not show all of the response's plan"),
     "text beside a call": (
         turns("m.tool_calls | tojson if m.tool_calls else m.content"), PAIR | {"chosen": said("I add", tool_calls=TWO_AND_TWO)},
-        "changes the response's text",
+        "drops the response's text$",
     ),
+    "a call in other words": (turns(), PAIR | {"chosen": said("I add 2 and 2", tool_calls=TWO_AND_TWO)},
+                              "does not show the tool calls of the response"),
+    "earlier calls in other words": (turns(), RESULT_ROW | {"tools": None, "prompt": [
+        user("Add"), said("I add 2 and 2", tool_calls=TWO_AND_TWO), {"role": "tool", "content": "4"}]},
+        "does not show the tool calls of the prompt"),
+    "reasoning in other words": (turns(), PAIR | {"chosen": said("Good day", thinking="Good")}, "does not show .* reasoning"),
     "the difference": (turns("m.content | trim"), PAIR | {"rejected": "Good "}, "renders both responses alike"),
 }  # fmt: skip
 
