@@ -508,9 +508,9 @@ def test_what_save_to_disk_wrote(tmp_path, chatml, monkeypatch):
         all_rows(tmp_path / "dicts")
     _, report = load(str(tmp_path / "dict"), chatml)
     assert report.kept == 5 and report.formats[0].endswith(f"; read from {tmp_path / 'dict' / 'train' / 'state.json'}")
-    key = data._cache_keys(str(tmp_path / "one"), chatml, Reading())
+    key = data._cache_key(str(tmp_path / "one"), chatml, Reading())
     made.select([3]).save_to_disk(tmp_path / "one")
-    assert data._cache_keys(str(tmp_path / "one"), chatml, Reading()) != key and all_rows(tmp_path / "one") == [rows[3]]
+    assert data._cache_key(str(tmp_path / "one"), chatml, Reading()) != key and all_rows(tmp_path / "one") == [rows[3]]
     (tmp_path / "one" / "data-00000-of-00001.arrow").write_bytes(b"broken")
     with pytest.raises(UserError, match="one/state.json: cannot be read"):
         all_rows(tmp_path / "one")
