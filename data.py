@@ -669,10 +669,9 @@ PLAIN_TEMPLATE = (  # for tokenizers without a chat template; saved with the exp
 )
 
 
-MARK = "\ue000"  # private-use characters stand for texts, to see what a template writes around them: for a response,
+MARK = "\ue000"  # private-use characters stand for texts, to see what a template writes around them: for an answer,
 NEXT = "\ue001"  # for the turn behind it,
-THOUGHT = "\ue002"  # for reasoning,
-FIRST_TURN = 0xE003  # and from here on for the turns of a prompt
+FIRST = 0xF0000  # and from here on for all that the messages of a row say
 LABELS = {"role", "name", "id", "tool_call_id"}  # keys of a message that need not be shown
 NO_ENDING = "without an ending (the chat template writes none)"
 
@@ -765,55 +764,68 @@ def _controls(tokenizer, ids: list[int]) -> list[int]:
     return [i for i in ids if i in special]
 
 
+def _said(message: dict) -> dict:
+    """What of a message has to be shown."""
+    return {key: x for key, x in message.items() if key not in LABELS and not isinstance(x, (int, float))}
+
+
+def _replaced(value, replace: Callable):
+    """A nested value with each text and whole number replaced, but types and ids; also in arguments spelled as JSON."""
+    if isinstance(value, list):
+        return [_replaced(x, replace) for x in value]
+    if isinstance(value, dict):
+        new = {key: x if key in ("type", "id", "arguments") else _replaced(x, replace) for key, x in value.items()}
+        if "arguments" in value:
+            try:
+                new["arguments"] = json.dumps(_replaced(json.loads(value["arguments"]), replace), ensure_ascii=False)
+            except (TypeError, ValueError, RecursionError):
+                new["arguments"] = _replaced(value["arguments"], replace)
+        return new
+    is_said = isinstance(value, (str, int)) and not isinstance(value, bool)
+    return replace(value) if is_said else value
+
+
 def _skeleton(tokenizer, prompt: list[dict], response: dict, template: dict) -> str:
-    """A conversation as JSON, with marks for its texts and without the special tokens that its other strings spell."""
+    """A conversation as JSON, with a mark for each text and number, and without the special tokens that are still spelled."""
     _, special = _special(tokenizer)
+    numbers = itertools.count()
 
-    def plain(value):
-        text = json.dumps(value, ensure_ascii=False)
-        while special.search(text):  # what is left may spell another one
-            text = special.sub("", text)
-        return json.loads(text)
+    def mark(value):
+        number = next(numbers)
+        if isinstance(value, int):
+            return 10**9 + number
+        return chr(FIRST + number % 65_000) if value.strip() else value
 
-    def marked(message: dict, mark: str) -> dict:
-        known = {"role": message["role"], "content": message["content"] and mark}
-        known |= {key: THOUGHT for key in REASONING if key in message}
-        return known | plain({key: value for key, value in message.items() if key not in known})
-
-    turns = [marked(message, chr(FIRST_TURN + i % 6000)) for i, message in enumerate(prompt)]
-    return json.dumps([turns, marked(response, MARK), plain(template)])
+    turns = [message | _replaced(_said(message), mark) for message in (*prompt, response)]
+    text = json.dumps([turns, template], ensure_ascii=False)
+    while special.search(text):  # what is left may spell another one
+        text = special.sub("", text)
+    return text
 
 
 @functools.lru_cache(maxsize=1024)
 def _frame(tokenizer, chat_template: str, skeleton: str) -> tuple[str, str, list[int]]:
-    """What a chat template writes around the texts of a conversation; UserError if it does not show all of them.
+    """What a chat template writes around the texts of a conversation; UserError if it leaves out any.
 
     Returns: what follows an answer that is the last message; what the response ends with (see `_ending`); the special tokens of
     the whole up to there.
     """
-    prompt, response, template = json.loads(skeleton)
+    (*prompt, response), template = json.loads(skeleton)
     render = functools.partial(_render, tokenizer, template=template)
     asked = render(prompt, generation_prompt=True)
-    for number, message in enumerate(prompt, 1):
-        if message["content"] not in asked:
-            raise UserError(f"the chat template drops the text of prompt message {number} ({message['role']})")
-    answered = render([*prompt, answer(MARK)])
-    after = answered.rpartition(MARK)[2]
     whole = render([*prompt, response])
-    if MARK not in answered or response["content"] not in whole:
-        raise UserError("the chat template drops the response's text")
-    if response.keys() & REASONING and whole.count(THOUGHT) == asked.count(THOUGHT):
-        raise UserError("the chat template does not show the response's reasoning")
-    if response.get("tool_calls"):  # a tool speaks next
-        result = {"role": "tool", "content": NEXT, "tool_call_id": response["tool_calls"][0].get("id")}
-        said, turns = whole.removesuffix(after), [response, result]
-    else:
-        said, turns = MARK, [answer(MARK), {"role": "user", "content": NEXT}]
+    _loses_reasoning(prompt, asked)
+    _refuse_lost(response, asked, whole)
+    after = render([*prompt, answer(MARK)]).rpartition(MARK)[2]
+    last, turns = MARK, [answer(MARK), {"role": "user", "content": NEXT}]
+    if "tool_calls" in response:  # a tool speaks next
+        last, turns = whole.removesuffix(after), [response, {"role": "tool", "content": NEXT}]
+        turns[1]["tool_call_id"] = response["tool_calls"][0].get("id")
     between = None
     with contextlib.suppress(UserError):
         before_next = render([*prompt, *turns]).rpartition(NEXT)[0]
-        if said in before_next:
-            between = before_next.rpartition(said)[2]
+        if last in before_next:
+            between = before_next.rpartition(last)[2]
     ending = _ending(tokenizer, after, between)
     return after, ending, _controls(tokenizer, _ids(tokenizer, _ended(tokenizer, whole, after, ending)))
 
@@ -892,17 +904,15 @@ def encode(
         whole = _ids(tokenizer, text)
         if not control_tokens:
             _refuse_spelled(tokenizer, whole, controls)
-        _refuse_lost(tokenizer, response, asked, text)
-        _refuse_unseen_calls(render, row.prompt, [response])
+        _refuse_lost(response, asked, text)
         if not text.startswith(asked.rstrip()):
             raise UserError("the chat template renders the prompt differently once a response follows")
         wholes.append(whole)
     if wholes[0] == wholes[-1] and row.responses[0] != row.responses[-1]:
         raise UserError("the chat template renders both responses alike")
     cuts = ["earlier reasoning cut by the template"] if _loses_reasoning(row.prompt, asked) else []
-    _refuse_unseen_calls(render, [], row.prompt)
     if "tools" in row.template and asked == render(row.prompt, template={**template, "tools": None}, generation_prompt=True):
-        raise UserError("the chat template does not show the row's tools")
+        raise UserError("the chat template drops tools of the row")
     prompt = _ids(tokenizer, asked)
     shared = len(os.path.commonprefix([prompt, *wholes]))
     if shared == 0:
@@ -934,75 +944,46 @@ def _refuse_spelled(tokenizer, ids: list[int], own: list[int]) -> None:
         raise UserError("the chat template writes other special tokens around these texts than around others")
 
 
-def _refuse_lost(tokenizer, response: dict, asked: str, text: str) -> None:
+def _refuse_lost(response: dict, asked: str, whole: str) -> None:
     """UserError unless all that a response says stands in the rendering, and not only in what is asked."""
-    for _, key, said in _lost([response], text, asked):
-        if key != "content":
-            raise UserError(f"the chat template does not show all of the response's {key}")
-        shown = text[len(os.path.commonprefix([asked, text])) :]
-        how = "drops" if _special(tokenizer)[1].sub("", shown).strip() in said else "changes"
-        hint = "; give what is before </think> as reasoning_content, or use a template that keeps it"
-        raise UserError(f"the chat template {how} the response's text{hint if '</think>' in said else ''}")
+    for _, key, said in _lost([response], whole, asked):
+        hint = "; give what is before </think> as reasoning_content, or use a template that keeps it" * ("</think>" in said)
+        raise UserError(f"the chat template drops or changes {_named(key)} of the response{hint}")
 
 
 def _loses_reasoning(prompt: list[dict], asked: str) -> bool:
-    """Whether the template cuts reasoning of earlier turns, as many do; UserError if it loses anything else of a prompt."""
+    """Whether the template cuts reasoning of earlier turns, as many do; UserError if it loses another text or a call."""
     cut = False
     for i, key, said in _lost(prompt, asked):
-        message = f"prompt message {i + 1} ({prompt[i]['role']})"
-        if key in CALLS:
-            raise UserError(f"the chat template does not show all of {key} of {message}")
-        if key in REASONING:
-            cut = True
-        if key == "content":
-            thought, thinks, rest = said.rpartition("</think>")
-            if not thinks or prompt[i]["role"] != "assistant" or rest.strip() not in asked:
-                raise UserError(f"the chat template drops or changes the text of {message}")
+        thought, thinks, rest = said.rpartition("</think>")
+        if key == "content" and thinks and prompt[i]["role"] == "assistant" and rest.strip() in asked:
             cut = cut or thought.replace("<think>", "").strip() not in asked
+        elif key in ("content", *CALLS):
+            raise UserError(f"the chat template drops or changes {_named(key)} of prompt message {i + 1} ({prompt[i]['role']})")
+        cut = cut or key in REASONING
     return cut
 
 
-def _refuse_unseen_calls(render: Callable, before: list[dict], messages: list[dict]) -> None:
-    """UserError where calls of tools make no difference: what they say may stand in a rendering for another reason."""
-    silent = [{key: x for key, x in message.items() if key not in CALLS} for message in messages]
-    try:
-        seen = silent == messages or render([*before, *silent]) != render([*before, *messages])
-    except UserError:  # a turn without text and calls
-        return
-    if not seen:
-        raise UserError(f"the chat template does not show the tool calls of the {'response' if before else 'prompt'}")
+def _named(key: str) -> str:
+    return "the text" if key == "content" else key
 
 
 def _lost(messages: list[dict], text: str, beside: str = "") -> list[tuple[int, str, str]]:
     """(index of a message, key, what it says) that stands less often in a text than it is said; without those in `beside`."""
     said = []
     for i, message in enumerate(messages):
-        for key, value in message.items():
-            if key not in LABELS and isinstance(value, (str, list, dict)):
-                said += [(i, key, x) for x in _strings(value)]
+        for key, value in _said(message).items():
+            texts = []
+            _replaced(value, texts.append)
+            said += [(i, key, str(x).strip()) for x in texts]
     often = Counter((key, x) for _, key, x in said)
-
-    def stands(i: int, key: str, x: str) -> bool:
-        forms = {x}
-        if messages[i]["role"] == "tool" or key not in ("content", *REASONING):  # JSON may spell it, and the template again
-            once = json.dumps(x, ensure_ascii=False)[1:-1]
-            forms |= {once, json.dumps(x)[1:-1], json.dumps(once, ensure_ascii=False)[1:-1]}
-        return any(text.count(form) - beside.count(form) >= often[key, x] for form in forms)
-
-    return [found for found in said if not stands(*found)]
+    text, beside = _bare(text), _bare(beside)
+    return [(i, key, x) for i, key, x in said if text.count(_bare(x)) - beside.count(_bare(x)) < often[key, x]]
 
 
-def _strings(value) -> list[str]:
-    """The text or whole number that a value is, or all in it; the arguments of a call may be spelled as JSON."""
-    if isinstance(value, dict):
-        arguments = value.get("arguments")
-        if isinstance(arguments, str):
-            with contextlib.suppress(ValueError, RecursionError):
-                value = {**value, "arguments": json.loads(arguments)}
-        value = [x for key, x in value.items() if key not in ("type", "id")]
-    if isinstance(value, list):
-        return [text for x in value for text in _strings(x)]
-    return [str(value).strip()] if isinstance(value, (str, int)) and not isinstance(value, bool) else []
+def _bare(text: str) -> str:
+    """A text as it is alike written out, spelled as JSON, or spelled twice: as JSON without backslashes."""
+    return json.dumps(text)[1:-1].replace("\\", "")
 
 
 def to_equal_length(example: Example, fraction: float = 1.0, seed: int = 0) -> Example:

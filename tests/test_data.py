@@ -508,9 +508,9 @@ def test_what_save_to_disk_wrote(tmp_path, chatml, monkeypatch):
         all_rows(tmp_path / "dicts")
     _, report = load(str(tmp_path / "dict"), chatml)
     assert report.kept == 5 and report.formats[0].endswith(f"; read from {tmp_path / 'dict' / 'train' / 'state.json'}")
-    key = data._cache_keys(str(tmp_path / "one"), chatml, Reading())
+    key = data._cache_key(str(tmp_path / "one"), chatml, Reading())
     made.select([3]).save_to_disk(tmp_path / "one")
-    assert data._cache_keys(str(tmp_path / "one"), chatml, Reading()) != key and all_rows(tmp_path / "one") == [rows[3]]
+    assert data._cache_key(str(tmp_path / "one"), chatml, Reading()) != key and all_rows(tmp_path / "one") == [rows[3]]
     (tmp_path / "one" / "data-00000-of-00001.arrow").write_bytes(b"broken")
     with pytest.raises(UserError, match="one/state.json: cannot be read"):
         all_rows(tmp_path / "one")
@@ -1324,36 +1324,36 @@ WITH_CALLS = turns("m.content ~ (m.tool_calls | tojson if m.tool_calls else '')"
 OLD_CALL = {"name": "add", "arguments": '{"a": "two"}'}
 # (template, row, what is said of it)
 LOST = {
-    "capitals": (turns("m.content | upper"), PAIR | {"prompt": "ASK"}, "changes the response's text$"),
-    "capitals for answers": (turns("m.content | upper if m.role == 'assistant' else m.content"), PAIR | {"prompt": "Good or Bad"},
-                             "changes the response's text$"),  # which stands in the prompt as it is
-    "the first words only": (turns("m.content[:3]"), PAIR | {"prompt": "Ask"}, "drops the response's text$"),
+    "capitals": (turns("m.content | upper"), PAIR | {"prompt": "ASK"}, "drops or changes the text of the response$"),
+    "capitals for answers": (turns("m.content | upper if m.role == 'assistant' else m.content"),
+                             PAIR | {"prompt": "Good or Bad"}, "changes the text of the response$"),  # which stands in the prompt as it is
+    "the first words only": (turns("m.content[:3]"), PAIR | {"prompt": "Ask"}, "drops or changes the text of the response$"),
     "up to </think>": (turns("m.content.split('</think>')[-1]"), PAIR | {"chosen": "<think>Hm</think>Good"},
-                       "drops the response's text; give what is before </think> as reasoning_content"),
+                       "drops or changes the text of the response; give what is before </think> as reasoning_content"),
     "capitals for users": (turns("m.content if m.role == 'assistant' else m.content | upper"), PAIR,
                            r"drops or changes the text of prompt message 1 \(user\)"),
     "no developer": (turns(ROLES), PAIR | {"prompt": [{"role": "developer", "content": "a"}, user("Ask me")]},
-                     r"drops the text of prompt message 1 \(developer\)"),  # there is an "a" in every rendering
-    "no system": (turns(ROLES), PAIR | {"system": "Be kind"}, r"drops the text of prompt message 1 \(system\)"),
+                     r"drops or changes the text of prompt message 1 \(developer\)"),  # there is an "a" in every rendering
+    "no system": (turns(ROLES), PAIR | {"system": "Be kind"}, r"drops or changes the text of prompt message 1 \(system\)"),
     "each text once": (turns(ONCE), PAIR | {"prompt": [user("Ask me"), said("Yes"), user("Ask me")]},
                        r"drops or changes the text of prompt message 1 \(user\)"),
     "more than earlier reasoning": (
         turns("m.content[:3]"), PAIR | {"prompt": [user("Ask"), said("<think>Hm</think>Fine"), user("Ask")], "chosen": "Yes"},
         r"drops or changes the text of prompt message 2 \(assistant\)",
     ),
-    "tools": (WITH_CALLS, TOOL_ROW, "does not show the row's tools"),
-    "calls": (turns(), TOOL_ROW, "does not show all of the response's tool_calls"),
-    "arguments": (WITH_NAMES, TOOL_ROW, "does not show all of the response's tool_calls"),
-    "earlier calls": (turns(), RESULT_ROW, r"does not show all of tool_calls of prompt message 2 \(assistant\)"),
-    "old calls": (turns(), PAIR | {"chosen": said("", function_call=OLD_CALL)}, "does not show all of .* function_call"),
-    "reasoning": (turns(), PAIR | {"chosen": said("Good", reasoning_content="Hm")}, "does not show the response's reasoning"),
-    "thinking": (turns(), PAIR | {"chosen": said("Good", thinking="Hm")}, "does not show the response's reasoning"),
+    "tools": (WITH_CALLS, TOOL_ROW, "drops tools of the row"),
+    "calls": (turns(), TOOL_ROW, "drops or changes tool_calls of the response"),
+    "arguments": (WITH_NAMES, TOOL_ROW, "drops or changes tool_calls of the response"),
+    "earlier calls": (turns(), RESULT_ROW, r"drops or changes tool_calls of prompt message 2 \(assistant\)"),
+    "old calls": (turns(), PAIR | {"chosen": said("", function_call=OLD_CALL)}, "changes function_call of the response"),
+    "reasoning": (turns(), PAIR | {"chosen": said("Good", reasoning_content="Hm")}, "changes reasoning_content of"),
+    "thinking": (turns(), PAIR | {"chosen": said("Good", thinking="Hm")}, "drops or changes thinking of the response"),
     "capitals for reasoning": (turns("m.content ~ (m.thinking or '') | upper"), PAIR | {"chosen": said("Good", thinking="Hm")},
-                               "does not show all of the response's thinking"),
-    "another key": (turns(), PAIR | {"chosen": said("Good", plan=["Hm"])}, "does not show all of the response's plan"),
+                               "drops or changes thinking of the response"),
+    "another key": (turns(), PAIR | {"chosen": said("Good", plan=["Hm"])}, "drops or changes plan of the response"),
     "text beside a call": (
         turns("m.tool_calls | tojson if m.tool_calls else m.content"), PAIR | {"chosen": said("I add", tool_calls=TWO_AND_TWO)},
-        "drops the response's text$",
+        "drops or changes the text of the response",
     ),
     "a call in other words": (turns(), PAIR | {"chosen": said("I add 2 and 2", tool_calls=TWO_AND_TWO)},
                               "does not show the tool calls of the response"),
