@@ -1326,7 +1326,8 @@ OLD_CALL = {"name": "add", "arguments": '{"a": "two"}'}
 LOST = {
     "capitals": (turns("m.content | upper"), PAIR | {"prompt": "ASK"}, "drops or changes the text of the response$"),
     "capitals for answers": (turns("m.content | upper if m.role == 'assistant' else m.content"),
-                             PAIR | {"prompt": "Good or Bad"}, "changes the text of the response$"),  # which stands in the prompt as it is
+                             PAIR | {"prompt": "Good or Bad"},  # in which they stand as they are
+                             "drops or changes the text of the response$"),
     "the first words only": (turns("m.content[:3]"), PAIR | {"prompt": "Ask"}, "drops or changes the text of the response$"),
     "up to </think>": (turns("m.content.split('</think>')[-1]"), PAIR | {"chosen": "<think>Hm</think>Good"},
                        "drops or changes the text of the response; give what is before </think> as reasoning_content"),
@@ -1345,8 +1346,8 @@ LOST = {
     "calls": (turns(), TOOL_ROW, "drops or changes tool_calls of the response"),
     "arguments": (WITH_NAMES, TOOL_ROW, "drops or changes tool_calls of the response"),
     "earlier calls": (turns(), RESULT_ROW, r"drops or changes tool_calls of prompt message 2 \(assistant\)"),
-    "old calls": (turns(), PAIR | {"chosen": said("", function_call=OLD_CALL)}, "changes function_call of the response"),
-    "reasoning": (turns(), PAIR | {"chosen": said("Good", reasoning_content="Hm")}, "changes reasoning_content of"),
+    "old calls": (turns(), PAIR | {"chosen": said("", function_call=OLD_CALL)}, "drops or changes function_call of the"),
+    "reasoning": (turns(), PAIR | {"chosen": said("Good", reasoning_content="Hm")}, "drops or changes reasoning_content of"),
     "thinking": (turns(), PAIR | {"chosen": said("Good", thinking="Hm")}, "drops or changes thinking of the response"),
     "capitals for reasoning": (turns("m.content ~ (m.thinking or '') | upper"), PAIR | {"chosen": said("Good", thinking="Hm")},
                                "drops or changes thinking of the response"),
@@ -1356,11 +1357,11 @@ LOST = {
         "drops or changes the text of the response",
     ),
     "a call in other words": (turns(), PAIR | {"chosen": said("I add 2 and 2", tool_calls=TWO_AND_TWO)},
-                              "does not show the tool calls of the response"),
+                              "drops or changes tool_calls of the response"),
     "earlier calls in other words": (turns(), RESULT_ROW | {"tools": None, "prompt": [
         user("Add"), said("I add 2 and 2", tool_calls=TWO_AND_TWO), {"role": "tool", "content": "4"}]},
-        "does not show the tool calls of the prompt"),
-    "reasoning in other words": (turns(), PAIR | {"chosen": said("Good day", thinking="Good")}, "does not show .* reasoning"),
+        "drops or changes tool_calls of prompt message 2"),
+    "reasoning in other words": (turns(), PAIR | {"chosen": said("Good day", thinking="Good")}, "drops or changes thinking of the response"),
     "the difference": (turns("m.content | trim"), PAIR | {"rejected": "Good "}, "renders both responses alike"),
 }  # fmt: skip
 
