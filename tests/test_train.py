@@ -59,10 +59,12 @@ def world(tmp_path_factory) -> Path:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    rows = [{"prompt": p.prompt, "chosen": p.responses[0], "rejected": p.responses[1]} for p in pairs]
+    rows = [{"prompt": p.prompt, "chosen": p.responses[0]["content"], "rejected": p.responses[1]["content"]} for p in pairs]
     rows = [row | {"score_chosen": i / 8, "score_rejected": 1.0} for i, row in enumerate(rows)]  # margins of either sign
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    single = [{"prompt": p.prompt, "completion": p.responses[i % 2], "label": i % 2 == 0} for i, p in enumerate(pairs)]
+    single = [
+        {"prompt": p.prompt, "completion": p.responses[i % 2]["content"], "label": i % 2 == 0} for i, p in enumerate(pairs)
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in single))
     return folder
 
@@ -1578,7 +1580,7 @@ def test_the_identity_takes_one_row_at_a_time():
             return (row for _ in range(100))
 
     run = train.Run(
-        Settings(model="m", dataset="d"), parse_objective("simpo"), torch.device("cpu"), None,
+        Settings(model="m", dataset="d"), parse_objective("simpo"), torch.device("cpu"), SimpleNamespace(chat_template=""),
         SimpleNamespace(model=SimpleNamespace(initial_hash="x" * 64), layout="packed"), Rows(), Rows(),
     )  # fmt: skip
     tracemalloc.start()

@@ -142,7 +142,9 @@ def small_world(folder: Path, pairs: int = 40) -> None:
     more = dict(tie_word_embeddings=True, bos_token_id=None, eos_token_id=3, max_position_embeddings=256)
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SMALL, **more)).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    paired = [{"prompt": p.prompt, "chosen": p.responses[0], "rejected": p.responses[1]} for p in rows]
-    single = [{"prompt": p.prompt, "completion": p.responses[i % 2], "label": i % 2 == 0} for i, p in enumerate(rows)]
+    paired = [{"prompt": p.prompt, "chosen": p.responses[0]["content"], "rejected": p.responses[1]["content"]} for p in rows]
+    single = [
+        {"prompt": p.prompt, "completion": p.responses[i % 2]["content"], "label": i % 2 == 0} for i, p in enumerate(rows)
+    ]
     for name, lines in (("pairs", paired), ("rows", single)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
