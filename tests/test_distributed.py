@@ -468,8 +468,6 @@ def test_no_loader_runs_code_that_was_not_asked_for(world, tmp_path, monkeypatch
         file.write_text(json.dumps(json.loads(file.read_text()) | own))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     monkeypatch.setattr(dist, "validate", lambda _: None)  # of a checkpoint that somebody else has made
-    with pytest.raises(data.UserError, match="trust_remote_code"):
-        data.load_tokenizer(str(tmp_path / "m"))
     with pytest.raises(data.UserError, match="contains custom code"):
         loaded(settings(world, model=str(tmp_path / "m")))
     with pytest.raises(data.UserError, match="contains custom code"):
