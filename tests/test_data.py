@@ -1340,9 +1340,9 @@ LOST = {
     "calls": (turns(), TOOL_ROW, "drops or changes tool_calls of the response"),
     "arguments": (WITH_NAMES, TOOL_ROW, "drops or changes tool_calls of the response"),
     "earlier calls": (turns(), RESULT_ROW, r"drops or changes tool_calls of prompt message 2 \(assistant\)"),
-    "old calls": (turns(), PAIR | {"chosen": said("", function_call=OLD_CALL)}, "drops or changes function_call of the response"),
-    "reasoning": (turns(), PAIR | {"chosen": said("Good", reasoning_content="Hm")}, "drops or changes reasoning_content of the response"),
-    "thinking": (turns(), PAIR | {"chosen": said("Good", thinking="Hm")}, "drops or changes thinking of the response"),
+    "old calls": (turns(), PAIR | {"chosen": said("", function_call=OLD_CALL)}, "drops or changes function_call of"),
+    "reasoning": (turns(), PAIR | {"chosen": said("Good", reasoning_content="Hm")}, "drops or changes reasoning_content of"),
+    "thinking": (turns(), PAIR | {"chosen": said("Good", thinking="Hm")}, "drops or changes thinking of"),
     "another key": (turns(), PAIR | {"chosen": said("Good", plan=["Hm"])}, "drops or changes plan of the response"),
     "text beside a call": (
         turns("m.tool_calls | tojson if m.tool_calls else m.content"), PAIR | {"chosen": said("I add", tool_calls=TWO_AND_TWO)},
@@ -1605,7 +1605,7 @@ def test_damaged_token_ids_are_made_again(tmp_path, chatml, monkeypatch, capsys)
     for damage in damages:
         damage()
         assert list(load(path, chatml)[0]) == expected
-        assert capsys.readouterr().err.count("is damaged and made again") == 1
+        assert capsys.readouterr().err.count("is damaged, or was not finished, and is made again") == 1
     assert list(load(path, chatml)[0]) == expected and "damaged" not in capsys.readouterr().err
     assert {f.name for f in (tmp_path / "cache").iterdir()} == {folder.name, f"{folder.name}.lock"}
 
