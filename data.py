@@ -811,7 +811,9 @@ def _frame(tokenizer, chat_template: str, skeleton: str) -> tuple[str, str, list
     whole = render([*prompt, response])
     _loses_reasoning(prompt, asked)
     _refuse_lost(response, asked, whole)
-    after = render([*prompt, answer(MARK)]).rpartition(MARK)[2]
+    answered = render([*prompt, answer(MARK)])
+    _refuse_lost(answer(MARK), asked, answered)
+    after = answered.rpartition(MARK)[2]
     last, turns = MARK, [answer(MARK), {"role": "user", "content": NEXT}]
     if "tool_calls" in response:  # a tool speaks next
         last, turns = whole.removesuffix(after), [response, {"role": "tool", "content": NEXT}]

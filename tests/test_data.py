@@ -1338,6 +1338,8 @@ LOST = {
     ),
     "tools": (WITH_CALLS, TOOL_ROW, "drops tools of the row"),
     "calls": (turns(), TOOL_ROW, "drops or changes tool_calls of the response"),
+    "calls whose words stand in the text": (turns(), PAIR | {"chosen": said("add 2 and 2", tool_calls=TWO_AND_TWO)},
+                                            "drops or changes tool_calls of the response"),
     "arguments": (WITH_NAMES, TOOL_ROW, "drops or changes tool_calls of the response"),
     "earlier calls": (turns(), RESULT_ROW, r"drops or changes tool_calls of prompt message 2 \(assistant\)"),
     "old calls": (turns(), PAIR | {"chosen": said("", function_call=OLD_CALL)}, "drops or changes function_call of"),
