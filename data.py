@@ -275,15 +275,23 @@ def _split_said(file: str) -> str:
 
 def _lines(source: Path | str) -> Iterator[bytes]:
     """The rows of a file or hub name as JSON; those of JSON lines as they stand, so that a bad one costs one row only."""
-    if isinstance(source, str) or source.suffix == ".parquet" or source.name == SAVED:
-        for row in _dataset(source):
-            yield json.dumps(row, default=str).encode()
-    elif not source.name.endswith(SUFFIXES):
-        raise UserError(f"{source}: unknown kind of file; accepted are {', '.join(SUFFIXES)}")
-    else:
+    from datasets import load_dataset, load_from_disk
+
+    if isinstance(source, str):
+        rows = _hub(source)
+    elif source.name == SAVED:
+        rows = load_from_disk(str(source.parent))
+    elif source.suffix == ".parquet":
+        rows = load_dataset("parquet", data_files=str(source), split="train", streaming=True)
+    elif source.name.endswith(SUFFIXES):
         opened = gzip.open if source.suffix == ".gz" else open
         with opened(source, "rb") as lines:
             yield from _split(source, lines.read()) if ".json" in source.suffixes else lines
+        return
+    else:
+        raise UserError(f"{source}: unknown kind of file; accepted are {', '.join(SUFFIXES)}")
+    for row in rows:
+        yield json.dumps(row, default=str).encode()
 
 
 def _split(file: Path, text: bytes) -> list[bytes]:
@@ -297,16 +305,6 @@ def _split(file: Path, text: bytes) -> list[bytes]:
     if not isinstance(rows, list):
         raise UserError(f"{file}: holds a JSON {type(rows).__name__}, not a list of rows")
     return [json.dumps(row).encode() for row in rows]
-
-
-def _dataset(source: Path | str) -> Iterable[dict]:
-    from datasets import load_dataset, load_from_disk
-
-    if isinstance(source, str):
-        return _hub(source)
-    if source.name == SAVED:
-        return load_from_disk(str(source.parent))
-    return load_dataset("parquet", data_files=str(source), split="train", streaming=True)
 
 
 @functools.lru_cache(maxsize=8)
@@ -770,7 +768,7 @@ def _said(message: dict) -> dict:
 
 
 def _replaced(value, replace: Callable):
-    """A nested value with each text and whole number replaced, but types and ids; also in arguments spelled as JSON."""
+    """A nested value with each text and whole number replaced, save types and ids; also in arguments spelled as JSON."""
     if isinstance(value, list):
         return [_replaced(x, replace) for x in value]
     if isinstance(value, dict):
@@ -786,7 +784,7 @@ def _replaced(value, replace: Callable):
 
 
 def _skeleton(tokenizer, prompt: list[dict], response: dict, template: dict) -> str:
-    """A conversation as JSON, with a mark for each text and number, and without the special tokens that are still spelled."""
+    """A conversation as JSON, with a mark for each text and number, without the special tokens that are still spelled."""
     _, special = _special(tokenizer)
     numbers = itertools.count()
 
@@ -816,7 +814,9 @@ def _frame(tokenizer, chat_template: str, skeleton: str) -> tuple[str, str, list
     whole = render([*prompt, response])
     _loses_reasoning(prompt, asked)
     _refuse_lost(response, asked, whole)
-    after = render([*prompt, answer(MARK)]).rpartition(MARK)[2]
+    answered = render([*prompt, answer(MARK)])
+    _refuse_lost(answer(MARK), asked, answered)
+    after = answered.rpartition(MARK)[2]
     last, turns = MARK, [answer(MARK), {"role": "user", "content": NEXT}]
     if "tool_calls" in response:  # a tool speaks next
         last, turns = whole.removesuffix(after), [response, {"role": "tool", "content": NEXT}]
@@ -1181,34 +1181,31 @@ def _outcomes(source: str, tokenizer, how: Reading) -> tuple["Dataset", str]:
     with open(f"{kept}.lock", "w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)  # of several processes one makes them, the rest wait; no worker inherits this lock
         if not _is_whole(kept):
-            part = Path(f"{kept}.part")
-            for place in (kept, part):
-                shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(kept, ignore_errors=True)
             all_rows = functools.partial(itertools.chain, head, rows)
             try:
-                whole = Dataset.from_generator(all_rows, cache_dir=str(part / "rows"), fingerprint="rows")
+                whole = Dataset.from_generator(all_rows, cache_dir=str(kept / "rows"), fingerprint="rows")
             except DatasetGenerationError as error:
                 raise error.__cause__ or error from None
             if not is_watched():  # no bar is drawn, and it may take minutes
                 say(f"{source}: tokenising {len(whole)} rows")
-            whole.map(outcome, num_proc=os.cpu_count(), cache_file_name=str(part / "ids.arrow"), new_fingerprint="ids", **made)
-            shutil.rmtree(part / "rows")
-            sums = {file.name: checksum(file) for file in part.iterdir()}
-            (part / "complete").write_text(json.dumps(sums))
-            os.rename(part, kept)
+            whole.map(outcome, num_proc=os.cpu_count(), cache_file_name=str(kept / "ids.arrow"), new_fingerprint="ids", **made)
+            shutil.rmtree(kept / "rows")
+            sums = {file.name: checksum(file) for file in kept.glob("*.arrow")}
+            (kept / "complete").write_text(json.dumps(sums))  # last: without it, or with half of it, the folder is made again
         parts = [Dataset.from_file(str(file)) for file in sorted(kept.glob("*.arrow"))]
     return concatenate_datasets(parts), why
 
 
 def _is_whole(kept: Path) -> bool:
-    """Whether a folder of token ids is as it was made; one that is damaged is named."""
+    """Whether a folder of token ids is as it was made; one that is not is named."""
     try:
         sums = json.loads((kept / "complete").read_text())
         whole = bool(sums) and all(checksum(kept / name) == listed for name, listed in sums.items())
     except (OSError, ValueError, AttributeError):
         whole = False
     if not whole and kept.exists():
-        say(f"{kept} is damaged and made again")
+        say(f"{kept} is damaged, or was not finished, and is made again")
     return whole
 
 
@@ -1241,14 +1238,9 @@ CHARACTERS = 512  # so many no token stands for
 def _within_reach(row: Row, most: int) -> Row:
     """The row with `most` characters of each text, those that can come to be ids: the last of a prompt's, the first of a
     response's. A tokenizer takes a hundred times the text in memory."""
-
-    def cut(text, part: slice):
-        if isinstance(text, dict):
-            return text | {"content": cut(text.get("content"), part)}
-        return text[part] if isinstance(text, str) else text
-
-    prompt = [cut(message, slice(-most, None)) for message in row.prompt]
-    return row._replace(prompt=prompt, responses=[cut(response, slice(most)) for response in row.responses])
+    prompt = [message | {"content": message["content"][-most:]} for message in row.prompt]
+    responses = [response | {"content": response["content"][:most]} for response in row.responses]
+    return row._replace(prompt=prompt, responses=responses)
 
 
 def _outcome(item: dict, reader: Callable, encode: Callable, renamed: dict[str, str], tokenizer, how: Reading) -> dict:

@@ -1344,6 +1344,8 @@ LOST = {
     ),
     "tools": (WITH_CALLS, TOOL_ROW, "drops tools of the row"),
     "calls": (turns(), TOOL_ROW, "drops or changes tool_calls of the response"),
+    "calls whose words stand in the text": (turns(), PAIR | {"chosen": said("add 2 and 2", tool_calls=TWO_AND_TWO)},
+                                            "drops or changes tool_calls of the response"),
     "arguments": (WITH_NAMES, TOOL_ROW, "drops or changes tool_calls of the response"),
     "earlier calls": (turns(), RESULT_ROW, r"drops or changes tool_calls of prompt message 2 \(assistant\)"),
     "old calls": (turns(), PAIR | {"chosen": said("", function_call=OLD_CALL)}, "drops or changes function_call of the"),
@@ -1619,7 +1621,7 @@ def test_damaged_token_ids_are_made_again(tmp_path, chatml, monkeypatch, capsys)
     for damage in damages:
         damage()
         assert list(load(path, chatml)[0]) == expected
-        assert capsys.readouterr().err.count("is damaged and made again") == 1
+        assert capsys.readouterr().err.count("is damaged, or was not finished, and is made again") == 1
     assert list(load(path, chatml)[0]) == expected and "damaged" not in capsys.readouterr().err
     assert {f.name for f in (tmp_path / "cache").iterdir()} == {folder.name, f"{folder.name}.lock"}
 

@@ -66,27 +66,25 @@ SCORED = {  # kind of row → family → what is scored of the chosen response, 
 REFUSES = "the chat template refuses this row "
 DROPPED = "the chat template drops "
 LOST = DROPPED + "or changes "
+CALL_LOST = DROPPED + "(tools of the row|or changes tool_calls of the response)"
+RESULT_LOST = DROPPED + "(tools of the row|or changes (tool_calls of prompt message 2|the text of prompt message 3 .tool.))"
+DEVELOPER_LOST = LOST + "the text of prompt message 1 .developer."
 CALLS_LOST = {*SCORED["tool call"]}.symmetric_difference(FAMILIES)  # nothing is written for a call
 REFUSED = {  # kind of row → pattern of a family's name → words of the reason
     "system message": {"mistral": REFUSES + r"\(Conversation roles", "gemma2": REFUSES + r"\(System role not supported",
                        "mistral-v3": "renders the prompt differently once a response follows"},
     "developer message": {
         "llama2|gemma2|gemma3|mistral": REFUSES + r"\(Conversation roles", "mistral-v3": REFUSES + r"\(Only user and assistant",
-        "phi3|phi4|deepseek-v3.1|r1-distill|smollm3|olmo2|zephyr|command-r.*": LOST
-        + "the text of prompt message 1 .developer.",
+        "phi3|phi4|deepseek-v3.1|r1-distill|smollm3|olmo2|zephyr|command-r.*": DEVELOPER_LOST,
     },
     "no thinking": {"(?!qwen3|smollm3).*": "knows no enable_thinking"},
     "reasoning": {"(?!qwen3|gpt-oss).*": LOST + "reasoning_content of the response"},
     "reasoning in the text": {"deepseek-v3.1|r1-distill": LOST + "the text of the response; give what is before </think> as"},
-    "tool call": {"|".join(CALLS_LOST): DROPPED + "(tools of the row|or changes tool_calls of the response)"},
-    "tool call and text": {
-        "|".join(CALLS_LOST): DROPPED + "(tools of the row|or changes tool_calls of the response)",
-        "llama3.2|mistral-v3": LOST + "the text of the response",
-    },
+    "tool call": {"|".join(CALLS_LOST): CALL_LOST},
+    "tool call and text": {"|".join(CALLS_LOST): CALL_LOST, "llama3.2|mistral-v3": LOST + "the text of the response"},
     "after a tool": {
         "llama2|mistral|gemma2|gemma3": REFUSES + r"\(Conversation roles",
-        "(?!llama2|mistral|gemma).*": DROPPED
-        + "(tools of the row|or changes (tool_calls of prompt message 2|the text of prompt message 3 .tool.))",
+        "(?!llama2|mistral|gemma).*": RESULT_LOST,
     },
 }  # fmt: skip
 
