@@ -1363,7 +1363,7 @@ LOST = {
     "earlier calls in other words": (turns(), RESULT_ROW | {"tools": None, "prompt": [
         user("Add"), said("I add 2 and 2", tool_calls=TWO_AND_TWO), {"role": "tool", "content": "4"}]},
         "drops or changes tool_calls of prompt message 2"),
-    "reasoning in other words": (turns(), PAIR | {"chosen": said("Good day", thinking="Good")}, "drops or changes thinking of the response"),
+    "reasoning in other words": (turns(), PAIR | {"chosen": said("Good day", thinking="Good")}, "drops or changes thinking of"),
     "the difference": (turns("m.content | trim"), PAIR | {"rejected": "Good "}, "renders both responses alike"),
 }  # fmt: skip
 
