@@ -565,7 +565,9 @@ def choose_layout(model: torch.nn.Module, rows: dict[str, Example], wanted: str,
         UserError: the layout that is wanted is wrong, for auto both, or the model cannot read the longest row.
     """
     name = type(model).__name__
-    examples = list({str(rows[which]): rows[which] for which in ("longest", "largest", "shortest")}.values())
+    longest = rows["longest"]
+    half = longest._replace(responses=[r[: max(1, len(r) // 2)] for r in longest.responses])  # padded, as encoders can see
+    examples = list({str(e): e for e in (longest, rows["largest"], rows["shortest"], half)}.values())
     alone = [Example(e.prompt, [response]) for e in examples for response in e.responses]
     try:
         own = [own_logprobs(model, e.prompt, e.responses[0]) for e in alone]
