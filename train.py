@@ -593,15 +593,17 @@ def choose_layout(model: torch.nn.Module, rows: dict[str, Example], wanted: str,
     embeddings = len(model.get_input_embeddings().weight)
     if highest >= embeddings:
         raise UserError(f"{odd.where} holds id {highest}, but {name} has only {embeddings} embeddings: no match")
-    examples = list({str(rows[which]): rows[which] for which in ("longest", "largest", "shortest")}.values())
+    longest = rows["longest"]
+    half = longest._replace(responses=[r[: max(1, len(r) // 2)] for r in longest.responses])  # padded, as encoders can see
+    examples = list({str(e): e for e in (longest, rows["largest"], rows["shortest"], half)}.values())
     try:
         own = [own_logprobs(model, e.prompt, response) for e in examples for response in e.responses]
     except Exception as error:  # of any kind: positions that end, above all
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         tokens = len(examples[0].prompt) + max(map(len, examples[0].responses))
-        longest = f"{examples[0].where}, {tokens} tokens (its max_position_embeddings: {limit})"
+        where = f"{examples[0].where}, {tokens} tokens (its max_position_embeddings: {limit})"
         advice = "try a lower --max_length or --sample_tokens"
-        raise UserError(f"{name} cannot read {longest}: {data.brief(error)}; {advice}") from error
+        raise UserError(f"{name} cannot read {where}: {data.brief(error)}; {advice}") from error
     policy = ResponseLogProbs(model)
     other = ""
     for layout in LAYOUTS[1:] if wanted == "auto" else (wanted,):

@@ -116,7 +116,7 @@ OVERRIDES = {  # by a configuration's model_type: what the names of its fields d
     "reformer": dict(local_attn_chunk_length=8, lsh_attn_chunk_length=8, attn_layers=["local", "lsh"],
         axial_pos_shape=[16, 16], axial_pos_embds_dim=[16, 16]),
     "xlm": dict(causal=True),
-    "xlstm": dict(hidden_size=128),  # heads are rounded up to 64
+    "xlstm": dict(hidden_size=128, embedding_dim=128),  # heads are rounded up to 64
     "xmod": dict(default_language="en_XX"),
     "zamba": dict(num_hidden_layers=4, layers_block_type=["linear_attention", "hybrid"] * 2, attention_hidden_size=64),
     "zamba2": dict(num_hidden_layers=4, layers_block_type=["linear_attention", "hybrid"] * 2, attention_hidden_size=64,
@@ -298,7 +298,7 @@ def wrong_numbers(run: train.Run, examples: list, right: tuple) -> str:
 
 def one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return text if isinstance(error, data.UserError) else f"{type(error).__name__}: {text[-300:]}"
+    return text if isinstance(error, data.UserError) else f"{type(error).__name__}: {text[:160]}"
 
 
 def judge_alone(name: str) -> tuple[str, str]:
@@ -318,7 +318,8 @@ def table(verdicts: dict[str, tuple[str, str]]) -> str:
     groups = {}
     for name, (result, why) in verdicts.items():
         kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
-        why = re.sub(r"\d+(\.\d+)?(e-?\d+)?(?= nats|\)| of the largest)", "…", why.replace(kind, "…")).replace("|", "\\|")
+        why = re.sub(r"\d+(\.\d+)?(e-?\d+)?(?= nats|\)| of the largest)", "…", why.replace(kind, "…"))
+        why = re.sub(r"/\S*/", "", why).replace("|", "\\|")  # folders, too
         groups.setdefault((result, why), []).append(name)
     lines = ["| result | why | models | |", "|---|---|---|---|"]
     for result, why in sorted(groups, key=lambda group: (RESULTS.index(group[0]), -len(groups[group]))):

@@ -7,6 +7,7 @@ from processes import Done
 
 import logprobs
 import train
+from data import Example
 
 
 @pytest.mark.parametrize(
@@ -14,7 +15,7 @@ import train
     [
         ("llama", "packed", ""),
         ("gemma2", "packed", ""),  # windows and soft-caps
-        ("gpt_neo", "padded", "log-probs differ from the model's own"),  # a window that the attention's registry does not know
+        ("gpt_neo", "padded", "as packed it fails"),  # windows and positions of its own
         ("gpt_oss", "padded", "attention sinks"),
         ("mamba", "padded", "log-probs differ from the model's own"),
         ("bert", "refused", "its log-probs differ from the model's own"),  # a head with a layer of its own
@@ -32,6 +33,14 @@ def test_an_encoder_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(architectures.OVERRIDES, "bert-generation", {"is_decoder": False})
     result, why = judge("bert-generation", tmp_path)
     assert result == "refused" and "BertGenerationDecoder cannot be trained" in why
+
+
+def test_an_encoder_is_refused_where_all_rows_have_one_length(tmp_path, monkeypatch):
+    monkeypatch.setitem(architectures.OVERRIDES, "bert-generation", {"is_decoder": False})
+    model, _ = architectures.build("bert-generation", tmp_path)
+    rows = train.extremes([Example([1, 4, 5, 2], [[6, 7, 8, 3], [9, 7, 6, 3]])])
+    with pytest.raises(train.UserError, match="it sees padding"):
+        train.choose_layout(model, rows, "auto")
 
 
 def everything_before(pairs, query, key, value, scaling, window, softcap):
