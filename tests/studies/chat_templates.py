@@ -89,7 +89,7 @@ def seen(name: str, kind: str) -> Seen:
     """What is scored of the chosen response; a switch that is nowhere in the template is refused as `data.load` refuses it."""
     tokenizer = tokenizer_of(name)
     if kind == "no thinking" and "enable_thinking" not in str(tokenizer.chat_template):
-        return Seen(refused="the template knows no enable_thinking")
+        return Seen(refused="not refused: the template knows no enable_thinking")
     try:
         example, notes = data.encode(row_of(kind), tokenizer, LONG, LONG - 1, template={"strftime_now": DATE})
     except data.UserError as error:
