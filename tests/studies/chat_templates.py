@@ -86,7 +86,7 @@ def row_of(kind: str) -> data.Row:
 
 
 def seen(name: str, kind: str) -> Seen:
-    """What is scored of the chosen response; a switch that is nowhere in the template is refused as `data.load` refuses it."""
+    """What is scored of the chosen response; a row's switch that is nowhere in its template changes nothing."""
     tokenizer = tokenizer_of(name)
     if kind == "no thinking" and "enable_thinking" not in str(tokenizer.chat_template):
         return Seen(refused="not refused: the template knows no enable_thinking")
