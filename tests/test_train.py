@@ -1054,10 +1054,11 @@ def test_where_packs_are_wrong_or_fail_rows_are_padded(name, spread, capsys):
 
 
 def test_a_window_that_no_row_reaches_is_none():
-    """Of 8 tokens, over a prompt and both its responses; and a pack that is longer than the model's masks is none either."""
+    """One of 8 tokens, which a pack counts over a prompt and both responses: 7 fit; of rows of 7 and 6 tokens, the second has 11
+    in all. And a pack of 100 tokens is longer than the model's masks of 64."""
     model = odd("gpt-neo")
     assert train.choose_layout(model, rows_of((3, 2, 2)), "auto") == "packed"
-    assert train.choose_layout(model, rows_of((6, 1, 1), (1, 5, 5)), "auto") == "padded"  # a token 9 behind the prompt's
+    assert train.choose_layout(model, rows_of((6, 1, 1), (1, 5, 5), (1, 1, 1)), "auto") == "padded"
     assert train.choose_layout(model, rows_of((3, 2, 2)), "auto", budget=100) == "padded"
 
 
@@ -1150,7 +1151,7 @@ def test_layouts_fall_back_in_a_run(arguments, saved, tmp_path, capsys):
         hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=128, window_size=4,
         attention_types=[[["global", "local"], 1]],
     ))  # fmt: skip
-    more = dict(model=folder, eval_size=0, save_every=1, max_steps=2)
+    more = dict(model=folder, eval_size=0, save_every=1, max_steps=2, tokens_per_microbatch=100)  # masks have 128 columns
     train.main(arguments(out=tmp_path / "auto", **more))
     assert "layout: padded, as packed its log-probs differ" in capsys.readouterr().err
     train.main(arguments(out=tmp_path / "padded", layout="padded", **more))
