@@ -1077,7 +1077,7 @@ def open_records(run: Run) -> dict[str, list[dict]]:
     (out / "checkpoints").mkdir(exist_ok=True)
     kept = {}
     for name, types in (("metrics.jsonl", (int, float)), ("samples.jsonl", (int, str))):
-        lines = read_lines(out / name, types)
+        lines = read_lines(out / name, {"step": int}, types)
         kept[name] = [line for line in lines if run.step and line["step"] <= run.step]
         write_whole(out / name, as_lines(kept[name]))
     settings = {name: value for name, value in asdict(s).items() if name != "resume"} | {"objective": str(run.objective)}
@@ -1088,9 +1088,9 @@ def open_records(run: Run) -> dict[str, list[dict]]:
     return kept
 
 
-def read_lines(file: Path, types: tuple[type, ...]) -> list[dict]:
-    """The records of a file of JSON lines: a step and values of these types. What is none (damaged, or half-written by a kill)
-    is passed over, and said."""
+def read_lines(file: Path, needed: dict[str, type], types: tuple[type, ...] = (object,)) -> list[dict]:
+    """The records of a file of JSON lines, which have what is needed, {name: type}, and values of these types only. What is no
+    record (damaged, or half-written by a kill) is passed over, and said."""
     lines = []
     passed = []
     texts = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
@@ -1099,7 +1099,8 @@ def read_lines(file: Path, types: tuple[type, ...]) -> list[dict]:
             line = json.loads(text)
         except (ValueError, RecursionError):
             line = None
-        if isinstance(line, dict) and isinstance(line.get("step"), int) and all(isinstance(x, types) for x in line.values()):
+        is_record = isinstance(line, dict) and all(isinstance(line.get(name), kind) for name, kind in needed.items())
+        if is_record and all(isinstance(x, types) for x in line.values()):
             lines.append(line)
         elif text:
             passed.append(str(number))

@@ -640,7 +640,7 @@ def test_data_without_scores_is_refused_before_the_model_is_loaded(world, argume
 
 
 SIMPO = "beta=2.0, gamma=1.0, label_smoothing=0.0, average=True"  # all that it can be given, as it is recorded
-MPO = "0.8*dpo(beta=0.1, label_smoothing=0.0) + 0.2*bco_pair(beta=0.1) + 1.0*sft()"
+MPO = "0.8*dpo(beta=0.1, label_smoothing=0.0) + 0.2*bco_pair(beta=0.1, delta=0.0) + 1.0*sft()"
 
 
 def softplus(x: float) -> float:
@@ -980,7 +980,7 @@ ODD = {  # not one of them is to be called by its name in the trainer
     "opt": transformers.OPTConfig(**SIZE, ffn_dim=48, word_embed_proj_dim=32),  # dropout 0.1, kept as a number
     "phimoe": transformers.PhimoeConfig(**GATED, num_local_experts=4, router_jitter_noise=0.1, input_jitter_noise=0.1),
     "gpt-neo": transformers.GPTNeoConfig(
-        vocab_size=60, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=64, window_size=8,
+        vocab_size=60, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=96, window_size=8,
         attention_types=[[["global", "local"], 1]],
     ),
     "falcon-h1": transformers.FalconH1Config(**GATED, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8),
@@ -1055,11 +1055,11 @@ def test_where_packs_are_wrong_or_fail_rows_are_padded(name, spread, capsys):
 
 def test_a_window_that_no_row_reaches_is_none():
     """One of 8 tokens, which a pack counts over a prompt and both responses: 7 fit; of rows of 7 and 6 tokens, the second has 11
-    in all. And a pack of 100 tokens is longer than the model's masks of 64."""
+    in all. And a pack of 200 tokens is longer than its masks of 96."""
     model = odd("gpt-neo")
     assert train.choose_layout(model, rows_of((3, 2, 2)), "auto") == "packed"
     assert train.choose_layout(model, rows_of((6, 1, 1), (1, 5, 5), (1, 1, 1)), "auto") == "padded"
-    assert train.choose_layout(model, rows_of((3, 2, 2)), "auto", budget=100) == "padded"
+    assert train.choose_layout(model, rows_of((3, 2, 2)), "auto", budget=200) == "padded"
 
 
 @pytest.mark.parametrize("name", ["cpm-ant", "phi-3"])
