@@ -14,9 +14,11 @@ from data import Example
     "name, result, words",
     [
         ("llama", "packed", ""),
+        ("qwen2", "packed", ""),
         ("gemma2", "packed", ""),  # windows and soft-caps
         ("gpt_neo", "padded", "as packed it fails"),  # windows and positions of its own
         ("gpt_oss", "padded", "attention sinks"),
+        ("doge", "padded", "log-probs differ from the model's own"),  # attends by other kernels where gradients are kept
         ("mamba", "padded", "log-probs differ from the model's own"),
         ("bert", "refused", "its log-probs differ from the model's own"),  # a head with a layer of its own
         ("cpmant", "refused", "CpmAntForCausalLM cannot be trained"),  # sees later tokens
