@@ -91,14 +91,14 @@ SIZE = {name: size for size, names in SIZES.items() for name in names.split()}
 REQUIRED = ("head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok", "sliding_window")  # where None, too
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+WINDOW = dict(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"])
 OVERRIDES = {  # by a configuration's model_type: what the names of its fields do not tell
     "bamba": dict(num_hidden_layers=2, attn_layer_indices=[1]),
-    "cohere_compass_text": dict(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"],
-        rope_parameters={"sliding_attention": ROPE, "full_attention": ROPE}),
+    "cohere_compass_text": WINDOW | dict(rope_parameters={"sliding_attention": ROPE, "full_attention": ROPE}),
     "dbrx": dict(attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=10000.0)),
     "dory": dict(num_hidden_layers=6, n_input_layers=2, n_recurrent_layers=2, n_output_layers=2, 
         layer_types=["sliding_attention", "full_attention"] * 3),
-    "dots1": dict(layer_types=["sliding_attention", "full_attention"], num_hidden_layers=2, n_shared_experts=1),
+    "dots1": WINDOW | dict(n_shared_experts=1),
     "dots3_note_text": dict(swa_num_attention_heads=4, swa_num_key_value_heads=4, swa_q_lora_rank=16, swa_kv_lora_rank=16,
         swa_head_dim=16, swa_qk_nope_head_dim=8, swa_v_head_dim=8),
     "gemma3n_text": dict(num_hidden_layers=4, num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2,
@@ -107,10 +107,13 @@ OVERRIDES = {  # by a configuration's model_type: what the names of its fields d
     "gemma4_unified_text": dict(global_head_dim=16),
     "granitemoehybrid": dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"]),
     "jamba": dict(num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1),
+    "laguna": WINDOW | dict(mlp_layer_types=["dense", "sparse"], num_attention_heads_per_layer=[4, 8]),
+    "lfm2": dict(num_hidden_layers=2, layer_types=["conv", "full_attention"]),
     "lfm2_moe": dict(num_hidden_layers=2, layer_types=["conv", "full_attention"]),
     "mamba2": dict(head_dim=16),
     "qwen4_exp_text": dict(indexer_n_heads=4, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8,
         indexer_compress_ratio=4, output_gate_type="sigmoid"),
+    "mellum": WINDOW | dict(mlp_layer_types=["sparse"] * 2),
     "minicpm3": dict(dim_model_base=32),  # of which the scale of the logits is made
     "qwen2_moe": dict(sliding_window=8),
     "recurrent_gemma": dict(num_hidden_layers=3),
