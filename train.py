@@ -377,14 +377,14 @@ def write_model(run: Run, card: str) -> None:
     layout = run.policy.use_layout("padded")
     try:
         dist.export(model, run.tokenizer, Path(s.out) / "model", *rest)
-    except Exception:
+    except Exception as error:  # whatever it is, the training is not lost
         if save(run):
-            say(f"all steps are done and kept in a checkpoint, from which --resume --out {s.out} goes on")
+            kept = f"all steps are done and kept in a checkpoint, from which --resume --out {s.out} goes on"
         else:
             folder = Path(s.cache).expanduser() / time.strftime("model-%Y%m%d-%H%M%S")
             dist.export(model, run.tokenizer, folder, *rest)
-            say(f"all steps are done; the model is in {folder}")
-        raise
+            kept = f"all steps are done; the model is in {folder}"
+        raise UserError(f"{str(error).strip() or type(error).__name__}; {kept}") from error
     run.policy.use_layout(layout)
 
 

@@ -780,7 +780,7 @@ def test_damaged_checkpoints_are_skipped(world, uninterrupted, tmp_path, capfd):
     capfd.readouterr()
     resumed = ranks(0, trained, s)[0]
     said = capfd.readouterr().err
-    reasons = [(five, "it was not finished"), (two, "step.json is damaged: [bytes, CRC-32] are None")]
+    reasons = [(five, "it was not finished"), (two, "step.json is missing: [bytes, CRC-32] are None")]
     reasons += [(folder, "safetensors is damaged: [bytes, CRC-32] are [") for folder in (four, three)]
     reasons += [(folder, "its marker is damaged") for folder in more[:4]]
     reasons += [(more[4], ", the marker says None"), (more[5], "it is called step-000015 and holds step 1")]
