@@ -1054,8 +1054,8 @@ def test_where_packs_are_wrong_or_fail_rows_are_padded(name, spread, capsys):
 
 
 def test_a_window_that_no_row_reaches_is_none():
-    """One of 8 tokens, which a pack counts over a prompt and both its responses: 7 fit. Of rows of 7 and 6 tokens the second has
-    11 in all. And a pack of 200 tokens is longer than the model's masks of 96."""
+    """One of 8 tokens, which a pack counts over a prompt and both its responses: 7 fit. Of rows of 7 and 6 tokens the second
+    has 11 in all. And a pack of 200 tokens is longer than the model's masks of 96."""
     model = odd("gpt-neo")
     assert train.choose_layout(model, rows_of((3, 2, 2)), "auto") == "packed"
     assert train.choose_layout(model, rows_of((6, 1, 1), (1, 5, 5), (1, 1, 1)), "auto") == "padded"
