@@ -5,7 +5,7 @@
 
 A configuration of transformers' own is shrunk by the names of its fields: a layer of each kind, width 32, 96 tokens, window 8,
 random weights large enough that attention matters. The model is saved, and then taken where a user's goes: `train.prepare` with
---layout auto on pairs of 6 to 70 tokens, so within and beyond the window. Log-probs of all responses and the gradient of
+--layout auto on pairs of 5 to 74 tokens, so within and beyond the window. Log-probs of all responses and the gradient of
 a weighted sum of them, in the layout that was chosen and, where that is the packed one, in the padded one too, are
 compared with `logprobs.response_logprob` on the model as transformers loads it, one row at a time; then comes one step.
 
