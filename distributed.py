@@ -347,7 +347,7 @@ def _read_model(name: str, trust_remote_code: bool) -> nn.Module:
         how |= dict(config=config, trust_remote_code=trust_remote_code)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **how)
     except Exception as error:  # transformers raises many kinds; all mean that there is no loadable model
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = data.brief(error)
         if ".safetensors" in reason:
             reason += "; .bin and .pt files can run code: convert them to safetensors"
         if "custom code" in reason:

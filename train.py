@@ -658,9 +658,8 @@ def refuse_compile(layout: str, model: torch.nn.Module, device: torch.device) ->
     try:
         torch.compile(lambda x: x.exp() + 1)(torch.ones(8, device=device))
     except Exception as error:  # of many kinds, with pages of what the compiler said
-        raise UserError(
-            f"compile: torch.compile does not work here ({data.brief(error)}); install g++ or leave it out"
-        ) from error
+        why = data.brief(error)
+        raise UserError(f"compile: torch.compile does not work here ({why}); install g++ or leave it out") from error
 
 
 def stop_at_terminator(model: torch.nn.Module, tokenizer, template: dict, say: Callable[[str], None]) -> None:
@@ -906,7 +905,8 @@ def check_first_step(run: Run, examples: list[Example], values: dict[str, Tensor
     exact = run.device.type == "cpu" and not run.s.compile  # else it is chosen anew how to add up
     if exact and not torch.equal(values["logp"], values.get("ref", values["logp"])):  # kernels may differ with gradients: Doge
         exact = not torch.equal(log_probs(run, examples, at_once=[len(examples)])["logp"].cpu(), values["ref"])
-    check_step_zero(values, 0.0 if exact else 0.1 if run.bf16 else 1e-3)
+    rounding = 0.1 if run.bf16 else 1e-3
+    check_step_zero(values, 0.0 if exact else rounding)
     names = [name for name, p in run.policy.model.named_parameters() if p.grad is None]
     if names:
         say(f"no gradient reaches {len(names)} weights, which stay as they are: {', '.join(names[:4])} …")
