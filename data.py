@@ -72,7 +72,10 @@ def device_named(name: str) -> torch.device:
     """ "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1" as a device; UserError where it is not here."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = ["cuda", *(f"cuda:{i}" for i in range(count))] if count else []
-    refuse_unless_known("device", name, ["auto", "cpu", *gpus])
+    apple = ["mps"] if torch.backends.mps.is_available() else []
+    refuse_unless_known("device", name, ["auto", "cpu", *gpus, *apple])
+    if name == "mps":
+        say("device mps: nobody has tried this yet")
     return torch.device(("cuda" if count else "cpu") if name == "auto" else name)
 
 
@@ -152,6 +155,7 @@ class Example(NamedTuple):
     desirable: bool | None = None
     where: str = ""  # file and row, for messages
     margin: float | None = None  # score of chosen less score of rejected, where the data has scores
+    asked: str = ""  # the beginning of the last user turn, for messages
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -1001,6 +1005,7 @@ def to_equal_length(example: Example, fraction: float = 1.0, seed: int = 0) -> E
 
 
 PROMPT_SHARE = 7 / 8  # of max_length, where max_prompt_length is not given
+CACHE = os.environ.get("PLAINPO_CACHE", "~/.cache/plainpo")
 
 
 @dataclass
@@ -1016,6 +1021,7 @@ class Reading:
     control_tokens: bool = setting(False, "special tokens spelled in texts are real ones; without it such rows are dropped")
     equal_length: float = setting(0.0, "share of the pairs whose responses are cut to the same length (POET)")
     max_drop_fraction: float = setting(0.1, "more invalid rows than this share is an error; ties are valid")
+    cache: str = setting(CACHE, "folder for token ids of large data and reference log-probs, found again by a hash")
     seed: int = setting(0, "for everything random")
 
 
@@ -1079,8 +1085,8 @@ class Examples(Sequence):
 def load(dataset: str, tokenizer, how: Reading | None = None) -> tuple[Examples, Report]:
     """Read, check and tokenise a dataset. Order is kept; the report says what was dropped and why.
 
-    A source of PARALLEL_FROM rows or more is tokenised by all cores and kept, memory-mapped, in the cache folder
-    ($PLAINPO_CACHE, else ~/.cache/plainpo) under a hash of everything it depends on.
+    A source of PARALLEL_FROM rows or more is tokenised by all cores and kept, memory-mapped, in the cache folder, under a hash
+    of everything it depends on.
 
     Args:
         dataset: one or several sources (see `read`) with commas between. "@w" after a source takes it w times: 2 repeats every
@@ -1171,11 +1177,11 @@ def _outcomes(source: str, tokenizer, how: Reading) -> tuple["Dataset", str]:
     outcome = functools.partial(_outcome, reader=reader, encode=encode, renamed=renamed, tokenizer=tokenizer, how=how)
     text, ids = Value("string"), List(Value("int32"))
     columns = {"where": text, "prompt": ids, "responses": List(ids), "desirable": Value("bool"), "margin": Value("float64")}
-    columns |= {"dropped": text, "cuts": List(text)}
+    columns |= {"asked": text, "dropped": text, "cuts": List(text)}
     made = dict(features=Features(columns), remove_columns="row", desc="tokenise")
     if len(head) < PARALLEL_FROM:
         return Dataset.from_list(head).map(outcome, new_fingerprint="small", **made), why  # or all arguments would be hashed
-    folder = Path(os.environ.get("PLAINPO_CACHE", "~/.cache/plainpo")).expanduser()
+    folder = Path(how.cache).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / _cache_key(source, tokenizer, how)
     with open(f"{kept}.lock", "w") as lock:
@@ -1233,6 +1239,7 @@ def row_of(raw, reader: Callable[[dict], Row], renamed: dict[str, str]) -> Row:
 
 
 CHARACTERS = 512  # so many no token stands for
+ASKED = 200  # characters of a user turn that messages show
 
 
 def _within_reach(row: Row, most: int) -> Row:
@@ -1245,7 +1252,7 @@ def _within_reach(row: Row, most: int) -> Row:
 
 def _outcome(item: dict, reader: Callable, encode: Callable, renamed: dict[str, str], tokenizer, how: Reading) -> dict:
     """What becomes of one row of `_rows`: its token ids, or the reason for which it is dropped."""
-    found = {"prompt": None, "responses": None, "desirable": None, "margin": None, "dropped": None, "cuts": []}
+    found = {"prompt": None, "responses": None, "desirable": None, "margin": None, "asked": "", "dropped": None, "cuts": []}
     try:
         row = row_of(_parsed(item["row"]), reader, renamed)
         short = _within_reach(row, CHARACTERS * how.max_length)
@@ -1259,7 +1266,8 @@ def _outcome(item: dict, reader: Callable, encode: Callable, renamed: dict[str, 
     if equal != example:
         cuts = [*cuts, "made equally long"]
     found |= {"prompt": example.prompt, "responses": equal.responses, "desirable": row.desirable}
-    return found | {"margin": row.margin, "cuts": cuts}
+    asked = [message["content"] for message in row.prompt if message["role"] == "user"]
+    return found | {"margin": row.margin, "asked": "".join(asked[-1:])[:ASKED], "cuts": cuts}
 
 
 def _cache_key(source: str, tokenizer, how: Reading) -> str:
@@ -1269,7 +1277,7 @@ def _cache_key(source: str, tokenizer, how: Reading) -> str:
     state = _hub(name)._fingerprint if files is None else [(str(file.resolve()), checksum(file)) for file in files]
     spelling = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
     settings = asdict(how)
-    del settings["max_drop_fraction"]  # which chooses nothing
+    del settings["max_drop_fraction"], settings["cache"]  # which choose nothing
     if not asks_for_date(tokenizer):
         del settings["date"]
     code = [Path(file).read_text() for file in (__file__, inspect.getsourcefile(encode))]  # encode may be another program's
@@ -1620,8 +1628,8 @@ def progress(
     """
     how = dict(unit=f" {unit}", initial=initial, disable=disable or sys.stderr is None, leave=False, dynamic_ncols=True)
     if not is_watched():
-        line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]\n"
-        how |= {"mininterval": DRAWN_EVERY, "delay": DRAWN_EVERY, "bar_format": line}
+        line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}, {remaining} left, {rate_fmt}{postfix}]"
+        how |= {"mininterval": DRAWN_EVERY, "miniters": 1, "delay": DRAWN_EVERY, "bar_format": line, "file": Lines(sys.stderr)}
     return tqdm(items, what, total, **how)
 
 
@@ -1712,6 +1720,14 @@ class Log:
     def flush(self) -> None:
         with contextlib.suppress(OSError):
             self.stream.flush()
+
+
+class Lines(Log):
+    """A stream for a bar that nobody watches: each drawing is a line, and nothing is wiped."""
+
+    def write(self, text: str) -> int:
+        drawn = text.strip()
+        return super().write(drawn + "\n" if drawn else "")
 
 
 def command_line(

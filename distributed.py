@@ -48,6 +48,7 @@ ANSWER_WITHIN = timedelta(minutes=10)  # a rank that takes longer than that in t
 RANK_0_WITHIN = timedelta(hours=12)  # and so long may rank 0 take for what it does for all
 SAID_AFTER = 10.0  # seconds: a rank that waits longer than that for others at the start says so
 FILE_LIMIT = "5GB"  # of one file of an exported model
+TINY = 10**6  # parameters: a model below works in one thread of a CPU, unless OMP_NUM_THREADS says otherwise
 
 alone = False  # while on_rank_0's function runs, in which nothing may wait for another rank
 patient = None  # the process group in which ranks wait for rank 0
@@ -329,6 +330,8 @@ def load_model(name: str, trust_remote_code: bool, check: Callable) -> tuple[nn.
 
     def read() -> tuple[nn.Module, str]:
         model = _read_model(name, trust_remote_code)
+        if model.num_parameters() < TINY and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # threads that wait for each other cost more than they bring
         said = check(model)
         model.initial_hash = _digest(_tensors(model))  # the same for any number of ranks
         if c10d.is_initialized():

@@ -72,14 +72,13 @@ class Settings(data.Reading):
     export_dtype: str = setting("auto", "weights of out/model; auto: as the model came", choices=DTYPES)
     gradient_checkpointing: bool = setting(False, "recompute activations in backward: less memory, a third more work")
     compile: bool = setting(False, "torch.compile the decoder's blocks (packed layout; on CPUs with a C++ compiler)")
-    eval_every: int = setting(0, "evaluate every so many steps (always before and after)")
+    eval_every: int | None = setting(None, "evaluate every so many steps (0: only before and after); without it ten times")
     save_every: int = setting(0, "write a checkpoint every so many steps (always when stopped by SIGTERM or Ctrl-C)")
     keep: int = setting(2, "complete checkpoints to keep")
     samples: int = setting(4, "held-out prompts whose greedy completions are recorded before, at evaluations and after")
     sample_tokens: int = setting(64, "length limit of those completions")
-    cache: str = setting("~/.cache/plainpo", "folder for reference log-probs, found again by a hash of all they depend on")
     log_to: str | None = setting(None, "send the metrics there too, if it is installed", choices=("tensorboard", "wandb"))
-    device: str = setting("auto", "cpu, cuda, or auto")
+    device: str = setting("auto", "cpu, cuda, mps, or auto, which never takes mps")
     mesh: str | None = setting(None, "under torchrun: replicas x shards, such as 2x4; without it one replica over all ranks")
     trust_remote_code: bool = setting(False, "allow a model folder to bring Python code that is then run")
 
@@ -104,7 +103,7 @@ def parse_settings(argv: list[str], kind: type[Settings] = Settings, prog: str =
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         file, *argv = argv
     elif not any(word.startswith(("--model", "--dataset")) for word in argv):
-        file = DEFAULT
+        file = os.path.relpath(DEFAULT)
     options = []
     if file is not None:
         try:
@@ -202,6 +201,10 @@ class Run:
         return uses_bf16(self.s, self.device)
 
     @property
+    def eval_every(self) -> int:
+        return math.ceil(len(self.plan) / 10) if self.s.eval_every is None else self.s.eval_every
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         """What each pass of the policy has to give besides log-probs."""
         return self.objective.outputs + (("log_sum_p_squared",) if self.s.wpo else ())
@@ -232,11 +235,22 @@ def prepare(s: Settings) -> Run:
     lock = dist.own(out)
     tokenizer = data.load_tokenizer(s.model, s.trust_remote_code)
     train_rows, held_out, reports = load_rows(s, tokenizer, objective)
+    say(settings_table(s))
+    for name, report in reports.items():
+        say(f"{name}: {report}")
+    if data.asks_for_date(tokenizer):
+        say(f"date: the chat template is told {s.date}, also where the run is resumed on another day (--date)")
+    if 0 < len(held_out) < 50:  # the standard error of an accuracy is then about 0.07
+        say(f"{len(held_out)} held-out rows are too few to compare runs by; take some hundreds (eval_size, eval_dataset)")
     answers = [e._replace(responses=[[0] * s.sample_tokens]) for e in held_out[: s.samples]]  # as long as they may become
     checked = extremes(itertools.chain(train_rows, held_out, answers))
     policy = build_policy(s, objective, device, checked)
     run = Run(s, objective, device, tokenizer, policy, train_rows, held_out, policy.layout, reports, lock)
     run.plan = plan_steps(s, len(train_rows))
+    say(headline(run))
+    load = os.getloadavg()[0]
+    if device.type == "cpu" and torch.get_num_threads() > 1 and load > os.cpu_count() + 0.5:
+        say(f"this machine is busy (load {load:.1f} on {os.cpu_count()} cores): OMP_NUM_THREADS=1 may be faster")
     run.same = identity(run)
     dist.check_ranks(run.same)
     if earlier:
@@ -341,7 +355,7 @@ def train(s: Settings) -> dict:
             writer.evaluated(evaluate(run), run.initial_answers)
         for rows in writer.progress(run.plan[run.step :]):
             writer.stepped(train_step(run, rows))
-            if run.held_out and due(run, s.eval_every) and run.step < len(run.plan):
+            if run.held_out and due(run, run.eval_every) and run.step < len(run.plan):
                 writer.evaluated(evaluate(run), answers(run))
             stopping = stop.requested()
             if stopping or due(run, s.save_every):
@@ -430,7 +444,7 @@ def finish(run: Run, writer: "MetricsWriter", started: float) -> dict:
             dist.on_rank_0(write_whole, out / name, as_lines(records))
         dist.on_rank_0(write_whole, out / "model" / "README.md", card(last | after))
         dist.on_rank_0(write_whole, out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    report_end(summary, writer.records["samples.jsonl"])
+    report_end(run, summary, writer.records["samples.jsonl"])
     return summary
 
 
@@ -935,9 +949,10 @@ def learning_rate(step: int, steps: int, s: Settings) -> float:
 def measures(objective: Objective, values: dict[str, Tensor], loss: Tensor) -> dict[str, float]:
     """Loss and rewards of a batch, from a step's inputs and the outputs of the policy's pass.
 
-    Pairs: reward_margin is the mean of r_w − r_l, reward_accuracy the share of pairs with r_w > r_l (a tie counts ½).
-    Unpaired rows: the difference of mean rewards, desirable minus undesirable, and the share of all (desirable, undesirable)
-    couples in the right order. Log-probs per token are Σ logp / Σ tokens over the chosen (desirable) and rejected ones.
+    reward_chosen, reward_rejected: means over the chosen (desirable) and the rejected (undesirable) responses. Pairs:
+    reward_margin is the mean of r_w − r_l, reward_accuracy the share of pairs with r_w > r_l (a tie counts ½). Unpaired rows:
+    the difference of mean rewards, desirable minus undesirable, and the share of all (desirable, undesirable) couples in the
+    right order. Log-probs per token are Σ logp / Σ tokens over the chosen (desirable) and rejected ones.
     """
     logp = values["logp"]
     length = values["len"]
@@ -947,6 +962,7 @@ def measures(objective: Objective, values: dict[str, Tensor], loss: Tensor) -> d
     means = {"loss": loss.mean().item()}
     good = reward[label]
     bad = reward[~label]
+    means |= {f"reward_{side}": x.mean().item() for side, x in (("chosen", good), ("rejected", bad)) if len(x)}
     if len(good) and len(bad):
         paired = reward.shape[1] == 2
         difference = (reward[:, 0] - reward[:, 1]) if paired else (good[:, None] - bad[None, :]).flatten()
@@ -966,7 +982,8 @@ def evaluate(run: Run) -> dict[str, float]:
 
     eval_drift, nats per token, is the mean over responses of (initial log-prob − log-prob now) / length. It estimates
     KL(initial ‖ now) per token only if the responses are the initial model's own samples (then ≥ 0 up to noise); of other texts
-    it says by how much they became less likely, below 0 where more likely.
+    it says by how much they became less likely, below 0 where more likely. Of pairs, …_se is the standard error of a mean's
+    change since step 0, over the changes of each pair.
     """
     inputs = dict(run.held_out_inputs)
     outputs = log_probs(run, run.held_out, run.outputs, progress="evaluate")
@@ -975,7 +992,19 @@ def evaluate(run: Run) -> dict[str, float]:
     loss = run.objective.row_losses(outputs, inputs, [run.s.seed])
     means = measures(run.objective, inputs | outputs, loss)
     means["drift"] = ((run.held_out_initial - outputs["logp"]) / inputs["len"]).mean().item()
+    if inputs["label"].shape[1] == outputs["logp"].shape[1] == 2:
+        now = pair_margins(run.objective, outputs["logp"], inputs)
+        initial = pair_margins(run.objective, run.held_out_initial, inputs)
+        changes = {"reward_margin": now - initial, "reward_accuracy": (now.sign() - initial.sign()) / 2}
+        means |= {f"{name}_se": (x.std(correction=0) / math.sqrt(len(x))).item() for name, x in changes.items()}
     return {f"eval_{name}": value for name, value in means.items()}
+
+
+def pair_margins(objective: Objective, logp: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """r_w − r_l of pairs, (n,)."""
+    ref = inputs["ref"] if "ref" in inputs else torch.zeros_like(logp)
+    reward = objective.reward(logp, ref, inputs["len"])
+    return reward[:, 0] - reward[:, 1]
 
 
 def answers(run: Run) -> list[str]:
@@ -999,26 +1028,60 @@ def say(text: str) -> None:
         data.say(text)
 
 
+MEASURES = {  # of an evaluation, as its table calls them
+    "loss": "loss",
+    "reward_margin": "reward margin",
+    "reward_accuracy": "reward accuracy",
+    "reward_chosen": "reward chosen",
+    "reward_rejected": "reward rejected",
+    "logp_w_per_token": "nats/token chosen",
+    "logp_l_per_token": "nats/token rejected",
+}
+SHOWN = {  # of a step, beside its number and the time that is left
+    "loss": "loss",
+    "reward_margin": "margin",
+    "reward_accuracy": "accuracy",
+    "lr": "lr",
+    "grad_norm": "grad norm",
+    "tokens_per_second": "tokens/s",
+    "peak_memory_gib": "GiB",
+}
+
+
+def table(held_out: int, rows: dict[str, dict]) -> list[str]:
+    """Evaluations, {when: numbers}, as lines under a heading of two."""
+    words = [title.rpartition(" ") for title in MEASURES.values()]
+    lines = [f"{f'{held_out} held out':<14}" + "".join(f"{word:>12}" for word, _, _ in words)]
+    lines.append(" " * 14 + "".join(f"{word:>12}" for _, _, word in words))
+    for when, numbers in rows.items():
+        cells = [numbers.get(f"eval_{name}") for name in MEASURES]
+        lines.append(f"{when:<14}" + "".join(f"{'' if x is None else format(x, '.4f'):>12}" for x in cells).rstrip())
+    return lines
+
+
+def headline(run: Run) -> str:
+    """What is about to be trained, in one line."""
+    s = run.s
+    parameters = sum(p.numel() for p in run.policy.model.parameters())
+    tokens = sum(map(data.tokens_of, run.train))
+    kind = "pairs" if run.train[0].desirable is None else "completions"
+    ranks = f", {dist.world_size()} ranks (mesh {'x'.join(map(str, dist.mesh_sizes(s.mesh)))})" if dist.world_size() > 1 else ""
+    rows = f"{len(run.train):,} {kind} ({tokens:,} tokens), {len(run.plan):,} steps of {s.batch_size} {kind}"
+    arithmetic = "bf16" if run.bf16 else "fp32"
+    return f"{run.objective}: {parameters / 1e6:.4g} M parameters, {rows}, {arithmetic}, {run.device}{ranks}"
+
+
 class MetricsWriter:
     """Appends to metrics.jsonl and samples.jsonl, says what happens, and sends the metrics where log_to says."""
 
     def __init__(self, run: Run):
         self.run = run
         self.out = Path(run.s.out)
-        say(settings_table(run.s))
-        for name, report in run.reports.items():
-            say(f"{name}: {report}")
-        if "date" in run.same:
-            say(f"date: the chat template is told {run.same['date']}, also where the run is resumed on another day (--date)")
-        held_out = len(run.held_out)
-        if 0 < held_out < 50:  # the standard error of an accuracy is then about 0.07
-            say(f"{held_out} held-out rows are too few to compare runs by; take some hundreds (eval_size, eval_dataset)")
         self.records = dist.on_rank_0(open_records, run)  # {file: its lines}
         self.send = open_log(run.s, self.out)
         self.prompts = [run.tokenizer.decode(e.prompt) for e in run.held_out[: run.s.samples]]
         self.warned = set()
-        counts = f"{len(run.train)} rows, {held_out} held out, {len(run.plan)} steps"
-        say(f"{run.objective}: {counts} of {run.s.batch_size}, {'bf16' if run.bf16 else 'fp32'}, {run.device}")
+        self.table_said = None  # when the last line of the table of evaluations was said
 
     def progress(self, plan: list[list[int]]) -> Iterator[list[int]]:
         """The rows of each step that is left, on a progress bar."""
@@ -1030,8 +1093,9 @@ class MetricsWriter:
         """Record a step, with its speed."""
         line["tokens_per_second"] = line["tokens"] / max(line["seconds"], 1e-9)  # should a clock stand still
         self._append("metrics.jsonl", line)
-        headline = {"loss": "loss", "reward_margin": "margin", "reward_accuracy": "accuracy", "tokens_per_second": "tok/s"}
-        self.bar.set_postfix({title: f"{line[name]:.4g}" for name, title in headline.items() if name in line}, refresh=False)
+        line["peak_memory_gib"] = peak_memory(self.run.device)
+        shown = {title: f"{line[name]:.3g}" for name, title in SHOWN.items() if name in line}
+        self.bar.set_postfix(shown, refresh=False)
 
     def evaluated(self, line: dict, texts: list[str]) -> None:
         """Record an evaluation and the answers to the sample prompts; warn, once each, of what looks like divergence."""
@@ -1041,9 +1105,15 @@ class MetricsWriter:
         self._append("metrics.jsonl", {"step": step, **line})
         for prompt, text in zip(self.prompts, texts):
             self._append("samples.jsonl", {"step": step, "prompt": prompt, "answer": text})
-        when = f"step {step}" if step else "before"
-        say(f"{when}: {', '.join(f'{name} {value:.4f}' for name, value in line.items())}")
         initial = self.records["metrics.jsonl"][0]
+        rows = {"before": initial, f"step {step}": line} if step else {"before": line}
+        lines = table(len(self.run.held_out), rows)
+        begun = self.table_said is not None and (data.is_watched() or time.monotonic() - self.table_said < data.DRAWN_EVERY)
+        lines = lines[-1:] if begun else lines  # elsewhere lines of progress stand between
+        if texts:
+            lines.append(f"  {self.run.held_out[0].asked!r} → {texts[0][:160]!r}")
+        say("\n".join(lines))
+        self.table_said = time.monotonic()
         for guard, warning in divergence(initial, line).items():
             if guard not in self.warned:
                 say(f"warning: {warning}. Lower lr (try a third), or stop earlier: --eval-every shows where it began")
@@ -1061,10 +1131,10 @@ class MetricsWriter:
 
 def settings_table(s: Settings) -> str:
     """What differs from the defaults, a line each."""
-    unsaid = ("resume", "date")  # the latter is said where it matters
+    unsaid = ("resume", "date", "out")  # the date is said where it matters
     changed = {f.name: getattr(s, f.name) for f in fields(s) if f.name not in unsaid and getattr(s, f.name) != f.default}
     width = max(map(len, changed))
-    table = f"settings that differ from the defaults (all are in {s.out}/settings.json):"
+    table = f"settings that are not the defaults (all are in {s.out}/settings.json):"
     for name, value in changed.items():
         table += f"\n  {name:<{width}}  {value}"
     return table
@@ -1225,31 +1295,30 @@ def draw_curves(lines: list[dict], path: Path, title: str) -> None:
     figure.savefig(path, dpi=110)
 
 
-def report_end(summary: dict, samples: list[dict]) -> None:
-    """What a run has to show: answers before and after, held-out numbers, speed."""
-    first = {sample["prompt"]: sample["answer"] for sample in reversed(samples)}
-    last = {sample["prompt"]: sample["answer"] for sample in samples}
-    if last:
-        was = statistics.mean(len(text.split()) for text in first.values())
-        is_now = statistics.mean(len(text.split()) for text in last.values())
-        say(f"words per sample answer: {was:.1f} → {is_now:.1f}")
-    for prompt in list(last)[:3]:
-        say(f"  prompt  {prompt[-160:]!r}")
-        say(f"  before  {first[prompt][:160]!r}")
-        say(f"  after   {last[prompt][:160]!r}")
-    for key in ("reward_accuracy", "reward_margin", "loss"):
-        was = summary["before"].get(f"eval_{key}")
-        is_now = summary["after"].get(f"eval_{key}")
-        if was is None or is_now is None:
-            continue
-        error = ""
-        if key == "reward_accuracy":
-            deviation = math.sqrt(max(0.0, is_now * (1 - is_now)))  # of one row; a mean may be rounded to above 1
-            error = f" (± {deviation / math.sqrt(summary['held_out']):.3f} standard error)"
-        say(f"held-out {key.removeprefix('reward_')}: {was:.4f} → {is_now:.4f}{error}")
+def report_end(run: Run, summary: dict, samples: list[dict]) -> None:
+    """On standard output, what a run has to show: held-out numbers and answers before and after, speed, where the model is."""
+    before = summary["before"]
+    after = summary["after"]
+    errors = {name.removesuffix("_se"): x for name, x in after.items() if name.endswith("_se")}
+    changes = {name: after[name] - before[name] for name in errors}
+    lines = [f"{run.objective}, {run.step} steps"]
+    if run.held_out:
+        rows = {"before": before, "now": after, "change": changes, "± its s. e.": errors}
+        lines += table(len(run.held_out), rows if errors else {"before": before, "now": after})
+    for name, change in changes.items():
+        if abs(change) <= errors[name]:
+            lines.append(f"the change of {MEASURES[name.removeprefix('eval_')]} is within its standard error")
+    texts = [sample["answer"] for sample in samples if sample["step"] == run.step]
+    if texts:
+        words = [statistics.mean(len(text.split()) for text in of) for of in (run.initial_answers, texts)]
+        lines.append(f"words per sample answer: {words[0]:.1f} before, {words[1]:.1f} now")
+    for e, was, is_now in list(zip(run.held_out, run.initial_answers, texts))[:3]:
+        lines += [f"  prompt  {e.asked!r}", f"  before  {was[:160]!r}", f"  now     {is_now[:160]!r}"]
     speed = f"{summary['pairs_per_second']:.2f} rows/s while training"
-    say(f"{speed}, {summary['seconds']:.0f} s in all, peak memory {summary['peak_memory_gib']:.2f} GiB")
-    say(f"everything is in {summary['out']}; the model is in {summary['out']}/model")
+    lines.append(f"{speed}, {summary['seconds']:.0f} s in all, peak memory {summary['peak_memory_gib']:.2f} GiB")
+    lines.append(f"The model is in {summary['out']}/model. To talk to it: python tests/tools/chat.py {summary['out']}/model")
+    if dist.is_rank_0():
+        print("\n".join(map(data.visible, lines)))
 
 
 # ---- the command line -------------------------------------------------------------------------------------------------

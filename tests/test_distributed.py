@@ -640,7 +640,7 @@ def all_trained(several: list[train.Settings]) -> list[dict]:
 
 def record(out: Path) -> dict:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    kept = [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+    kept = [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "peak_memory_gib")} for line in lines]
     return {"lines": kept, "weights": {k: v.numpy() for k, v in load_file(out / "model/model.safetensors").items()}}
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import sys
 import time
 import tracemalloc
@@ -76,7 +77,7 @@ def arguments(world, tmp_path):
     def build(**more) -> list[str]:
         s = dict(
             model=world / "model", dataset=world / "pairs.jsonl", out=tmp_path / "out", dtype="fp32", eval_size=8, batch_size=8,
-            max_steps=4, samples=1, sample_tokens=4, lr=1e-3, cache=tmp_path / "cache",
+            max_steps=4, samples=1, sample_tokens=4, lr=1e-3, eval_every=0, cache=tmp_path / "cache",
         ) | more  # fmt: skip
         return [part for key, value in s.items() if value is not None for part in ("--" + key.replace("_", "-"), str(value))]
 
@@ -89,6 +90,9 @@ def metrics(out: Path) -> list[dict]:
 
 def read_samples(out: Path) -> list[dict]:
     return [json.loads(line) for line in (Path(out) / "samples.jsonl").read_text().splitlines()]
+
+
+TIMES = ("seconds", "tokens_per_second", "peak_memory_gib")  # what differs between equal runs
 
 
 def steps(out: Path) -> list[dict]:
@@ -293,9 +297,8 @@ def test_measures_by_hand():
     values = {"len": lengths, "logp": logp, "label": torch.tensor([[True, False]] * 2)}
     means = train.measures(pair, values, torch.tensor([1.0, 3.0]))
     # rewards 2·s/n: chosen −2, −6; rejected −4, −2 → differences 2, −4
-    assert means == pytest.approx(
-        {"loss": 2.0, "reward_margin": -1.0, "reward_accuracy": 0.5, "logp_w_per_token": -5 / 3, "logp_l_per_token": -10 / 6}
-    )
+    rewards = {"reward_margin": -1.0, "reward_accuracy": 0.5, "reward_chosen": -4.0, "reward_rejected": -3.0}
+    assert means == pytest.approx({"loss": 2.0, **rewards, "logp_w_per_token": -5 / 3, "logp_l_per_token": -10 / 6})
     rows = parse_objective("bco(beta=0.5)")
     values = {
         "len": torch.tensor([[2], [2], [2]]), "logp": torch.tensor([[-2.0], [-4.0], [-2.0]]),
@@ -304,6 +307,7 @@ def test_measures_by_hand():
     means = train.measures(rows, values, torch.zeros(3))
     # rewards ½(s − s̄): 1, 0 desirable, −½ undesirable; both couples in order; mean ½ − (−½)
     assert means["reward_margin"] == pytest.approx(1.0) and means["reward_accuracy"] == 1.0
+    assert (means["reward_chosen"], means["reward_rejected"]) == pytest.approx((0.5, -0.5))
 
 
 # ---- runs --------------------------------------------------------------------------------------------------------------
@@ -382,10 +386,7 @@ def test_resumed_run_equals_the_uninterrupted_one(arguments, tmp_path, objective
     (tmp_path / "b" / "summary.json").unlink()
     train.main(arguments(**more, out=tmp_path / "b") + ["--resume"])
     assert (tmp_path / "a" / "samples.jsonl").read_text() == (tmp_path / "b" / "samples.jsonl").read_text()
-    timeless = [
-        [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in metrics(tmp_path / side)]
-        for side in "ab"
-    ]
+    timeless = [[{k: v for k, v in line.items() if k not in TIMES} for line in metrics(tmp_path / side)] for side in "ab"]
     assert timeless[0] == timeless[1]
     a, b = data_of(tmp_path / "a" / "checkpoints"), data_of(tmp_path / "b" / "checkpoints")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -512,23 +513,48 @@ def test_speeds_are_those_of_the_steps_alone(arguments, monkeypatch, tmp_path):
     assert summary["tokens_per_second"] == pytest.approx(total["tokens"] / total["seconds"])
 
 
-def test_the_report_says_what_became_better(capsys):
-    numbers = {"eval_reward_accuracy": 0.75, "eval_reward_margin": 1.0, "eval_loss": 0.5}
-    summary = {
-        "before": numbers, "after": numbers, "held_out": 3, "pairs_per_second": 2.0, "seconds": 9.0, "peak_memory_gib": 1.0,
-        "out": "there",
-    }  # fmt: skip
-    samples = [{"step": 0, "prompt": f"p{i}", "answer": "one two"} for i in range(4)]
-    samples += [{"step": 9, "prompt": f"p{i}", "answer": "one two three"} for i in range(4)]
-    train.report_end(summary, samples)
-    said = capsys.readouterr().err.splitlines()
-    assert [line.split()[0] for line in said] == [
-        "words", *["prompt", "before", "after"] * 3, "held-out", "held-out", "held-out", "2.00", "everything",
-    ]  # fmt: skip
-    assert said[0] == "words per sample answer: 2.0 → 3.0"
-    assert said[10] == "held-out accuracy: 0.7500 → 0.7500 (± 0.250 standard error)"  # √(¾ · ¼ / 3)
-    train.report_end(summary, [])
-    assert capsys.readouterr().err.startswith("held-out accuracy")
+def test_the_report_says_what_became_better(arguments, tmp_path, capsys):
+    """On standard output: before and now, a change within its standard error marked, answers, the way to talk to it."""
+    summary = train.main(arguments(samples=2, max_steps=2))
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    before, after = summary["before"], summary["after"]
+    rows = {line[:14].strip(): line[14:].split() for line in lines}
+    names = [f"eval_{name}" for name in train.MEASURES]
+    assert rows["before"] == [f"{before[name]:.4f}" for name in names] and rows["now"] == [
+        f"{after[name]:.4f}" for name in names
+    ]
+    change = after["eval_reward_margin"] - before["eval_reward_margin"]
+    assert rows["change"][0] == f"{change:.4f}" and rows["± its s. e."][0] == f"{after['eval_reward_margin_se']:.4f}"
+    for name in ("reward_margin", "reward_accuracy"):
+        within = abs(after[f"eval_{name}"] - before[f"eval_{name}"]) <= after[f"eval_{name}_se"]
+        assert (f"the change of {name.replace('_', ' ')} is within its standard error" in lines) == within
+    texts = [sample["answer"] for sample in read_samples(tmp_path / "out")]
+    assert [line[10:] for line in lines if line.startswith("  now ")] == [repr(text) for text in texts[2:]]
+    assert lines[-1].endswith(f"python tests/tools/chat.py {tmp_path}/out/model")
+    assert "now" not in captured.err and captured.err.index("2 steps of 8 pairs") < captured.err.index("\nbefore ")
+
+
+def test_the_errors_of_a_change_are_over_pairs(arguments, tmp_path, monkeypatch):
+    """Against the margins of each held-out pair, taken before and after by hand; before the first step they are 0."""
+    run = train.prepare(train.parse_settings(arguments(objective="dpo", eval_size=6, max_steps=2)))
+    length = run.held_out_inputs["len"]
+    first = train.log_probs(run, run.held_out)["logp"]
+    assert train.evaluate(run)["eval_reward_margin_se"] == train.evaluate(run)["eval_reward_accuracy_se"] == 0
+    for rows in run.plan:
+        train.train_step(run, rows)
+    now = train.log_probs(run, run.held_out)["logp"]
+    gained = [0.1 * (chosen - rejected) for chosen, rejected in (now - first).tolist()]  # β times the change of the log-ratios
+    sides = [0.5 * ((x > 0) - (x < 0)) for x in gained]  # all margins were 0: a tie, ½
+    found = train.evaluate(run)
+    for name, changes in (("margin", gained), ("accuracy", sides)):
+        assert found[f"eval_reward_{name}_se"] == pytest.approx(statistics.pstdev(changes) / math.sqrt(6), abs=1e-6), name
+    assert length.shape == (6, 2)
+
+
+def test_evaluations_come_ten_times_a_run(arguments, tmp_path):
+    train.main(arguments(eval_every=None, batch_size=2, max_steps=16, samples=0))
+    assert [line["step"] for line in metrics(tmp_path / "out") if "eval_loss" in line] == list(range(0, 17, 2))
 
 
 def test_divergence_by_hand():
@@ -548,14 +574,14 @@ def test_divergence_by_hand():
 def test_only_settings_that_differ_are_printed():
     said = train.settings_table(Settings(lr=1e-5, out="there", max_length=99)).splitlines()
     assert "there/settings.json" in said[0] and [line.split() for line in said[1:]] == [
-        ["max_length", "99"], ["out", "there"], ["lr", "1e-05"],
+        ["max_length", "99"], ["lr", "1e-05"],
     ]  # fmt: skip
 
 
 def test_a_log_file_holds_no_bars(arguments, tmp_path):
     """stderr into a pipe: whole lines, none rewritten, and no progress of what took less than ten seconds."""
     said = processes.run(["train.py", *arguments()], tmp_path).err
-    assert "\r" not in said and "%|" not in said and "held-out loss" in said
+    assert "\r" not in said and "%|" not in said and "step 4 " in said
 
 
 # ---- settings ------------------------------------------------------------------------------------------------------------
@@ -580,8 +606,8 @@ def test_without_model_and_dataset_the_settings_are_those_of_a_file():
     """Options beside it win; a file that names neither model nor dataset is not completed."""
     here = Path(train.__file__).parent
     s = train.parse_settings(["--lr", "5e-3", "--seed", "3"])
-    assert s == train.parse_settings([str(here / "tests/toy/simpo.yaml"), "--lr", "5e-3", "--seed", "3"])
-    assert (s.model, s.dataset) == (str(here / "tests/toy/model"), str(here / "tests/toy/pairs.jsonl"))
+    assert s == train.parse_settings([os.path.relpath(here / "tests/toy/simpo.yaml"), "--lr", "5e-3", "--seed", "3"])
+    assert [Path(name).resolve() for name in (s.model, s.dataset)] == [here / "tests/toy/model", here / "tests/toy/pairs.jsonl"]
     assert (s.objective, s.lr, s.seed) == ("simpo(beta=2.0, gamma=1.0)", 5e-3, 3)
     assert train.parse_settings([]).lr == 2e-4
     assert train.parse_settings(["--model", "m", "--dataset", "d"]).lr == 1e-6
@@ -1486,7 +1512,7 @@ def test_the_templates_terminator_ends_generation(arguments, other_model, tmp_pa
     said = capsys.readouterr().err
     lines = [line for line in said.splitlines() if "the chat template ends a response with <end> (3)" in line]
     assert len(lines) == 1 and f"not among this model's eos_token_id {wanted[:-1]}" in lines[0]
-    assert said.index(lines[0]) < said.index("before: ")
+    assert said.index(lines[0]) < said.index("\nbefore ")
     assert asked and all(how["eos_token_id"] == wanted for how in asked)
     checkpoint = tmp_path / "out/checkpoints/step-000001"
     dist.main(["export", str(checkpoint), str(tmp_path / "exported")])
@@ -1610,7 +1636,7 @@ def test_the_objective_is_recorded_with_its_defaults(arguments, tmp_path, capsys
     whole = "dpo(beta=0.1, label_smoothing=0.0)"
     files = ("settings.json", "run.json", "summary.json")
     assert all(f'"objective": "{whole}"' in (tmp_path / "out" / name).read_text() for name in files)
-    assert whole in (tmp_path / "out" / "model" / "README.md").read_text() and f"\n{whole}: 32 rows" in capsys.readouterr().err
+    assert whole in (tmp_path / "out" / "model" / "README.md").read_text() and f"\n{whole}: " in capsys.readouterr().err
 
 
 def test_the_identity_takes_one_row_at_a_time():

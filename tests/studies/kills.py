@@ -44,7 +44,7 @@ from processes import TRAIN  # noqa: E402
 STEPS = 12
 COMMAND = f"{TRAIN} --max-steps {STEPS} --epochs 3 --save-every 2 --eval-every 4 --objective dpo --weight-decay 0.1"
 SECONDS = 60.0  # a command that takes longer is an error
-SPEEDS = ("seconds", "tokens_per_second", "mfu")
+SPEEDS = ("seconds", "tokens_per_second", "peak_memory_gib")
 PLACES = (
     "before the first step",
     "between checkpoints",
