@@ -4,7 +4,7 @@
     python tests/tools/on_policy.py score  --responses sampled.jsonl --out scored.jsonl --reward_model REWARD_MODEL
     python tests/tools/on_policy.py pairs  --scored scored.jsonl --out pairs.jsonl --how best_worst
 
-Every step reads and writes JSON lines, so another engine can take its place:
+Every step reads and writes JSON lines, so another engine can take its place (tests/studies/README.md does it with vLLM):
 
     sample  {prompt} or any row with a prompt  → {id, prompt: [messages], responses: [text], strategies, unfinished, tokens,
                                                   …settings}

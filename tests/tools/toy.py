@@ -209,7 +209,7 @@ class Building:
     seed: int = setting(0, "for everything random")
     noise: float = setting(0.1, "error (standard deviation) of the annotator about a quality")
     length_bias: float = setting(0.0, "what the annotator adds to a response's quality per word")
-    world: str = setting("plain", f"who taught the initial model, {' or '.join(WORLDS)} (likely answers are bad)")
+    world: str = setting("plain", f"who taught the initial model: {' or '.join(WORLDS)}, whose likely answers are bad")
 
 
 def check(noise: float, length_bias: float, world: str) -> None:
