@@ -1275,14 +1275,14 @@ CURVES = {  # title of a panel: its lines, {metric: what it is of}
     "reward accuracy": {"reward_accuracy": ""},
     "log-prob per token (nats)": {"logp_w_per_token": "chosen, ", "logp_l_per_token": "rejected, "},
 }
-CURVE_STYLES = (("", "training", dict(alpha=0.55, lw=1.2)), ("eval_", "held out", dict(marker="o", ls="--")))
+CURVE_STYLES = (("", "training", dict(alpha=0.45, lw=1.2)), ("eval_", "held out", dict(marker="o", ms=4.5, lw=2)))
 
 
 def draw_curves(lines: list[dict], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 3.6), layout="constrained")
-    for axis, (name, curves) in zip(figure.subplots(1, len(CURVES)), CURVES.items()):
+    figure = Figure(figsize=(7.5, 5.6), layout="constrained")  # 900 pixels wide, for letters as large as a page's
+    for axis, (name, curves) in zip(figure.subplots(2, 2).flat, CURVES.items()):
         for colour, (key, side) in enumerate(curves.items()):
             for prefix, rows, style in CURVE_STYLES:
                 points = [(line["step"], line[prefix + key]) for line in lines if prefix + key in line]
@@ -1290,9 +1290,9 @@ def draw_curves(lines: list[dict], path: Path, title: str) -> None:
                     axis.plot(*zip(*points), color=f"C{colour}", label=side + rows, **style)
         axis.set(title=name, xlabel="step")
         if axis.lines:
-            axis.legend(fontsize=8)
-    figure.suptitle(title, parse_math=False)  # a $ in a name is a $
-    figure.savefig(path, dpi=110)
+            axis.legend(fontsize=8.5, framealpha=0.6, labelspacing=0.2)
+    figure.suptitle(title.replace("$", r"\$"), fontsize=10, wrap=True)  # a $ in a name is a $
+    figure.savefig(path, dpi=120)
 
 
 def report_end(run: Run, summary: dict, samples: list[dict]) -> None:

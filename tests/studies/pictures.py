@@ -1,5 +1,6 @@
 """The pictures of the README that need no training run, and a table of the objectives on one worked pair.
 
+    python tests/studies/pictures.py pair [PICTURE.png]           a pair of the toy task as one packed sequence, and its mask
     python tests/studies/pictures.py objectives [PICTURE.png]     loss and gradient of the objectives against the margin
     python tests/studies/pictures.py --table                      both at the pair that the examples of losses.py share
 
@@ -7,6 +8,7 @@ The pictures need matplotlib.
 """
 
 import argparse
+import io
 import shutil
 import sys
 import textwrap
@@ -16,37 +18,128 @@ from pathlib import Path
 import torch
 from torch import Tensor, tensor
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
 
+import data  # noqa: E402
+from logprobs import PrefixSharedPairs  # noqa: E402
 from losses import OBJECTIVES  # noqa: E402
 
-BETA = {"beta": 1.0}
-# Panel → its curves: an objective and its settings.
+
+def write(figure, path: str) -> None:
+    """As a PNG of 64 colours, which takes a third of the bytes."""
+    from PIL import Image
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150)
+    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
+
+
+# ---- one pair, packed ------------------------------------------------------------------------------------------------
+
+PAIR = 692  # row of the toy task's pairs.jsonl: short, and its responses differ in length
+COLOURS = {"prompt": "#d5d9de", "chosen": "#8ec9e8", "rejected": "#f7bd85", "padding": "#ffffff"}
+
+
+def attention(pairs: list[tuple[int, list[int]]]) -> Tensor:
+    """(T, T) bool: which tokens have weight where the trainer's attention runs on equal logits. Row: who looks."""
+    tokens = sum(prompt + sum(responses) for prompt, responses in pairs)
+    equal = torch.zeros(1, 1, tokens, tokens)
+    weights = PrefixSharedPairs(pairs).attend(equal, equal, torch.eye(tokens)[None, None], 1.0, None, None)
+    return weights[0, 0] > 0
+
+
+def pair(path: str) -> None:
+    """Draw a pair's packed sequence: what each position predicts above it, what it sees below it, the padded batch beside."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tests/toy/model")
+    example = data.load(str(ROOT / "tests/toy/pairs.jsonl"), tokenizer, data.Reading())[0][PAIR]
+    packed, padded = data.packed_batch([example]), data.padded_batch([example])
+    words = tokenizer.convert_ids_to_tokens(packed.input_ids[0])
+    targets = tokenizer.convert_ids_to_tokens(packed.targets)
+    prompt, (chosen, rejected) = len(example.prompt), packed.lengths.tolist()
+    parts = ["prompt"] * prompt + ["chosen"] * chosen + ["rejected"] * rejected
+
+    figure = Figure(figsize=(7.5, 6.7))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set(xlim=(-5.8, 30.1), ylim=(28.4, -3.4), aspect="equal")
+    axis.set_axis_off()
+
+    def note(x: float, y: float, text: str, align: str = "center", rotation: int = 0) -> None:
+        axis.text(x, y, text, ha=align, va="center", rotation=rotation, fontsize=9.5)
+
+    def cell(x: float, y: float, part: str, word: str = "", width: float = 1, height: float = 1) -> None:
+        axis.add_patch(Rectangle((x, y), width, height, facecolor=COLOURS[part], edgecolor="0.45", linewidth=0.6))
+        note(x + width / 2, y + height / 2, word, rotation=90)
+
+    note(-0.3, -0.3, "scored: the next\nresponse token", "right")
+    for at, word, response in zip(packed.index.tolist(), targets, packed.response.tolist()):
+        cell(at, -0.2 if response else -3, ("chosen", "rejected")[response], word, height=2.7)
+    note(-0.3, 5.2, f"packed:\n{len(words)} tokens", "right")
+    note(-0.3, 8.1, "positions", "right")
+    for at, (word, part, position) in enumerate(zip(words, parts, packed.position_ids[0].tolist())):
+        cell(at, 3, part, word, height=4.4)
+        note(at + 0.5, 8.1, str(position))
+        note(-0.3, 9.5 + at, word, "right")
+    for looks, at in attention(packed.pairs).nonzero().tolist():
+        cell(at, 9 + looks, parts[at])
+    axis.add_patch(Rectangle((0, 9), len(words), len(words), fill=False, edgecolor="0.45", linewidth=0.6))
+    note(len(words) - 0.4, 10.8, "a row for each token:\nwhat it attends to", "right")
+    for part in ("prompt", "chosen", "rejected"):
+        note(parts.index(part) + parts.count(part) / 2, 9.7 + len(words), part)
+
+    rows, width = padded.input_ids.shape
+    for row, part in enumerate(("chosen", "rejected")):
+        row_parts = ["prompt"] * prompt + [part] * parts.count(part)
+        for at, word in enumerate(tokenizer.convert_ids_to_tokens(padded.input_ids[row])):
+            word_part = row_parts[at] if at < len(row_parts) else "padding"
+            cell(19 + 0.77 * at, 14 + 5 * row, word_part, word if at < len(row_parts) else "padding", 0.77, 4.4)
+    note(19, 12.7, f"padded: {rows} × {width} = {rows * width} tokens", "left")
+    write(figure, path)
+
+
+# ---- the objectives --------------------------------------------------------------------------------------------------
+
+# Panel → what looks odd in it; its curves, each an objective and its settings.
 FAMILIES = {
-    "log-ratio, logistic": [
-        ("dpo", BETA), ("dpo", BETA | {"label_smoothing": 0.1}), ("robust_dpo", BETA | {"label_smoothing": 0.1}),
-        ("exo", BETA | {"label_smoothing": 0.1}), ("nca", BETA), ("discopop", BETA | {"tau": 0.5}),
-        ("focal", BETA | {"gamma": 1.0}),
-    ],
-    "log-ratio, other": [
-        ("ipo", {"tau": 0.5}), ("sppo", {"beta": 0.5}), ("rso_hinge", BETA), ("apo_zero", BETA), ("apo_down", BETA),
-        ("rpo_bwd", BETA), ("rpo_fwd", BETA),
-    ],
-    "divergence (f_dpo)": [
-        ("f_dpo", BETA | {"divergence": kind}) for kind in ("reverse_kl", "forward_kl", "js", "alpha")
-    ],
-    "no reference": [
-        ("simpo", BETA), ("repo", {"gamma": 1.0}), ("alphapo", BETA | {"gamma": 1.0}),
-        ("cpo", BETA), ("orpo", {"lam": 1.0}), ("simper", {}),
-        ("slic", {}), ("rrhf", {}),
-    ],
-    "own margins": [
-        ("simpo", BETA), ("alpha_dpo", BETA | {"gamma": 1.0}), ("gamma_simpo", BETA | {"gamma": 1.0, "tau": 0.5}),
-        ("amapo", BETA), ("online_simpo", BETA), ("odpo", BETA),
-    ],
-    "unpaired": [(name, BETA | {"desirable": label}) for name in ("kto", "bco") for label in (True, False)],
+    "logistic, of the log-ratio margin": (
+        "focal lowers margins below −0.54, discopop (defaults) those near 0; with ε, dpo and exo turn back at 2.2.",
+        "dpo β=1, dpo β=1 ε=0.1, robust_dpo β=1 ε=0.1, exo β=1 ε=0.1, focal β=1 γ=1, discopop β=0.05 τ=0.05"),
+    "each response against the reference": (
+        "dpop's kink: left of 0 the chosen response became less likely. apo_down never pushes it up, nca up to 1.4.",
+        "nca β=1, bco_pair β=1, apo_zero β=1, apo_down β=1, dpop β=1 λ=1, dpo_shift β=1 λ=0.5"),
+    "towards a target": (
+        "Beyond the target (rpo: 2, as scored) they push back; rso_hinge only stops. rpo_fwd gives up on wrong pairs.",
+        "ipo τ=0.5, sppo β=0.5, sppo_soft β=0.5, rpo_sq β=1, rpo_bwd β=1, rpo_fwd β=1, rso_hinge β=1"),
+    "other divergences": (
+        "The divergence decides how hard a wrong pair's chosen response is pushed: forward KL most, js least.",
+        "f_dpo β=1 f=reverse_kl, f_dpo β=1 f=forward_kl, f_dpo β=1 f=js, f_dpo β=1 f=alpha"),
+    "without a reference": (
+        "repo stops at γ. simper takes probabilities, not logarithms: a loss below 0, and a push that grows.",
+        "simpo β=1 γ=1, repo γ=1, alphapo β=1 γ=1, simper"),
+    "without a reference, plus a likelihood": (
+        "The likelihood term pushes on where margins are wide. Kinks: the hinges end, slic's at δ, rrhf's at 0.",
+        "cpo β=1 λ=1, orpo λ=1, slic δ=1 λ=0.1, rrhf λ=1"),
+    "a margin or weight for each pair": (
+        "online_simpo's weight grows with the margin, so does its loss. amapo jumps at the batch's mean margin, here 0.",
+        "alpha_dpo β=1 γ=1, gamma_simpo β=1 γ=1 τ=0.5, amapo β=1, online_simpo β=1 γ=1, odpo β=1"),
+    "unpaired": (
+        "Label 1 is desirable, 0 is not. kto gives up on what is badly wrong, bco pushes it hardest.",
+        "kto β=1 label=1, kto β=1 label=0, bco β=1 label=1, bco β=1 label=0"),
 }  # fmt: skip
-LETTERS = {"label_smoothing": "ε", "tau": "τ", "gamma": "γ", "lam": "λ"}
+LETTERS = {"β": "beta", "γ": "gamma", "δ": "delta", "ε": "label_smoothing", "λ": "lam", "τ": "tau"}
+LETTERS |= {"f": "divergence", "label": "desirable"}
+
+
+def settings_of(words: list[str]) -> dict[str, float | str]:
+    """["β=1", "f=js"] → {"beta": 1.0, "divergence": "js"}."""
+    settings = {}
+    for letter, value in (word.split("=") for word in words):
+        settings[LETTERS[letter]] = value if letter == "f" else float(value)
+    return settings
 
 
 def curve(loss: Callable[..., Tensor], margin: Tensor, **settings) -> tuple[Tensor, Tensor]:
@@ -67,39 +160,28 @@ def curve(loss: Callable[..., Tensor], margin: Tensor, **settings) -> tuple[Tens
     return values.detach(), -slope
 
 
-def label(name: str, settings: dict) -> str:
-    """dpo ε=0.1, f_dpo js, kto undesirable."""
-    words = [f"{LETTERS[k]}={v}" if k in LETTERS else str(v) for k, v in settings.items() if k not in ("beta", "desirable")]
-    if "desirable" in settings:
-        words.append("desirable" if settings["desirable"] else "undesirable")
-    return " ".join([name, *words])
-
-
 def objectives(path: str) -> None:
-    """Draw loss (above) and gradient weight (below) against the margin, family by family, mostly at β = 1."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Draw the loss (above) and the push on the chosen response, −∂L/∂s_w (below), against the margin, family by family."""
+    from matplotlib.figure import Figure
 
     margin = torch.linspace(-3.5, 3.5, 281)
-    figure, axes = plt.subplots(4, 3, figsize=(12, 13.5), layout="constrained", height_ratios=(1, 0.9, 1, 0.9))
-    for i, (title, members) in enumerate(FAMILIES.items()):
-        above, below = axes[2 * (i // 3) : 2 * (i // 3) + 2, i % 3]
-        for name, settings in members:
-            values, push = curve(OBJECTIVES[name], margin, **settings)
-            above.plot(margin, values)
-            below.plot(margin, push, label=label(name, settings))
-        above.set(title=title, ylim=(-1.2, 5.2), ylabel="" if i % 3 else "loss")
-        below.set(ylim=(-1.3, 2.6), ylabel="" if i % 3 else "push on s_w:  −∂L/∂s_w")
-        below.set_xlabel("log-ratio u" if title == "unpaired" else "margin")
-        below.legend(fontsize=8.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    figure = Figure(figsize=(8.2, 16), layout="constrained")
+    for part, (title, (odd, members)) in zip(figure.subfigures(4, 2).flat, FAMILIES.items()):
+        above, below = part.subplots(2, 1, sharex=True)
+        for member in members.split(", "):
+            name, *words = member.split()
+            values, push = curve(OBJECTIVES[name], margin, **settings_of(words))
+            above.plot(margin, values, label=member)
+            below.plot(margin, push)
+        part.suptitle(title, fontsize=11, weight="bold")
+        above.set_title(textwrap.fill(odd, 56), fontsize=8.5, loc="left")
+        above.set(ylim=(-1, 4.2), ylabel="loss")
+        below.set(ylim=(-1.2, 2.2), ylabel="push, per nat")
+        below.set_xlabel("log-ratio u, nats" if title == "unpaired" else "margin, nats")
+        part.legend(fontsize=8.5, frameon=False, loc="outside lower center", ncols=2, handlelength=1.2, columnspacing=1)
         for axis in (above, below):
-            axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-            axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
-            axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+            axis.grid(color="0.9")
+    write(figure, path)
 
 
 # ---- the table ---------------------------------------------------------------------------------------------------------
@@ -150,8 +232,8 @@ ABOUT = (
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["objectives"])
-    parser.add_argument("picture", nargs="?", default=".github/objectives.png")
+    parser.add_argument("what", nargs="?", choices=["pair", "objectives"])
+    parser.add_argument("picture", nargs="?", help="file to write; without it .github/pair.png or .github/objectives.png")
     parser.add_argument("--table", action="store_true", help="print the table instead")
     args = parser.parse_args(argv)
     if args.table:
@@ -159,12 +241,13 @@ def main(argv: list[str] | None = None) -> None:
         print(textwrap.fill(ABOUT, width), table(width), sep="\n\n")
         return
     if args.what is None:
-        parser.error("say objectives, or --table")
+        parser.error("say pair, objectives, or --table")
+    picture = args.picture or f".github/{args.what}.png"
     try:
-        objectives(args.picture)
+        {"pair": pair, "objectives": objectives}[args.what](picture)
     except ImportError:
         sys.exit("The pictures need matplotlib: pip install matplotlib")
-    print(args.picture)
+    print(picture)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import sys
+from collections import Counter
 
 import pictures
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import tensor
 from torch.testing import assert_close
 
+import logprobs
 from losses import OBJECTIVES
 
 MARGIN = tensor([-3.0, -0.5, 0.0, 2.0], dtype=torch.float64)
@@ -57,24 +59,99 @@ def test_curve_of_a_margin_that_the_data_have():
     assert_close(push, p - q)
 
 
+def drawn(member, margin=MARGIN):
+    """Loss and push of a curve of the picture, named as in its legend."""
+    assert any(member in members.split(", ") for _, members in pictures.FAMILIES.values()), member
+    name, *words = member.split()
+    return pictures.curve(OBJECTIVES[name], margin, **pictures.settings_of(words))
+
+
 def test_every_curve_of_the_picture_is_finite():
     margin = torch.linspace(-3.5, 3.5, 281)
-    for name, settings in [member for family in pictures.FAMILIES.values() for member in family]:
-        assert all(torch.isfinite(x).all() for x in pictures.curve(OBJECTIVES[name], margin, **settings)), name
+    for _, members in pictures.FAMILIES.values():
+        for member in members.split(", "):
+            assert all(torch.isfinite(x).all() for x in drawn(member, margin)), member
 
 
-def test_labels():
-    assert pictures.label("dpo", {"beta": 1.0}) == "dpo"
-    assert pictures.label("gamma_simpo", {"beta": 1.0, "gamma": 1.0, "tau": 0.5}) == "gamma_simpo γ=1.0 τ=0.5"
-    assert pictures.label("f_dpo", {"beta": 1.0, "divergence": "js"}) == "f_dpo js"
-    assert pictures.label("kto", {"desirable": False}) == "kto undesirable"
+def test_what_is_odd_in_the_picture_is_so():
+    """Signs of the pushes at both sides of the places that the notes name, by the docstrings' gradients."""
+
+    def push(member, *margins):
+        return drawn(member, tensor(margins, dtype=torch.float64))[1]
+
+    edges = {"focal β=1 γ=1": (-0.55, -0.53), "rso_hinge β=1": (1.01, 0.99), "repo γ=1": (1.01, 0.99), "nca β=1": (1.39, 1.38)}
+    edges |= {"dpo β=1 ε=0.1": (2.2, 2.19), "exo β=1 ε=0.1": (2.2, 2.19)}  # log 9 = 2.197, 2 log 2 = 1.386
+    edges |= {f"{name} β=1": (2.01, 1.99) for name in ("rpo_sq", "rpo_bwd", "rpo_fwd")}
+    for member, margins in edges.items():
+        down, up = push(member, *margins)
+        assert down <= 0 < up, member
+    assert (push("discopop β=0.05 τ=0.05", -1, 0, 1) < 0).all() and (push("apo_down β=1", -3, 0, 3) <= 0).all()
+    left, right = push("dpop β=1 λ=1", -0.01, 0.01)
+    assert left > 1.95 * right  # 1 + λ times as hard
+    assert (push("simper", -3, -1, 1, 3).diff() > 0).all() and (drawn("online_simpo β=1 γ=1")[0].diff() > 0).all()
+    assert_close(push("slic δ=1 λ=0.1", 0.99, 1.01), tensor([1.1, 0.1], dtype=torch.float64))
+    assert_close(push("rrhf λ=1", -0.01, 0.01), tensor([2.0, 1.0], dtype=torch.float64))
+    forward, js = (push(f"f_dpo β=1 f={kind}", -1) for kind in ("forward_kl", "js"))
+    assert js < push("f_dpo β=1 f=reverse_kl", -1) < push("f_dpo β=1 f=alpha", -1) < forward
+
+
+def test_objectives_without_a_curve_have_another_ones():
+    """One token at a common level does not tell these apart; it has no prefix, no draw and no batch worth the name."""
+    twins = dict(dpo_norm="dpo", rdpo="dpo", tdpo1="dpo", tdpo2="dpo", aot="dpo", alpha_dpo_kl="simpo", uapo="bco")
+    twins["apo_zero_unpaired"] = "kto"
+    for name, twin in twins.items():
+        settings = {"beta": 1.0} | ({"gamma": 1.0} if twin == "simpo" else {})
+        assert_close(curve(name, **settings), curve(twin, **settings))
+    members = [member for _, members in pictures.FAMILIES.values() for member in members.split(", ")]
+    left_out = set(OBJECTIVES) - {member.split()[0] for member in members} - set(twins)
+    assert left_out == {"sft", "ld_dpo", "beta_dpo", "aot_unpaired", "gamma_dpo"}
+
+
+def test_settings_of_a_legend():
+    assert pictures.settings_of([]) == {}
+    assert pictures.settings_of(["β=1", "γ=1", "τ=0.5"]) == {"beta": 1.0, "gamma": 1.0, "tau": 0.5}
+    assert pictures.settings_of(["β=1", "f=js"]) == {"beta": 1.0, "divergence": "js"}
+
+
+# ---- the pair
+
+
+@pytest.mark.parametrize("prompt, responses", [(8, [6, 4]), (1, [1, 3]), (3, [5, 1])])
+def test_mask_of_the_picture(prompt, responses):
+    """Token i sees j ≤ i in the prompt or in its own response: the rule, written out for every pair of tokens."""
+    part = [0] * prompt + [1] * responses[0] + [2] * responses[1]
+    seen = pictures.attention([(prompt, responses)])
+    for i in range(len(part)):
+        for j in range(len(part)):
+            assert seen[i, j] == (j <= i and part[j] in (0, part[i])), (i, j)
+    additive = logprobs.pairs_mask([(prompt, responses)], torch.float32, "cpu")[0, 0]
+    assert torch.equal(seen, additive == 0)  # what models get whose attention cannot be exchanged
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
-def test_script_draws_the_objectives(tmp_path, capsys):
-    picture = tmp_path / "objectives.png"
-    pictures.main(["objectives", str(picture)])
+@pytest.mark.parametrize("what", ["objectives", "pair"])
+def test_script_draws(tmp_path, capsys, what):
+    picture = tmp_path / "drawn.png"
+    pictures.main([what, str(picture)])
     assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
+def test_the_drawn_pair(tmp_path, monkeypatch):
+    """Its texts: a token's word in the row, beside the mask, in the padded batch, and over the position that predicts it."""
+    figures = []
+    monkeypatch.setattr(pictures, "write", lambda figure, _: figures.append(figure))
+    pictures.pair("")
+    texts = [(text.get_text(), *text.get_position()) for text in figures[0].axes[0].texts]
+    above = sorted((y, x, text) for text, x, y in texts if y < 3 and len(text) < 10)
+    prompt, chosen, rejected = 8, "mango cherry and cat dog <end>".split(), "sure plum shirt <end>".split()
+    assert [text for *_, text in above] == chosen + rejected
+    assert [x - 0.5 for _, x, _ in above] == [7, 8, 9, 10, 11, 12] + [7, 14, 15, 16]  # <assistant> predicts both first tokens
+    counts = Counter(text for text, *_ in texts)
+    assert counts["mango"] == 4 and counts["<assistant>"] == 4 and counts["padding"] == 2
+    assert (
+        "padded: 2 × 14 = 28 tokens" in counts and prompt + len(chosen) + len(rejected) == 18 and "packed:\n18 tokens" in counts
+    )
 
 
 def test_script_without_matplotlib_says_how_to_get_the_picture(tmp_path, monkeypatch):
