@@ -1628,7 +1628,8 @@ def progress(
     """
     how = dict(unit=f" {unit}", initial=initial, disable=disable or sys.stderr is None, leave=False, dynamic_ncols=True)
     if not is_watched():
-        line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}, {remaining} left, {rate_fmt}{postfix}]"
+        done = "{n_fmt}/{total_fmt} [{elapsed}, {remaining} left" if total or items is not None else "{n_fmt} [{elapsed}"
+        line = f"{{desc}}: {done}, {{rate_fmt}}{{postfix}}]"
         how |= {"mininterval": DRAWN_EVERY, "miniters": 1, "delay": DRAWN_EVERY, "bar_format": line, "file": Lines(sys.stderr)}
     return tqdm(items, what, total, **how)
 
