@@ -1,0 +1,80 @@
+"""Preference optimisation on one screen: `python tests/textbook.py` trains the toy task's model with SimPO.
+
+A model sees pairs of responses to a prompt, of which somebody has chosen one, and learns to make that one likelier than the
+other. Here one response is scored at a time; train.py does the same for many at once (tests/test_textbook.py compares them).
+"""
+
+import json
+import math
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def token_ids(tokenizer, row):
+    """The prompt, up to where the model begins to answer, and both responses, up to the token with which it stops."""
+    prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+    ids = [prompt]
+    for response in (row["chosen"], row["rejected"]):
+        answer = {"role": "assistant", "content": response}
+        whole = tokenizer.apply_chat_template([*row["prompt"], answer], return_dict=False)
+        while whole[-1] != tokenizer.eos_token_id:  # what some templates write behind it, such as a line break
+            whole.pop()
+        ids.append(whole[len(prompt) :])
+    return ids
+
+
+def logp(model, prompt, response):
+    """log π(response | prompt): the sum of the log-probs of its tokens, each given all tokens before it; nats."""
+    ids = torch.tensor([prompt + response])
+    log_probs = model(ids).logits[0].log_softmax(-1)  # (tokens, vocabulary): at each token, of what comes next
+    of_response = log_probs[len(prompt) - 1 : -1]  # the prompt's last token predicts the response's first one
+    return of_response.gather(-1, ids[0, len(prompt) :, None]).sum()
+
+
+def dpo(logp_w, logp_l, ref_w, ref_l, len_w, len_l, beta=0.1):
+    """The reward of a response is β log(π / π_ref): how much likelier it has become. w is the chosen one, l the rejected."""
+    margin = beta * (logp_w - ref_w) - beta * (logp_l - ref_l)
+    return -torch.nn.functional.logsigmoid(margin), margin  # −log of the probability that w is preferred (Bradley, Terry)
+
+
+def simpo(logp_w, logp_l, ref_w, ref_l, len_w, len_l, beta=2.0, gamma=1.0):
+    """The reward is β times the average log-prob of a token, without a reference, and w has to be ahead by γ."""
+    margin = beta * logp_w / len_w - beta * logp_l / len_l
+    return -torch.nn.functional.logsigmoid(margin - gamma), margin
+
+
+def train(model, reference, batches, objective, peak_lr):
+    """One step for each batch of (prompt, chosen, rejected). The reference is a copy of the model that does not learn."""
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    warmup = max(1, round(0.1 * len(batches)))
+    for step, batch in enumerate(batches):
+        mean_loss, mean_margin = 0.0, 0.0
+        for prompt, chosen, rejected in batch:
+            logp_w = logp(model, prompt, chosen)
+            logp_l = logp(model, prompt, rejected)
+            with torch.no_grad():
+                ref_w = logp(reference, prompt, chosen)
+                ref_l = logp(reference, prompt, rejected)
+            loss, margin = objective(logp_w, logp_l, ref_w, ref_l, len(chosen), len(rejected))
+            (loss / len(batch)).backward()  # gradients add up until zero_grad: here to that of the batch's mean loss
+            mean_loss += loss.item() / len(batch)
+            mean_margin += margin.item() / len(batch)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # a batch with a large gradient is scaled down
+        if step < warmup:
+            lr = peak_lr * (step + 1) / warmup  # Adam's first steps rest on few gradients: they are small
+        else:
+            lr = peak_lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (len(batches) - warmup)))
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        yield mean_loss, mean_margin, norm.item()
+
+
+if __name__ == "__main__":
+    tokenizer = AutoTokenizer.from_pretrained("tests/toy/model")
+    model, reference = (AutoModelForCausalLM.from_pretrained("tests/toy/model") for _ in range(2))
+    pairs = [token_ids(tokenizer, json.loads(line)) for line in open("tests/toy/pairs.jsonl")]
+    batches = [pairs[i : i + 32] for i in range(0, len(pairs), 32)]
+    for step, (loss, margin, _) in enumerate(train(model, reference, batches, simpo, peak_lr=2e-4), 1):
+        print(f"step {step} of {len(batches)}: loss {loss:.4f}, margin {margin:.4f}", flush=True)
