@@ -1,13 +1,13 @@
 """Preference optimisation on one screen: `python tests/textbook.py` trains the toy task's model with SimPO.
 
-A model sees pairs of responses to a prompt, of which somebody has chosen one, and learns to make that one likelier than the
-other. Here one response is scored at a time; train.py does the same for many at once (tests/test_textbook.py compares them).
+Of two responses to a prompt somebody has chosen one; it is to become likelier than the other. train.py follows this file.
 """
 
 import json
 import math
 
 import torch
+from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -25,27 +25,27 @@ def token_ids(tokenizer, row):
 
 
 def logp(model, prompt, response):
-    """log π(response | prompt): the sum of the log-probs of its tokens, each given all tokens before it; nats."""
+    """log π(response | prompt), nats: the sum over its tokens, each given all tokens before it."""
     ids = torch.tensor([prompt + response])
-    log_probs = model(ids).logits[0].log_softmax(-1)  # (tokens, vocabulary): at each token, of what comes next
-    of_response = log_probs[len(prompt) - 1 : -1]  # the prompt's last token predicts the response's first one
+    log_probs = model(ids).logits[0].log_softmax(-1)  # (tokens, vocabulary): of what comes next
+    of_response = log_probs[len(prompt) - 1 : -1]  # the prompt's last token predicts the first
     return of_response.gather(-1, ids[0, len(prompt) :, None]).sum()
 
 
 def dpo(logp_w, logp_l, ref_w, ref_l, len_w, len_l, beta=0.1):
-    """The reward of a response is β log(π / π_ref): how much likelier it has become. w is the chosen one, l the rejected."""
+    """Reward of a response: β log(π / π_ref), its gain in log-prob. w: chosen, l: rejected."""
     margin = beta * (logp_w - ref_w) - beta * (logp_l - ref_l)
-    return -torch.nn.functional.logsigmoid(margin), margin  # −log of the probability that w is preferred (Bradley, Terry)
+    return -logsigmoid(margin), margin  # σ(margin): the probability that w wins (Bradley, Terry)
 
 
 def simpo(logp_w, logp_l, ref_w, ref_l, len_w, len_l, beta=2.0, gamma=1.0):
-    """The reward is β times the average log-prob of a token, without a reference, and w has to be ahead by γ."""
+    """Reward: β times the average log-prob of a token. No reference; w has to be ahead by γ."""
     margin = beta * logp_w / len_w - beta * logp_l / len_l
-    return -torch.nn.functional.logsigmoid(margin - gamma), margin
+    return -logsigmoid(margin - gamma), margin
 
 
 def train(model, reference, batches, objective, peak_lr):
-    """One step for each batch of (prompt, chosen, rejected). The reference is a copy of the model that does not learn."""
+    """A step for each batch of (prompt, chosen, rejected); reference: a copy of the initial model."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     warmup = max(1, round(0.1 * len(batches)))
     for step, batch in enumerate(batches):
@@ -53,16 +53,16 @@ def train(model, reference, batches, objective, peak_lr):
         for prompt, chosen, rejected in batch:
             logp_w = logp(model, prompt, chosen)
             logp_l = logp(model, prompt, rejected)
-            with torch.no_grad():
+            with torch.no_grad():  # it does not learn
                 ref_w = logp(reference, prompt, chosen)
                 ref_l = logp(reference, prompt, rejected)
             loss, margin = objective(logp_w, logp_l, ref_w, ref_l, len(chosen), len(rejected))
-            (loss / len(batch)).backward()  # gradients add up until zero_grad: here to that of the batch's mean loss
+            (loss / len(batch)).backward()  # gradients add up: to that of the mean loss
             mean_loss += loss.item() / len(batch)
             mean_margin += margin.item() / len(batch)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # a batch with a large gradient is scaled down
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # clipped
         if step < warmup:
-            lr = peak_lr * (step + 1) / warmup  # Adam's first steps rest on few gradients: they are small
+            lr = peak_lr * (step + 1) / warmup  # small steps first
         else:
             lr = peak_lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (len(batches) - warmup)))
         optimizer.param_groups[0]["lr"] = lr
