@@ -1579,7 +1579,7 @@ class Counting(Reading):
     """Print lengths with a histogram, length bias, duplicates, conflicts, what is cut or dropped and why."""
 
     model: str = setting(MISSING, "folder or hub name whose tokenizer and chat template to use")
-    dataset: str = setting(MISSING, "sources: files, folders, patterns, hub names; see the README")
+    dataset: str = setting(MISSING, "sources: files, folders, patterns, hub names; see tests/studies/README.md")
     max_drop_fraction: float = setting(1.0, "more invalid rows than this share is an error")
     trust_remote_code: bool = setting(False, "run the code that a model's folder brings")
 

@@ -491,7 +491,7 @@ def rpo_sq(
 
 @objective(reward=log_ratio)
 def rso_hinge(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: float = 0.05) -> Tensor:
-    """DPO's margin under a hinge: pushes with constant force until βΔ reaches 1, then rests.
+    """DPO's margin under a hinge: pushes with constant force until βΔ reaches 1, and not beyond.
 
         L = max(0, 1 − βΔ)
 
@@ -1047,20 +1047,20 @@ def simper(logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor) -> Tens
     return -torch.exp(logp_w / len_w) + torch.exp(logp_l / len_l)
 
 
-def bent(a: Tensor, beta: float, alpha: float) -> Tensor:
+def curved(a: Tensor, beta: float, alpha: float) -> Tensor:
     """β(1 − e^{−αa})/α, the reward of `alphapo`, and βa at α = 0. By expm1: a power would lose the digits of a small α."""
     return -beta * torch.expm1((-alpha * a).clamp(max=40.0)) / alpha if alpha else beta * a
 
 
-def bent_logp(logp: Tensor, ref: Tensor | None, length: Tensor, *, beta: float = 1.0, alpha: float = 0.25) -> Tensor:
-    return bent(logp / length, beta, alpha)
+def curved_logp(logp: Tensor, ref: Tensor | None, length: Tensor, *, beta: float = 1.0, alpha: float = 0.25) -> Tensor:
+    return curved(logp / length, beta, alpha)
 
 
-@objective(reward=bent_logp)
+@objective(reward=curved_logp)
 def alphapo(
     logp_w: Tensor, logp_l: Tensor, len_w: Tensor, len_l: Tensor, *, beta: float = 2.5, gamma: float = 0.25, alpha: float = 0.25
 ) -> Tensor:
-    """SimPO with a bent reward: α > 0 rewards getting out of low likelihood more than climbing in high likelihood.
+    """SimPO with a curved reward: α > 0 rewards getting out of low likelihood more than climbing in high likelihood.
 
         L = −logσ(r_w − r_l − γ)          r = β(1 − e^{−αa})/α,  α = 0: r = βa
 
@@ -1069,7 +1069,7 @@ def alphapo(
       len_w, len_l: (B,) response tokens.
       beta: β.
       gamma: γ, the target margin inside the sigmoid.
-      alpha: α, the bend; 0 is SimPO.
+      alpha: α, the curvature; 0 is SimPO.
 
     Gradient: ∂L/∂s_w = −(β/n_w)e^{−αa_w}σ(−h), ∂L/∂s_l = (β/n_l)e^{−αa_l}σ(−h). The exponent −αa is capped at 40,
     beyond which the gradient is 0.
@@ -1078,7 +1078,7 @@ def alphapo(
     >>> alphapo(tensor([-12.0]), tensor([-24.0]), tensor([10]), tensor([12]))
     tensor([0.0627])
     """
-    return bradley_terry(bent(logp_w / len_w, beta, alpha) - bent(logp_l / len_l, beta, alpha) - gamma)
+    return bradley_terry(curved(logp_w / len_w, beta, alpha) - curved(logp_l / len_l, beta, alpha) - gamma)
 
 
 # ---- Pairs, with a margin of their own -------------------------------------------------------------------------------

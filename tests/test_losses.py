@@ -1866,7 +1866,7 @@ def test_f_dpo_reward_is_the_slope_of_its_divergence(divergence, coef):
 
 @pytest.mark.parametrize("alpha", [0.25, 2.0, -1.0, 0.0])
 def test_alphapo_reward_is_zero_at_certainty_and_rises_by_the_power_of_the_likelihood(alpha):
-    """∂r/∂a = βe^{−αa}, the likelihood per token to the power −α, and r = 0 at a = 0: together they are the bent reward."""
+    """∂r/∂a = βe^{−αa}, the likelihood per token to the power −α, and r = 0 at a = 0: together they are the reward."""
     logp = tensor([-6.0, -1.0, -30.0], dtype=F64, requires_grad=True)
     r = OBJECTIVES["alphapo"].reward(logp, None, torch.full((3,), 4), beta=3.0, alpha=alpha)
     (slope,) = torch.autograd.grad(r.sum(), logp)

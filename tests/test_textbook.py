@@ -162,18 +162,25 @@ def exercises() -> str:
 
 @pytest.fixture
 def type_in(exercises, tmp_path, monkeypatch, capsys):
-    """A function that does what the README's n-th command says, and returns what it prints. Runs have a folder of their own."""
+    """A function that does what the README's n-th command says, and returns what it prints. Runs have a folder of their own.
+
+    replaced: texts of the command that are others. mine.py is the README's, without the lengths that exercise 6 leaves out.
+    """
     monkeypatch.chdir(tmp_path)
     Path("tests").symlink_to(ROOT / "tests")
-    for block in blocks(exercises, "python"):
-        name = re.match(r"# (\w+\.py)", block)[1]
-        Path(name).write_text(block)
+    (mine,) = [block for block in blocks((ROOT / "README.md").read_text(), "python") if block.startswith("# mine.py")]
+    broken = re.sub(r" / len_[wl]", "", mine)
+    assert broken.count("len_") == mine.count("len_") - 2
+    Path("mine.py").write_text(broken)
     (commands,) = blocks(exercises, "sh")
-    programs = {"train.py": train.main, "data.py": data.main, "push.py": lambda argv: exec(Path("push.py").read_text(), {})}
+    programs = {"train.py": train.main, "data.py": data.main, "-c": lambda argv: exec(argv[0], {})}
 
-    def typed(n: int, *more: str) -> str:
+    def typed(n: int, *more: str, replaced: dict[str, str] | None = None) -> str:
         python, program, *argv = shlex.split(commands.splitlines()[n], comments=True)
         assert python == "python"
+        for old, new in (replaced or {}).items():
+            assert sum(word.count(old) for word in argv) == 1, old
+            argv = [word.replace(old, new) for word in argv]
         if program == "train.py":
             argv += ["--cache", "cache", *more]
         capsys.readouterr()
@@ -203,20 +210,20 @@ def test_exercise_2_where_dpo_begins(type_in):
     assert [*losses_of("runs/first"), *losses_of("runs/other")] == pytest.approx([math.log(2)] * 2, abs=5e-8)
 
 
-def pushed(type_in, chosen: str = "-10.0", rejected: str = "-10.0", loss: str = "simpo") -> list[float]:
-    """The loss and the push that push.py prints for other log-probs, or with another loss."""
-    text = Path("push.py").read_text()
-    edited = text.replace("logp_w = tensor([-10.0]", f"logp_w = tensor([{chosen}]").replace("simpo", loss)
-    Path("push.py").write_text(edited.replace("logp_l = tensor([-10.0]", f"logp_l = tensor([{rejected}]"))
-    printed = type_in(2)
-    Path("push.py").write_text(text)
+def pushed(type_in, w: str = "-10.0", other: str = "-10.0", loss: str = "simpo") -> list[float]:
+    """The loss and the push on the chosen response, for other log-probs or with another loss."""
+    replaced = {
+        "w = torch.tensor([-10.0]": f"w = torch.tensor([{w}]",
+        "l = torch.tensor([-10.0]": f"l = torch.tensor([{other}]",
+    }
+    printed = type_in(2, replaced=replaced | {"simpo(": f"{loss}("})
     return list(map(float, printed.split()))
 
 
 def test_exercise_3_where_a_pair_weighs_half(type_in):
     """At d = 0, −log σ(−γ) = log(1 + e), and (β/n) σ(γ) = 0.2 / (1 + 1/e). The weight is ½ at βd = γ, 5 nats above −10."""
     assert pushed(type_in) == pytest.approx([math.log(1 + math.e), -0.2 / (1 + 1 / math.e)], abs=1e-6)
-    assert pushed(type_in, chosen="-5.0") == pytest.approx([math.log(2), -0.1], abs=1e-6)
+    assert pushed(type_in, w="-5.0") == pytest.approx([math.log(2), -0.1], abs=1e-6)
 
 
 def test_exercise_4_two_unlikely_responses(type_in):

@@ -282,7 +282,7 @@ def initial_model(rows: list[Row], tokenizer, seed: int, steps: int) -> torch.nn
             group["lr"] = train.learning_rate(step, len(plan), schedule)
         optimizer.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss:.3f}")
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     train.say(f"initial model: {len(plan)} steps on noisy demonstrations, last loss {loss:.3f} nats per token")
     return model
 
