@@ -68,7 +68,7 @@ class Study(Coding):
     top: int = setting(12, "latents in the table")
     synthetic: bool = setting(False, "the study with known truth")
     world: bool = setting(False, "the toy task's initial model against its SimPO model, in place of before, after and texts")
-    cache: str = setting("~/.cache/plainpo", "folder in which the toy task is built")
+    cache: str = setting(data.CACHE, "folder in which the toy task is built")
     seeds: int = setting(3, "runs of each setting of the synthetic study")
     out: str = setting("runs/model-diff", "folder for tables and pictures; one with files is refused")
 

@@ -141,12 +141,12 @@ def test_special_tokens_in_texts_are_real_ones():
 def test_a_dataset_keeps_1800_of_2048_prompt_tokens(tmp_path, monkeypatch):
     """Through data.load, as the program's main sets it up; in this process, and by all cores with a cache."""
     monkeypatch.setattr(train, "main", lambda argv: argv)
-    monkeypatch.setenv("PLAINPO_CACHE", str(tmp_path / "cache"))
+    cache = str(tmp_path / "cache")
     tokenizer = family("llama3")
     path = write(tmp_path, "a.jsonl", [{"prompt": "x " * 3000, "chosen": "y " * 500, "rejected": "Bad"}] * 3)
-    ours = [list(data.load(path, tokenizer, Reading())[0])]
+    ours = [list(data.load(path, tokenizer, Reading(cache=cache))[0])]
     monkeypatch.setattr(data, "PARALLEL_FROM", 2)
-    ours.append(list(data.load(path, tokenizer, Reading())[0]))
+    ours.append(list(data.load(path, tokenizer, Reading(cache=cache))[0]))
     assert ours[0] == ours[1] and len(ours[0][0].prompt) == 1792  # seven eighths
     assert published_simpo.main(["settings.yaml", "--lr", "1"]) == ["settings.yaml", "--lr", "1"]
     whole = raw_ids(tokenizer, f"{L3_USER}{('x ' * 3000).strip()}<|eot_id|>")
@@ -154,10 +154,10 @@ def test_a_dataset_keeps_1800_of_2048_prompt_tokens(tmp_path, monkeypatch):
     assert len(whole) > 1800 and len(answer) > 248
     for rows in (2, 20_000):
         monkeypatch.setattr(data, "PARALLEL_FROM", rows)
-        examples, report = data.load(path, tokenizer, Reading())
+        examples, report = data.load(path, tokenizer, Reading(cache=cache))
         assert examples[0].prompt == whole[-1800:] and examples[0].responses[0] == answer[:248]
         assert report.cut == {"prompt cut": 3, "response cut": 3}
-    assert len(data.load(path, tokenizer, Reading(max_prompt_length=700))[0][0].prompt) == 700
+    assert len(data.load(path, tokenizer, Reading(max_prompt_length=700, cache=cache))[0][0].prompt) == 700
 
 
 @pytest.fixture(scope="module")

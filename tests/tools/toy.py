@@ -303,9 +303,7 @@ def make_pairs(sampled: Path, out: Path, annotator: Annotator) -> None:
         pairs(Pairing(scored, str(out), how="best_worst"))
 
 
-def cached(
-    seed: int = 0, noise: float = 0.1, length_bias: float = 0.0, world: str = "plain", cache: str = "~/.cache/plainpo"
-) -> Path:
+def cached(seed: int = 0, noise: float = 0.1, length_bias: float = 0.0, world: str = "plain", cache: str = data.CACHE) -> Path:
     """The folder of a toy task, for studies that train on many: what `build` makes, and answers.jsonl, the initial model's
     answers to the held-out prompts. It is built once; tasks that differ in the annotator share model and responses.
 
