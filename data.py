@@ -1727,7 +1727,7 @@ class Lines(Log):
     """A stream for a bar that nobody watches: each drawing is a line, and nothing is wiped."""
 
     def write(self, text: str) -> int:
-        drawn = text.strip()
+        drawn = text.replace("\x1b[A", "").strip()  # without the moves between bars
         return super().write(drawn + "\n" if drawn else "")
 
 

@@ -2125,8 +2125,20 @@ def test_progress_elsewhere_is_drawn_now_and_then(monkeypatch):
         time.sleep(0.006)
         bar.set_postfix(loss=i, refresh=False)
     longest = (time.monotonic() - start) / 0.2
-    drawn = [text for text in sys.stderr.getvalue().split("\r") if text.strip()]
+    drawn = sys.stderr.getvalue().splitlines()
     assert 2 <= len(drawn) <= longest and all("work:" in text and "/100" in text and "loss=" in text for text in drawn)
+    assert not set("\r\x1b") & set(sys.stderr.getvalue())
+
+
+def test_progress_within_progress_elsewhere_is_lines_too(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(data, "DRAWN_EVERY", 0.0)
+    for _ in data.progress(range(2), "train", "steps"):
+        with data.progress(None, "evaluate", "batches") as inner:
+            inner.update()
+    lines = sys.stderr.getvalue().splitlines()
+    assert {line.split(":")[0] for line in lines} == {"train", "evaluate"} and not set("\r\x1b") & set("".join(lines))
+    assert all(("left" in line) == line.startswith("train") for line in lines)  # where no end is known
 
 
 def test_progress_of_short_work_says_nothing_elsewhere(monkeypatch):
