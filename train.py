@@ -242,16 +242,19 @@ def prepare(s: Settings) -> Run:
         say(f"date: the chat template is told {s.date}, also where the run is resumed on another day (--date)")
     if 0 < len(held_out) < 50:  # the standard error of an accuracy is then about 0.07
         say(f"{len(held_out)} held-out rows are too few to compare runs by; take some hundreds (eval_size, eval_dataset)")
+    extremes = {}
+    train_hash, tokens = survey(train_rows, extremes)
+    held_out_hash, _ = survey(held_out, extremes)
     answers = [e._replace(responses=[[0] * s.sample_tokens]) for e in held_out[: s.samples]]  # as long as they may become
-    checked = extremes(itertools.chain(train_rows, held_out, answers))
-    policy = build_policy(s, objective, device, checked)
+    survey(answers, extremes)
+    policy = build_policy(s, objective, device, extremes)
     run = Run(s, objective, device, tokenizer, policy, train_rows, held_out, policy.layout, reports, lock)
     run.plan = plan_steps(s, len(train_rows))
-    say(headline(run))
+    say(headline(run, tokens))
     load = os.getloadavg()[0]
     if device.type == "cpu" and torch.get_num_threads() > 1 and load > os.cpu_count() + 0.5:
         say(f"this machine is busy (load {load:.1f} on {os.cpu_count()} cores): OMP_NUM_THREADS=1 may be faster")
-    run.same = identity(run)
+    run.same = identity(run) | {"training rows (hash)": train_hash, "held-out rows (hash)": held_out_hash}
     dist.check_ranks(run.same)
     if earlier:
         dist.check_same(run.same, earlier, f"{out} belongs to another run")
@@ -502,6 +505,23 @@ def finished(s: Settings) -> dict:
     return summary
 
 
+def survey(rows: Iterable[Example], extremes: dict[str, tuple[int, Example]]) -> tuple[str, int]:
+    """(hash, tokens) of rows that are read once. Of `extremes`, each behind its measure, it keeps up to date the longest row
+    (prompt and longer response), the one of most tokens in all, the shortest, that of the highest id."""
+    digest = hashlib.sha256()
+    total = 0
+    for e in rows:
+        digest.update(json.dumps([e.prompt, e.responses, e.desirable, e.margin]).encode())
+        tokens = data.tokens_of(e)
+        total += tokens
+        length = len(e.prompt) + max(map(len, e.responses))
+        highest = max(itertools.chain(e.prompt, *e.responses))
+        for name, measure in (("longest", length), ("largest", tokens), ("shortest", -length), ("highest id", highest)):
+            if name not in extremes or measure > extremes[name][0]:
+                extremes[name] = (measure, e)
+    return digest.hexdigest(), total
+
+
 def load_rows(s: Settings, tokenizer, objective: Objective) -> tuple[Sequence[Example], Sequence[Example], dict]:
     """(training examples, held-out examples, reports of what was dropped), in the form the objective trains on."""
     train_rows, report = data.load(s.dataset, tokenizer, s)
@@ -528,12 +548,12 @@ def load_rows(s: Settings, tokenizer, objective: Objective) -> tuple[Sequence[Ex
     return train_rows.mapped(scored), held_out.mapped(scored), reports
 
 
-def build_policy(s: Settings, objective: Objective, device: torch.device, rows: dict[str, Example]) -> ResponseLogProbs:
-    """The model with fp32 weights, checked on the `extremes` of the rows, sharded over ranks, in the layout it is trained in;
+def build_policy(s: Settings, objective: Objective, device: torch.device, rows: dict[str, tuple]) -> ResponseLogProbs:
+    """The model with fp32 weights, checked on the extremes of the rows, sharded over ranks, in the layout it is trained in;
     and the reference, where an objective needs its token KL. None is ever in training mode, which turns on dropout and noise.
     """
     several = dist.world_size() > 1
-    longest_pack = min(s.tokens_per_microbatch, max(s.batch_size, AT_ONCE) * data.tokens_of(rows["largest"]))
+    longest_pack = min(s.tokens_per_microbatch, max(s.batch_size, AT_ONCE) * rows["largest"][0])
 
     def check(model: torch.nn.Module) -> str:
         if several:  # only here is the model whole, on the CPU; its first blocks are enough if they pass
@@ -561,19 +581,6 @@ def build_policy(s: Settings, objective: Objective, device: torch.device, rows: 
     return policy.train(False)
 
 
-def extremes(rows: Iterable[Example]) -> dict[str, Example]:
-    """The longest row (prompt and longer response), the one of most tokens in all, the shortest, that of the highest id."""
-    found = {}
-    for e in rows:
-        length = len(e.prompt) + max(map(len, e.responses))
-        highest = max(itertools.chain(e.prompt, *e.responses))
-        keys = {"longest": length, "largest": data.tokens_of(e), "shortest": -length, "highest id": highest}
-        for name, key in keys.items():
-            if name not in found or key > found[name][0]:
-                found[name] = (key, e)
-    return {name: e for name, (_, e) in found.items()}
-
-
 @contextlib.contextmanager
 def first_blocks(model: torch.nn.Module) -> Iterator[None]:
     """A context in which a model has its first decoder blocks only: two, or as many as hold each kind that it has."""
@@ -590,32 +597,30 @@ def first_blocks(model: torch.nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def choose_layout(model: torch.nn.Module, rows: dict[str, Example], wanted: str, budget: int = 1) -> str:
+def choose_layout(model: torch.nn.Module, rows: dict[str, tuple[int, Example]], wanted: str, budget: int = 1) -> str:
     """The layout, packed or padded, in which a model's log-probs are its own; for auto the first of the two that is right.
 
     Args:
-        rows: `extremes`. Long rows show where windows and learned positions end, beside the shortest and, in a pack of `budget`
-            tokens, beside themselves. What is right are the `own_logprobs` of each response alone, in fp32.
+        rows: extremes, see `survey`. Long rows show where windows and learned positions end, beside the shortest and, in a
+            pack of `budget` tokens, beside themselves. Right are the `own_logprobs` of each response alone, in fp32.
         wanted: auto, packed or padded.
     Raises:
         UserError: the layout that is wanted is wrong, for auto both, or the model cannot read the longest row or the highest
             id.
     """
     name = type(model).__name__
-    odd = rows["highest id"]
-    highest = max(itertools.chain(odd.prompt, *odd.responses))
+    highest, odd = rows["highest id"]
     embeddings = len(model.get_input_embeddings().weight)
     if highest >= embeddings:
         raise UserError(f"{odd.where} holds id {highest}, but {name} has only {embeddings} embeddings: no match")
-    longest = rows["longest"]
+    tokens, longest = rows["longest"]
     half = longest._replace(responses=[r[: max(1, len(r) // 2)] for r in longest.responses])  # padded, as encoders can see
-    examples = list({str(e): e for e in (longest, rows["largest"], rows["shortest"], half)}.values())
+    examples = list({str(e): e for e in (longest, rows["largest"][1], rows["shortest"][1], half)}.values())
     try:
         own = [own_logprobs(model, e.prompt, response) for e in examples for response in e.responses]
     except Exception as error:  # of any kind: positions that end, above all
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        tokens = len(examples[0].prompt) + max(map(len, examples[0].responses))
-        where = f"{examples[0].where}, {tokens} tokens (its max_position_embeddings: {limit})"
+        where = f"{longest.where}, {tokens} tokens (its max_position_embeddings: {limit})"
         advice = "try a lower --max_length or --sample_tokens"
         raise UserError(f"{name} cannot read {where}: {data.brief(error)}; {advice}") from error
     policy = ResponseLogProbs(model)
@@ -749,7 +754,7 @@ def plan_steps(s: Settings, rows: int) -> list[list[int]]:
 
 
 def identity(run: Run) -> dict:
-    """What must be equal for a run to go on from a checkpoint: all that its numbers depend on but the number of ranks."""
+    """What must be equal for a run to go on from a checkpoint, besides its rows: all that numbers depend on but the ranks."""
     s = run.s
     same = {"model": Path(s.model).name, "dataset": Path(s.dataset).name, "objective": str(run.objective)}
     same |= {"dtype": "bf16" if run.bf16 else "fp32", "device": run.device.type}
@@ -759,8 +764,6 @@ def identity(run: Run) -> dict:
              "tokens_per_microbatch", "wpo")  # fmt: skip
     same |= {name: getattr(s, name) for name in names} | {"layout": run.layout}
     same["initial weights (hash)"] = run.policy.model.initial_hash
-    for what, examples in (("training rows", run.train), ("held-out rows", run.held_out)):
-        same[f"{what} (hash)"] = hash_of([e.prompt, e.responses, e.desirable, e.margin] for e in examples)
     for term in run.objective.terms:
         file = term.name.rpartition(":")[0]  # of a function of the user's own
         if file:
@@ -1059,11 +1062,10 @@ def table(held_out: int, rows: dict[str, dict]) -> list[str]:
     return lines
 
 
-def headline(run: Run) -> str:
+def headline(run: Run, tokens: int) -> str:
     """What is about to be trained, in one line."""
     s = run.s
     parameters = sum(p.numel() for p in run.policy.model.parameters())
-    tokens = sum(map(data.tokens_of, run.train))
     kind = "pairs" if run.train[0].desirable is None else "completions"
     ranks = f", {dist.world_size()} ranks (mesh {'x'.join(map(str, dist.mesh_sizes(s.mesh)))})" if dist.world_size() > 1 else ""
     rows = f"{len(run.train):,} {kind} ({tokens:,} tokens), {len(run.plan):,} steps of {s.batch_size} {kind}"

@@ -109,7 +109,8 @@ def settings(folder: Path, **changed) -> train.Settings:
 
 def loaded(s: train.Settings) -> ResponseLogProbs:
     """The policy alone: built, cut over the ranks, its weights read."""
-    rows = train.extremes([data.Example([4, 5, 6], [[7, 8], [9]])])
+    rows = {}
+    train.survey([data.Example([4, 5, 6], [[7, 8], [9]])], rows)
     return train.build_policy(s, train.parse_objective(s.objective), torch.device("cpu"), rows)
 
 
@@ -477,7 +478,8 @@ def test_no_loader_runs_code_that_was_not_asked_for(world, tmp_path, monkeypatch
 
 def layout_of(s: train.Settings) -> tuple[str, int]:
     """The layout in which a model is trained, of rows beyond a window of 8, and how many blocks it has then."""
-    rows = train.extremes([data.Example([4, 5, 6] * 4, [[7, 8] * 4, [9] * 5]), data.Example([5], [[6], [7]])])
+    rows = {}
+    train.survey([data.Example([4, 5, 6] * 4, [[7, 8] * 4, [9] * 5]), data.Example([5], [[6], [7]])], rows)
     try:
         policy = train.build_policy(s, train.parse_objective(s.objective), torch.device("cpu"), rows)
     except data.UserError as error:
