@@ -197,10 +197,6 @@ class Run:
     step: int = 0
 
     @property
-    def bf16(self) -> bool:
-        return uses_bf16(self.s, self.device)
-
-    @property
     def eval_every(self) -> int:
         return math.ceil(len(self.plan) / 10) if self.s.eval_every is None else self.s.eval_every
 
@@ -211,7 +207,7 @@ class Run:
 
     def arithmetic(self):
         """bf16 autocast or nothing. One context spans one kind of pass, so weights are cast once in it."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16) if self.s.dtype == "bf16" else contextlib.nullcontext()
 
     def microbatches(self, examples: Sequence[Example]) -> list[tuple[list[int], data.Batch]]:
         """This rank's share of the examples, split by token count: (indices into examples, batch), as many for every rank."""
@@ -236,6 +232,8 @@ def prepare(s: Settings) -> Run:
     tokenizer = data.load_tokenizer(s.model, s.trust_remote_code)
     train_rows, held_out, reports = load_rows(s, tokenizer, objective)
     say(settings_table(s))
+    if s.dtype == "auto":
+        s.dtype = "bf16" if data.bf16_in_hardware(device) else "fp32"
     for name, report in reports.items():
         say(f"{name}: {report}")
     if data.asks_for_date(tokenizer):
@@ -436,7 +434,7 @@ def finish(run: Run, writer: "MetricsWriter", started: float) -> dict:
         "train_seconds": totals["seconds"],
         "seconds": time.perf_counter() - started,
         "peak_memory_gib": peak_memory(run.device),
-        "dtype": "bf16" if run.bf16 else "fp32",
+        "dtype": s.dtype,
         "device": str(run.device),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
@@ -459,11 +457,9 @@ PLACES = ("model", "dataset", "eval_dataset", "out", "cache")  # settings that m
 
 def prepare_out(s: Settings) -> Path:
     """The output folder, new or empty, or with `resume` that of an earlier run; nothing of a user's is ever deleted."""
-    if s.out is None:
-        names = [word for word in re.split(r"\W+", s.objective) if word in OBJECTIVES]
-        out = Path("runs", "-".join([time.strftime("%Y%m%d-%H%M%S"), *names]))
-    else:
-        out = Path(s.out)
+    objectives = [word for word in re.split(r"\W+", s.objective) if word in OBJECTIVES]
+    fresh = "-".join([time.strftime("%Y%m%d-%H%M%S"), *objectives])
+    out = Path("runs", fresh) if s.out is None else Path(s.out)
     try:
         names = {path.name for path in out.iterdir()} if out.exists() else set()
         begun = ".lock" in names and names <= {".lock", "run.part", MARKER}  # by a run that did not come to its first step
@@ -498,10 +494,9 @@ def marker(out: Path) -> dict:
 def finished(s: Settings) -> dict:
     """The summary of the run to resume; empty where it has not come to its end."""
     summary = read_json(Path(s.out) / "summary.json") if s.resume and marker(Path(s.out)) else {}
-    if "steps" not in summary:
-        return {}
-    done = f"out {s.out} holds a finished run of {summary['steps']} steps: nothing to do"
-    say(f"{done}. To train on from its model: --model {s.out}/model and another --out")
+    if summary:
+        done = f"out {s.out} holds a finished run of {summary['steps']} steps: nothing to do"
+        say(f"{done}. To train on from its model: --model {s.out}/model and another --out")
     return summary
 
 
@@ -570,7 +565,7 @@ def build_policy(s: Settings, objective: Objective, device: torch.device, rows: 
     reference = copy.deepcopy(model).requires_grad_(False) if objective.needs("kl_w") else None
     checkpoints = s.keep + 1 if s.save_every else 0
     dist.on_rank_0(dist.check_space, Path(s.out), model, checkpoints, export_dtype(s, model))
-    policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, uses_bf16(s, device), s.gradient_checkpointing, s.compile)
+    policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, s.dtype == "bf16", s.gradient_checkpointing, s.compile)
     for part in (model, reference):
         if part is not None:
             dist.hand_out(part, weights, device)
@@ -697,10 +692,6 @@ def stop_at_terminator(model: torch.nn.Module, tokenizer, template: dict, say: C
         config.eos_token_id = [*stops, end]
 
 
-def uses_bf16(s: Settings, device: torch.device) -> bool:
-    return data.bf16_in_hardware(device) if s.dtype == "auto" else s.dtype == "bf16"
-
-
 def export_dtype(s: Settings, model: torch.nn.Module) -> torch.dtype:
     came_in = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": came_in}[s.export_dtype]
@@ -740,16 +731,13 @@ def gathered(rows: list[int], passes: list[dict[str, Tensor]], total: int) -> di
 
 def plan_steps(s: Settings, rows: int) -> list[list[int]]:
     """The training rows of each optimizer step, from the first step to the last."""
-    steps = s.epochs * math.ceil(rows / s.batch_size)
-    if s.max_steps is not None:
-        steps = min(steps, s.max_steps)
+    in_epoch = math.ceil(rows / s.batch_size)
+    steps = min(s.epochs * in_epoch, s.max_steps or math.inf)
     if steps > 10**7:
         raise UserError(f"epochs {s.epochs} over {rows} rows are {steps} steps, above 10 million; set max_steps")
     plan = []
-    epoch = 0
-    while len(plan) < steps:
+    for epoch in range(math.ceil(steps / in_epoch)):
         plan += [batch.tolist() for batch in data.step_plan(rows, s.batch_size, s.seed, epoch)]
-        epoch += 1
     return plan[:steps]
 
 
@@ -757,11 +745,11 @@ def identity(run: Run) -> dict:
     """What must be equal for a run to go on from a checkpoint, besides its rows: all that numbers depend on but the ranks."""
     s = run.s
     same = {"model": Path(s.model).name, "dataset": Path(s.dataset).name, "objective": str(run.objective)}
-    same |= {"dtype": "bf16" if run.bf16 else "fp32", "device": run.device.type}
+    same["device"] = run.device.type
     if data.asks_for_date(run.tokenizer):  # else no id depends on it
         same["date"] = s.date
     names = ("lr", "batch_size", "epochs", "max_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "max_length",
-             "tokens_per_microbatch", "wpo")  # fmt: skip
+             "tokens_per_microbatch", "wpo", "dtype")  # fmt: skip
     same |= {name: getattr(s, name) for name in names} | {"layout": run.layout}
     same["initial weights (hash)"] = run.policy.model.initial_hash
     for term in run.objective.terms:
@@ -836,7 +824,7 @@ def reference_logps(run: Run, examples: Sequence[Example], what: str, at_once: S
     cpu = [platform.node(), torch.get_num_threads()]
     machine = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else cpu
     versions = [torch.__version__, transformers.__version__]
-    how = [packs, run.bf16, s.compile, machine, versions, run.policy.model.initial_hash]
+    how = [packs, s.dtype, s.compile, machine, versions, run.policy.model.initial_hash]
     key = hash_of(itertools.chain(how, ([e.prompt, e.responses] for e in examples)))
     file = Path(s.cache).expanduser() / f"reference-{key[:32]}.safetensors"
     found = dist.on_rank_0(dist.load_tensors, file) or {}
@@ -922,7 +910,7 @@ def check_first_step(run: Run, examples: list[Example], values: dict[str, Tensor
     exact = run.device.type == "cpu" and not run.s.compile  # else it is chosen anew how to add up
     if exact and not torch.equal(values["logp"], values.get("ref", values["logp"])):  # kernels may differ with gradients: Doge
         exact = not torch.equal(log_probs(run, examples, at_once=[len(examples)])["logp"].cpu(), values["ref"])
-    rounding = 0.1 if run.bf16 else 1e-3
+    rounding = 0.1 if run.s.dtype == "bf16" else 1e-3
     check_step_zero(values, 0.0 if exact else rounding)
     names = [name for name, p in run.policy.model.named_parameters() if p.grad is None]
     if names:
@@ -1040,15 +1028,8 @@ MEASURES = {  # of an evaluation, as its table calls them
     "logp_w_per_token": "nats/token chosen",
     "logp_l_per_token": "nats/token rejected",
 }
-SHOWN = {  # of a step, beside its number and the time that is left
-    "loss": "loss",
-    "reward_margin": "margin",
-    "reward_accuracy": "accuracy",
-    "lr": "lr",
-    "grad_norm": "grad norm",
-    "tokens_per_second": "tokens/s",
-    "peak_memory_gib": "GiB",
-}
+# of a step, on the progress bar, beside its number and the time that is left
+SHOWN = ("loss", "reward_margin", "reward_accuracy", "lr", "grad_norm", "tokens_per_second", "peak_memory_gib")
 
 
 def table(held_out: int, rows: dict[str, dict]) -> list[str]:
@@ -1067,10 +1048,9 @@ def headline(run: Run, tokens: int) -> str:
     s = run.s
     parameters = sum(p.numel() for p in run.policy.model.parameters())
     kind = "pairs" if run.train[0].desirable is None else "completions"
-    ranks = f", {dist.world_size()} ranks (mesh {'x'.join(map(str, dist.mesh_sizes(s.mesh)))})" if dist.world_size() > 1 else ""
+    ranks = f", {dist.world_size()} ranks" if dist.world_size() > 1 else ""
     rows = f"{len(run.train):,} {kind} ({tokens:,} tokens), {len(run.plan):,} steps of {s.batch_size} {kind}"
-    arithmetic = "bf16" if run.bf16 else "fp32"
-    return f"{run.objective}: {parameters / 1e6:.4g} M parameters, {rows}, {arithmetic}, {run.device}{ranks}"
+    return f"{run.objective}: {parameters / 1e6:.4g} M parameters, {rows}, {s.dtype}, {run.device}{ranks}"
 
 
 class MetricsWriter:
@@ -1083,7 +1063,7 @@ class MetricsWriter:
         self.send = open_log(run.s, self.out)
         self.prompts = [run.tokenizer.decode(e.prompt) for e in run.held_out[: run.s.samples]]
         self.warned = set()
-        self.table_said = None  # when the last line of the table of evaluations was said
+        self.table_begun = False
 
     def progress(self, plan: list[list[int]]) -> Iterator[list[int]]:
         """The rows of each step that is left, on a progress bar."""
@@ -1096,7 +1076,7 @@ class MetricsWriter:
         line["tokens_per_second"] = line["tokens"] / max(line["seconds"], 1e-9)  # should a clock stand still
         self._append("metrics.jsonl", line)
         line["peak_memory_gib"] = peak_memory(self.run.device)
-        shown = {title: f"{line[name]:.3g}" for name, title in SHOWN.items() if name in line}
+        shown = {name: f"{line[name]:.3g}" for name in SHOWN if name in line}
         self.bar.set_postfix(shown, refresh=False)
 
     def evaluated(self, line: dict, texts: list[str]) -> None:
@@ -1108,14 +1088,13 @@ class MetricsWriter:
         for prompt, text in zip(self.prompts, texts):
             self._append("samples.jsonl", {"step": step, "prompt": prompt, "answer": text})
         initial = self.records["metrics.jsonl"][0]
-        rows = {"before": initial, f"step {step}": line} if step else {"before": line}
-        lines = table(len(self.run.held_out), rows)
-        begun = self.table_said is not None and (data.is_watched() or time.monotonic() - self.table_said < data.DRAWN_EVERY)
-        lines = lines[-1:] if begun else lines  # elsewhere lines of progress stand between
+        lines = table(len(self.run.held_out), {"before": initial, f"step {step}": line} if step else {"before": line})
+        if self.table_begun:
+            lines = lines[-1:]
+        self.table_begun = True
         if texts:
             lines.append(f"  {self.run.held_out[0].asked!r} → {texts[0][:160]!r}")
         say("\n".join(lines))
-        self.table_said = time.monotonic()
         for guard, warning in divergence(initial, line).items():
             if guard not in self.warned:
                 say(f"warning: {warning}. Lower lr (try a third), or stop earlier: --eval-every shows where it began")
@@ -1136,10 +1115,8 @@ def settings_table(s: Settings) -> str:
     unsaid = ("resume", "date", "out")  # the date is said where it matters
     changed = {f.name: getattr(s, f.name) for f in fields(s) if f.name not in unsaid and getattr(s, f.name) != f.default}
     width = max(map(len, changed))
-    table = f"settings that are not the defaults (all are in {s.out}/settings.json):"
-    for name, value in changed.items():
-        table += f"\n  {name:<{width}}  {value}"
-    return table
+    lines = [f"  {name:<{width}}  {value}" for name, value in changed.items()]
+    return "\n".join([f"settings that are not the defaults (all are in {s.out}/settings.json):", *lines])
 
 
 def open_records(run: Run) -> dict[str, list[dict]]:
@@ -1148,8 +1125,8 @@ def open_records(run: Run) -> dict[str, list[dict]]:
     out = Path(s.out)
     (out / "checkpoints").mkdir(exist_ok=True)
     kept = {}
-    for name, types in (("metrics.jsonl", (int, float)), ("samples.jsonl", (int, str))):
-        lines = read_lines(out / name, {"step": int}, types)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        lines = read_lines(out / name, "step", int)
         kept[name] = [line for line in lines if run.step and line["step"] <= run.step]
         write_whole(out / name, as_lines(kept[name]))
     settings = {name: value for name, value in asdict(s).items() if name != "resume"} | {"objective": str(run.objective)}
@@ -1160,9 +1137,9 @@ def open_records(run: Run) -> dict[str, list[dict]]:
     return kept
 
 
-def read_lines(file: Path, needed: dict[str, type], types: tuple[type, ...] = (object,)) -> list[dict]:
-    """The records of a file of JSON lines, which have what is needed, {name: type}, and values of these types only. What is no
-    record (damaged, or half-written by a kill) is passed over, and said."""
+def read_lines(file: Path, key: str, kind: type) -> list[dict]:
+    """The records of a file of JSON lines, which have a key of this kind. What is no record (damaged, or half-written by a
+    kill) is passed over, and said."""
     lines = []
     passed = []
     texts = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
@@ -1171,8 +1148,7 @@ def read_lines(file: Path, needed: dict[str, type], types: tuple[type, ...] = (o
             line = json.loads(text)
         except (ValueError, RecursionError):
             line = None
-        is_record = isinstance(line, dict) and all(isinstance(line.get(name), kind) for name, kind in needed.items())
-        if is_record and all(isinstance(x, types) for x in line.values()):
+        if isinstance(line, dict) and isinstance(line.get(key), kind):
             lines.append(line)
         elif text:
             passed.append(str(number))

@@ -919,10 +919,10 @@ def test_one_run_at_a_time_in_a_folder(arguments, tmp_path, capsys):
 
 
 def test_records_that_are_damaged_are_passed_over_and_said(arguments, tmp_path, capsys):
-    """Lines 3 and later of metrics.jsonl hold what no run writes; of samples.jsonl the first of two lines is destroyed."""
+    """Lines 3 and later of metrics.jsonl are no records; of samples.jsonl the first of two lines is destroyed."""
     more = dict(samples=2, save_every=2, eval_every=1)
     train.main(arguments(**more))
-    out, odd = tmp_path / "out", [b"[]", b"1", b"{}", b'{"step": 1, "loss": "x"}', b"\xff\xfe", b'{"step": 1, "lo', b"[" * 9999]
+    out, odd = tmp_path / "out", [b"[]", b"1", b"{}", b'{"step": "1", "loss": 1}', b"\xff\xfe", b'{"step": 1, "lo', b"[" * 9999]
     whole, samples = metrics(out), (out / "samples.jsonl").read_text().splitlines()
     shutil.rmtree(out / "checkpoints" / "step-000004")
     (out / "summary.json").unlink()
