@@ -14,7 +14,6 @@ Shape letters: B examples · R responses · T tokens of a batch · N scored toke
 import argparse
 import contextlib
 import datetime
-import difflib
 import errno
 import fcntl
 import functools
@@ -46,6 +45,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from logprobs import to_device
+from losses import did_you_mean
 
 if TYPE_CHECKING:  # pyarrow, datasets and transformers' models are imported where they are used: --help comes at once
     from datasets import Dataset
@@ -53,13 +53,6 @@ if TYPE_CHECKING:  # pyarrow, datasets and transformers' models are imported whe
 
 class UserError(Exception):
     """A user error: what was wrong, where, what to do. Every command line prints it and ends with code 2."""
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean simpo?" where a known name is close to the word, else ""."""
-    by_lower = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(str(word).lower(), by_lower, 1)
-    return f"; did you mean {by_lower[near[0]]}?" if near else ""
 
 
 def refuse_unless_known(name: str, value: str, known: Iterable[str]) -> None:

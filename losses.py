@@ -1771,8 +1771,9 @@ def described(error: BaseException) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ "; did you mean simpo?" where a known name is close to the word, else ""."""
-    near = difflib.get_close_matches(word[:80].lower(), known, 1)
-    return f"; did you mean {near[0]}?" if near else ""
+    by_lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word[:80].lower(), by_lower, 1)
+    return f"; did you mean {by_lower[near[0]]}?" if near else ""
 
 
 # ---- python losses.py: the list. python losses.py simpo: a function to paste -----------------------------------------
