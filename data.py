@@ -1065,11 +1065,6 @@ class Examples(Sequence):
             example = change(example)
         return example
 
-    def without_margin(self) -> str | None:
-        """Where the first example is that has no scores."""
-        margins = self.dataset["margin"][:]
-        return next((self[i].where for i, row in enumerate(self.rows) if margins[row] is None), None)
-
     def mapped(self, change: Callable[[Example], Example]) -> "Examples":
         """The same examples, each changed when it is asked for."""
         return Examples(self.dataset, self.rows, (*self.changes, change))

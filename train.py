@@ -245,6 +245,10 @@ def prepare(s: Settings) -> Run:
     held_out_hash, _ = survey(held_out, extremes)
     answers = [e._replace(responses=[[0] * s.sample_tokens]) for e in held_out[: s.samples]]  # as long as they may become
     survey(answers, extremes)
+    no_margin, e = extremes["without margin"]
+    if no_margin and objective.needs("margin"):
+        scores = "score_chosen and score_rejected (or all_rm_scores; tests/tools/on_policy.py makes them)"
+        raise UserError(f"{objective.name} needs a margin of scores, but {e.where} has none; give {scores} in every row")
     policy = build_policy(s, objective, device, extremes)
     run = Run(s, objective, device, tokenizer, policy, train_rows, held_out, policy.layout, reports, lock)
     run.plan = plan_steps(s, len(train_rows))
@@ -502,7 +506,7 @@ def finished(s: Settings) -> dict:
 
 def survey(rows: Iterable[Example], extremes: dict[str, tuple[int, Example]]) -> tuple[str, int]:
     """(hash, tokens) of rows that are read once. Of `extremes`, each behind its measure, it keeps up to date the longest row
-    (prompt and longer response), the one of most tokens in all, the shortest, that of the highest id."""
+    (prompt and longer response), the one of most tokens in all, the shortest, that of the highest id, one without a margin."""
     digest = hashlib.sha256()
     total = 0
     for e in rows:
@@ -511,7 +515,9 @@ def survey(rows: Iterable[Example], extremes: dict[str, tuple[int, Example]]) ->
         total += tokens
         length = len(e.prompt) + max(map(len, e.responses))
         highest = max(itertools.chain(e.prompt, *e.responses))
-        for name, measure in (("longest", length), ("largest", tokens), ("shortest", -length), ("highest id", highest)):
+        measures = {"longest": length, "largest": tokens, "shortest": -length, "highest id": highest}
+        measures["without margin"] = e.margin is None
+        for name, measure in measures.items():
             if name not in extremes or measure > extremes[name][0]:
                 extremes[name] = (measure, e)
     return digest.hexdigest(), total
@@ -530,11 +536,6 @@ def load_rows(s: Settings, tokenizer, objective: Objective) -> tuple[Sequence[Ex
     for e in (*train_rows[:1], *held_out[:1]):
         if e.desirable is not None and not objective.unpaired:
             raise UserError(f"{objective.name} compares pairs, but {e.where} is a labelled completion; use kto, bco or uapo")
-    if objective.needs("margin"):
-        where = train_rows.without_margin() or held_out.without_margin()
-        if where:
-            scores = "score_chosen and score_rejected (or all_rm_scores; tests/tools/on_policy.py makes them)"
-            raise UserError(f"{objective.name} needs a margin of scores, but {where} has none; give {scores} in every row")
     most = 2 if objective.unpaired else objective.responses  # scored responses of an example: both of a pair, or the chosen one
 
     def scored(e: Example) -> Example:

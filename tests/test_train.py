@@ -1121,6 +1121,7 @@ def test_a_survey_by_hand():
     save for the hash, which any change of an id, a label or a margin changes."""
     rows = [data.Example([1, 1], [[1] * 4, [1] * 4]), data.Example([1], [[1], [9, 1, 1]]), data.Example([1] * 6, [[1]])]
     found = {"longest": (7, rows[2]), "largest": (10, rows[0]), "shortest": (-4, rows[1]), "highest id": (9, rows[1])}
+    found["without margin"] = (True, rows[0])
     whole, parts = {}, {}
     digest, tokens = train.survey(iter(rows), whole)
     assert whole == found and tokens == 22
