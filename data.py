@@ -1456,19 +1456,10 @@ def visible(text: str) -> str:
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def last_turns(prompt: list[int], tokenizer, tokens: int) -> list[int]:
-    """The end of a prompt, at most so many tokens: from the first special token in them that begins a turn, if there is one."""
-    if len(prompt) <= tokens:
-        return prompt
-    special = _special(tokenizer)[0] - {tokenizer.eos_token_id}
-    end = prompt[-tokens:]
-    return end[next((at for at, i in enumerate(end) if i in special), 0) :]
-
-
 def show(example: Example, tokenizer, colour: bool = True, ids: bool = False, tokens: int = SHOWN_TOKENS) -> str:
     """An example as text, its prompt dim and up to the bar, what is scored bright, special tokens underlined.
 
-    ids: every token is followed by its id in small digits. tokens: a longer prompt is shown from one of its last turns on.
+    ids: every token is followed by its id in small digits. tokens: of a longer prompt so many are shown, the last ones.
     """
     special, spelled = _special(tokenizer)
 
@@ -1485,7 +1476,7 @@ def show(example: Example, tokenizer, colour: bool = True, ids: bool = False, to
         return f"\x1b[{COLOURS[part]}m{underlined}\x1b[0m"
 
     parts, prompt = ["chosen", "rejected"] if example.desirable is None else ["completion"], example.prompt
-    end = last_turns(prompt, tokenizer, tokens)
+    end = prompt[-tokens:]
     hidden = f", the first {len(prompt) - len(end)} hidden: --full shows them" if len(end) < len(prompt) else ""
     lines = [f"── {visible(example.where)}", f"prompt ({len(prompt)} tokens, not scored{hidden})", piece("prompt", end, "▏")]
     for part, response in zip(parts, example.responses):
@@ -1578,7 +1569,7 @@ class Showing(Counting):
 
     n: int = setting(3, "rows to print", aliases="-n")
     ids: bool = setting(False, "also the id of every token")
-    full: bool = setting(False, f"whole prompts; without it those above {SHOWN_TOKENS} tokens show their last turns")
+    full: bool = setting(False, f"whole prompts; without it their last {SHOWN_TOKENS} tokens")
 
 
 def print_stats(s: Counting) -> None:
