@@ -790,33 +790,27 @@ def export_checkpoint(e: Export) -> None:
     weights = {name.removeprefix("weight."): tensor for name, tensor in saved.items()}
     tokenizer = data.load_tokenizer(str(e.checkpoint), e.trust_remote_code)
     state = json.loads((e.checkpoint / "step.json").read_text())
-    card = model_card(e.out.name, state.get("run", {}), {"step": state["step"]})
+    card = model_card(state.get("run", {}), {"step": state["step"]})
     _write_model(e.out, model, weights, tokenizer, torch.bfloat16 if e.dtype == "bf16" else torch.float32, card)
 
 
-def model_card(title: str, settings: dict, metrics: dict) -> str:
-    """README.md of an exported model: what was measured and the settings of its run, of this machine's folders nothing."""
+def model_card(settings: dict, metrics: dict) -> str:
+    """README.md of an exported model: what was measured and the settings of its run, of this machine's folders nothing.
+
+    As JSON in a block of code, in which no value can be markup or end the block: a line break in it is spelled out.
+    """
     public = {name: value for name, value in settings.items() if name not in ("out", "cache", "resume")}
     for name in ("model", "dataset", "eval_dataset"):
         sources = re.split(r"\s*,\s*", public.get(name) or "")
         public[name] = ", ".join(source if _on_hub(source) else source.rpartition("/")[2] for source in sources) or None
-    lines = ["---", "library_name: transformers", "---", "", f"# {_plain(title)}"]
-    rounded = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in metrics.items()}
-    for head, rows in (("measured", rounded), ("setting", public)):
-        lines += ["", f"| {head} | |", "|---|---|"]
-        lines += [f"| {_plain(name)} | {_plain(value)} |" for name, value in rows.items() if value is not None]
-    return "\n".join([*lines, ""])
+    content = json.dumps({"measured": metrics, "settings": public}, indent=2)
+    return f"---\nlibrary_name: transformers\n---\n\n# Trained with plainpo\n\n```json\n{content}\n```\n"
 
 
 def _on_hub(source: str) -> bool:
     """Whether a source is org/name, and no path here."""
     name = re.split(r"[:@\[]", source)[0]
     return re.fullmatch(r"[\w-]+/[\w.-]+", name) is not None and not os.path.exists(name)
-
-
-def _plain(value) -> str:
-    """A value as one line of Markdown, no part of which is a table's, a link's or HTML."""
-    return re.sub(r"([\\`*<>|\[\]])", r"\\\1", data.visible(str(value)).replace("\n", " "))
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

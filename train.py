@@ -413,7 +413,7 @@ def finish(run: Run, writer: "MetricsWriter", started: float) -> dict:
     out = Path(s.out)
     lines = writer.records["metrics.jsonl"]
     last = lines[-1] if lines else {}
-    card = functools.partial(dist.model_card, out.name, {**asdict(s), "objective": str(run.objective)})
+    card = functools.partial(dist.model_card, {**asdict(s), "objective": str(run.objective)})
     write_model(run, card(last))
     if run.held_out and "eval_loss" not in last:
         writer.evaluated(evaluate(run), answers(run))

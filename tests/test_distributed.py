@@ -400,22 +400,23 @@ def test_exported_files_have_the_mode_of_the_umask(world, tmp_path):
 
 
 def test_a_model_card_is_no_markup_and_names_no_folder(tmp_path, monkeypatch):
-    """Two cells in every row, whatever is in a value; of paths the last part, hub names whole."""
+    """One block of JSON that no value ends, whatever is in it; of paths the last part, hub names whole."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret/model").mkdir()
-    evil = "a | b\nc <img src=x> [x](http://x) `y` \x1b[31m"
+    evil = "a | b\n```\n<img src=x> [x](http://x) `y` \x1b[31m"
     given = dict(
         model="secret/model", dataset="/secret/x|y.jsonl[:10], ~/secret/z.jsonl@2, org/data:train@0.5", cache="~/secret"
     )
     given |= dict(eval_dataset=None, out="secret/out", objective="simpo(beta=2.0)", columns=evil, lr=1e-6)
-    card = dist.model_card(evil, given, {"loss": 0.123456, evil: 1})
-    assert "secret" not in card and "\x1b" not in card and "<img" not in card.replace("\\<img", "")
-    rows = [line for line in card.splitlines() if line.startswith("|") and "---" not in line]
-    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows) and len(rows) == 2 + 2 + 5
-    for row in ("| loss | 0.1235 |", "| model | model |", r"| dataset | x\|y.jsonl\[:10\], z.jsonl@2, org/data:train@0.5 |"):
-        assert row in rows
-    assert card.startswith("---\nlibrary_name: transformers\n---\n\n# a \\| b c ")
+    card = dist.model_card(given, {"loss": 0.123456, evil: 1})
+    assert "secret" not in card and "\x1b" not in card
+    head, block = card.split("```json\n")
+    assert head == "---\nlibrary_name: transformers\n---\n\n# Trained with plainpo\n\n"
+    content, *after = re.split(r"^ *```", block, flags=re.MULTILINE)
+    sources = dict(model="model", dataset="x|y.jsonl[:10], z.jsonl@2, org/data:train@0.5", eval_dataset=None)
+    settings = sources | dict(objective="simpo(beta=2.0)", columns=evil, lr=1e-6)
+    assert json.loads(content) == {"measured": {"loss": 0.123456, evil: 1}, "settings": settings} and after == ["\n"]
 
 
 REMOTE = """
