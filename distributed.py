@@ -504,7 +504,8 @@ class StopOnSignal:
         return max(gather_objects(self.number))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -523,19 +524,16 @@ def _checksums(folder: Path) -> dict[str, list[int]]:
     Raises:
         OSError: on all ranks, where one of them cannot read.
     """
-    mine = {}
-    failure = None
     try:
         files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != "complete")
-        for path in files[rank() :: world_size()]:
-            mine[path.name] = data.checksum(path)
+        mine = {path.name: data.checksum(path) for path in files[rank() :: world_size()]}
     except OSError as error:
-        failure = error
+        mine = error
     sums = {}
-    for failure_there, sums_there in gather_objects((failure, mine)):
-        if failure_there is not None:
-            raise failure_there
-        sums |= sums_there
+    for found in gather_objects(mine):
+        if isinstance(found, OSError):
+            raise found
+        sums |= found
     return sums
 
 
@@ -555,7 +553,7 @@ def validate(checkpoint: Path) -> str | None:
     except OSError as error:
         return f"its files or its marker cannot be read ({error})"
     except (ValueError, TypeError, AttributeError, RecursionError):
-        return "its marker is damaged"
+        expected = {}
     if "step.json" not in expected:
         return "its marker is damaged"
     for name in expected.keys() | {name for name in found if name.endswith(".safetensors")}:
@@ -630,15 +628,15 @@ def _describe(folder: Path, model: nn.Module, tokenizer) -> None:
 def _commit(part: Path, final: Path, sums: dict, keep: int) -> None:
     """Files, folder, its name, the marker: each is on disk before the next."""
     for name in sums:
-        _flush(part / name)
-    _flush(part)
+        flush(part / name)
+    flush(part)
     shutil.rmtree(final, ignore_errors=True)  # incomplete or damaged, as it is written again
     os.rename(part, final)
-    _flush(final.parent)
+    flush(final.parent)
     marker = final / "complete"
     marker.write_text(json.dumps(sums))
-    _flush(marker)
-    _flush(final)
+    flush(marker)
+    flush(final)
     whole = complete_checkpoints(final.parent)
     kept = whole[: whole.index(final) + 1][-keep:]  # a later one was found damaged when the run went on from an earlier one
     for old in checkpoints(final.parent):
@@ -655,10 +653,8 @@ def check_space(out: Path, model: nn.Module, checkpoints: int, dtype: torch.dtyp
     needed = sum(p.numel() for p in model.parameters()) * (12 * checkpoints + dtype.itemsize)
     free = shutil.disk_usage(out).free + sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     if needed > free:
-        raise UserError(
-            f"out {out} has {free / 2**30:.1f} GiB of free space, but {checkpoints} checkpoints and the exported model "
-            f"will need {needed / 2**30:.1f} GiB; make room, choose another --out or a smaller --keep"
-        )
+        what = f"{checkpoints} checkpoints and the exported model need {needed / 2**30:.1f} GiB"
+        raise UserError(f"out {out} has {free / 2**30:.1f} GiB of free space, but {what}; make room, or lower --keep")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -745,7 +741,7 @@ def _write_model(folder: Path, model: nn.Module, weights: dict, tokenizer, dtype
         (part / "README.md").write_text(card, encoding="utf-8")
         for path in part.iterdir():
             shutil.copymode(part / "README.md", path)  # what the umask says; safetensors makes files for their owner alone
-            _flush(path)
+            flush(path)
         if folder.exists():  # empty, or of an attempt that was killed later; what else lies there is not touched
             shutil.copytree(part, folder, copy_function=os.replace, dirs_exist_ok=True)
             shutil.rmtree(part)

@@ -1165,10 +1165,8 @@ def as_lines(records: list[dict]) -> str:
 def write_whole(file: Path, text: str) -> None:
     """Write a file, whole or not at all, whatever becomes of the machine."""
     part = file.with_suffix(".part")
-    with open(part, "w", encoding="utf-8") as opened:
-        opened.write(text)
-        opened.flush()
-        os.fsync(opened.fileno())
+    part.write_text(text, encoding="utf-8")
+    dist.flush(part)
     os.replace(part, file)
 
 
