@@ -1127,7 +1127,7 @@ def open_records(run: Run) -> dict[str, list[dict]]:
     (out / "checkpoints").mkdir(exist_ok=True)
     kept = {}
     for name in ("metrics.jsonl", "samples.jsonl"):
-        lines = read_lines(out / name, "step", int)
+        lines = read_lines(out / name, "step")
         kept[name] = [line for line in lines if run.step and line["step"] <= run.step]
         write_whole(out / name, as_lines(kept[name]))
     settings = {name: value for name, value in asdict(s).items() if name != "resume"} | {"objective": str(run.objective)}
@@ -1138,19 +1138,18 @@ def open_records(run: Run) -> dict[str, list[dict]]:
     return kept
 
 
-def read_lines(file: Path, key: str, kind: type) -> list[dict]:
-    """The records of a file of JSON lines, which have a key of this kind. What is no record (damaged, or half-written by a
-    kill) is passed over, and said."""
+def read_lines(file: Path, key: str) -> list[dict]:
+    """The records of a file of JSON lines, which have this key. What is no record is passed over, and said."""
     lines = []
     passed = []
     texts = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
     for number, text in enumerate(texts, 1):
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            line = None
-        if isinstance(line, dict) and isinstance(line.get(key), kind):
-            lines.append(line)
+            record = dict(json.loads(text))
+        except (ValueError, TypeError, RecursionError):  # such as one that was half-written when the process was killed
+            record = {}
+        if key in record:
+            lines.append(record)
         elif text:
             passed.append(str(number))
     if passed:

@@ -922,7 +922,7 @@ def test_records_that_are_damaged_are_passed_over_and_said(arguments, tmp_path, 
     """Lines 3 and later of metrics.jsonl are no records; of samples.jsonl the first of two lines is destroyed."""
     more = dict(samples=2, save_every=2, eval_every=1)
     train.main(arguments(**more))
-    out, odd = tmp_path / "out", [b"[]", b"1", b"{}", b'{"step": "1", "loss": 1}', b"\xff\xfe", b'{"step": 1, "lo', b"[" * 9999]
+    out, odd = tmp_path / "out", [b"[]", b"1", b"{}", b'{"loss": 1}', b"\xff\xfe", b'{"step": 1, "lo', b"[" * 9999]
     whole, samples = metrics(out), (out / "samples.jsonl").read_text().splitlines()
     shutil.rmtree(out / "checkpoints" / "step-000004")
     (out / "summary.json").unlink()
