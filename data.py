@@ -12,6 +12,7 @@ Shape letters: B examples · R responses · T tokens of a batch · N scored toke
 """
 
 import argparse
+import codecs
 import contextlib
 import datetime
 import errno
@@ -283,7 +284,7 @@ def _lines(source: Path | str) -> Iterator[bytes]:
     elif source.name.endswith(SUFFIXES):
         opened = gzip.open if source.suffix == ".gz" else open
         with opened(source, "rb") as lines:
-            yield from _split(source, lines.read()) if ".json" in source.suffixes else lines
+            yield from _split(lines.read()) if ".json" in source.suffixes else lines
         return
     else:
         raise UserError(f"{source}: unknown kind of file; accepted are {', '.join(SUFFIXES)}")
@@ -291,17 +292,11 @@ def _lines(source: Path | str) -> Iterator[bytes]:
         yield json.dumps(row, default=str).encode()
 
 
-def _split(file: Path, text: bytes) -> list[bytes]:
-    """The rows of a .json file: of the list in it, or its lines."""
-    try:
-        rows = _decoded(text)
-    except json.JSONDecodeError as error:
-        if error.msg.startswith("Extra data"):  # JSON lines under another name
-            return text.split(b"\n")
-        raise
-    if not isinstance(rows, list):
-        raise UserError(f"{file}: holds a JSON {type(rows).__name__}, not a list of rows")
-    return [json.dumps(row).encode() for row in rows]
+def _split(text: bytes) -> list[bytes]:
+    """The rows of a .json file: of the list that it is, else its lines, as of JSON lines under another name."""
+    if not text.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        return text.split(b"\n")
+    return [json.dumps(row).encode() for row in _decoded(text)]
 
 
 @functools.lru_cache(maxsize=8)
@@ -324,10 +319,8 @@ def _sources(dataset: str) -> list[tuple[str, float]]:
     for part in [dataset] if os.path.exists(dataset) else dataset.split(","):
         name, weight = re.fullmatch(r"(.*?)(?:@(\d+(?:\.\d+)?))?", part.strip(), re.DOTALL).groups()
         if not name or weight is not None and not 0 < float(weight) <= 1000:
-            raise UserError(
-                f"dataset is {dataset[:400]!r}: write sources with commas between, each with an optional weight above 0 and at "
-                "most 1000: a.jsonl, b.jsonl@0.5"
-            )
+            how = "sources with commas between, each with an optional weight above 0 and at most 1000: a.jsonl, b.jsonl@0.5"
+            raise UserError(f"dataset is {dataset[:400]!r}: write {how}")
         sources.append((name, float(weight or 1)))
     return sources
 
@@ -528,10 +521,6 @@ def _margin(row: dict) -> float | None:
     return None
 
 
-def _is_conversation(value) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) > 1
-
-
 def from_pair(row: dict) -> Row:
     """{prompt, chosen, rejected}: text or messages; responses may repeat the whole conversation (UltraFeedback, SimPO's sets).
 
@@ -540,7 +529,7 @@ def from_pair(row: dict) -> Row:
     margin = _margin(row)
     chosen = row.get("chosen")
     rejected = row.get("rejected")
-    if not (_is_conversation(chosen) and _is_conversation(rejected)):
+    if not all(isinstance(value, (list, tuple)) and len(value) > 1 for value in (chosen, rejected)):
         prompt = prompt_of(row)
         return _row(row, prompt, [_response(chosen, "chosen"), _response(rejected, "rejected")], margin=margin)
     chosen = _messages(chosen, "chosen")
@@ -618,10 +607,6 @@ def from_unpaired_messages(row: dict) -> Row:
     return _row(row, messages[:-1], messages[-1:], desirable=_label(row.get("label")))
 
 
-def _is_hh(row: dict) -> bool:
-    return isinstance(row["chosen"], str) and row["chosen"].lstrip().startswith(("Human:", "Assistant:"))
-
-
 TIE = "a tie: every response has the same score"
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict], Row]]] = {  # the first that fits the first row is taken
     "sharegpt": (("conversations", "chosen", "rejected"), from_pair),
@@ -641,17 +626,15 @@ def format_of(row: dict, where: str, name: str = "auto") -> tuple[Callable[[dict
         refuse_unless_known("format", name, ["auto", *FORMATS])
         return FORMATS[name][1], f"format {name}, as asked for"
     asked = prompt_columns(row)
+    is_transcript = str(row.get("chosen")).lstrip().startswith(("Human:", "Assistant:"))
     for found, (needed, reader) in FORMATS.items():
         columns = [*(asked or needed[:1]), *needed[1:]] if needed[0] == "prompt" else needed
-        if set(columns) <= set(row) and (found != "hh" or _is_hh(row)):
+        if set(columns) <= set(row) and (found != "hh" or is_transcript):
             transcript = ' and chosen is a transcript with "Human:" turns' if found == "hh" else ""
             return reader, f"format {found}, because there are columns {', '.join(columns)}{transcript}"
     accepted = "; ".join(f"{found} {{{', '.join(needed)}}}" for found, (needed, _) in FORMATS.items())
-    columns = sorted(map(str, row))
-    raise UserError(
-        f"{where}: unknown shape of dataset: its columns are {columns}; accepted are {accepted}, where "
-        f"{', '.join(PROMPTS[2:])} can stand for prompt (--columns renames)"
-    )
+    accepted += f", where {', '.join(PROMPTS[2:])} can stand for prompt (--columns renames)"
+    raise UserError(f"{where}: unknown shape of dataset: its columns are {sorted(map(str, row))}; accepted are {accepted}")
 
 
 # ---- token ids -------------------------------------------------------------------------------------------------------
@@ -1139,10 +1122,8 @@ def _completed(how: Reading) -> Reading:
     if longest is None:
         longest = int(how.max_length * PROMPT_SHARE)
     if not 1 <= longest < how.max_length:
-        raise UserError(
-            f"max_length {how.max_length} with max_prompt_length {longest} leaves no room for a prompt and a response; "
-            "raise max_length or lower max_prompt_length"
-        )
+        limits = f"max_length {how.max_length} with max_prompt_length {longest}"
+        raise UserError(f"{limits} leaves no room for a prompt and a response; raise the former or lower the latter")
     return Reading(**{f.name: getattr(how, f.name) for f in fields(Reading)} | {"max_prompt_length": longest, "date": date})
 
 
