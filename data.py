@@ -44,6 +44,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
+from transformers.utils import logging as transformers_log
 
 from logprobs import to_device
 from losses import did_you_mean
@@ -1705,6 +1706,8 @@ def command_line(
     (`| head`) ends the work quietly; of the streams that are `logs` the work does not depend. Characters that the output's
     encoding lacks are written as escapes.
     """
+    transformers_log.disable_progress_bar()
+    transformers_log.set_verbosity_error()  # a table of weights that do not fit, where one message follows
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):  # and not None, or what a notebook puts there
@@ -1735,11 +1738,6 @@ def command_line(
 
 def main(argv: list[str] | None = None):
     """The command line as a function. A user error ends with a message and exit code 2."""
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-
-    disable_progress_bar()
-    set_verbosity_error()  # a table of missing weights, where one message follows
-    argv = sys.argv[1:] if argv is None else argv
     return command_line(lambda argv: commands(argv, "data.py", __doc__, COMMANDS), argv)
 
 

@@ -1304,8 +1304,6 @@ def main(argv: list[str] | None = None, work: Callable = lambda argv: train(pars
     """The command line as a function; returns the summary. A user error ends with a message and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors: far fewer page faults
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # a table of weights that do not fit, where one message follows
     stopped = "stopped at once: --resume goes on from the last checkpoint, if there is one"
     return data.command_line(work, argv, dist.fail, stopped, logs=("stdout", "stderr"))
 
