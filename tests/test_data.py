@@ -68,7 +68,8 @@ def write(folder, name, rows):
 
 
 def load(dataset, tokenizer, **how):
-    return data.load(dataset, tokenizer, Reading(**how))
+    cache = os.environ.get("PLAINPO_CACHE", data.CACHE)  # as it is now: data.py has asked when it was imported
+    return data.load(dataset, tokenizer, Reading(**{"cache": cache} | how))
 
 
 PAIR = {"prompt": "Ask me", "chosen": "Good", "rejected": "Bad"}
@@ -1583,8 +1584,8 @@ def test_the_cache_key_holds_everything_that_an_outcome_depends_on(tmp_path, cha
         template_kwargs='{"a": 1}',
     )  # fmt: skip
     keys += [key(**{name: value}) for name, value in changed.items()]
-    assert key(max_drop_fraction=0.5) == key(date="2024-03-01") == key()
-    assert {*changed, "max_drop_fraction", "date"} == {f.name for f in fields(Reading)}
+    assert key(max_drop_fraction=0.5) == key(date="2024-03-01") == key(cache="elsewhere") == key()
+    assert {*changed, "max_drop_fraction", "date", "cache"} == {f.name for f in fields(Reading)}
     dated = copy.deepcopy(chatml)
     dated.chat_template += "{{ strftime_now('%Y') }}"
     keys += [key(tokenizer=dated, date="2024-03-01"), key(tokenizer=dated, date="2025-03-01")]
@@ -2122,7 +2123,7 @@ def test_progress_elsewhere_is_drawn_now_and_then(monkeypatch):
         time.sleep(0.006)
         bar.set_postfix(loss=i, refresh=False)
     longest = (time.monotonic() - start) / 0.2
-    drawn = [text for text in sys.stderr.getvalue().split("\r") if text.strip()]
+    drawn = sys.stderr.getvalue().splitlines()
     assert 2 <= len(drawn) <= longest and all("work:" in text and "/100" in text and "loss=" in text for text in drawn)
 
 
