@@ -130,14 +130,11 @@ def options_of(file: Path, kind: type[Settings]) -> list[str]:
     options = []
     for name, value in settings.items():
         key = str(name).replace("-", "_")
-        values = value if isinstance(value, list) else [value]
         if written.count(name) > 1:  # of which YAML has taken the last
             raise UserError(f"{name} is there twice")
         if value is None and key in may_be_empty:
             continue
-        if any(x is None or isinstance(x, (dict, list)) for x in values):
-            raise UserError(f"{key} needs a value: one, or a list of some")
-        option = ",".join(map(str, values))
+        option = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         if key in ("model", "dataset", "eval_dataset"):
             sources = [part.strip() for part in option.split(",")]
             option = ",".join(str(file.parent / part[2:]) if part.startswith("./") else part for part in sources)
@@ -184,7 +181,6 @@ class Run:
     train: Sequence[Example]
     held_out: Sequence[Example]
     layout: str = "packed"  # that of all batches, or "padded"
-    reports: dict[str, data.Report] = field(default_factory=dict)  # what was kept and dropped, and why
     lock: object = None  # as long as it is held, nobody else writes to the output folder
     plan: list[list[int]] = field(default_factory=list)  # the training rows of each optimizer step
     ref: dict[str, Tensor] = field(default_factory=dict)  # reference log-probs of the training rows by name, (n, k) each
@@ -195,10 +191,6 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None
     same: dict = field(default_factory=dict)  # what must be equal for a run to go on from a checkpoint of this one
     step: int = 0
-
-    @property
-    def eval_every(self) -> int:
-        return math.ceil(len(self.plan) / 10) if self.s.eval_every is None else self.s.eval_every
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -250,8 +242,10 @@ def prepare(s: Settings) -> Run:
         scores = "score_chosen and score_rejected (or all_rm_scores; tests/tools/on_policy.py makes them)"
         raise UserError(f"{objective.name} needs a margin of scores, but {e.where} has none; give {scores} in every row")
     policy = build_policy(s, objective, device, extremes)
-    run = Run(s, objective, device, tokenizer, policy, train_rows, held_out, policy.layout, reports, lock)
+    run = Run(s, objective, device, tokenizer, policy, train_rows, held_out, policy.layout, lock)
     run.plan = plan_steps(s, len(train_rows))
+    if s.eval_every is None:
+        s.eval_every = math.ceil(len(run.plan) / 10)
     say(headline(run, tokens))
     load = os.getloadavg()[0]
     if device.type == "cpu" and torch.get_num_threads() > 1 and load > os.cpu_count() + 0.5:
@@ -360,7 +354,7 @@ def train(s: Settings) -> dict:
             writer.evaluated(evaluate(run), run.initial_answers)
         for rows in writer.progress(run.plan[run.step :]):
             writer.stepped(train_step(run, rows))
-            if run.held_out and due(run, run.eval_every) and run.step < len(run.plan):
+            if run.held_out and due(run, s.eval_every) and run.step < len(run.plan):
                 writer.evaluated(evaluate(run), answers(run))
             stopping = stop.requested()
             if stopping or due(run, s.save_every):
@@ -536,12 +530,13 @@ def load_rows(s: Settings, tokenizer, objective: Objective) -> tuple[Sequence[Ex
     for e in (*train_rows[:1], *held_out[:1]):
         if e.desirable is not None and not objective.unpaired:
             raise UserError(f"{objective.name} compares pairs, but {e.where} is a labelled completion; use kto, bco or uapo")
-    most = 2 if objective.unpaired else objective.responses  # scored responses of an example: both of a pair, or the chosen one
+    if not objective.unpaired and objective.responses == 1:  # only the chosen response is scored
+        train_rows, held_out = train_rows.mapped(chosen_only), held_out.mapped(chosen_only)
+    return train_rows, held_out, reports
 
-    def scored(e: Example) -> Example:
-        return e._replace(responses=e.responses[:most])
 
-    return train_rows.mapped(scored), held_out.mapped(scored), reports
+def chosen_only(e: Example) -> Example:
+    return e._replace(responses=e.responses[:1])
 
 
 def build_policy(s: Settings, objective: Objective, device: torch.device, rows: dict[str, tuple]) -> ResponseLogProbs:
@@ -746,13 +741,12 @@ def identity(run: Run) -> dict:
     """What must be equal for a run to go on from a checkpoint, besides its rows: all that numbers depend on but the ranks."""
     s = run.s
     same = {"model": Path(s.model).name, "dataset": Path(s.dataset).name, "objective": str(run.objective)}
-    same["device"] = run.device.type
+    same |= {"device": run.device.type, "layout": run.layout, "initial weights (hash)": run.policy.model.initial_hash}
     if data.asks_for_date(run.tokenizer):  # else no id depends on it
         same["date"] = s.date
     names = ("lr", "batch_size", "epochs", "max_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "max_length",
              "tokens_per_microbatch", "wpo", "dtype")  # fmt: skip
-    same |= {name: getattr(s, name) for name in names} | {"layout": run.layout}
-    same["initial weights (hash)"] = run.policy.model.initial_hash
+    same |= {name: getattr(s, name) for name in names}
     for term in run.objective.terms:
         file = term.name.rpartition(":")[0]  # of a function of the user's own
         if file:
@@ -1199,15 +1193,14 @@ def divergence(initial: dict, now: dict) -> dict[str, str]:
     The bounds are ours, between what good and what spoilt runs of small models showed.
     """
     warnings = {}
-    was = initial.get("repetition", 0.0)
-    is_now = now.get("repetition", 0.0)
-    if is_now > 0.4 and is_now > was + 0.2:
-        repeated = f"{is_now:.0%} of their word 3-grams occurred before in the same answer, {was:.0%} initially"
-        warnings["repetition"] = f"the sample completions repeat themselves: {repeated}. Read samples.jsonl"
+    repeated = now.get("repetition", 0.0)
+    if repeated > max(0.4, initial.get("repetition", 0.0) + 0.2):
+        grams = f"{repeated:.0%} of their word 3-grams occurred before in the same answer"
+        warnings["repetition"] = f"the sample completions repeat themselves: {grams}. Read samples.jsonl"
     lost = now.get("eval_drift", 0.0)
     if lost > 1.5:
-        far = f"far from where it began: held-out responses have lost {lost:.2f} nats per token"
-        warnings["drift"] = f"the model is {far}. Objectives with a reference hold on to it with a larger beta"
+        far = f"held-out responses have lost {lost:.2f} nats per token"
+        warnings["drift"] = f"{far}. Objectives with a reference hold on to it with a larger beta"
     was = initial.get("eval_logp_w_per_token", -math.inf)
     is_now = now.get("eval_logp_w_per_token", 0.0)
     if is_now < was - 1 and is_now < 2 * was:
@@ -1231,8 +1224,7 @@ def open_log(s: Settings, out: Path) -> Callable[[dict], None]:
 
     def send(line: dict) -> None:
         for name, value in line.items():
-            if name != "step":
-                writer.add_scalar(name, value, line["step"])
+            writer.add_scalar(name, value, line["step"])
         writer.flush()
 
     return send
