@@ -1092,8 +1092,7 @@ def load(dataset: str, tokenizer, how: Reading | None = None) -> tuple[Examples,
         raise UserError(f"{dataset}: more than {share} of the rows were dropped as invalid (--max_drop_fraction)\n{report}")
     rows = [i for i, problem in enumerate(outcomes["dropped"][:]) if problem is None]
     _refuse_mixture(outcomes, rows)
-    if set(weights) != {1}:
-        rows = _weighted(rows, weights, how.seed)
+    rows = _weighted(rows, weights, how.seed)
     if not rows:
         raise UserError(f"{dataset}: no row is left by the weights (@)\n{report}")
     return Examples(outcomes.select_columns(list(Example._fields)), np.array(rows)), report
@@ -1559,8 +1558,6 @@ def print_stats(s: Counting) -> None:
 
 
 def print_rows(s: Showing) -> None:
-    if s.n < 0:
-        raise UserError(f"n is {s.n}; it must not be negative")
     tokenizer = load_tokenizer(s.model, s.trust_remote_code)
     examples, report = load(s.dataset, tokenizer, s)
     colour = sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ or "FORCE_COLOR" in os.environ
