@@ -815,11 +815,10 @@ def reference_logps(run: Run, examples: Sequence[Example], what: str, at_once: S
     names = {"logp": "ref"}
     if run.objective.needs("ref_prefix") and len(examples[0].responses) > 1:
         names["prefix_logp"] = "ref_prefix_logp"
-    packs = [run.layout, s.tokens_per_microbatch, dist.world_size(), at_once]
     cpu = [platform.node(), torch.get_num_threads()]
     machine = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else cpu
-    versions = [torch.__version__, transformers.__version__]
-    how = [packs, s.dtype, s.compile, machine, versions, run.policy.model.initial_hash]
+    how = [run.layout, s.tokens_per_microbatch, dist.world_size(), at_once, s.dtype, s.compile, machine]
+    how += [torch.__version__, transformers.__version__, run.policy.model.initial_hash]
     key = hash_of(itertools.chain(how, ([e.prompt, e.responses] for e in examples)))
     file = Path(s.cache).expanduser() / f"reference-{key[:32]}.safetensors"
     found = dist.on_rank_0(dist.load_tensors, file) or {}
