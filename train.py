@@ -887,16 +887,13 @@ def stop_if_not_finite(run: Run, examples: list[Example], logp: Tensor, loss: Te
         return
     rows = [e.where for e, b in zip(examples, bad.tolist()) if b] or [e.where for e in examples]
     what = "loss" if bad.any() else "gradient"
-    more = " …" if len(rows) > 8 else ""
-    advice = "if they are sound, lower lr"
+    said = f"the {what} of {len(rows)} rows is not finite; the weights were left as they were before this step. The first: "
+    said += f"{'; '.join(rows[:8])}. Look at them with `python data.py show`; if they are sound, lower lr"
     if run.step > 0 and save(run):
         kept = f"{run.s.out}/checkpoints/step-{run.step:06d}"
-        advice += f". To go on without them (--resume would come to them again): `python distributed.py export {kept} NEW "
-        advice += "--dtype fp32`, take them out of the data, and start a run with --model NEW"
-    raise UserError(
-        f"the {what} is not finite; the weights were left as they were before this step. Rows: {'; '.join(rows[:8])}{more}. "
-        f"Look at them with `python data.py show`; {advice}"
-    )
+        said += f". To go on without them (--resume would come to them again): `python distributed.py export {kept} NEW "
+        said += "--dtype fp32`, take them out of the data, and start a run with --model NEW"
+    raise UserError(said)
 
 
 def check_first_step(run: Run, examples: list[Example], values: dict[str, Tensor]) -> None:
