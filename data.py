@@ -927,39 +927,36 @@ def _refuse_spelled(tokenizer, ids: list[int], own: list[int]) -> None:
 
 def _refuse_lost(response: dict, asked: str, whole: str) -> None:
     """UserError unless all that a response says stands in the rendering, and not only in what is asked."""
-    for _, key, said in _lost([response], whole, asked):
+    for _, what, said in _lost([response], whole, asked):
         hint = "; give what is before </think> as reasoning_content, or use a template that keeps it" * ("</think>" in said)
-        raise UserError(f"the chat template drops or changes {_named(key)} of the response{hint}")
+        raise UserError(f"the chat template drops or changes {what} of the response{hint}")
 
 
 def _loses_reasoning(prompt: list[dict], asked: str) -> bool:
     """Whether the template cuts reasoning of earlier turns, as many do; UserError if it loses another text or a call."""
     cut = False
-    for i, key, said in _lost(prompt, asked):
+    for i, what, said in _lost(prompt, asked):
         thought, thinks, rest = said.rpartition("</think>")
-        if key == "content" and thinks and prompt[i]["role"] == "assistant" and rest.strip() in asked:
+        if what == "the text" and thinks and prompt[i]["role"] == "assistant" and rest.strip() in asked:
             cut = cut or thought.replace("<think>", "").strip() not in asked
-        elif key in ("content", *CALLS):
-            raise UserError(f"the chat template drops or changes {_named(key)} of prompt message {i + 1} ({prompt[i]['role']})")
-        cut = cut or key in REASONING
+        elif what in ("the text", *CALLS):
+            raise UserError(f"the chat template drops or changes {what} of prompt message {i + 1} ({prompt[i]['role']})")
+        cut = cut or what in REASONING
     return cut
 
 
-def _named(key: str) -> str:
-    return "the text" if key == "content" else key
-
-
 def _lost(messages: list[dict], text: str, beside: str = "") -> list[tuple[int, str, str]]:
-    """(index of a message, key, what it says) that stands less often in a text than it is said; without those in `beside`."""
+    """(index of a message, "the text" or a key, what it says) that a text says less often; without those in `beside`."""
     said = []
     for i, message in enumerate(messages):
         for key, value in _said(message).items():
+            what = "the text" if key == "content" else key
             texts = []
             _replaced(value, texts.append)
-            said += [(i, key, str(x).strip()) for x in texts]
-    often = Counter((key, x) for _, key, x in said)
+            said += [(i, what, str(x).strip()) for x in texts]
+    often = Counter((what, x) for _, what, x in said)
     text, beside = _bare(text), _bare(beside)
-    return [(i, key, x) for i, key, x in said if text.count(_bare(x)) - beside.count(_bare(x)) < often[key, x]]
+    return [(i, what, x) for i, what, x in said if text.count(_bare(x)) - beside.count(_bare(x)) < often[what, x]]
 
 
 def _bare(text: str) -> str:
