@@ -642,7 +642,7 @@ def format_of(row: dict, where: str, name: str = "auto") -> tuple[Callable[[dict
 
 
 PLAIN_TEMPLATE = (  # for tokenizers without a chat template; saved with the exported model, so that generation uses it too
-    "{{ bos_token }}{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}"
+    "{{ bos_token or '' }}{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
@@ -670,8 +670,6 @@ def load_tokenizer(model: str, trust_remote_code: bool = False):
         raise UserError(f"{model}: no usable tokenizer there (its vocabulary is empty)")
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
-        if tokenizer.bos_token is None:  # jinja would print "None"
-            tokenizer.chat_template = PLAIN_TEMPLATE.replace("{{ bos_token }}", "")
     return tokenizer
 
 
