@@ -140,8 +140,7 @@ def own(folder: Path) -> FileLock:
         try:
             lock.acquire()
         except Timeout:
-            why = "is in use by another run, perhaps a rank that outlived its torchrun; end it first"
-            raise UserError(f"{folder} {why}") from None
+            raise UserError(f"{folder} is in use by another run, perhaps a rank that outlived torchrun; end it first") from None
         except (OSError, NotImplementedError) as error:  # some network file systems have no locks
             data.say(f"warning: {folder} cannot be locked ({error}); let one run at a time write there")
 

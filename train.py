@@ -590,13 +590,9 @@ def first_blocks(model: torch.nn.Module) -> Iterator[None]:
 def choose_layout(model: torch.nn.Module, rows: dict[str, tuple[int, Example]], wanted: str, budget: int = 1) -> str:
     """The layout, packed or padded, in which a model's log-probs are its own; for auto the first of the two that is right.
 
-    Args:
-        rows: extremes, see `survey`. Long rows show where windows and learned positions end, beside the shortest and, in a
-            pack of `budget` tokens, beside themselves. Right are the `own_logprobs` of each response alone, in fp32.
-        wanted: auto, packed or padded.
-    Raises:
-        UserError: the layout that is wanted is wrong, for auto both, or the model cannot read the longest row or the highest
-            id.
+    rows: extremes, see `survey`. Long rows show where windows and learned positions end, beside the shortest and, in a pack
+    of `budget` tokens, beside themselves. Right are the `own_logprobs` of each response alone, in fp32. UserError where the
+    layout that is wanted is wrong, for auto both, or the model cannot read the longest row or the highest id.
     """
     name = type(model).__name__
     highest, odd = rows["highest id"]
