@@ -510,11 +510,8 @@ def _new_folder(folder: Path) -> None:
 
 
 def _checksums(folder: Path) -> dict[str, list[int]]:
-    """{file: [bytes, CRC-32]} of a checkpoint's files, all but the marker; each rank reads its share of them.
-
-    Raises:
-        OSError: on all ranks, where one of them cannot read.
-    """
+    """{file: [bytes, CRC-32]} of a checkpoint's files, all but the marker; each rank reads its share of them. OSError on all
+    ranks where one of them cannot read."""
     try:
         files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != "complete")
         mine = {path.name: data.checksum(path) for path in files[rank() :: world_size()]}
@@ -577,11 +574,8 @@ def _everything(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -
 
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer, state: dict, keep: int, tokenizer) -> bool:
-    """Write step-N of `state["step"]`, then delete all but the newest `keep` complete ones.
-
-    Returns:
-        whether it is there; when it cannot be written (a full disk) the reason is printed and older ones are left alone.
-    """
+    """Write step-N of `state["step"]`, then delete all but the newest `keep` complete ones; returns whether it is there. When
+    it cannot be written (a full disk) the reason is printed and older ones are left alone."""
     import torch.distributed.checkpoint as dcp
 
     final = folder / f"step-{state['step']:06d}"
@@ -685,14 +679,8 @@ def check_ranks(values: dict) -> None:
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, run: dict) -> dict:
-    """Put weights and moments back in place, for any number of ranks; returns the saved state.
-
-    Args:
-        optimizer: one that has not made a step.
-        run: what makes this run the one that was saved, {name: value}; compared with `state["run"]`.
-    Raises:
-        UserError: it is another run's, by name of what differs.
-    """
+    """Put weights and moments back in place, for any number of ranks and an optimizer that has not made a step; returns the
+    saved state. UserError names what differs where `run`, {name: value}, is not the run that was saved."""
     state = json.loads((checkpoint / "step.json").read_text())
     check_same(run, state.get("run", {}), f"{checkpoint} belongs to another run")
     _read_into(_everything(model, optimizer, state["step"]), checkpoint)
