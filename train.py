@@ -491,9 +491,10 @@ def marker(out: Path) -> dict:
 def finished(s: Settings) -> dict:
     """The summary of the run to resume; empty where it has not come to its end."""
     summary = read_json(Path(s.out) / "summary.json") if s.resume and marker(Path(s.out)) else {}
-    if summary:
-        done = f"out {s.out} holds a finished run of {summary['steps']} steps: nothing to do"
-        say(f"{done}. To train on from its model: --model {s.out}/model and another --out")
+    if "steps" not in summary:
+        return {}
+    done = f"out {s.out} holds a finished run of {summary['steps']} steps: nothing to do"
+    say(f"{done}. To train on from its model: --model {s.out}/model and another --out")
     return summary
 
 
