@@ -1482,8 +1482,8 @@ def stats(examples: Sequence[Example], report: Report) -> str:
     """The report, lengths in tokens with a histogram, length bias, and what to do about what was found, as text."""
     names = ["prompt", "completion"] if examples[0].desirable is not None else ["prompt", "chosen", "rejected"]
     sizes = np.array([[len(e.prompt), *map(len, e.responses)] for e in examples])
-    found = quality(examples)
-    lines = [str(report), *(f"  {n} {what}" for what, n in found.items() if n)]
+    lines = [str(report)]
+    lines += [f"  {n} {what}: tests/tools/clean.py drops them" for what, n in quality(examples).items() if n]
     lines += ["", f"{'tokens':<12}{'mean':>8}{'p50':>8}{'p90':>8}{'p99':>8}{'max':>8}{'sum':>12}"]
     for name, size in zip(names, sizes.T):
         quantiles = "".join(f"{q:>8.0f}" for q in np.percentile(size, [50, 90, 99, 100]))
@@ -1503,16 +1503,12 @@ def stats(examples: Sequence[Example], report: Report) -> str:
     else:
         lines.append(f"\n{np.mean([e.desirable for e in examples]):.1%} of the rows are desirable")
         bias = 0.0
-    return "\n".join([*lines, *(f"→ {text}" for text in advice(report, found, bias))])
+    return "\n".join([*lines, *(f"→ {text}" for text in advice(report, bias))])
 
 
-def advice(report: Report, quality: dict[str, int], bias: float) -> list[str]:
+def advice(report: Report, bias: float = 0.0) -> list[str]:
     """What to do about what was found; bias: share of pairs whose chosen response is the longer one, less the opposite."""
     found = []
-    for name, what in (("duplicates", "repeat an earlier one"), ("identical responses", "compare a response with itself"),
-                       ("conflicts", "say the opposite of another one")):  # fmt: skip
-        if quality.get(name):
-            found.append(f"{quality[name]} rows {what}: tests/tools/clean.py --{name.split()[0]} drops them")
     if report.cut.get(NO_ENDING):
         found.append("no ending is taught: let the chat template write a token after an answer, such as {{ eos_token }}")
     cut_off = report.cut.get("response cut", 0)
@@ -1558,7 +1554,7 @@ def print_rows(s: Showing) -> None:
     colour = sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ or "FORCE_COLOR" in os.environ
     tokens = sys.maxsize if s.full else SHOWN_TOKENS
     print("\n\n".join(show(example, tokenizer, colour, s.ids, tokens) for example in examples[: s.n]))
-    print(visible("\n".join(["", str(report), *(f"→ {text}" for text in advice(report, {}, bias=0.0))])))
+    print(visible("\n".join(["", str(report), *(f"→ {text}" for text in advice(report))])))
 
 
 # ---- progress and command lines, of every file -----------------------------------------------------------------------
