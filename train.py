@@ -130,11 +130,14 @@ def options_of(file: Path, kind: type[Settings]) -> list[str]:
     options = []
     for name, value in settings.items():
         key = str(name).replace("-", "_")
+        values = value if isinstance(value, list) else [value]
         if written.count(name) > 1:  # of which YAML has taken the last
             raise UserError(f"{name} is there twice")
         if value is None and key in may_be_empty:
             continue
-        option = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        if any(x is None or isinstance(x, (dict, list)) for x in values):
+            raise UserError(f"{key} needs a value: one, or a list of some")
+        option = ",".join(map(str, values))
         if key in ("model", "dataset", "eval_dataset"):
             sources = [part.strip() for part in option.split(",")]
             option = ",".join(str(file.parent / part[2:]) if part.startswith("./") else part for part in sources)
@@ -1113,7 +1116,7 @@ def open_records(run: Run) -> dict[str, list[dict]]:
     (out / "checkpoints").mkdir(exist_ok=True)
     kept = {}
     for name in ("metrics.jsonl", "samples.jsonl"):
-        lines = read_lines(out / name, "step")
+        lines = read_lines(out / name, "step", int)
         kept[name] = [line for line in lines if run.step and line["step"] <= run.step]
         write_whole(out / name, as_lines(kept[name]))
     settings = {name: value for name, value in asdict(s).items() if name != "resume"} | {"objective": str(run.objective)}
@@ -1124,8 +1127,8 @@ def open_records(run: Run) -> dict[str, list[dict]]:
     return kept
 
 
-def read_lines(file: Path, key: str) -> list[dict]:
-    """The records of a file of JSON lines, which have this key. What is no record is passed over, and said."""
+def read_lines(file: Path, key: str, kind: type) -> list[dict]:
+    """The records of a file of JSON lines, which have a key of this kind. What is no record is passed over, and said."""
     lines = []
     passed = []
     texts = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
@@ -1134,7 +1137,7 @@ def read_lines(file: Path, key: str) -> list[dict]:
             record = dict(json.loads(text))
         except (ValueError, TypeError, RecursionError):  # such as one that was half-written when the process was killed
             record = {}
-        if key in record:
+        if isinstance(record.get(key), kind):
             lines.append(record)
         elif text:
             passed.append(str(number))

@@ -805,9 +805,10 @@ FILES = {  # content of a settings file → what is said of it
     b"learning_rate: 1": "unknown setting --learning_rate=1",
     b"resume: 3": "--resume: Truthy value expected: got 3",
     b"lr: yes": "--lr: invalid float value",
-    b"batch_size:": "invalid int value: 'None'",
+    b"batch_size:": "batch_size needs a value",
     b"lr: 1e-6\nbatch_size: 2\nlr: 1e-5": "lr is there twice",
-    b"lr: {peak: 1}": "--lr: invalid float value",
+    b"lr: {peak: 1}": "lr needs a value: one, or a list of some",
+    b"a: &a [x, x]\nb: &b [*a, *a]\ndataset: [*b, *b]": "b needs a value: one",
     b"out: !!python/object/apply:os.getcwd []": "cannot be read",
     "objective: ä".encode("latin-1"): "cannot be read as settings ('utf-8' codec",
     "lr: 1e-6".encode("utf-16"): "cannot be read as settings ('utf-8' codec",
@@ -921,7 +922,7 @@ def test_records_that_are_damaged_are_passed_over_and_said(arguments, tmp_path, 
     """Lines 3 and later of metrics.jsonl are no records; of samples.jsonl the first of two lines is destroyed."""
     more = dict(samples=2, save_every=2, eval_every=1)
     train.main(arguments(**more))
-    out, odd = tmp_path / "out", [b"[]", b"1", b"{}", b'{"loss": 1}', b"\xff\xfe", b'{"step": 1, "lo', b"[" * 9999]
+    out, odd = tmp_path / "out", [b"[]", b"1", b"{}", b'{"step": "1", "loss": 1}', b"\xff\xfe", b'{"step": 1, "lo', b"[" * 9999]
     whole, samples = metrics(out), (out / "samples.jsonl").read_text().splitlines()
     shutil.rmtree(out / "checkpoints" / "step-000004")
     (out / "summary.json").unlink()
