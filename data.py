@@ -12,9 +12,9 @@ Shape letters: B examples · R responses · T tokens of a batch · N scored toke
 """
 
 import argparse
+import codecs
 import contextlib
 import datetime
-import difflib
 import errno
 import fcntl
 import functools
@@ -44,8 +44,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
+from transformers.utils import logging as transformers_log
 
 from logprobs import to_device
+from losses import did_you_mean
 
 if TYPE_CHECKING:  # pyarrow, datasets and transformers' models are imported where they are used: --help comes at once
     from datasets import Dataset
@@ -53,13 +55,6 @@ if TYPE_CHECKING:  # pyarrow, datasets and transformers' models are imported whe
 
 class UserError(Exception):
     """A user error: what was wrong, where, what to do. Every command line prints it and ends with code 2."""
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean simpo?" where a known name is close to the word, else ""."""
-    by_lower = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(str(word).lower(), by_lower, 1)
-    return f"; did you mean {by_lower[near[0]]}?" if near else ""
 
 
 def refuse_unless_known(name: str, value: str, known: Iterable[str]) -> None:
@@ -290,7 +285,7 @@ def _lines(source: Path | str) -> Iterator[bytes]:
     elif source.name.endswith(SUFFIXES):
         opened = gzip.open if source.suffix == ".gz" else open
         with opened(source, "rb") as lines:
-            yield from _split(source, lines.read()) if ".json" in source.suffixes else lines
+            yield from _split(lines.read()) if ".json" in source.suffixes else lines
         return
     else:
         raise UserError(f"{source}: unknown kind of file; accepted are {', '.join(SUFFIXES)}")
@@ -298,17 +293,11 @@ def _lines(source: Path | str) -> Iterator[bytes]:
         yield json.dumps(row, default=str).encode()
 
 
-def _split(file: Path, text: bytes) -> list[bytes]:
-    """The rows of a .json file: of the list in it, or its lines."""
-    try:
-        rows = _decoded(text)
-    except json.JSONDecodeError as error:
-        if error.msg.startswith("Extra data"):  # JSON lines under another name
-            return text.split(b"\n")
-        raise
-    if not isinstance(rows, list):
-        raise UserError(f"{file}: holds a JSON {type(rows).__name__}, not a list of rows")
-    return [json.dumps(row).encode() for row in rows]
+def _split(text: bytes) -> list[bytes]:
+    """The rows of a .json file: of the list that it is, else its lines, as of JSON lines under another name."""
+    if not text.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        return text.split(b"\n")
+    return [json.dumps(row).encode() for row in _decoded(text)]
 
 
 @functools.lru_cache(maxsize=8)
@@ -331,10 +320,8 @@ def _sources(dataset: str) -> list[tuple[str, float]]:
     for part in [dataset] if os.path.exists(dataset) else dataset.split(","):
         name, weight = re.fullmatch(r"(.*?)(?:@(\d+(?:\.\d+)?))?", part.strip(), re.DOTALL).groups()
         if not name or weight is not None and not 0 < float(weight) <= 1000:
-            raise UserError(
-                f"dataset is {dataset[:400]!r}: write sources with commas between, each with an optional weight above 0 and at "
-                "most 1000: a.jsonl, b.jsonl@0.5"
-            )
+            how = "sources with commas between, each with an optional weight above 0 and at most 1000: a.jsonl, b.jsonl@0.5"
+            raise UserError(f"dataset is {dataset[:400]!r}: write {how}")
         sources.append((name, float(weight or 1)))
     return sources
 
@@ -535,10 +522,6 @@ def _margin(row: dict) -> float | None:
     return None
 
 
-def _is_conversation(value) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) > 1
-
-
 def from_pair(row: dict) -> Row:
     """{prompt, chosen, rejected}: text or messages; responses may repeat the whole conversation (UltraFeedback, SimPO's sets).
 
@@ -547,7 +530,7 @@ def from_pair(row: dict) -> Row:
     margin = _margin(row)
     chosen = row.get("chosen")
     rejected = row.get("rejected")
-    if not (_is_conversation(chosen) and _is_conversation(rejected)):
+    if not all(isinstance(value, (list, tuple)) and len(value) > 1 for value in (chosen, rejected)):
         prompt = prompt_of(row)
         return _row(row, prompt, [_response(chosen, "chosen"), _response(rejected, "rejected")], margin=margin)
     chosen = _messages(chosen, "chosen")
@@ -625,10 +608,6 @@ def from_unpaired_messages(row: dict) -> Row:
     return _row(row, messages[:-1], messages[-1:], desirable=_label(row.get("label")))
 
 
-def _is_hh(row: dict) -> bool:
-    return isinstance(row["chosen"], str) and row["chosen"].lstrip().startswith(("Human:", "Assistant:"))
-
-
 TIE = "a tie: every response has the same score"
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict], Row]]] = {  # the first that fits the first row is taken
     "sharegpt": (("conversations", "chosen", "rejected"), from_pair),
@@ -648,24 +627,22 @@ def format_of(row: dict, where: str, name: str = "auto") -> tuple[Callable[[dict
         refuse_unless_known("format", name, ["auto", *FORMATS])
         return FORMATS[name][1], f"format {name}, as asked for"
     asked = prompt_columns(row)
+    is_transcript = str(row.get("chosen")).lstrip().startswith(("Human:", "Assistant:"))
     for found, (needed, reader) in FORMATS.items():
         columns = [*(asked or needed[:1]), *needed[1:]] if needed[0] == "prompt" else needed
-        if set(columns) <= set(row) and (found != "hh" or _is_hh(row)):
+        if set(columns) <= set(row) and (found != "hh" or is_transcript):
             transcript = ' and chosen is a transcript with "Human:" turns' if found == "hh" else ""
             return reader, f"format {found}, because there are columns {', '.join(columns)}{transcript}"
     accepted = "; ".join(f"{found} {{{', '.join(needed)}}}" for found, (needed, _) in FORMATS.items())
-    columns = sorted(map(str, row))
-    raise UserError(
-        f"{where}: unknown shape of dataset: its columns are {columns}; accepted are {accepted}, where "
-        f"{', '.join(PROMPTS[2:])} can stand for prompt (--columns renames)"
-    )
+    accepted += f", where {', '.join(PROMPTS[2:])} can stand for prompt (--columns renames)"
+    raise UserError(f"{where}: unknown shape of dataset: its columns are {sorted(map(str, row))}; accepted are {accepted}")
 
 
 # ---- token ids -------------------------------------------------------------------------------------------------------
 
 
 PLAIN_TEMPLATE = (  # for tokenizers without a chat template; saved with the exported model, so that generation uses it too
-    "{{ bos_token }}{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}"
+    "{{ bos_token or '' }}{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
@@ -693,8 +670,6 @@ def load_tokenizer(model: str, trust_remote_code: bool = False):
         raise UserError(f"{model}: no usable tokenizer there (its vocabulary is empty)")
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
-        if tokenizer.bos_token is None:  # jinja would print "None"
-            tokenizer.chat_template = PLAIN_TEMPLATE.replace("{{ bos_token }}", "")
     return tokenizer
 
 
@@ -950,39 +925,36 @@ def _refuse_spelled(tokenizer, ids: list[int], own: list[int]) -> None:
 
 def _refuse_lost(response: dict, asked: str, whole: str) -> None:
     """UserError unless all that a response says stands in the rendering, and not only in what is asked."""
-    for _, key, said in _lost([response], whole, asked):
+    for _, what, said in _lost([response], whole, asked):
         hint = "; give what is before </think> as reasoning_content, or use a template that keeps it" * ("</think>" in said)
-        raise UserError(f"the chat template drops or changes {_named(key)} of the response{hint}")
+        raise UserError(f"the chat template drops or changes {what} of the response{hint}")
 
 
 def _loses_reasoning(prompt: list[dict], asked: str) -> bool:
     """Whether the template cuts reasoning of earlier turns, as many do; UserError if it loses another text or a call."""
     cut = False
-    for i, key, said in _lost(prompt, asked):
+    for i, what, said in _lost(prompt, asked):
         thought, thinks, rest = said.rpartition("</think>")
-        if key == "content" and thinks and prompt[i]["role"] == "assistant" and rest.strip() in asked:
+        if what == "the text" and thinks and prompt[i]["role"] == "assistant" and rest.strip() in asked:
             cut = cut or thought.replace("<think>", "").strip() not in asked
-        elif key in ("content", *CALLS):
-            raise UserError(f"the chat template drops or changes {_named(key)} of prompt message {i + 1} ({prompt[i]['role']})")
-        cut = cut or key in REASONING
+        elif what in ("the text", *CALLS):
+            raise UserError(f"the chat template drops or changes {what} of prompt message {i + 1} ({prompt[i]['role']})")
+        cut = cut or what in REASONING
     return cut
 
 
-def _named(key: str) -> str:
-    return "the text" if key == "content" else key
-
-
 def _lost(messages: list[dict], text: str, beside: str = "") -> list[tuple[int, str, str]]:
-    """(index of a message, key, what it says) that stands less often in a text than it is said; without those in `beside`."""
+    """(index of a message, "the text" or a key, what it says) that a text says less often; without those in `beside`."""
     said = []
     for i, message in enumerate(messages):
         for key, value in _said(message).items():
+            what = "the text" if key == "content" else key
             texts = []
             _replaced(value, texts.append)
-            said += [(i, key, str(x).strip()) for x in texts]
-    often = Counter((key, x) for _, key, x in said)
+            said += [(i, what, str(x).strip()) for x in texts]
+    often = Counter((what, x) for _, what, x in said)
     text, beside = _bare(text), _bare(beside)
-    return [(i, key, x) for i, key, x in said if text.count(_bare(x)) - beside.count(_bare(x)) < often[key, x]]
+    return [(i, what, x) for i, what, x in said if text.count(_bare(x)) - beside.count(_bare(x)) < often[what, x]]
 
 
 def _bare(text: str) -> str:
@@ -1072,11 +1044,6 @@ class Examples(Sequence):
             example = change(example)
         return example
 
-    def without_margin(self) -> str | None:
-        """Where the first example is that has no scores."""
-        margins = self.dataset["margin"][:]
-        return next((self[i].where for i, row in enumerate(self.rows) if margins[row] is None), None)
-
     def mapped(self, change: Callable[[Example], Example]) -> "Examples":
         """The same examples, each changed when it is asked for."""
         return Examples(self.dataset, self.rows, (*self.changes, change))
@@ -1120,8 +1087,7 @@ def load(dataset: str, tokenizer, how: Reading | None = None) -> tuple[Examples,
         raise UserError(f"{dataset}: more than {share} of the rows were dropped as invalid (--max_drop_fraction)\n{report}")
     rows = [i for i, problem in enumerate(outcomes["dropped"][:]) if problem is None]
     _refuse_mixture(outcomes, rows)
-    if set(weights) != {1}:
-        rows = _weighted(rows, weights, how.seed)
+    rows = _weighted(rows, weights, how.seed)
     if not rows:
         raise UserError(f"{dataset}: no row is left by the weights (@)\n{report}")
     return Examples(outcomes.select_columns(list(Example._fields)), np.array(rows)), report
@@ -1151,10 +1117,8 @@ def _completed(how: Reading) -> Reading:
     if longest is None:
         longest = int(how.max_length * PROMPT_SHARE)
     if not 1 <= longest < how.max_length:
-        raise UserError(
-            f"max_length {how.max_length} with max_prompt_length {longest} leaves no room for a prompt and a response; "
-            "raise max_length or lower max_prompt_length"
-        )
+        limits = f"max_length {how.max_length} with max_prompt_length {longest}"
+        raise UserError(f"{limits} leaves no room for a prompt and a response; raise the former or lower the latter")
     return Reading(**{f.name: getattr(how, f.name) for f in fields(Reading)} | {"max_prompt_length": longest, "date": date})
 
 
@@ -1468,19 +1432,10 @@ def visible(text: str) -> str:
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def last_turns(prompt: list[int], tokenizer, tokens: int) -> list[int]:
-    """The end of a prompt, at most so many tokens: from the first special token in them that begins a turn, if there is one."""
-    if len(prompt) <= tokens:
-        return prompt
-    special = _special(tokenizer)[0] - {tokenizer.eos_token_id}
-    end = prompt[-tokens:]
-    return end[next((at for at, i in enumerate(end) if i in special), 0) :]
-
-
 def show(example: Example, tokenizer, colour: bool = True, ids: bool = False, tokens: int = SHOWN_TOKENS) -> str:
     """An example as text, its prompt dim and up to the bar, what is scored bright, special tokens underlined.
 
-    ids: every token is followed by its id in small digits. tokens: a longer prompt is shown from one of its last turns on.
+    ids: every token is followed by its id in small digits. tokens: of a longer prompt so many are shown, the last ones.
     """
     special, spelled = _special(tokenizer)
 
@@ -1497,7 +1452,7 @@ def show(example: Example, tokenizer, colour: bool = True, ids: bool = False, to
         return f"\x1b[{COLOURS[part]}m{underlined}\x1b[0m"
 
     parts, prompt = ["chosen", "rejected"] if example.desirable is None else ["completion"], example.prompt
-    end = last_turns(prompt, tokenizer, tokens)
+    end = prompt[-tokens:]
     hidden = f", the first {len(prompt) - len(end)} hidden: --full shows them" if len(end) < len(prompt) else ""
     lines = [f"── {visible(example.where)}", f"prompt ({len(prompt)} tokens, not scored{hidden})", piece("prompt", end, "▏")]
     for part, response in zip(parts, example.responses):
@@ -1527,8 +1482,8 @@ def stats(examples: Sequence[Example], report: Report) -> str:
     """The report, lengths in tokens with a histogram, length bias, and what to do about what was found, as text."""
     names = ["prompt", "completion"] if examples[0].desirable is not None else ["prompt", "chosen", "rejected"]
     sizes = np.array([[len(e.prompt), *map(len, e.responses)] for e in examples])
-    found = quality(examples)
-    lines = [str(report), *(f"  {n} {what}" for what, n in found.items() if n)]
+    lines = [str(report)]
+    lines += [f"  {n} {what}: tests/tools/clean.py drops them" for what, n in quality(examples).items() if n]
     lines += ["", f"{'tokens':<12}{'mean':>8}{'p50':>8}{'p90':>8}{'p99':>8}{'max':>8}{'sum':>12}"]
     for name, size in zip(names, sizes.T):
         quantiles = "".join(f"{q:>8.0f}" for q in np.percentile(size, [50, 90, 99, 100]))
@@ -1548,16 +1503,12 @@ def stats(examples: Sequence[Example], report: Report) -> str:
     else:
         lines.append(f"\n{np.mean([e.desirable for e in examples]):.1%} of the rows are desirable")
         bias = 0.0
-    return "\n".join([*lines, *(f"→ {text}" for text in advice(report, found, bias))])
+    return "\n".join([*lines, *(f"→ {text}" for text in advice(report, bias))])
 
 
-def advice(report: Report, quality: dict[str, int], bias: float) -> list[str]:
+def advice(report: Report, bias: float = 0.0) -> list[str]:
     """What to do about what was found; bias: share of pairs whose chosen response is the longer one, less the opposite."""
     found = []
-    for name, what in (("duplicates", "repeat an earlier one"), ("identical responses", "compare a response with itself"),
-                       ("conflicts", "say the opposite of another one")):  # fmt: skip
-        if quality.get(name):
-            found.append(f"{quality[name]} rows {what}: tests/tools/clean.py --{name.split()[0]} drops them")
     if report.cut.get(NO_ENDING):
         found.append("no ending is taught: let the chat template write a token after an answer, such as {{ eos_token }}")
     cut_off = report.cut.get("response cut", 0)
@@ -1590,7 +1541,7 @@ class Showing(Counting):
 
     n: int = setting(3, "rows to print", aliases="-n")
     ids: bool = setting(False, "also the id of every token")
-    full: bool = setting(False, f"whole prompts; without it those above {SHOWN_TOKENS} tokens show their last turns")
+    full: bool = setting(False, f"whole prompts; without it their last {SHOWN_TOKENS} tokens")
 
 
 def print_stats(s: Counting) -> None:
@@ -1598,14 +1549,12 @@ def print_stats(s: Counting) -> None:
 
 
 def print_rows(s: Showing) -> None:
-    if s.n < 0:
-        raise UserError(f"n is {s.n}; it must not be negative")
     tokenizer = load_tokenizer(s.model, s.trust_remote_code)
     examples, report = load(s.dataset, tokenizer, s)
     colour = sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ or "FORCE_COLOR" in os.environ
     tokens = sys.maxsize if s.full else SHOWN_TOKENS
     print("\n\n".join(show(example, tokenizer, colour, s.ids, tokens) for example in examples[: s.n]))
-    print(visible("\n".join(["", str(report), *(f"→ {text}" for text in advice(report, {}, bias=0.0))])))
+    print(visible("\n".join(["", str(report), *(f"→ {text}" for text in advice(report))])))
 
 
 # ---- progress and command lines, of every file -----------------------------------------------------------------------
@@ -1745,6 +1694,8 @@ def command_line(
     (`| head`) ends the work quietly; of the streams that are `logs` the work does not depend. Characters that the output's
     encoding lacks are written as escapes.
     """
+    transformers_log.disable_progress_bar()
+    transformers_log.set_verbosity_error()  # a table of weights that do not fit, where one message follows
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):  # and not None, or what a notebook puts there
@@ -1775,11 +1726,6 @@ def command_line(
 
 def main(argv: list[str] | None = None):
     """The command line as a function. A user error ends with a message and exit code 2."""
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-
-    disable_progress_bar()
-    set_verbosity_error()  # a table of missing weights, where one message follows
-    argv = sys.argv[1:] if argv is None else argv
     return command_line(lambda argv: commands(argv, "data.py", __doc__, COMMANDS), argv)
 
 

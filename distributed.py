@@ -140,8 +140,7 @@ def own(folder: Path) -> FileLock:
         try:
             lock.acquire()
         except Timeout:
-            why = "is in use by another run, perhaps a rank that outlived its torchrun; end it first"
-            raise UserError(f"{folder} {why}") from None
+            raise UserError(f"{folder} is in use by another run, perhaps a rank that outlived torchrun; end it first") from None
         except (OSError, NotImplementedError) as error:  # some network file systems have no locks
             data.say(f"warning: {folder} cannot be locked ({error}); let one run at a time write there")
 
@@ -464,19 +463,14 @@ class StopOnSignal:
 
     Without torchrun a second one means now: the process ends as it would without this. SIGTERM or SIGHUP within a second of
     the first is no second one, since a batch system signals the group and the process; Ctrl-C twice is always meant.
-    `at_once` is for where nothing can be lost: the first one ends the process, with a word.
     """
 
     number = 0  # of the signal that came first
     since = 0.0  # when it came, by time.monotonic
 
-    def __init__(self, at_once: bool = False):
-        self.at_once = at_once
-
     def __enter__(self) -> "StopOnSignal":
         self.before = {}
-        left_alone = self.at_once and c10d.is_initialized()  # torchrun sees to that
-        if threading.current_thread() is threading.main_thread() and not left_alone:
+        if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                     self.before[number] = signal.signal(number, self._raise_hand)
@@ -487,9 +481,6 @@ class StopOnSignal:
             signal.signal(number, handler)
 
     def _raise_hand(self, number, frame) -> None:
-        if self.at_once:
-            data.say("stopped before a step was made; --resume starts there again")
-            raise SystemExit(128 + number)
         twice = number == self.number == signal.SIGINT or time.monotonic() > self.since + 1
         if self.number == 0:
             self.number, self.since = number, time.monotonic()
@@ -504,7 +495,8 @@ class StopOnSignal:
         return max(gather_objects(self.number))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -518,24 +510,18 @@ def _new_folder(folder: Path) -> None:
 
 
 def _checksums(folder: Path) -> dict[str, list[int]]:
-    """{file: [bytes, CRC-32]} of a checkpoint's files, all but the marker; each rank reads its share of them.
-
-    Raises:
-        OSError: on all ranks, where one of them cannot read.
-    """
-    mine = {}
-    failure = None
+    """{file: [bytes, CRC-32]} of a checkpoint's files, all but the marker; each rank reads its share of them. OSError on all
+    ranks where one of them cannot read."""
     try:
         files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != "complete")
-        for path in files[rank() :: world_size()]:
-            mine[path.name] = data.checksum(path)
+        mine = {path.name: data.checksum(path) for path in files[rank() :: world_size()]}
     except OSError as error:
-        failure = error
+        mine = error
     sums = {}
-    for failure_there, sums_there in gather_objects((failure, mine)):
-        if failure_there is not None:
-            raise failure_there
-        sums |= sums_there
+    for found in gather_objects(mine):
+        if isinstance(found, OSError):
+            raise found
+        sums |= found
     return sums
 
 
@@ -555,16 +541,13 @@ def validate(checkpoint: Path) -> str | None:
     except OSError as error:
         return f"its files or its marker cannot be read ({error})"
     except (ValueError, TypeError, AttributeError, RecursionError):
-        return "its marker is damaged"
+        expected = {}
     if "step.json" not in expected:
         return "its marker is damaged"
     for name in expected.keys() | {name for name in found if name.endswith(".safetensors")}:
         if found.get(name) != expected.get(name):
             what = "damaged" if name in found else "missing"
             return f"{name} is {what}: [bytes, CRC-32] are {found.get(name)}, the marker says {expected.get(name)}"
-    step = json.loads((checkpoint / "step.json").read_text())["step"]
-    if checkpoint.name != f"step-{step:06d}":
-        return f"it is called {checkpoint.name} and holds step {step}"
     return None
 
 
@@ -591,11 +574,8 @@ def _everything(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -
 
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer, state: dict, keep: int, tokenizer) -> bool:
-    """Write step-N of `state["step"]`, then delete all but the newest `keep` complete ones.
-
-    Returns:
-        whether it is there; when it cannot be written (a full disk) the reason is printed and older ones are left alone.
-    """
+    """Write step-N of `state["step"]`, then delete all but the newest `keep` complete ones; returns whether it is there. When
+    it cannot be written (a full disk) the reason is printed and older ones are left alone."""
     import torch.distributed.checkpoint as dcp
 
     final = folder / f"step-{state['step']:06d}"
@@ -630,15 +610,15 @@ def _describe(folder: Path, model: nn.Module, tokenizer) -> None:
 def _commit(part: Path, final: Path, sums: dict, keep: int) -> None:
     """Files, folder, its name, the marker: each is on disk before the next."""
     for name in sums:
-        _flush(part / name)
-    _flush(part)
+        flush(part / name)
+    flush(part)
     shutil.rmtree(final, ignore_errors=True)  # incomplete or damaged, as it is written again
     os.rename(part, final)
-    _flush(final.parent)
+    flush(final.parent)
     marker = final / "complete"
     marker.write_text(json.dumps(sums))
-    _flush(marker)
-    _flush(final)
+    flush(marker)
+    flush(final)
     whole = complete_checkpoints(final.parent)
     kept = whole[: whole.index(final) + 1][-keep:]  # a later one was found damaged when the run went on from an earlier one
     for old in checkpoints(final.parent):
@@ -655,10 +635,8 @@ def check_space(out: Path, model: nn.Module, checkpoints: int, dtype: torch.dtyp
     needed = sum(p.numel() for p in model.parameters()) * (12 * checkpoints + dtype.itemsize)
     free = shutil.disk_usage(out).free + sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     if needed > free:
-        raise UserError(
-            f"out {out} has {free / 2**30:.1f} GiB of free space, but {checkpoints} checkpoints and the exported model "
-            f"will need {needed / 2**30:.1f} GiB; make room, choose another --out or a smaller --keep"
-        )
+        what = f"{checkpoints} checkpoints and the exported model need {needed / 2**30:.1f} GiB"
+        raise UserError(f"out {out} has {free / 2**30:.1f} GiB of free space, but {what}; make room, or lower --keep")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -701,14 +679,8 @@ def check_ranks(values: dict) -> None:
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, run: dict) -> dict:
-    """Put weights and moments back in place, for any number of ranks; returns the saved state.
-
-    Args:
-        optimizer: one that has not made a step.
-        run: what makes this run the one that was saved, {name: value}; compared with `state["run"]`.
-    Raises:
-        UserError: it is another run's, by name of what differs.
-    """
+    """Put weights and moments back in place, for any number of ranks and an optimizer that has not made a step; returns the
+    saved state. UserError names what differs where `run`, {name: value}, is not the run that was saved."""
     state = json.loads((checkpoint / "step.json").read_text())
     check_same(run, state.get("run", {}), f"{checkpoint} belongs to another run")
     _read_into(_everything(model, optimizer, state["step"]), checkpoint)
@@ -745,7 +717,7 @@ def _write_model(folder: Path, model: nn.Module, weights: dict, tokenizer, dtype
         (part / "README.md").write_text(card, encoding="utf-8")
         for path in part.iterdir():
             shutil.copymode(part / "README.md", path)  # what the umask says; safetensors makes files for their owner alone
-            _flush(path)
+            flush(path)
         if folder.exists():  # empty, or of an attempt that was killed later; what else lies there is not touched
             shutil.copytree(part, folder, copy_function=os.replace, dirs_exist_ok=True)
             shutil.rmtree(part)
@@ -790,22 +762,21 @@ def export_checkpoint(e: Export) -> None:
     weights = {name.removeprefix("weight."): tensor for name, tensor in saved.items()}
     tokenizer = data.load_tokenizer(str(e.checkpoint), e.trust_remote_code)
     state = json.loads((e.checkpoint / "step.json").read_text())
-    card = model_card(e.out.name, state.get("run", {}), {"step": state["step"]})
+    card = model_card(state.get("run", {}), {"step": state["step"]})
     _write_model(e.out, model, weights, tokenizer, torch.bfloat16 if e.dtype == "bf16" else torch.float32, card)
 
 
-def model_card(title: str, settings: dict, metrics: dict) -> str:
-    """README.md of an exported model: what was measured and the settings of its run, of this machine's folders nothing."""
+def model_card(settings: dict, metrics: dict) -> str:
+    """README.md of an exported model: what was measured and the settings of its run, of this machine's folders nothing.
+
+    As JSON in a block of code, in which no value can be markup or end the block: a line break in it is spelled out.
+    """
     public = {name: value for name, value in settings.items() if name not in ("out", "cache", "resume")}
     for name in ("model", "dataset", "eval_dataset"):
         sources = re.split(r"\s*,\s*", public.get(name) or "")
         public[name] = ", ".join(source if _on_hub(source) else source.rpartition("/")[2] for source in sources) or None
-    lines = ["---", "library_name: transformers", "---", "", f"# {_plain(title)}"]
-    rounded = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in metrics.items()}
-    for head, rows in (("measured", rounded), ("setting", public)):
-        lines += ["", f"| {head} | |", "|---|---|"]
-        lines += [f"| {_plain(name)} | {_plain(value)} |" for name, value in rows.items() if value is not None]
-    return "\n".join([*lines, ""])
+    content = json.dumps({"measured": metrics, "settings": public}, indent=2)
+    return f"---\nlibrary_name: transformers\n---\n\n# Trained with plainpo\n\n```json\n{content}\n```\n"
 
 
 def _on_hub(source: str) -> bool:
@@ -814,18 +785,11 @@ def _on_hub(source: str) -> bool:
     return re.fullmatch(r"[\w-]+/[\w.-]+", name) is not None and not os.path.exists(name)
 
 
-def _plain(value) -> str:
-    """A value as one line of Markdown, no part of which is a table's, a link's or HTML."""
-    return re.sub(r"([\\`*<>|\[\]])", r"\\\1", data.visible(str(value)).replace("\n", " "))
-
-
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line as a function. A user error ends with a message and exit code 2."""
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # a table of weights that do not fit, where one message follows
     commands = {"export": (Export, export_checkpoint)}
     data.command_line(lambda argv: data.commands(argv, "distributed.py", __doc__, commands), argv)
 

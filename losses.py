@@ -1662,11 +1662,8 @@ def parse_objective(text: str) -> Objective:
         calls = parse_terms(ast.parse(quoted, mode="eval").body)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         why = f" ({error.msg.partition(';')[0]})" if isinstance(error, SyntaxError) else ""
-        raise ValueError(
-            f"objective is {text[:80]!r}{' …' * (len(text) > 80)}{why}; "
-            'write it as a call with named constants, such as "simpo(beta=2.5, gamma=0.5)", or as a sum of such calls, '
-            'such as "dpo(beta=0.1) + 0.5*sft"'
-        ) from None
+        how = 'write it as a call with named constants, "simpo(beta=2.5, gamma=0.5)", or as a sum of such, "dpo + 0.5*sft"'
+        raise ValueError(f"objective is {text[:80]!r}{why}; {how}") from None
     objective = Objective([named_term(*call) for call in calls])
     unpaired = [term.name for term in objective.terms if "desirable" in term.loss.tensors]
     paired = [term.name for term in objective.terms if "desirable" not in term.loss.tensors]
@@ -1734,10 +1731,9 @@ def load_loss(name: str) -> Callable[..., Tensor]:
         OBJECTIVES.update(here)  # a name of this file keeps its meaning
     registered = {key: value for key, value in defined.items() if hasattr(value, "tensors")}
     if function not in registered:
-        raise ValueError(
-            f"objective {name}: {function} is not registered in {file}{did_you_mean(function, registered)}; to register a "
-            "function, `from losses import average_logp, objective` and write @objective(reward=average_logp) above it"
-        )
+        guess = did_you_mean(function, registered)
+        how = "`from losses import average_logp, objective` and write @objective(reward=average_logp) above it"
+        raise ValueError(f"objective {name}: {function} is not registered in {file}{guess}; {how}")
     loss = registered[function]
     for tensor_name in loss.tensors:
         if not any(tensor_name in other.tensors for other in here.values()):
@@ -1771,8 +1767,9 @@ def described(error: BaseException) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ "; did you mean simpo?" where a known name is close to the word, else ""."""
-    near = difflib.get_close_matches(word[:80].lower(), known, 1)
-    return f"; did you mean {near[0]}?" if near else ""
+    by_lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word[:80].lower(), by_lower, 1)
+    return f"; did you mean {by_lower[near[0]]}?" if near else ""
 
 
 # ---- python losses.py: the list. python losses.py simpo: a function to paste -----------------------------------------

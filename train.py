@@ -184,7 +184,6 @@ class Run:
     train: Sequence[Example]
     held_out: Sequence[Example]
     layout: str = "packed"  # that of all batches, or "padded"
-    reports: dict[str, data.Report] = field(default_factory=dict)  # what was kept and dropped, and why
     lock: object = None  # as long as it is held, nobody else writes to the output folder
     plan: list[list[int]] = field(default_factory=list)  # the training rows of each optimizer step
     ref: dict[str, Tensor] = field(default_factory=dict)  # reference log-probs of the training rows by name, (n, k) each
@@ -197,21 +196,13 @@ class Run:
     step: int = 0
 
     @property
-    def bf16(self) -> bool:
-        return uses_bf16(self.s, self.device)
-
-    @property
-    def eval_every(self) -> int:
-        return math.ceil(len(self.plan) / 10) if self.s.eval_every is None else self.s.eval_every
-
-    @property
     def outputs(self) -> tuple[str, ...]:
         """What each pass of the policy has to give besides log-probs."""
         return self.objective.outputs + (("log_sum_p_squared",) if self.s.wpo else ())
 
     def arithmetic(self):
         """bf16 autocast or nothing. One context spans one kind of pass, so weights are cast once in it."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16) if self.s.dtype == "bf16" else contextlib.nullcontext()
 
     def microbatches(self, examples: Sequence[Example]) -> list[tuple[list[int], data.Batch]]:
         """This rank's share of the examples, split by token count: (indices into examples, batch), as many for every rank."""
@@ -236,30 +227,40 @@ def prepare(s: Settings) -> Run:
     tokenizer = data.load_tokenizer(s.model, s.trust_remote_code)
     train_rows, held_out, reports = load_rows(s, tokenizer, objective)
     say(settings_table(s))
+    if s.dtype == "auto":
+        s.dtype = "bf16" if data.bf16_in_hardware(device) else "fp32"
     for name, report in reports.items():
         say(f"{name}: {report}")
     if data.asks_for_date(tokenizer):
         say(f"date: the chat template is told {s.date}, also where the run is resumed on another day (--date)")
     if 0 < len(held_out) < 50:  # the standard error of an accuracy is then about 0.07
         say(f"{len(held_out)} held-out rows are too few to compare runs by; take some hundreds (eval_size, eval_dataset)")
+    extremes = {}
+    train_hash, tokens = survey(train_rows, extremes)
+    held_out_hash, _ = survey(held_out, extremes)
     answers = [e._replace(responses=[[0] * s.sample_tokens]) for e in held_out[: s.samples]]  # as long as they may become
-    checked = extremes(itertools.chain(train_rows, held_out, answers))
-    policy = build_policy(s, objective, device, checked)
-    run = Run(s, objective, device, tokenizer, policy, train_rows, held_out, policy.layout, reports, lock)
+    survey(answers, extremes)
+    no_margin, e = extremes["without margin"]
+    if no_margin and objective.needs("margin"):
+        scores = "score_chosen and score_rejected (or all_rm_scores; tests/tools/on_policy.py makes them)"
+        raise UserError(f"{objective.name} needs a margin of scores, but {e.where} has none; give {scores} in every row")
+    policy = build_policy(s, objective, device, extremes)
+    run = Run(s, objective, device, tokenizer, policy, train_rows, held_out, policy.layout, lock)
     run.plan = plan_steps(s, len(train_rows))
-    say(headline(run))
+    if s.eval_every is None:
+        s.eval_every = math.ceil(len(run.plan) / 10)
+    say(headline(run, tokens))
     load = os.getloadavg()[0]
     if device.type == "cpu" and torch.get_num_threads() > 1 and load > os.cpu_count() + 0.5:
         say(f"this machine is busy (load {load:.1f} on {os.cpu_count()} cores): OMP_NUM_THREADS=1 may be faster")
-    run.same = identity(run)
+    run.same = identity(run) | {"training rows (hash)": train_hash, "held-out rows (hash)": held_out_hash}
     dist.check_ranks(run.same)
     if earlier:
         dist.check_same(run.same, earlier, f"{out} belongs to another run")
     rows = {name: report._asdict() for name, report in reports.items()}
     dist.on_rank_0(write_whole, out / MARKER, json.dumps({"plainpo": run.same, "rows": rows}, indent=2) + "\n")
     stop_at_terminator(run.policy.model, tokenizer, data.template_arguments(s), say)
-    with dist.StopOnSignal(at_once=True):
-        score_initial_model(run)
+    score_initial_model(run)  # a signal ends the process here: nothing is lost, and --resume starts again
     run.optimizer = make_optimizer(run)
     if s.resume:
         resume(run)
@@ -355,7 +356,7 @@ def train(s: Settings) -> dict:
             writer.evaluated(evaluate(run), run.initial_answers)
         for rows in writer.progress(run.plan[run.step :]):
             writer.stepped(train_step(run, rows))
-            if run.held_out and due(run, run.eval_every) and run.step < len(run.plan):
+            if run.held_out and due(run, s.eval_every) and run.step < len(run.plan):
                 writer.evaluated(evaluate(run), answers(run))
             stopping = stop.requested()
             if stopping or due(run, s.save_every):
@@ -408,7 +409,7 @@ def finish(run: Run, writer: "MetricsWriter", started: float) -> dict:
     out = Path(s.out)
     lines = writer.records["metrics.jsonl"]
     last = lines[-1] if lines else {}
-    card = functools.partial(dist.model_card, out.name, {**asdict(s), "objective": str(run.objective)})
+    card = functools.partial(dist.model_card, {**asdict(s), "objective": str(run.objective)})
     write_model(run, card(last))
     if run.held_out and "eval_loss" not in last:
         writer.evaluated(evaluate(run), answers(run))
@@ -433,7 +434,7 @@ def finish(run: Run, writer: "MetricsWriter", started: float) -> dict:
         "train_seconds": totals["seconds"],
         "seconds": time.perf_counter() - started,
         "peak_memory_gib": peak_memory(run.device),
-        "dtype": "bf16" if run.bf16 else "fp32",
+        "dtype": s.dtype,
         "device": str(run.device),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
@@ -456,11 +457,9 @@ PLACES = ("model", "dataset", "eval_dataset", "out", "cache")  # settings that m
 
 def prepare_out(s: Settings) -> Path:
     """The output folder, new or empty, or with `resume` that of an earlier run; nothing of a user's is ever deleted."""
-    if s.out is None:
-        names = [word for word in re.split(r"\W+", s.objective) if word in OBJECTIVES]
-        out = Path("runs", "-".join([time.strftime("%Y%m%d-%H%M%S"), *names]))
-    else:
-        out = Path(s.out)
+    objectives = [word for word in re.split(r"\W+", s.objective) if word in OBJECTIVES]
+    fresh = "-".join([time.strftime("%Y%m%d-%H%M%S"), *objectives])
+    out = Path("runs", fresh) if s.out is None else Path(s.out)
     try:
         names = {path.name for path in out.iterdir()} if out.exists() else set()
         begun = ".lock" in names and names <= {".lock", "run.part", MARKER}  # by a run that did not come to its first step
@@ -502,6 +501,25 @@ def finished(s: Settings) -> dict:
     return summary
 
 
+def survey(rows: Iterable[Example], extremes: dict[str, tuple[int, Example]]) -> tuple[str, int]:
+    """(hash, tokens) of rows that are read once. Of `extremes`, each behind its measure, it keeps up to date the longest row
+    (prompt and longer response), the one of most tokens in all, the shortest, that of the highest id, one without a margin."""
+    digest = hashlib.sha256()
+    total = 0
+    for e in rows:
+        digest.update(json.dumps([e.prompt, e.responses, e.desirable, e.margin]).encode())
+        tokens = data.tokens_of(e)
+        total += tokens
+        length = len(e.prompt) + max(map(len, e.responses))
+        highest = max(itertools.chain(e.prompt, *e.responses))
+        measures = {"longest": length, "largest": tokens, "shortest": -length, "highest id": highest}
+        measures["without margin"] = e.margin is None
+        for name, measure in measures.items():
+            if name not in extremes or measure > extremes[name][0]:
+                extremes[name] = (measure, e)
+    return digest.hexdigest(), total
+
+
 def load_rows(s: Settings, tokenizer, objective: Objective) -> tuple[Sequence[Example], Sequence[Example], dict]:
     """(training examples, held-out examples, reports of what was dropped), in the form the objective trains on."""
     train_rows, report = data.load(s.dataset, tokenizer, s)
@@ -515,25 +533,21 @@ def load_rows(s: Settings, tokenizer, objective: Objective) -> tuple[Sequence[Ex
     for e in (*train_rows[:1], *held_out[:1]):
         if e.desirable is not None and not objective.unpaired:
             raise UserError(f"{objective.name} compares pairs, but {e.where} is a labelled completion; use kto, bco or uapo")
-    if objective.needs("margin"):
-        where = train_rows.without_margin() or held_out.without_margin()
-        if where:
-            scores = "score_chosen and score_rejected (or all_rm_scores; tests/tools/on_policy.py makes them)"
-            raise UserError(f"{objective.name} needs a margin of scores, but {where} has none; give {scores} in every row")
-    most = 2 if objective.unpaired else objective.responses  # scored responses of an example: both of a pair, or the chosen one
-
-    def scored(e: Example) -> Example:
-        return e._replace(responses=e.responses[:most])
-
-    return train_rows.mapped(scored), held_out.mapped(scored), reports
+    if not objective.unpaired and objective.responses == 1:  # only the chosen response is scored
+        train_rows, held_out = train_rows.mapped(chosen_only), held_out.mapped(chosen_only)
+    return train_rows, held_out, reports
 
 
-def build_policy(s: Settings, objective: Objective, device: torch.device, rows: dict[str, Example]) -> ResponseLogProbs:
-    """The model with fp32 weights, checked on the `extremes` of the rows, sharded over ranks, in the layout it is trained in;
+def chosen_only(e: Example) -> Example:
+    return e._replace(responses=e.responses[:1])
+
+
+def build_policy(s: Settings, objective: Objective, device: torch.device, rows: dict[str, tuple]) -> ResponseLogProbs:
+    """The model with fp32 weights, checked on the extremes of the rows, sharded over ranks, in the layout it is trained in;
     and the reference, where an objective needs its token KL. None is ever in training mode, which turns on dropout and noise.
     """
     several = dist.world_size() > 1
-    longest_pack = min(s.tokens_per_microbatch, max(s.batch_size, AT_ONCE) * data.tokens_of(rows["largest"]))
+    longest_pack = min(s.tokens_per_microbatch, max(s.batch_size, AT_ONCE) * rows["largest"][0])
 
     def check(model: torch.nn.Module) -> str:
         if several:  # only here is the model whole, on the CPU; its first blocks are enough if they pass
@@ -550,7 +564,7 @@ def build_policy(s: Settings, objective: Objective, device: torch.device, rows: 
     reference = copy.deepcopy(model).requires_grad_(False) if objective.needs("kl_w") else None
     checkpoints = s.keep + 1 if s.save_every else 0
     dist.on_rank_0(dist.check_space, Path(s.out), model, checkpoints, export_dtype(s, model))
-    policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, uses_bf16(s, device), s.gradient_checkpointing, s.compile)
+    policy = dist.shard(ResponseLogProbs(model, reference), s.mesh, s.dtype == "bf16", s.gradient_checkpointing, s.compile)
     for part in (model, reference):
         if part is not None:
             dist.hand_out(part, weights, device)
@@ -559,19 +573,6 @@ def build_policy(s: Settings, objective: Objective, device: torch.device, rows: 
         raise UserError(f"{s.model}: {len(wrong)} weights of this model are not finite numbers, the first is {wrong[0]}")
     policy.use_layout(layout)
     return policy.train(False)
-
-
-def extremes(rows: Iterable[Example]) -> dict[str, Example]:
-    """The longest row (prompt and longer response), the one of most tokens in all, the shortest, that of the highest id."""
-    found = {}
-    for e in rows:
-        length = len(e.prompt) + max(map(len, e.responses))
-        highest = max(itertools.chain(e.prompt, *e.responses))
-        keys = {"longest": length, "largest": data.tokens_of(e), "shortest": -length, "highest id": highest}
-        for name, key in keys.items():
-            if name not in found or key > found[name][0]:
-                found[name] = (key, e)
-    return {name: e for name, (_, e) in found.items()}
 
 
 @contextlib.contextmanager
@@ -590,32 +591,26 @@ def first_blocks(model: torch.nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def choose_layout(model: torch.nn.Module, rows: dict[str, Example], wanted: str, budget: int = 1) -> str:
+def choose_layout(model: torch.nn.Module, rows: dict[str, tuple[int, Example]], wanted: str, budget: int = 1) -> str:
     """The layout, packed or padded, in which a model's log-probs are its own; for auto the first of the two that is right.
 
-    Args:
-        rows: `extremes`. Long rows show where windows and learned positions end, beside the shortest and, in a pack of `budget`
-            tokens, beside themselves. What is right are the `own_logprobs` of each response alone, in fp32.
-        wanted: auto, packed or padded.
-    Raises:
-        UserError: the layout that is wanted is wrong, for auto both, or the model cannot read the longest row or the highest
-            id.
+    rows: extremes, see `survey`. Long rows show where windows and learned positions end, beside the shortest and, in a pack
+    of `budget` tokens, beside themselves. Right are the `own_logprobs` of each response alone, in fp32. UserError where the
+    layout that is wanted is wrong, for auto both, or the model cannot read the longest row or the highest id.
     """
     name = type(model).__name__
-    odd = rows["highest id"]
-    highest = max(itertools.chain(odd.prompt, *odd.responses))
+    highest, odd = rows["highest id"]
     embeddings = len(model.get_input_embeddings().weight)
     if highest >= embeddings:
         raise UserError(f"{odd.where} holds id {highest}, but {name} has only {embeddings} embeddings: no match")
-    longest = rows["longest"]
+    tokens, longest = rows["longest"]
     half = longest._replace(responses=[r[: max(1, len(r) // 2)] for r in longest.responses])  # padded, as encoders can see
-    examples = list({str(e): e for e in (longest, rows["largest"], rows["shortest"], half)}.values())
+    examples = list({str(e): e for e in (longest, rows["largest"][1], rows["shortest"][1], half)}.values())
     try:
         own = [own_logprobs(model, e.prompt, response) for e in examples for response in e.responses]
     except Exception as error:  # of any kind: positions that end, above all
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        tokens = len(examples[0].prompt) + max(map(len, examples[0].responses))
-        where = f"{examples[0].where}, {tokens} tokens (its max_position_embeddings: {limit})"
+        where = f"{longest.where}, {tokens} tokens (its max_position_embeddings: {limit})"
         advice = "try a lower --max_length or --sample_tokens"
         raise UserError(f"{name} cannot read {where}: {data.brief(error)}; {advice}") from error
     policy = ResponseLogProbs(model)
@@ -692,10 +687,6 @@ def stop_at_terminator(model: torch.nn.Module, tokenizer, template: dict, say: C
         config.eos_token_id = [*stops, end]
 
 
-def uses_bf16(s: Settings, device: torch.device) -> bool:
-    return data.bf16_in_hardware(device) if s.dtype == "auto" else s.dtype == "bf16"
-
-
 def export_dtype(s: Settings, model: torch.nn.Module) -> torch.dtype:
     came_in = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": came_in}[s.export_dtype]
@@ -735,32 +726,26 @@ def gathered(rows: list[int], passes: list[dict[str, Tensor]], total: int) -> di
 
 def plan_steps(s: Settings, rows: int) -> list[list[int]]:
     """The training rows of each optimizer step, from the first step to the last."""
-    steps = s.epochs * math.ceil(rows / s.batch_size)
-    if s.max_steps is not None:
-        steps = min(steps, s.max_steps)
+    in_epoch = math.ceil(rows / s.batch_size)
+    steps = min(s.epochs * in_epoch, s.max_steps or math.inf)
     if steps > 10**7:
         raise UserError(f"epochs {s.epochs} over {rows} rows are {steps} steps, above 10 million; set max_steps")
     plan = []
-    epoch = 0
-    while len(plan) < steps:
+    for epoch in range(math.ceil(steps / in_epoch)):
         plan += [batch.tolist() for batch in data.step_plan(rows, s.batch_size, s.seed, epoch)]
-        epoch += 1
     return plan[:steps]
 
 
 def identity(run: Run) -> dict:
-    """What must be equal for a run to go on from a checkpoint: all that its numbers depend on but the number of ranks."""
+    """What must be equal for a run to go on from a checkpoint, besides its rows: all that numbers depend on but the ranks."""
     s = run.s
     same = {"model": Path(s.model).name, "dataset": Path(s.dataset).name, "objective": str(run.objective)}
-    same |= {"dtype": "bf16" if run.bf16 else "fp32", "device": run.device.type}
+    same |= {"device": run.device.type, "layout": run.layout, "initial weights (hash)": run.policy.model.initial_hash}
     if data.asks_for_date(run.tokenizer):  # else no id depends on it
         same["date"] = s.date
     names = ("lr", "batch_size", "epochs", "max_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "seed", "max_length",
-             "tokens_per_microbatch", "wpo")  # fmt: skip
-    same |= {name: getattr(s, name) for name in names} | {"layout": run.layout}
-    same["initial weights (hash)"] = run.policy.model.initial_hash
-    for what, examples in (("training rows", run.train), ("held-out rows", run.held_out)):
-        same[f"{what} (hash)"] = hash_of([e.prompt, e.responses, e.desirable, e.margin] for e in examples)
+             "tokens_per_microbatch", "wpo", "dtype")  # fmt: skip
+    same |= {name: getattr(s, name) for name in names}
     for term in run.objective.terms:
         file = term.name.rpartition(":")[0]  # of a function of the user's own
         if file:
@@ -829,11 +814,10 @@ def reference_logps(run: Run, examples: Sequence[Example], what: str, at_once: S
     names = {"logp": "ref"}
     if run.objective.needs("ref_prefix") and len(examples[0].responses) > 1:
         names["prefix_logp"] = "ref_prefix_logp"
-    packs = [run.layout, s.tokens_per_microbatch, dist.world_size(), at_once]
     cpu = [platform.node(), torch.get_num_threads()]
     machine = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else cpu
-    versions = [torch.__version__, transformers.__version__]
-    how = [packs, run.bf16, s.compile, machine, versions, run.policy.model.initial_hash]
+    how = [run.layout, s.tokens_per_microbatch, dist.world_size(), at_once, s.dtype, s.compile, machine]
+    how += [torch.__version__, transformers.__version__, run.policy.model.initial_hash]
     key = hash_of(itertools.chain(how, ([e.prompt, e.responses] for e in examples)))
     file = Path(s.cache).expanduser() / f"reference-{key[:32]}.safetensors"
     found = dist.on_rank_0(dist.load_tensors, file) or {}
@@ -902,16 +886,13 @@ def stop_if_not_finite(run: Run, examples: list[Example], logp: Tensor, loss: Te
         return
     rows = [e.where for e, b in zip(examples, bad.tolist()) if b] or [e.where for e in examples]
     what = "loss" if bad.any() else "gradient"
-    more = " …" if len(rows) > 8 else ""
-    advice = "if they are sound, lower lr"
+    said = f"the {what} of {len(rows)} rows is not finite; the weights were left as they were before this step. The first: "
+    said += f"{'; '.join(rows[:8])}. Look at them with `python data.py show`; if they are sound, lower lr"
     if run.step > 0 and save(run):
         kept = f"{run.s.out}/checkpoints/step-{run.step:06d}"
-        advice += f". To go on without them (--resume would come to them again): `python distributed.py export {kept} NEW "
-        advice += "--dtype fp32`, take them out of the data, and start a run with --model NEW"
-    raise UserError(
-        f"the {what} is not finite; the weights were left as they were before this step. Rows: {'; '.join(rows[:8])}{more}. "
-        f"Look at them with `python data.py show`; {advice}"
-    )
+        said += f". To go on without them (--resume would come to them again): `python distributed.py export {kept} NEW "
+        said += "--dtype fp32`, take them out of the data, and start a run with --model NEW"
+    raise UserError(said)
 
 
 def check_first_step(run: Run, examples: list[Example], values: dict[str, Tensor]) -> None:
@@ -919,7 +900,7 @@ def check_first_step(run: Run, examples: list[Example], values: dict[str, Tensor
     exact = run.device.type == "cpu" and not run.s.compile  # else it is chosen anew how to add up
     if exact and not torch.equal(values["logp"], values.get("ref", values["logp"])):  # kernels may differ with gradients: Doge
         exact = not torch.equal(log_probs(run, examples, at_once=[len(examples)])["logp"].cpu(), values["ref"])
-    rounding = 0.1 if run.bf16 else 1e-3
+    rounding = 0.1 if run.s.dtype == "bf16" else 1e-3
     check_step_zero(values, 0.0 if exact else rounding)
     names = [name for name, p in run.policy.model.named_parameters() if p.grad is None]
     if names:
@@ -1037,15 +1018,8 @@ MEASURES = {  # of an evaluation, as its table calls them
     "logp_w_per_token": "nats/token chosen",
     "logp_l_per_token": "nats/token rejected",
 }
-SHOWN = {  # of a step, beside its number and the time that is left
-    "loss": "loss",
-    "reward_margin": "margin",
-    "reward_accuracy": "accuracy",
-    "lr": "lr",
-    "grad_norm": "grad norm",
-    "tokens_per_second": "tokens/s",
-    "peak_memory_gib": "GiB",
-}
+# of a step, on the progress bar, beside its number and the time that is left
+SHOWN = ("loss", "reward_margin", "reward_accuracy", "lr", "grad_norm", "tokens_per_second", "peak_memory_gib")
 
 
 def table(held_out: int, rows: dict[str, dict]) -> list[str]:
@@ -1059,16 +1033,14 @@ def table(held_out: int, rows: dict[str, dict]) -> list[str]:
     return lines
 
 
-def headline(run: Run) -> str:
+def headline(run: Run, tokens: int) -> str:
     """What is about to be trained, in one line."""
     s = run.s
     parameters = sum(p.numel() for p in run.policy.model.parameters())
-    tokens = sum(map(data.tokens_of, run.train))
     kind = "pairs" if run.train[0].desirable is None else "completions"
-    ranks = f", {dist.world_size()} ranks (mesh {'x'.join(map(str, dist.mesh_sizes(s.mesh)))})" if dist.world_size() > 1 else ""
+    ranks = f", {dist.world_size()} ranks" if dist.world_size() > 1 else ""
     rows = f"{len(run.train):,} {kind} ({tokens:,} tokens), {len(run.plan):,} steps of {s.batch_size} {kind}"
-    arithmetic = "bf16" if run.bf16 else "fp32"
-    return f"{run.objective}: {parameters / 1e6:.4g} M parameters, {rows}, {arithmetic}, {run.device}{ranks}"
+    return f"{run.objective}: {parameters / 1e6:.4g} M parameters, {rows}, {s.dtype}, {run.device}{ranks}"
 
 
 class MetricsWriter:
@@ -1081,7 +1053,7 @@ class MetricsWriter:
         self.send = open_log(run.s, self.out)
         self.prompts = [run.tokenizer.decode(e.prompt) for e in run.held_out[: run.s.samples]]
         self.warned = set()
-        self.table_said = None  # when the last line of the table of evaluations was said
+        self.table_begun = False
 
     def progress(self, plan: list[list[int]]) -> Iterator[list[int]]:
         """The rows of each step that is left, on a progress bar."""
@@ -1094,7 +1066,7 @@ class MetricsWriter:
         line["tokens_per_second"] = line["tokens"] / max(line["seconds"], 1e-9)  # should a clock stand still
         self._append("metrics.jsonl", line)
         line["peak_memory_gib"] = peak_memory(self.run.device)
-        shown = {title: f"{line[name]:.3g}" for name, title in SHOWN.items() if name in line}
+        shown = {name: f"{line[name]:.3g}" for name in SHOWN if name in line}
         self.bar.set_postfix(shown, refresh=False)
 
     def evaluated(self, line: dict, texts: list[str]) -> None:
@@ -1106,14 +1078,13 @@ class MetricsWriter:
         for prompt, text in zip(self.prompts, texts):
             self._append("samples.jsonl", {"step": step, "prompt": prompt, "answer": text})
         initial = self.records["metrics.jsonl"][0]
-        rows = {"before": initial, f"step {step}": line} if step else {"before": line}
-        lines = table(len(self.run.held_out), rows)
-        begun = self.table_said is not None and (data.is_watched() or time.monotonic() - self.table_said < data.DRAWN_EVERY)
-        lines = lines[-1:] if begun else lines  # elsewhere lines of progress stand between
+        lines = table(len(self.run.held_out), {"before": initial, f"step {step}": line} if step else {"before": line})
+        if self.table_begun:
+            lines = lines[-1:]
+        self.table_begun = True
         if texts:
             lines.append(f"  {self.run.held_out[0].asked!r} → {texts[0][:160]!r}")
         say("\n".join(lines))
-        self.table_said = time.monotonic()
         for guard, warning in divergence(initial, line).items():
             if guard not in self.warned:
                 say(f"warning: {warning}. Lower lr (try a third), or stop earlier: --eval-every shows where it began")
@@ -1134,10 +1105,8 @@ def settings_table(s: Settings) -> str:
     unsaid = ("resume", "date", "out")  # the date is said where it matters
     changed = {f.name: getattr(s, f.name) for f in fields(s) if f.name not in unsaid and getattr(s, f.name) != f.default}
     width = max(map(len, changed))
-    table = f"settings that are not the defaults (all are in {s.out}/settings.json):"
-    for name, value in changed.items():
-        table += f"\n  {name:<{width}}  {value}"
-    return table
+    lines = [f"  {name:<{width}}  {value}" for name, value in changed.items()]
+    return "\n".join([f"settings that are not the defaults (all are in {s.out}/settings.json):", *lines])
 
 
 def open_records(run: Run) -> dict[str, list[dict]]:
@@ -1146,8 +1115,8 @@ def open_records(run: Run) -> dict[str, list[dict]]:
     out = Path(s.out)
     (out / "checkpoints").mkdir(exist_ok=True)
     kept = {}
-    for name, types in (("metrics.jsonl", (int, float)), ("samples.jsonl", (int, str))):
-        lines = read_lines(out / name, {"step": int}, types)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        lines = read_lines(out / name, "step", int)
         kept[name] = [line for line in lines if run.step and line["step"] <= run.step]
         write_whole(out / name, as_lines(kept[name]))
     settings = {name: value for name, value in asdict(s).items() if name != "resume"} | {"objective": str(run.objective)}
@@ -1158,20 +1127,18 @@ def open_records(run: Run) -> dict[str, list[dict]]:
     return kept
 
 
-def read_lines(file: Path, needed: dict[str, type], types: tuple[type, ...] = (object,)) -> list[dict]:
-    """The records of a file of JSON lines, which have what is needed, {name: type}, and values of these types only. What is no
-    record (damaged, or half-written by a kill) is passed over, and said."""
+def read_lines(file: Path, key: str, kind: type) -> list[dict]:
+    """The records of a file of JSON lines, which have a key of this kind. What is no record is passed over, and said."""
     lines = []
     passed = []
     texts = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
     for number, text in enumerate(texts, 1):
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            line = None
-        is_record = isinstance(line, dict) and all(isinstance(line.get(name), kind) for name, kind in needed.items())
-        if is_record and all(isinstance(x, types) for x in line.values()):
-            lines.append(line)
+            record = dict(json.loads(text))
+        except (ValueError, TypeError, RecursionError):  # such as one that was half-written when the process was killed
+            record = {}
+        if isinstance(record.get(key), kind):
+            lines.append(record)
         elif text:
             passed.append(str(number))
     if passed:
@@ -1186,10 +1153,8 @@ def as_lines(records: list[dict]) -> str:
 def write_whole(file: Path, text: str) -> None:
     """Write a file, whole or not at all, whatever becomes of the machine."""
     part = file.with_suffix(".part")
-    with open(part, "w", encoding="utf-8") as opened:
-        opened.write(text)
-        opened.flush()
-        os.fsync(opened.fileno())
+    part.write_text(text, encoding="utf-8")
+    dist.flush(part)
     os.replace(part, file)
 
 
@@ -1223,15 +1188,14 @@ def divergence(initial: dict, now: dict) -> dict[str, str]:
     The bounds are ours, between what good and what spoilt runs of small models showed.
     """
     warnings = {}
-    was = initial.get("repetition", 0.0)
-    is_now = now.get("repetition", 0.0)
-    if is_now > 0.4 and is_now > was + 0.2:
-        repeated = f"{is_now:.0%} of their word 3-grams occurred before in the same answer, {was:.0%} initially"
-        warnings["repetition"] = f"the sample completions repeat themselves: {repeated}. Read samples.jsonl"
+    repeated = now.get("repetition", 0.0)
+    if repeated > max(0.4, initial.get("repetition", 0.0) + 0.2):
+        grams = f"{repeated:.0%} of their word 3-grams occurred before in the same answer"
+        warnings["repetition"] = f"the sample completions repeat themselves: {grams}. Read samples.jsonl"
     lost = now.get("eval_drift", 0.0)
     if lost > 1.5:
-        far = f"far from where it began: held-out responses have lost {lost:.2f} nats per token"
-        warnings["drift"] = f"the model is {far}. Objectives with a reference hold on to it with a larger beta"
+        far = f"held-out responses have lost {lost:.2f} nats per token"
+        warnings["drift"] = f"{far}. Objectives with a reference hold on to it with a larger beta"
     was = initial.get("eval_logp_w_per_token", -math.inf)
     is_now = now.get("eval_logp_w_per_token", 0.0)
     if is_now < was - 1 and is_now < 2 * was:
@@ -1255,8 +1219,7 @@ def open_log(s: Settings, out: Path) -> Callable[[dict], None]:
 
     def send(line: dict) -> None:
         for name, value in line.items():
-            if name != "step":
-                writer.add_scalar(name, value, line["step"])
+            writer.add_scalar(name, value, line["step"])
         writer.flush()
 
     return send
@@ -1328,8 +1291,6 @@ def main(argv: list[str] | None = None, work: Callable = lambda argv: train(pars
     """The command line as a function; returns the summary. A user error ends with a message and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors: far fewer page faults
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # a table of weights that do not fit, where one message follows
     stopped = "stopped at once: --resume goes on from the last checkpoint, if there is one"
     return data.command_line(work, argv, dist.fail, stopped, logs=("stdout", "stderr"))
 

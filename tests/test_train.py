@@ -18,7 +18,6 @@ import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import processes
 import pytest
@@ -809,8 +808,8 @@ FILES = {  # content of a settings file → what is said of it
     b"batch_size:": "batch_size needs a value",
     b"lr: 1e-6\nbatch_size: 2\nlr: 1e-5": "lr is there twice",
     b"lr: {peak: 1}": "lr needs a value: one, or a list of some",
-    b"out: !!python/object/apply:os.getcwd []": "cannot be read",
     b"a: &a [x, x]\nb: &b [*a, *a]\ndataset: [*b, *b]": "b needs a value: one",
+    b"out: !!python/object/apply:os.getcwd []": "cannot be read",
     "objective: ä".encode("latin-1"): "cannot be read as settings ('utf-8' codec",
     "lr: 1e-6".encode("utf-16"): "cannot be read as settings ('utf-8' codec",
     bytes(range(1, 32)): "cannot be read",
@@ -920,10 +919,10 @@ def test_one_run_at_a_time_in_a_folder(arguments, tmp_path, capsys):
 
 
 def test_records_that_are_damaged_are_passed_over_and_said(arguments, tmp_path, capsys):
-    """Lines 3 and later of metrics.jsonl hold what no run writes; of samples.jsonl the first of two lines is destroyed."""
+    """Lines 3 and later of metrics.jsonl are no records; of samples.jsonl the first of two lines is destroyed."""
     more = dict(samples=2, save_every=2, eval_every=1)
     train.main(arguments(**more))
-    out, odd = tmp_path / "out", [b"[]", b"1", b"{}", b'{"step": 1, "loss": "x"}', b"\xff\xfe", b'{"step": 1, "lo', b"[" * 9999]
+    out, odd = tmp_path / "out", [b"[]", b"1", b"{}", b'{"step": "1", "loss": 1}', b"\xff\xfe", b'{"step": 1, "lo', b"[" * 9999]
     whole, samples = metrics(out), (out / "samples.jsonl").read_text().splitlines()
     shutil.rmtree(out / "checkpoints" / "step-000004")
     (out / "summary.json").unlink()
@@ -1037,14 +1036,16 @@ def odd(name: str, spread: float = 0.1) -> torch.nn.Module:
     return model
 
 
-def rows_of(*shapes: tuple) -> dict[str, data.Example]:
-    """Examples of (prompt, response, …) tokens, by what they are the extremes of."""
+def rows_of(*shapes: tuple) -> dict[str, tuple[int, data.Example]]:
+    """The extremes of examples of (prompt, response, …) tokens."""
     g = torch.Generator().manual_seed(0)
     examples = []
     for i, shape in enumerate(shapes, 1):
         prompt, *responses = (torch.randint(3, 60, (n,), generator=g).tolist() for n in shape)
         examples.append(data.Example(prompt, responses, where=f"pairs.jsonl row {i}"))
-    return train.extremes(examples)
+    extremes = {}
+    train.survey(examples, extremes)
+    return extremes
 
 
 LONG = ((20, 14, 9), (3, 2, 4))  # above the window of 8 and, together with the prompt, above 16 positions
@@ -1059,7 +1060,7 @@ def test_where_both_layouts_are_right_packed_is_taken(name, capsys):
     assert train.choose_layout(model, rows, "auto") == expected
     assert f"layout: {expected}" in capsys.readouterr().err
     policy = train.ResponseLogProbs(model)
-    examples = [rows["longest"], rows["shortest"]]
+    examples = [rows["longest"][1], rows["shortest"][1]]
     own = torch.stack([response_logprob(model, e.prompt, r) for e in examples for r in e.responses])
     policy.use_layout(expected)
     torch.testing.assert_close(policy(data.LAYOUTS[expected](examples))["logp"], own, rtol=1e-5, atol=1e-5)
@@ -1115,11 +1116,19 @@ def test_whatever_is_random_is_found_out():
         train.choose_layout(model, rows_of(*LONG), "auto")
 
 
-def test_extremes_by_hand():
-    """Lengths 6, 4 and 7, of 10, 5 and 7 tokens in all; the highest id stands in a rejected response."""
+def test_a_survey_by_hand():
+    """Lengths 6, 4 and 7, of 10, 5 and 7 tokens in all; the highest id stands in a rejected response. In two parts the same,
+    save for the hash, which any change of an id, a label or a margin changes."""
     rows = [data.Example([1, 1], [[1] * 4, [1] * 4]), data.Example([1], [[1], [9, 1, 1]]), data.Example([1] * 6, [[1]])]
-    found = {"longest": rows[2], "largest": rows[0], "shortest": rows[1], "highest id": rows[1]}
-    assert train.extremes(iter(rows)) == found
+    found = {"longest": (7, rows[2]), "largest": (10, rows[0]), "shortest": (-4, rows[1]), "highest id": (9, rows[1])}
+    found["without margin"] = (True, rows[0])
+    whole, parts = {}, {}
+    digest, tokens = train.survey(iter(rows), whole)
+    assert whole == found and tokens == 22
+    assert [train.survey(part, parts)[1] for part in (rows[:1], rows[1:])] == [10, 12] and parts == found
+    assert train.survey([e._replace(where="elsewhere") for e in rows], {})[0] == digest
+    for change in (dict(prompt=[1, 2]), dict(responses=[[1] * 4, [1] * 3]), dict(desirable=True), dict(margin=0.5)):
+        assert train.survey([rows[0]._replace(**change), *rows[1:]], {})[0] != digest
 
 
 def test_blocks_are_left_out_until_every_kind_is_there():
@@ -1299,7 +1308,7 @@ def test_which_signal_came_first_and_what_a_second_one_means(monkeypatch):
     now, got = [100.0], []
     monkeypatch.setattr(dist.time, "monotonic", lambda: now[0])
     for first, second in ((signal.SIGTERM, signal.SIGTERM), (signal.SIGHUP, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)):
-        before = {number: signal.signal(number, lambda n, frame: got.append(n)) for number in (first, second)}
+        before = {number: signal.signal(number, lambda n, frame: got.append(n)) for number in {first, second}}
         with dist.StopOnSignal() as stop:
             assert stop.requested() == 0
             for later in (0.0, 0.9, 1.1):
@@ -1639,20 +1648,12 @@ def test_the_objective_is_recorded_with_its_defaults(arguments, tmp_path, capsys
     assert whole in (tmp_path / "out" / "model" / "README.md").read_text() and f"\n{whole}: " in capsys.readouterr().err
 
 
-def test_the_identity_takes_one_row_at_a_time():
+def test_a_survey_takes_one_row_at_a_time():
     """200 rows of 20,000 ids: all of them as text would be more than 20 MB."""
     row = data.Example(list(range(10_000)), [list(range(5_000))] * 2)
 
-    class Rows(list):
-        def __iter__(self):
-            return (row for _ in range(100))
-
-    run = train.Run(
-        Settings(model="m", dataset="d"), parse_objective("simpo"), torch.device("cpu"), SimpleNamespace(chat_template=""),
-        SimpleNamespace(model=SimpleNamespace(initial_hash="x" * 64), layout="packed"), Rows(), Rows(),
-    )  # fmt: skip
     tracemalloc.start()
-    train.identity(run)
+    train.survey((row for _ in range(200)), {})
     assert tracemalloc.get_traced_memory()[1] < 2_000_000
     tracemalloc.stop()
 
@@ -1711,12 +1712,14 @@ def test_a_signal_after_the_last_step_changes_nothing(arguments, tmp_path, monke
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
 
 
-def test_a_signal_while_the_reference_is_scored(arguments, tmp_path, monkeypatch, capsys):
-    """Code 143 at once, and the folder is in nobody's way: with and without --resume."""
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+def test_a_signal_while_the_reference_is_scored(arguments, tmp_path, monkeypatch):
+    """The process ends at once, and the folder is in nobody's way: with and without --resume."""
+    with monkeypatch.context() as patch:
         patch.setattr(train, "log_probs", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
-        train.main(arguments(objective="dpo"))
-    assert stop.value.code == 143 and "--resume starts there again" in capsys.readouterr().err
+        process = multiprocessing.get_context("fork").Process(target=train.main, args=[arguments(objective="dpo")])
+        process.start()
+        process.join(60)
+    assert process.exitcode == -signal.SIGTERM and (tmp_path / "out/run.json").exists()
     shutil.copytree(tmp_path / "out", tmp_path / "other")
     train.main(arguments(objective="dpo", max_steps=1))
     train.main(arguments(objective="dpo", out=tmp_path / "other") + ["--resume"])

@@ -279,7 +279,7 @@ def run_jobs(jobs: list[dict], file: Path, work: Callable[[dict], dict] = experi
 
     The toy tasks of jobs that have a "world" are built first.
     """
-    known = {job_key(result["job"]): result for result in train.read_lines(file, {"job": dict})}
+    known = {job_key(result["job"]): result for result in train.read_lines(file, "job", dict)}
     missing = [job for key, job in {job_key(job): job for job in jobs}.items() if key not in known]
     own = ("seed", "cache", *OF_THE_TASK)  # what a task depends on
     settings = [{name: job[name] for name in own if name in job} for job in missing if "world" in job]

@@ -40,7 +40,8 @@ def test_an_encoder_is_refused(tmp_path, monkeypatch):
 def test_an_encoder_is_refused_where_all_rows_have_one_length(tmp_path, monkeypatch):
     monkeypatch.setitem(architectures.OVERRIDES, "bert-generation", {"is_decoder": False})
     model, _ = architectures.build("bert-generation", tmp_path)
-    rows = train.extremes([Example([1, 4, 5, 2], [[6, 7, 8, 3], [9, 7, 6, 3]])])
+    rows = {}
+    train.survey([Example([1, 4, 5, 2], [[6, 7, 8, 3], [9, 7, 6, 3]])], rows)
     with pytest.raises(train.UserError, match="it sees padding"):
         train.choose_layout(model, rows, "auto")
 

@@ -90,7 +90,7 @@ def test_the_end_of_a_run_leaves_speeds_out(tmp_path):
     ends = []
     for seconds, loss in ((1.0, 0.5), (2.0, 0.5), (1.0, 0.25)):
         (tmp_path / "metrics.jsonl").write_text(
-            json.dumps({"step": 1, "loss": loss, "seconds": seconds, "mfu": seconds}) + "\n"
+            json.dumps({"step": 1, "loss": loss, "seconds": seconds, "tokens_per_second": seconds}) + "\n"
         )
         ends.append(kills.end_of(tmp_path))
     assert ends[0] == ends[1] != ends[2]

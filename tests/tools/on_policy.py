@@ -682,11 +682,7 @@ RESUMED = "stopped; nothing is lost, the same command goes on from here"
 
 
 def command_line(work: Callable[[list[str]], object], argv: list[str], stopped: str = RESUMED):
-    """`data.command_line` without what transformers says while it loads."""
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-
-    disable_progress_bar()
-    set_verbosity_error()  # a table of missing weights, where one message follows
+    """`data.command_line` of a command that goes on where it was stopped."""
     return data.command_line(work, argv, stopped=stopped)
 
 

@@ -469,7 +469,6 @@ COMMANDS = {"build": (Building, build), "judge": (Judging, print_judgement)}
 
 def main(argv: list[str] | None = None):
     """The command line as a function. A user error ends with a message and exit code 2."""
-    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # models as small as these are slower with more
     run = functools.partial(data.commands, prog="tests/tools/toy.py", text=__doc__, table=COMMANDS)
     return data.command_line(run, argv)
