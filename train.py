@@ -1038,7 +1038,8 @@ def headline(run: Run, tokens: int) -> str:
     s = run.s
     parameters = sum(p.numel() for p in run.policy.model.parameters())
     kind = "pairs" if run.train[0].desirable is None else "completions"
-    ranks = f", {dist.world_size()} ranks" if dist.world_size() > 1 else ""
+    mesh = "x".join(map(str, dist.mesh_sizes(s.mesh)))
+    ranks = f", {dist.world_size()} ranks (mesh {mesh})" if dist.world_size() > 1 else ""
     rows = f"{len(run.train):,} {kind} ({tokens:,} tokens), {len(run.plan):,} steps of {s.batch_size} {kind}"
     return f"{run.objective}: {parameters / 1e6:.4g} M parameters, {rows}, {s.dtype}, {run.device}{ranks}"
 
@@ -1053,7 +1054,7 @@ class MetricsWriter:
         self.send = open_log(run.s, self.out)
         self.prompts = [run.tokenizer.decode(e.prompt) for e in run.held_out[: run.s.samples]]
         self.warned = set()
-        self.table_begun = False
+        self.table_said = None  # when the last line of the table of evaluations was said
 
     def progress(self, plan: list[list[int]]) -> Iterator[list[int]]:
         """The rows of each step that is left, on a progress bar."""
@@ -1066,7 +1067,8 @@ class MetricsWriter:
         line["tokens_per_second"] = line["tokens"] / max(line["seconds"], 1e-9)  # should a clock stand still
         self._append("metrics.jsonl", line)
         line["peak_memory_gib"] = peak_memory(self.run.device)
-        shown = {name: f"{line[name]:.3g}" for name in SHOWN if name in line}
+        names = SHOWN[:3] if data.is_watched() else SHOWN  # a terminal has room for some
+        shown = {name.removeprefix("reward_"): f"{line[name]:.3g}" for name in names if name in line}
         self.bar.set_postfix(shown, refresh=False)
 
     def evaluated(self, line: dict, texts: list[str]) -> None:
@@ -1079,12 +1081,12 @@ class MetricsWriter:
             self._append("samples.jsonl", {"step": step, "prompt": prompt, "answer": text})
         initial = self.records["metrics.jsonl"][0]
         lines = table(len(self.run.held_out), {"before": initial, f"step {step}": line} if step else {"before": line})
-        if self.table_begun:
-            lines = lines[-1:]
-        self.table_begun = True
+        begun = self.table_said is not None and (data.is_watched() or time.monotonic() - self.table_said < data.DRAWN_EVERY)
+        lines = lines[-1:] if begun else lines  # elsewhere lines of progress stand between
         if texts:
             lines.append(f"  {self.run.held_out[0].asked!r} → {texts[0][:160]!r}")
         say("\n".join(lines))
+        self.table_said = time.monotonic()
         for guard, warning in divergence(initial, line).items():
             if guard not in self.warned:
                 say(f"warning: {warning}. Lower lr (try a third), or stop earlier: --eval-every shows where it began")
