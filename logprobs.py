@@ -12,6 +12,7 @@ Shape letters: B pairs · R responses (2B for pairs) · T tokens of a batch · N
 """
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -200,51 +201,53 @@ def token_kl(hidden: Tensor, ref_hidden: Tensor, head: Head, ref_head: Head, chu
 
 Pairs = list[tuple[int, list[int]]]  # of a packed sequence: length of the prompt and of each response of every pair
 
-QUERY_BLOCK = 256  # queries attended at once in the matmul form; keys later than the block are skipped
+QUERY_BLOCK = 128  # queries attended at once
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None) -> Tensor:
-    """Attention of the last q of k tokens of one sequence over all k: token i sees j with i − window < j ≤ i.
+class _BlockwiseAttention(torch.autograd.Function):
+    """softmax(s) · value, s = scaling · query · keyᵀ, soft-capped, + mask: one block of queries at a time, and only the keys
+    that it sees. Backward makes the weights again, so that what is kept grows with the tokens, not with their square.
 
-    (1, H, q, d), (1, G, k, d), (1, G, k, d) → (1, H, q, d), with H a multiple of G (grouped queries).
-    torch's fused kernel where it is the faster one; written out as matmuls for the soft-cap, and for bf16 on CPUs, where the
-    fused backward takes twice as long up to some 400 tokens.
+    (G, H/G, T, d), (G, T, d), (G, T, d) → (G, H/G, T, d) for G key heads. blocks: [(queries, keys, mask)].
+    With p = softmax(s):  ∂L/∂s = p ∘ (∂L/∂p − Σ p ∘ ∂L/∂p). Through the soft-cap c · tanh comes 1 − tanh².
     """
-    queries, keys = query.shape[2], key.shape[2]
-    bf16_on_cpu = query.dtype == torch.bfloat16 and query.device.type == "cpu"
-    if softcap is None and not bf16_on_cpu:
-        causal = queries == keys and (window is None or window >= keys)
-        mask = None if causal else _seen_in_sequence(queries, keys, window, query.device)
-        grouped = query.shape[1] > key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scaling, enable_gqa=grouped)
-    out = []
-    end = keys - queries
-    for block in query.split(QUERY_BLOCK, dim=2):
-        end += block.shape[2]
-        out.append(_attend_by_matmuls(block, key[:, :, :end], value[:, :, :end], scaling, window, softcap))
-    return torch.cat(out, dim=2)
 
+    @staticmethod
+    def weights(query: Tensor, key: Tensor, mask: Tensor, scaling: float, softcap: float | None) -> tuple:
+        if softcap is None:
+            return torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scaling).softmax(-1), None
+        capped = torch.tanh(query @ key.transpose(1, 2) * (scaling / softcap))
+        return torch.add(mask, capped, alpha=softcap).softmax(-1), capped
 
-def _attend_by_matmuls(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None
-) -> Tensor:
-    _, heads, queries, width = query.shape
-    _, groups, keys, _ = key.shape
-    of_group = query.reshape(groups, -1, width)  # the queries of all heads that share a key head
-    logits = (of_group @ key[0].transpose(1, 2)).view(heads, queries, keys).float() * scaling
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    seen = _seen_in_sequence(queries, keys, window, query.device)
-    weights = logits.masked_fill(~seen, float("-inf")).softmax(-1).to(value.dtype)
-    out = weights.view(groups, -1, keys) @ value[0]
-    return out.view(1, heads, queries, -1)
+    @staticmethod
+    def forward(ctx, query, key, value, blocks, *how):
+        groups, repeats, tokens, width = query.shape
+        out = value.new_empty(tokens, groups, repeats, value.shape[-1]).permute(1, 2, 0, 3)  # as the next layer reads it
+        for queries, keys, mask in blocks:
+            of_group = query[:, :, queries].reshape(groups, -1, width)  # the queries of all heads that share a key head
+            weights, _ = _BlockwiseAttention.weights(of_group, key[:, keys], mask, *how)
+            out[:, :, queries] = (weights @ value[:, keys]).unflatten(1, (repeats, -1))
+        ctx.save_for_backward(query, key, value)
+        ctx.how = (blocks, *how)
+        return out
 
-
-def _seen_in_sequence(queries: int, keys: int, window: int | None, device) -> Tensor:
-    """(queries, keys) bool: what each of the last `queries` tokens sees of all `keys`."""
-    first = keys - queries
-    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(first)
-    return seen if window is None else seen.triu(first - window + 1)
+    @staticmethod
+    def backward(ctx, grad_out):
+        query, key, value = ctx.saved_tensors
+        blocks, scaling, softcap = ctx.how
+        groups, repeats, _, width = query.shape
+        grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
+        for queries, keys, mask in blocks:
+            of_group = query[:, :, queries].reshape(groups, -1, width)
+            weights, capped = _BlockwiseAttention.weights(of_group, key[:, keys], mask, scaling, softcap)
+            grad = grad_out[:, :, queries].reshape(groups, -1, value.shape[-1])
+            grad_value[:, keys] += weights.transpose(1, 2) @ grad
+            grad = torch._softmax_backward_data(grad @ value[:, keys].transpose(1, 2), weights, -1, weights.dtype)
+            if softcap is not None:
+                grad.addcmul_(grad, capped.square_(), value=-1)
+            grad_query[:, :, queries] = (grad @ key[:, keys]).unflatten(1, (repeats, -1))
+            grad_key[:, keys] += grad.transpose(1, 2) @ of_group
+        return grad_query.mul_(scaling), grad_key.mul_(scaling), grad_value, None, None, None
 
 
 class PrefixSharedPairs:
@@ -252,26 +255,29 @@ class PrefixSharedPairs:
 
     def __init__(self, pairs: Pairs):
         self.pairs = pairs
+        self.blocks = {}  # of each kind of layer, made in the first of that kind
 
     @torch._disable_dynamo  # torch.compiler.disable, which would import the compiler here: two seconds of every start
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None):
-        """Prompt + first response is an ordinary causal sequence; each further response attends to the prompt's keys followed
-        by its own. (1, H, T, d)."""
-        lengths = []
-        for prompt, (first, *others) in self.pairs:
-            lengths += [prompt + first, *others]
-        # split, as its backward is one concatenation
-        pieces = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2))
-        out = []
-        for prompt, (_, *others) in self.pairs:
-            first_query, first_key, first_value = next(pieces)
-            out.append(_attend(first_query, first_key, first_value, scaling, window, softcap))
-            for _ in others:
-                own_query, own_key, own_value = next(pieces)
-                seen_key = torch.cat([first_key[:, :, :prompt], own_key], dim=2)
-                seen_value = torch.cat([first_value[:, :, :prompt], own_value], dim=2)
-                out.append(_attend(own_query, seen_key, seen_value, scaling, window, softcap))
-        return torch.cat(out, dim=2)
+        """(1, H, T, d), (1, G, T, d), (1, G, T, d) → (1, H, T, d), with H a multiple of G (grouped queries)."""
+        query = query[0].unflatten(0, (key.shape[1], -1))
+        kind = (query.shape[1], value.dtype, value.device, window)
+        if kind not in self.blocks:
+            self.blocks[kind] = list(self._query_blocks(*kind))
+        return _BlockwiseAttention.apply(query, key[0], value[0], self.blocks[kind], scaling, softcap).flatten(0, 1)[None]
+
+    def _query_blocks(self, repeats: int, *how) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Each pair is one sequence under one mask: of each block the queries, the keys that any of them sees, their mask."""
+        start = 0
+        for pair in self.pairs:
+            mask = pairs_mask([pair], *how)[0, 0]
+            own, low, high = seen_ranges([pair], how[-1])
+            for first in range(0, len(mask), QUERY_BLOCK):
+                end = min(first + QUERY_BLOCK, len(mask))
+                prompt = np.arange(low[first:end].min(), high[first:end].max())
+                keys = to_device(torch.from_numpy(np.union1d(prompt, np.arange(own[first:end].min(), end))), mask.device)
+                yield slice(start + first, start + end), start + keys, mask[first:end, keys].repeat(repeats, 1)
+            start += len(mask)
 
 
 BLOCK = 128  # queries, and keys, that FlexAttention takes at once
@@ -330,9 +336,9 @@ def _sent(array: np.ndarray, device) -> Tensor:
     return tensor
 
 
-def pairs_mask(pairs: Pairs, dtype: torch.dtype, device) -> Tensor:
-    """The same as an additive mask (1, 1, T, T), for models whose attention cannot be exchanged. O(T²) memory."""
-    own, low, high = to_device(torch.from_numpy(seen_ranges(pairs)), device)[:, :, None]
+def pairs_mask(pairs: Pairs, dtype: torch.dtype, device, window: int | None = None) -> Tensor:
+    """The same as an additive mask (1, 1, T, T), for one pair or models whose attention cannot be exchanged. O(T²) memory."""
+    own, low, high = to_device(torch.from_numpy(seen_ranges(pairs, window)), device)[:, :, None]
     key = torch.arange(len(own), device=device)
     query = key[:, None]
     seen = ((own <= key) & (key <= query)) | ((low <= key) & (key < high))

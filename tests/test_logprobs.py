@@ -282,17 +282,26 @@ def test_packed_attention_in_bf16_stays_near_fp32(model):
     assert ((rough - exact).abs() / lengths).max() < 0.25
 
 
-def test_more_than_one_query_block(monkeypatch):
-    """With blocks of 4 queries the matmul form must still equal torch's kernel: causal, windowed, continued, soft-capped."""
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 3, 6])
+def test_more_than_one_query_block(monkeypatch, window, softcap):
+    """With blocks of 4 queries, of one prompt, of a prompt and a response, of two responses: values and gradients are those of
+    all scores under what each token sees by definition, in fp64. Values are narrower than keys, as in DeepSeek's attention."""
     monkeypatch.setattr(logprobs, "QUERY_BLOCK", 4)
     g = torch.Generator().manual_seed(0)
-    for q, k, window in ((13, 13, None), (6, 11, None), (13, 13, 3), (5, 17, 6)):
-        query, key, value = (torch.randn(1, h, n, 8, generator=g) for h, n in ((4, q), (2, k), (2, k)))
-        ours = logprobs._attend(query, key, value, 0.3, window, 1e6)  # a cap so high that it does nothing, by hand
-        i, j = torch.arange(k - q, k)[:, None], torch.arange(k)[None]
-        mask = (j <= i) & (j > i - (window or 1000))
-        scores = (query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.3).masked_fill(~mask, float("-inf"))
-        torch.testing.assert_close(ours, scores.softmax(-1) @ value.repeat_interleave(2, 1), rtol=1e-4, atol=1e-5)
+    for pairs in ([(13, [])], [(5, [6, 3]), (1, [1, 1])], [(9, [2, 2, 7]), (0, [1]), (2, [12])]):
+        size = sum(p + sum(rs) for p, rs in pairs)
+        shapes = ((4, 8), (2, 8), (2, 5), (4, 5))
+        query, key, value, pull = (torch.randn(1, h, size, d, generator=g, dtype=torch.float64) for h, d in shapes)
+        leaves = [x.requires_grad_() for x in (query, key, value)]
+        ours = PrefixSharedPairs(pairs).attend(query, key, value, 0.3, window, softcap)
+        scores = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.3
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~seen_by_definition(pairs, window, size), float("-inf"))
+        expected = scores.softmax(-1) @ value.repeat_interleave(2, 1)
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+        for a, b in zip(*(torch.autograd.grad(out, leaves, pull) for out in (ours, expected))):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_what_pairs_see_by_hand():
