@@ -82,70 +82,73 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # torch ≥ 2.10
 
 
+KEPT = 16  # parts of the vocabulary whose logits forward keeps for backward, which makes the others again
+
+
 class _ChunkedLogProb(torch.autograd.Function):
-    """log softmax(logits)[target] per token; logits are made chunk by chunk and made again in backward, but for the last ones.
+    """log softmax(logits)[target] per token, from the logits of one part of the vocabulary after another: a part stays in the
+    cache, and each row of the head's gradient is made once.
 
     With p = softmax(logits):  ∂logp/∂logits = onehot(target) − p. Through the soft-cap z = c·tanh(x/c) comes 1 − (z/c)².
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale, softcap, chunk, log_sum_p_squared):
-        head = Head(weight.to(hidden.dtype), bias, scale, softcap)  # cast once per batch, not once per chunk
-        logp = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        logits = None
-        for start in reversed(range(0, len(hidden), chunk)):
-            rows = slice(start, start + chunk)
-            logits = None  # freed before those of the next chunk are made
-            logits = logits_of(hidden[rows], head)
-            log_p = logits.log_softmax(-1)
-            logp[rows] = log_p.gather(-1, targets[rows, None]).squeeze(-1)
+    def parts(head: Head, width: int, targets: Tensor) -> Iterator[tuple[slice, Head, Tensor, Tensor]]:
+        """Of each part its rows of the head, these, the place of each target among them, (N, 1), and whether it is there."""
+        for start in range(0, len(head.weight), width):
+            rows = slice(start, start + width)
+            part = head._replace(weight=head.weight[rows], bias=None if head.bias is None else head.bias[rows])
+            place = (targets - start)[:, None]
+            inside = place.clamp(0, len(part.weight) - 1)
+            yield rows, part, inside, place == inside
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, scale, softcap, width, log_sum_p_squared):
+        head = Head(weight, bias, scale, softcap)
+        ctx.kept = {}
+        logp = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        log_z = log_z_doubled = torch.full_like(logp, float("-inf"))  # log Σ exp of the logits so far, and of twice the logits
+        for rows, part, place, there in _ChunkedLogProb.parts(head, width, targets):
+            logits = logits_of(hidden, part)
+            log_z = log_z.logaddexp(logits.logsumexp(-1))
+            logp += logits.gather(-1, place).mul_(there).squeeze(-1)
+            if len(ctx.kept) < KEPT:
+                ctx.kept[rows.start] = logits
             if log_sum_p_squared is not None:
-                log_sum_p_squared[rows] = log_p.mul_(2).logsumexp(-1)
-            del log_p  # freed, too
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.scale = scale
-        ctx.softcap = softcap
-        ctx.chunk = chunk
-        ctx.first_logits = logits  # backward comes next, and begins with these
-        return logp
+                log_z_doubled = log_z_doubled.logaddexp((2 * logits).logsumexp(-1))
+        if log_sum_p_squared is not None:
+            log_sum_p_squared.copy_(log_z_doubled - 2 * log_z)
+        ctx.save_for_backward(hidden, weight, bias, targets, log_z)
+        ctx.how = (scale, softcap, width)
+        return logp - log_z
 
     @staticmethod
     def backward(ctx, grad_logp):
-        hidden, weight, bias, targets = ctx.saved_tensors
-        head = Head(weight.to(hidden.dtype), bias, ctx.scale, ctx.softcap)
-        grad_logp = (grad_logp * ctx.scale)[:, None]
-        grad_hidden = torch.empty_like(hidden)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
-        logits = ctx.first_logits
-        ctx.first_logits = None
-        for start in range(0, len(hidden), ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
+        hidden, weight, bias, targets, log_z = ctx.saved_tensors
+        scale, softcap, width = ctx.how
+        grad_logp = (grad_logp * scale)[:, None]
+        grad_hidden = torch.zeros_like(hidden, dtype=log_z.dtype)
+        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        for rows, part, place, there in _ChunkedLogProb.parts(Head(weight, bias, scale, softcap), width, targets):
+            logits = ctx.kept.pop(rows.start, None)
             if logits is None:
-                logits = logits_of(hidden[rows], head)
-            grad = logits.softmax(-1).mul_(-grad_logp[rows])
-            grad.scatter_add_(-1, targets[rows, None], grad_logp[rows])
-            if ctx.softcap is not None:
-                grad.addcmul_(grad, logits.square_(), value=-1 / ctx.softcap**2)
-            logits = None
-            if grad_bias is not None:
-                grad_bias += grad.sum(0).to(bias.dtype)
+                logits = logits_of(hidden, part)
+            grad = (logits - log_z[:, None]).exp_().mul_(-grad_logp)
+            grad.scatter_add_(-1, place, grad_logp * there)
+            if softcap is not None:
+                grad.addcmul_(grad, logits.square(), value=-1 / softcap**2)
+            if bias is not None:
+                grad_bias[rows] = grad.sum(0)
             grad = grad.to(hidden.dtype)
-            grad_hidden[rows] = grad @ head.weight
-            if grad_weight is not None:
-                _add_product(grad_weight, grad.T, hidden[rows])
-            del grad  # freed before the logits of the next chunk are made
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+            _add_product(grad_hidden, grad, part.weight.to(hidden.dtype))
+            _add_product(grad_weight[rows], grad.T, hidden)
+        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias, None, None, None, None, None
 
 
-def chunk_rows(vocabulary: int, device: str) -> int:
-    """Tokens whose logits exist at once: 128 MiB of them in fp32 on CPUs; 1 GiB elsewhere, in whole tiles of 128 tokens."""
-    if device == "cpu":
-        return max(1, 2**25 // vocabulary)
-    return max(1, 2**28 // vocabulary // 128) * 128
+def chunk_logits(device: str) -> int:
+    """Logits that are kept at once: 128 MiB of them in fp32 on CPUs, 1 GiB elsewhere."""
+    return 2**25 if device == "cpu" else 2**28
 
 
 def _as_computed(hidden: Tensor) -> Tensor:
@@ -161,15 +164,17 @@ def token_logprobs(
 ) -> Tensor:
     """Log-probs of the tokens `targets` (N,), in nats, fp32 (fp64 for fp64 input), from the states (N, D) that predict them.
 
-    chunk: tokens whose logits exist at once; None picks `chunk_rows`.
+    chunk: logits that are kept at once, of which a part is made at a time; None picks `chunk_logits`.
     log_sum_p_squared: (N,) fp32, to be filled with log Σ_v p(v)², the log of a drawn token's expected probability.
     Gradients reach hidden, head.weight and head.bias.
     """
     hidden = _as_computed(hidden)
     kind = hidden.device.type
-    rows = chunk or chunk_rows(len(head.weight), kind)
+    width = (chunk or chunk_logits(kind)) // KEPT // max(1, len(hidden))
+    width = max(1, width - width % 64 if width > 64 else width)  # in whole tiles of the products
     with torch.autocast(kind, enabled=False):
-        return _ChunkedLogProb.apply(hidden, head.weight, head.bias, targets, head.scale, head.softcap, rows, log_sum_p_squared)
+        how = (head.scale, head.softcap, width)
+        return _ChunkedLogProb.apply(hidden, head.weight, head.bias, targets, *how, log_sum_p_squared)
 
 
 def _kl_rows(hidden: Tensor, ref_hidden: Tensor, head: Head, ref_head: Head) -> Tensor:
@@ -188,7 +193,7 @@ def token_kl(hidden: Tensor, ref_hidden: Tensor, head: Head, ref_head: Head, chu
     ref_hidden = _as_computed(ref_hidden.detach())
     ref_head = ref_head._replace(weight=ref_head.weight.detach())
     kind = hidden.device.type
-    rows = chunk or chunk_rows(2 * len(head.weight), kind)
+    rows = max(1, (chunk or chunk_logits(kind)) // len(head.weight) // 2)
     parts = []
     with torch.autocast(kind, enabled=False):
         for part, ref_part in zip(hidden.split(rows), ref_hidden.split(rows)):
@@ -469,7 +474,7 @@ class ResponseLogProbs(nn.Module):
     """A causal language model that answers a batch with one summed log-prob per response instead of logits.
 
     reference: a second one, frozen, only for token KLs and for a reference that moves.
-    chunk: see `token_logprobs`; the token KL, which has the logits of two models, takes half.
+    chunk: see `token_logprobs`; the token KL, which has the logits of two models, takes half as many of each.
     """
 
     def __init__(self, model: nn.Module, reference: nn.Module | None = None, chunk: int | None = None):
@@ -536,8 +541,7 @@ class ResponseLogProbs(nn.Module):
         hidden = self.states(self.model, batch)
         head = head_of(self.model)
         if "kl" in outputs:
-            chunk = max(1, self.chunk // 2) if self.chunk else None
-            per_token["kl"] = token_kl(hidden, ref_hidden, head, ref_head, chunk)
+            per_token["kl"] = token_kl(hidden, ref_hidden, head, ref_head, self.chunk)
         log_sum_p_squared = None
         if "log_sum_p_squared" in outputs:
             log_sum_p_squared = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
