@@ -103,12 +103,11 @@ class _ChunkedLogProb(torch.autograd.Function):
             yield rows, part, inside, place == inside
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale, softcap, width, log_sum_p_squared):
-        head = Head(weight, bias, scale, softcap)
+    def forward(ctx, hidden, weight, bias, scale, softcap, targets, width, log_sum_p_squared):
         ctx.kept = {}
         logp = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         log_z = log_z_doubled = torch.full_like(logp, float("-inf"))  # log Σ exp of the logits so far, and of twice the logits
-        for rows, part, place, there in _ChunkedLogProb.parts(head, width, targets):
+        for rows, part, place, there in _ChunkedLogProb.parts(Head(weight, bias, scale, softcap), width, targets):
             logits = logits_of(hidden, part)
             log_z = log_z.logaddexp(logits.logsumexp(-1))
             logp += logits.gather(-1, place).mul_(there).squeeze(-1)
@@ -151,14 +150,6 @@ def chunk_logits(device: str) -> int:
     return 2**25 if device == "cpu" else 2**28
 
 
-def _as_computed(hidden: Tensor) -> Tensor:
-    """`hidden` in the dtype that matmuls use here: bf16 under autocast, else its own."""
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        return hidden.to(torch.get_autocast_dtype(kind))
-    return hidden
-
-
 def token_logprobs(
     hidden: Tensor, head: Head, targets: Tensor, chunk: int | None = None, log_sum_p_squared: Tensor | None = None
 ) -> Tensor:
@@ -168,13 +159,11 @@ def token_logprobs(
     log_sum_p_squared: (N,) fp32, to be filled with log Σ_v p(v)², the log of a drawn token's expected probability.
     Gradients reach hidden, head.weight and head.bias.
     """
-    hidden = _as_computed(hidden)
     kind = hidden.device.type
     width = (chunk or chunk_logits(kind)) // KEPT // max(1, len(hidden))
     width = max(1, width - width % 64 if width > 64 else width)  # in whole tiles of the products
     with torch.autocast(kind, enabled=False):
-        how = (head.scale, head.softcap, width)
-        return _ChunkedLogProb.apply(hidden, head.weight, head.bias, targets, *how, log_sum_p_squared)
+        return _ChunkedLogProb.apply(hidden, *head, targets, width, log_sum_p_squared)
 
 
 def _kl_rows(hidden: Tensor, ref_hidden: Tensor, head: Head, ref_head: Head) -> Tensor:
@@ -189,8 +178,7 @@ def token_kl(hidden: Tensor, ref_hidden: Tensor, head: Head, ref_head: Head, chu
     D = Σ_v π_ref(v) (log π_ref(v) − log π_θ(v)), from two log-softmaxes in fp32; ∂D/∂logits = π_θ − π_ref. (N,) nats from
     the policy's and the reference's states (N, D), chunk by chunk, again in backward. No gradient reaches the reference.
     """
-    hidden = _as_computed(hidden)
-    ref_hidden = _as_computed(ref_hidden.detach())
+    ref_hidden = ref_hidden.detach()
     ref_head = ref_head._replace(weight=ref_head.weight.detach())
     kind = hidden.device.type
     rows = max(1, (chunk or chunk_logits(kind)) // len(head.weight) // 2)
@@ -203,17 +191,16 @@ def token_kl(hidden: Tensor, ref_hidden: Tensor, head: Head, ref_head: Head, chu
 
 # ---- attention over packed pairs that share their prompt ---------------------------------------------------------------
 
-
 Pairs = list[tuple[int, list[int]]]  # of a packed sequence: length of the prompt and of each response of every pair
 
-QUERY_BLOCK = 128  # queries attended at once
+QUERY_BLOCK = 128  # tokens attended at once
 
 
 class _BlockwiseAttention(torch.autograd.Function):
     """softmax(s) · value, s = scaling · query · keyᵀ, soft-capped, + mask: one block of queries at a time, and only the keys
     that it sees. Backward makes the weights again, so that what is kept grows with the tokens, not with their square.
 
-    (G, H/G, T, d), (G, T, d), (G, T, d) → (G, H/G, T, d) for G key heads. blocks: [(queries, keys, mask)].
+    (G, rows, d), (G, T, d), (G, T, d) → (G, rows, d) for G key heads; blocks: (rows of query, keys, mask) of each.
     With p = softmax(s):  ∂L/∂s = p ∘ (∂L/∂p − Σ p ∘ ∂L/∂p). Through the soft-cap c · tanh comes 1 − tanh².
     """
 
@@ -226,12 +213,10 @@ class _BlockwiseAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, blocks, *how):
-        groups, repeats, tokens, width = query.shape
-        out = value.new_empty(tokens, groups, repeats, value.shape[-1]).permute(1, 2, 0, 3)  # as the next layer reads it
-        for queries, keys, mask in blocks:
-            of_group = query[:, :, queries].reshape(groups, -1, width)  # the queries of all heads that share a key head
-            weights, _ = _BlockwiseAttention.weights(of_group, key[:, keys], mask, *how)
-            out[:, :, queries] = (weights @ value[:, keys]).unflatten(1, (repeats, -1))
+        out = value.new_empty(*query.shape[:2], value.shape[-1])
+        for rows, keys, mask in blocks:
+            weights, _ = _BlockwiseAttention.weights(query[:, rows], key[:, keys], mask, *how)
+            out[:, rows] = weights @ value[:, keys]
         ctx.save_for_backward(query, key, value)
         ctx.how = (blocks, *how)
         return out
@@ -240,18 +225,16 @@ class _BlockwiseAttention(torch.autograd.Function):
     def backward(ctx, grad_out):
         query, key, value = ctx.saved_tensors
         blocks, scaling, softcap = ctx.how
-        groups, repeats, _, width = query.shape
         grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
-        for queries, keys, mask in blocks:
-            of_group = query[:, :, queries].reshape(groups, -1, width)
-            weights, capped = _BlockwiseAttention.weights(of_group, key[:, keys], mask, scaling, softcap)
-            grad = grad_out[:, :, queries].reshape(groups, -1, value.shape[-1])
-            grad_value[:, keys] += weights.transpose(1, 2) @ grad
-            grad = torch._softmax_backward_data(grad @ value[:, keys].transpose(1, 2), weights, -1, weights.dtype)
+        for rows, keys, mask in blocks:
+            weights, capped = _BlockwiseAttention.weights(query[:, rows], key[:, keys], mask, scaling, softcap)
+            grad_value[:, keys] += weights.transpose(1, 2) @ grad_out[:, rows]
+            grad = grad_out[:, rows] @ value[:, keys].transpose(1, 2)
+            grad = torch._softmax_backward_data(grad, weights, -1, weights.dtype)
             if softcap is not None:
                 grad.addcmul_(grad, capped.square_(), value=-1)
-            grad_query[:, :, queries] = (grad @ key[:, keys]).unflatten(1, (repeats, -1))
-            grad_key[:, keys] += grad.transpose(1, 2) @ of_group
+            grad_query[:, rows] = grad @ key[:, keys]
+            grad_key[:, keys] += grad.transpose(1, 2) @ query[:, rows]
         return grad_query.mul_(scaling), grad_key.mul_(scaling), grad_value, None, None, None
 
 
@@ -264,15 +247,18 @@ class PrefixSharedPairs:
 
     @torch._disable_dynamo  # torch.compiler.disable, which would import the compiler here: two seconds of every start
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None):
-        """(1, H, T, d), (1, G, T, d), (1, G, T, d) → (1, H, T, d), with H a multiple of G (grouped queries)."""
-        query = query[0].unflatten(0, (key.shape[1], -1))
-        kind = (query.shape[1], value.dtype, value.device, window)
+        """(1, H, T, d), (1, G, T, d), (1, G, T, d) → (1, H, T, d); the H/G heads that share a key head become rows of it."""
+        groups = key.shape[1]
+        heads = query.shape[1] // groups
+        kind = (heads, value.dtype, value.device, window)
         if kind not in self.blocks:
-            self.blocks[kind] = list(self._query_blocks(*kind))
-        return _BlockwiseAttention.apply(query, key[0], value[0], self.blocks[kind], scaling, softcap).flatten(0, 1)[None]
+            self.blocks[kind] = list(self._blocks(*kind))
+        rows = query[0].unflatten(0, (groups, heads)).transpose(1, 2).flatten(1, 2)
+        out = _BlockwiseAttention.apply(rows, key[0], value[0], self.blocks[kind], scaling, softcap)
+        return out.unflatten(1, (-1, heads)).transpose(0, 1).flatten(1, 2).transpose(0, 1)[None]  # as the caller wants memory
 
-    def _query_blocks(self, repeats: int, *how) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Each pair is one sequence under one mask: of each block the queries, the keys that any of them sees, their mask."""
+    def _blocks(self, heads: int, *how) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Each pair is one sequence under one mask: of each block its rows, the keys that any of them sees, their mask."""
         start = 0
         for pair in self.pairs:
             mask = pairs_mask([pair], *how)[0, 0]
@@ -281,7 +267,8 @@ class PrefixSharedPairs:
                 end = min(first + QUERY_BLOCK, len(mask))
                 prompt = np.arange(low[first:end].min(), high[first:end].max())
                 keys = to_device(torch.from_numpy(np.union1d(prompt, np.arange(own[first:end].min(), end))), mask.device)
-                yield slice(start + first, start + end), start + keys, mask[first:end, keys].repeat(repeats, 1)
+                rows = slice(heads * (start + first), heads * (start + end))
+                yield rows, start + keys, mask[first:end, keys].repeat_interleave(heads, dim=0)
             start += len(mask)
 
 
@@ -503,14 +490,16 @@ class ResponseLogProbs(nn.Module):
 
     @staticmethod
     def states(model: nn.Module, batch) -> Tensor:
-        """Hidden states at the scored positions, (N, D). `batch.pairs` is None for the padded layout."""
+        """Hidden states at the scored positions, (N, D), in the dtype of matmuls: bf16 under autocast, else their own.
+
+        `batch.pairs` is None for the padded layout: ids alone, as padding is on the right, where a causal position never looks.
+        """
         ids = batch.input_ids
-        attention = {}  # padded: ids alone, as padding is on the right, where a causal position never looks
-        if batch.pairs is not None:
-            attention["position_ids"] = batch.position_ids
+        kind = ids.device.type
+        attention = {} if batch.pairs is None else {"position_ids": batch.position_ids}
         if batch.pairs is not None and not model._can_set_attn_implementation():
             attention["attention_mask"] = pairs_mask(batch.pairs, model.dtype, ids.device)
-        elif batch.pairs is not None and ids.device.type in FUSED:
+        elif batch.pairs is not None and kind in FUSED:
             windows = {None, getattr(model.config.get_text_config(), "sliding_window", None)}
             blocks = {window: Blocks.of(batch.pairs, window, ids.device) for window in windows}
             missing = len(blocks[None].ranges[0]) - ids.shape[1]
@@ -521,7 +510,8 @@ class ResponseLogProbs(nn.Module):
             attention["pairs"] = PrefixSharedPairs(batch.pairs)
         body = getattr(model, model.base_model_prefix, None) or model.model  # Llama-4's prefix names nothing that it has
         out = body(input_ids=ids, use_cache=False, **attention)
-        return out.last_hidden_state.flatten(0, 1)[batch.index]
+        hidden = out.last_hidden_state.flatten(0, 1)[batch.index]
+        return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
 
     def forward(self, batch, outputs: tuple[str, ...] = ()) -> dict[str, Tensor]:
         """Sums over each response, (R,), nats, fp32: "logp", the log-probs of its tokens; and what `outputs` names of

@@ -63,8 +63,8 @@ VARIANTS = {  # name → (layout, objective)
 WARM = 2  # steps before the measured ones: --compile makes its graphs in the first, and in the second those for any size
 PEERS = {"trl simpo": "simpo", "trl dpo": "dpo"}
 KINDS = {  # what --profile sorts a step's operators into, by name; the rest is elementwise operators and sums
-    "products": r"aten::(|add|b|badd)mm|mkldnn",
-    "attention": r"scaled_dot_product|flash",
+    "products": r"aten::(|add)mm|mkldnn",
+    "attention": r"aten::(b|badd)mm|aten::_softmax|scaled_dot_product|flash",
     "copies and casts": r"aten::(copy_|cat|fill_)",
     "compiled": r"Compiled|graph_\d",
     "update": r"fused_adam|_foreach",
@@ -251,16 +251,23 @@ def finish(args, model, examples: list, seconds: float) -> dict:
     }  # fmt: skip
 
 
+def todays_head(hidden, *rest):
+    """Today's `token_logprobs` for a file that leaves it to the head to cast the states."""
+    kind = hidden.device.type
+    hidden = hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
+    return logprobs.token_logprobs(hidden, *rest)
+
+
 class Lever(NamedTuple):
-    taken: tuple[str, ...] | None = ()  # names of logprobs.py that are today's, all others being those of --base; None: all
+    taken: dict | None = {}  # what is today's, by its name in logprobs.py; all else is that of --base. None: all is today's
     memory: tuple[int, int] = GIVEN_BACK
 
 
 LEVERS = {
     "as it was": Lever(),
-    "attention by pair under one mask": Lever(("PrefixSharedPairs",)),
-    "head by parts of the vocabulary": Lever(("token_logprobs", "token_kl")),
-    "memory kept": Lever((), KEPT),
+    "attention by pair under one mask": Lever({"PrefixSharedPairs": logprobs.PrefixSharedPairs}),
+    "head by parts of the vocabulary": Lever({"token_logprobs": todays_head}),
+    "memory kept": Lever({}, KEPT),
     "all together": Lever(None, KEPT),
 }
 TURN = 3  # steps, of which the first finds the memory as the variant before has left it, and is not counted
@@ -278,8 +285,8 @@ def spent() -> Spent:
     return Spent(synchronized(), usage.ru_utime, usage.ru_stime, usage.ru_minflt)
 
 
-def with_names(base: str, taken: tuple[str, ...] | None) -> types.ModuleType:
-    """logprobs.py of a git revision (or the file at a path) with some names of today's; None: today's."""
+def with_names(base: str, taken: dict | None) -> types.ModuleType:
+    """logprobs.py of a git revision (or the file at a path) with some of today's names; None: today's."""
     if taken is None:
         return logprobs
     text = Path(base).read_text() if Path(base).is_file() else None
@@ -288,7 +295,7 @@ def with_names(base: str, taken: tuple[str, ...] | None) -> types.ModuleType:
         text = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(logprobs.__file__).parent).stdout
     module = types.ModuleType("logprobs_then")
     exec(compile(text, f"{base}:logprobs.py", "exec"), vars(module))
-    vars(module).update({name: getattr(logprobs, name) for name in taken})
+    vars(module).update(taken)
     return module
 
 

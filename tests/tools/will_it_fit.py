@@ -144,7 +144,7 @@ def one_microbatch(
     Args:
         reference: also the token KL to a second model.
         gpu: as on one: attention in the fused kernel, its block masks, the head in larger chunks, of which the first pair fills
-            those that are kept and one more; each gradient is freed at once. Else as on this CPU, gradients kept.
+            those that are kept and two more; each gradient is freed at once. Else as on this CPU, gradients kept.
     Returns:
         peak: bytes at most alive besides the weights.
         flops: those of `model_flops`: nothing that is done twice.
@@ -174,7 +174,7 @@ def one_microbatch(
                 part.set_attn_implementation("fused_trace")
         policy = shard(policy, checkpointing=checkpointing)
         tensors = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in batch._asdict().items() if isinstance(v, Tensor)}
-        full = (chunk or 0) * (KEPT + 1) // KEPT // config.get_text_config().vocab_size
+        full = (chunk or 0) * (KEPT + 2) // KEPT // config.get_text_config().vocab_size  # two more are alive at once
         missing = max(0, full - sum(responses))
         for name in ("index", "targets", "response", "in_prefix"):
             tensors[name] = nn.functional.pad(tensors[name], (0, missing))
