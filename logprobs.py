@@ -12,7 +12,6 @@ Shape letters: B pairs · R responses (2B for pairs) · T tokens of a batch · N
 """
 
 import functools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -93,7 +92,7 @@ class _ChunkedLogProb(torch.autograd.Function):
     """
 
     @staticmethod
-    def parts(head: Head, width: int, targets: Tensor) -> Iterator[tuple[slice, Head, Tensor, Tensor]]:
+    def parts(head: Head, width: int, targets: Tensor):
         """Of each part its rows of the head, these, the place of each target among them, (N, 1), and whether it is there."""
         for start in range(0, len(head.weight), width):
             rows = slice(start, start + width)
@@ -105,35 +104,38 @@ class _ChunkedLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, scale, softcap, targets, width, log_sum_p_squared):
         ctx.kept = {}
-        logp = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        log_z = log_z_doubled = torch.full_like(logp, float("-inf"))  # log Σ exp of the logits so far, and of twice the logits
+        logp = total = squares = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        highest = torch.full_like(logp, float("-inf"))  # logit so far; Σ exp(logit − highest), and of the squares of that
         for rows, part, place, there in _ChunkedLogProb.parts(Head(weight, bias, scale, softcap), width, targets):
             logits = logits_of(hidden, part)
-            log_z = log_z.logaddexp(logits.logsumexp(-1))
-            logp += logits.gather(-1, place).mul_(there).squeeze(-1)
+            logp = logp + logits.gather(-1, place).mul_(there).squeeze(-1)
             if len(ctx.kept) < KEPT:
                 ctx.kept[rows.start] = logits
+            before = highest
+            highest = highest.maximum(logits.amax(-1))
+            weights = (logits - highest[:, None]).exp_()
+            total = total * (before - highest).exp() + weights.sum(-1)
             if log_sum_p_squared is not None:
-                log_z_doubled = log_z_doubled.logaddexp((2 * logits).logsumexp(-1))
+                squares = squares * (2 * (before - highest)).exp() + weights.square_().sum(-1)
         if log_sum_p_squared is not None:
-            log_sum_p_squared.copy_(log_z_doubled - 2 * log_z)
-        ctx.save_for_backward(hidden, weight, bias, targets, log_z)
+            log_sum_p_squared.copy_(squares.log() - 2 * total.log())
+        ctx.save_for_backward(hidden, weight, bias, targets, highest, total)
         ctx.how = (scale, softcap, width)
-        return logp - log_z
+        return logp - highest - total.log()
 
     @staticmethod
     def backward(ctx, grad_logp):
-        hidden, weight, bias, targets, log_z = ctx.saved_tensors
+        hidden, weight, bias, targets, highest, total = ctx.saved_tensors
         scale, softcap, width = ctx.how
         grad_logp = (grad_logp * scale)[:, None]
-        grad_hidden = torch.zeros_like(hidden, dtype=log_z.dtype)
+        grad_hidden = torch.zeros_like(hidden, dtype=total.dtype)
         grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         grad_bias = None if bias is None else torch.zeros_like(bias)
         for rows, part, place, there in _ChunkedLogProb.parts(Head(weight, bias, scale, softcap), width, targets):
             logits = ctx.kept.pop(rows.start, None)
             if logits is None:
                 logits = logits_of(hidden, part)
-            grad = (logits - log_z[:, None]).exp_().mul_(-grad_logp)
+            grad = (logits - highest[:, None]).exp_().mul_(-grad_logp / total[:, None])
             grad.scatter_add_(-1, place, grad_logp * there)
             if softcap is not None:
                 grad.addcmul_(grad, logits.square(), value=-1 / softcap**2)
@@ -248,25 +250,24 @@ class PrefixSharedPairs:
     @torch._disable_dynamo  # torch.compiler.disable, which would import the compiler here: two seconds of every start
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None):
         """(1, H, T, d), (1, G, T, d), (1, G, T, d) → (1, H, T, d); the H/G heads that share a key head become rows of it."""
-        groups = key.shape[1]
-        heads = query.shape[1] // groups
+        heads = query.shape[1] // key.shape[1]
         kind = (heads, value.dtype, value.device, window)
         if kind not in self.blocks:
             self.blocks[kind] = list(self._blocks(*kind))
-        rows = query[0].unflatten(0, (groups, heads)).transpose(1, 2).flatten(1, 2)
+        rows = query[0].unflatten(0, (-1, heads)).transpose(1, 2).flatten(1, 2)
         out = _BlockwiseAttention.apply(rows, key[0], value[0], self.blocks[kind], scaling, softcap)
         return out.unflatten(1, (-1, heads)).transpose(0, 1).flatten(1, 2).transpose(0, 1)[None]  # as the caller wants memory
 
-    def _blocks(self, heads: int, *how) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Each pair is one sequence under one mask: of each block its rows, the keys that any of them sees, their mask."""
+    def _blocks(self, heads: int, *how):
+        """Each pair is one sequence under one mask. Of each block: its rows, the keys that any of them sees, their mask."""
         start = 0
         for pair in self.pairs:
             mask = pairs_mask([pair], *how)[0, 0]
             own, low, high = seen_ranges([pair], how[-1])
             for first in range(0, len(mask), QUERY_BLOCK):
                 end = min(first + QUERY_BLOCK, len(mask))
-                prompt = np.arange(low[first:end].min(), high[first:end].max())
-                keys = to_device(torch.from_numpy(np.union1d(prompt, np.arange(own[first:end].min(), end))), mask.device)
+                keys = np.union1d(np.arange(low[first:end].min(), high[first:end].max()), np.arange(own[first:end].min(), end))
+                keys = to_device(torch.from_numpy(keys), mask.device)
                 rows = slice(heads * (start + first), heads * (start + end))
                 yield rows, start + keys, mask[first:end, keys].repeat_interleave(heads, dim=0)
             start += len(mask)
@@ -504,8 +505,7 @@ class ResponseLogProbs(nn.Module):
             blocks = {window: Blocks.of(batch.pairs, window, ids.device) for window in windows}
             missing = len(blocks[None].ranges[0]) - ids.shape[1]
             ids = F.pad(ids, (0, missing))
-            attention["position_ids"] = F.pad(batch.position_ids, (0, missing))
-            attention["blocks"] = blocks
+            attention = {"position_ids": F.pad(batch.position_ids, (0, missing)), "blocks": blocks}
         elif batch.pairs is not None:
             attention["pairs"] = PrefixSharedPairs(batch.pairs)
         body = getattr(model, model.base_model_prefix, None) or model.model  # Llama-4's prefix names nothing that it has
