@@ -210,7 +210,7 @@ class _BlockwiseAttention(torch.autograd.Function):
     def weights(query: Tensor, key: Tensor, mask: Tensor, scaling: float, softcap: float | None) -> tuple:
         if softcap is None:
             return torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scaling).softmax(-1), None
-        capped = torch.tanh(query @ key.transpose(1, 2) * (scaling / softcap))
+        capped = torch.tanh(query.bmm(key.transpose(1, 2)) * (scaling / softcap))
         return torch.add(mask, capped, alpha=softcap).softmax(-1), capped
 
     @staticmethod
@@ -218,7 +218,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         out = value.new_empty(*query.shape[:2], value.shape[-1])
         for rows, keys, mask in blocks:
             weights, _ = _BlockwiseAttention.weights(query[:, rows], key[:, keys], mask, *how)
-            out[:, rows] = weights @ value[:, keys]
+            out[:, rows] = weights.bmm(value[:, keys])
         ctx.save_for_backward(query, key, value)
         ctx.how = (blocks, *how)
         return out
@@ -230,13 +230,13 @@ class _BlockwiseAttention(torch.autograd.Function):
         grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
         for rows, keys, mask in blocks:
             weights, capped = _BlockwiseAttention.weights(query[:, rows], key[:, keys], mask, scaling, softcap)
-            grad_value[:, keys] += weights.transpose(1, 2) @ grad_out[:, rows]
-            grad = grad_out[:, rows] @ value[:, keys].transpose(1, 2)
+            grad_value[:, keys] += weights.transpose(1, 2).bmm(grad_out[:, rows])
+            grad = grad_out[:, rows].bmm(value[:, keys].transpose(1, 2))
             grad = torch._softmax_backward_data(grad, weights, -1, weights.dtype)
             if softcap is not None:
                 grad.addcmul_(grad, capped.square_(), value=-1)
-            grad_query[:, rows] = grad @ key[:, keys]
-            grad_key[:, keys] += grad.transpose(1, 2) @ query[:, rows]
+            grad_query[:, rows] = grad.bmm(key[:, keys])
+            grad_key[:, keys] += grad.transpose(1, 2).bmm(query[:, rows])
         return grad_query.mul_(scaling), grad_key.mul_(scaling), grad_value, None, None, None
 
 
@@ -267,9 +267,9 @@ class PrefixSharedPairs:
             for first in range(0, len(mask), QUERY_BLOCK):
                 end = min(first + QUERY_BLOCK, len(mask))
                 keys = np.union1d(np.arange(low[first:end].min(), high[first:end].max()), np.arange(own[first:end].min(), end))
-                keys = to_device(torch.from_numpy(keys), mask.device)
                 rows = slice(heads * (start + first), heads * (start + end))
-                yield rows, start + keys, mask[first:end, keys].repeat_interleave(heads, dim=0)
+                part = mask[first:end, to_device(torch.from_numpy(keys), mask.device)].repeat_interleave(heads, dim=0)
+                yield rows, slice(start, start + end) if len(keys) == end else torch.from_numpy(start + keys), part
             start += len(mask)
 
 
