@@ -259,18 +259,18 @@ def todays_head(hidden, *rest):
 
 
 class Lever(NamedTuple):
+    over: str | None = None  # the variant that a step's time is compared with
     taken: dict | None = {}  # what is today's, by its name in logprobs.py; all else is that of --base. None: all is today's
-    memory: tuple[int, int] = GIVEN_BACK
+    memory: tuple[int, int] = KEPT
 
 
 LEVERS = {
-    "as it was": Lever(),
-    "attention by pair under one mask": Lever({"PrefixSharedPairs": logprobs.PrefixSharedPairs}),
-    "head by parts of the vocabulary": Lever({"token_logprobs": todays_head}),
-    "memory kept": Lever({}, KEPT),
-    "all together": Lever(None, KEPT),
+    "as it was": Lever(memory=GIVEN_BACK),
+    "memory kept": Lever("as it was"),
+    "and attention by pair under one mask": Lever("memory kept", {"PrefixSharedPairs": logprobs.PrefixSharedPairs}),
+    "and head by parts of the vocabulary": Lever("memory kept", {"token_logprobs": todays_head}),
+    "all together": Lever("as it was", None),
 }
-TURN = 3  # steps, of which the first finds the memory as the variant before has left it, and is not counted
 
 
 class Spent(NamedTuple):
@@ -302,7 +302,7 @@ def with_names(base: str, taken: dict | None) -> types.ModuleType:
 def levers(args) -> dict[str, list[Spent]]:
     """Steps by turns in one process: as the code was, with one part of today's at a time, and as it is.
 
-    In a round each lever has its turn on the same pairs, in an order that is drawn; the next round takes the next pairs.
+    In a round each has its turn on the same pairs, in an order that is drawn; the next round takes the next pairs.
     """
     run = prepared(args)
     run.step = 1  # what only the first one checks takes time
@@ -317,11 +317,10 @@ def levers(args) -> dict[str, list[Spent]]:
             run.policy.use_layout("packed")
             AttentionInterface.register("prefix_shared", modules[name].prefix_shared_attention)
             allocator(*LEVERS[name].memory)
-            for turn in range(TURN):
-                if turn == 1:
-                    before = spent()
-                train.train_step(run, rows)
-            rounds[name].append(Spent(*((b - a) / (TURN - 1) for a, b in zip(before, spent()))))
+            train.train_step(run, rows)  # finds the memory as the variant before has left it, and is not counted
+            before = spent()
+            train.train_step(run, rows)
+            rounds[name].append(Spent(*(b - a for a, b in zip(before, spent()))))
         print(f"round {number + 1}", file=sys.stderr, flush=True)
     return rounds
 
@@ -341,15 +340,18 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 
 def levers_table(rounds: dict[str, list[Spent]]) -> str:
-    """Markdown: gains over the first, within each round."""
-    lines = [["lever, alone", "seconds per step", "gain", "gain in user + system seconds", "page faults per step"], ["---"] * 5]
-    (_, base), *_ = rounds.items()
+    """Markdown: gains within each round."""
+    lines = [["lever", "seconds per step", "over", "gain", "in user + system seconds", "page faults per step"], ["---"] * 6]
     for name, own in rounds.items():
-        wall = [a.wall / b.wall for a, b in zip(base, own)]
-        cpu = [(a.user + a.system) / (b.user + b.system) for a, b in zip(base, own)]
-        gains = ["{:.3f} ({:.3f}–{:.3f})".format(*interval(x)) if own is not base else "–" for x in (wall, cpu)]
-        seconds, faults = (statistics.median(x) for x in zip(*((b.wall, b.faults) for b in own)))
-        lines.append([name, f"{seconds:.2f}", *gains, f"{faults:,.0f}"])
+        over = LEVERS[name].over
+        gains = ["–", "–"]
+        if over:
+            wall = [a.wall / b.wall for a, b in zip(rounds[over], own)]
+            cpu = [(a.user + a.system) / (b.user + b.system) for a, b in zip(rounds[over], own)]
+            gains = ["{:.3f} ({:.3f}–{:.3f})".format(*interval(x)) for x in (wall, cpu)]
+        seconds = statistics.median(x.wall for x in own)
+        faults = statistics.median(x.faults for x in own)
+        lines.append([name, f"{seconds:.2f}", over or "–", *gains, f"{faults:,.0f}"])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -569,7 +571,7 @@ def main(argv: list[str] | None = None) -> None:
         results = {dtype: child(args, "levers", dtype) for dtype in args.dtypes}
         for dtype, rounds in results.items():
             rounds = {name: [Spent(*x) for x in own] for name, own in rounds.items()}
-            print(f"{dtype}, {args.rounds} rounds of {TURN - 1} steps of {args.batch_size} pairs\n\n{levers_table(rounds)}")
+            print(f"{dtype}, {args.rounds} rounds of a step of {args.batch_size} pairs\n\n{levers_table(rounds)}")
         return write(args, results)
     variants, rounds = [*args.variants, *(PEERS if args.peer else ())], {}
     for r in range(args.rounds):

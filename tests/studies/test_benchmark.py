@@ -182,8 +182,8 @@ def test_levers_table_by_hand():
     slow = [benchmark.Spent(4.0, 7.0, 1.0, 2000), benchmark.Spent(6.0, 6.0, 2.0, 4000)]
     fast = [benchmark.Spent(2.0, 4.0, 1.0, 0), benchmark.Spent(2.0, 4.0, 0.0, 10)]
     assert benchmark.levers_table({"as it was": slow, "all together": fast}).splitlines()[2:] == [
-        "| as it was | 5.00 | – | – | 3,000 |",
-        "| all together | 2.00 | 2.500 (2.000–3.000) | 1.800 (1.600–2.000) | 5 |",
+        "| as it was | 5.00 | – | – | – | 3,000 |",
+        "| all together | 2.00 | as it was | 2.500 (2.000–3.000) | 1.800 (1.600–2.000) | 5 |",
     ]
 
 
@@ -198,10 +198,11 @@ def test_a_module_of_two_times(tmp_path):
 
 
 def test_levers_take_turns(small, tmp_path, monkeypatch, capsys):
-    """Each has one turn a round, whose first step is not counted; every gain is to the first lever's."""
+    """Each has one turn a round, whose first step is not counted, with the memory that it asks for."""
     monkeypatch.setattr(benchmark, "child", lambda args, variant, dtype: benchmark.levers(
         argparse.Namespace(**{**vars(args), "variant": variant, "dtype": dtype})))  # fmt: skip
-    monkeypatch.setattr(benchmark, "allocator", lambda *_: None)  # which would be this process's
+    asked = []
+    monkeypatch.setattr(benchmark, "allocator", lambda *thresholds: asked.append(thresholds))  # which would be this process's
     folders = ["--model", str(small / "model"), "--dataset", str(small / "pairs.jsonl"), "--out", str(tmp_path / "out.json")]
     with pytest.raises(SystemExit):
         benchmark.main([*folders, "--levers"])
@@ -210,5 +211,6 @@ def test_levers_take_turns(small, tmp_path, monkeypatch, capsys):
     benchmark.main([*folders, *how])
     rounds = json.loads((tmp_path / "out.json").read_text())["fp32"]
     assert list(rounds) == list(benchmark.LEVERS) and all(len(own) == 2 for own in rounds.values())
+    assert sorted(asked) == sorted(2 * [lever.memory for lever in benchmark.LEVERS.values()])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines[4:-1]] == [f"| {name}" for name in benchmark.LEVERS]
