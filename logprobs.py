@@ -81,78 +81,75 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # torch ≥ 2.10
 
 
+KEPT = 16  # parts of the vocabulary whose logits forward keeps for backward, which makes the others again
+
+
 class _ChunkedLogProb(torch.autograd.Function):
-    """log softmax(logits)[target] per token; logits are made chunk by chunk and made again in backward, but for the last ones.
+    """log softmax(logits)[target] per token, from the logits of one part of the vocabulary after another: a part stays in the
+    cache, and each row of the head's gradient is made once.
 
     With p = softmax(logits):  ∂logp/∂logits = onehot(target) − p. Through the soft-cap z = c·tanh(x/c) comes 1 − (z/c)².
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale, softcap, chunk, log_sum_p_squared):
-        head = Head(weight.to(hidden.dtype), bias, scale, softcap)  # cast once per batch, not once per chunk
-        logp = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        logits = None
-        for start in reversed(range(0, len(hidden), chunk)):
-            rows = slice(start, start + chunk)
-            logits = None  # freed before those of the next chunk are made
-            logits = logits_of(hidden[rows], head)
-            log_p = logits.log_softmax(-1)
-            logp[rows] = log_p.gather(-1, targets[rows, None]).squeeze(-1)
+    def parts(head: Head, width: int, targets: Tensor):
+        """Of each part its rows of the head, these, the place of each target among them, (N, 1), and whether it is there."""
+        for start in range(0, len(head.weight), width):
+            rows = slice(start, start + width)
+            part = head._replace(weight=head.weight[rows], bias=None if head.bias is None else head.bias[rows])
+            place = (targets - start)[:, None]
+            inside = place.clamp(0, len(part.weight) - 1)
+            yield rows, part, inside, place == inside
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, scale, softcap, targets, width, log_sum_p_squared):
+        ctx.kept = {}
+        logp = total = squares = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        highest = torch.full_like(logp, float("-inf"))  # logit so far; Σ exp(logit − highest), and of the squares of that
+        for rows, part, place, there in _ChunkedLogProb.parts(Head(weight, bias, scale, softcap), width, targets):
+            logits = logits_of(hidden, part)
+            logp = logp + logits.gather(-1, place).mul_(there).squeeze(-1)
+            if len(ctx.kept) < KEPT:
+                ctx.kept[rows.start] = logits
+            before = highest
+            highest = highest.maximum(logits.amax(-1))
+            weights = (logits - highest[:, None]).exp_()
+            total = total * (before - highest).exp() + weights.sum(-1)
             if log_sum_p_squared is not None:
-                log_sum_p_squared[rows] = log_p.mul_(2).logsumexp(-1)
-            del log_p  # freed, too
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.scale = scale
-        ctx.softcap = softcap
-        ctx.chunk = chunk
-        ctx.first_logits = logits  # backward comes next, and begins with these
-        return logp
+                squares = squares * (2 * (before - highest)).exp() + weights.square_().sum(-1)
+        if log_sum_p_squared is not None:
+            log_sum_p_squared.copy_(squares.log() - 2 * total.log())
+        ctx.save_for_backward(hidden, weight, bias, targets, highest, total)
+        ctx.how = (scale, softcap, width)
+        return logp - highest - total.log()
 
     @staticmethod
     def backward(ctx, grad_logp):
-        hidden, weight, bias, targets = ctx.saved_tensors
-        head = Head(weight.to(hidden.dtype), bias, ctx.scale, ctx.softcap)
-        grad_logp = (grad_logp * ctx.scale)[:, None]
-        grad_hidden = torch.empty_like(hidden)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
-        logits = ctx.first_logits
-        ctx.first_logits = None
-        for start in range(0, len(hidden), ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
+        hidden, weight, bias, targets, highest, total = ctx.saved_tensors
+        scale, softcap, width = ctx.how
+        grad_logp = (grad_logp * scale)[:, None]
+        grad_hidden = torch.zeros_like(hidden, dtype=total.dtype)
+        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        for rows, part, place, there in _ChunkedLogProb.parts(Head(weight, bias, scale, softcap), width, targets):
+            logits = ctx.kept.pop(rows.start, None)
             if logits is None:
-                logits = logits_of(hidden[rows], head)
-            grad = logits.softmax(-1).mul_(-grad_logp[rows])
-            grad.scatter_add_(-1, targets[rows, None], grad_logp[rows])
-            if ctx.softcap is not None:
-                grad.addcmul_(grad, logits.square_(), value=-1 / ctx.softcap**2)
-            logits = None
-            if grad_bias is not None:
-                grad_bias += grad.sum(0).to(bias.dtype)
+                logits = logits_of(hidden, part)
+            grad = (logits - highest[:, None]).exp_().mul_(-grad_logp / total[:, None])
+            grad.scatter_add_(-1, place, grad_logp * there)
+            if softcap is not None:
+                grad.addcmul_(grad, logits.square(), value=-1 / softcap**2)
+            if bias is not None:
+                grad_bias[rows] = grad.sum(0)
             grad = grad.to(hidden.dtype)
-            grad_hidden[rows] = grad @ head.weight
-            if grad_weight is not None:
-                _add_product(grad_weight, grad.T, hidden[rows])
-            del grad  # freed before the logits of the next chunk are made
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+            _add_product(grad_hidden, grad, part.weight.to(hidden.dtype))
+            _add_product(grad_weight[rows], grad.T, hidden)
+        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias, None, None, None, None, None
 
 
-def chunk_rows(vocabulary: int, device: str) -> int:
-    """Tokens whose logits exist at once: 128 MiB of them in fp32 on CPUs; 1 GiB elsewhere, in whole tiles of 128 tokens."""
-    if device == "cpu":
-        return max(1, 2**25 // vocabulary)
-    return max(1, 2**28 // vocabulary // 128) * 128
-
-
-def _as_computed(hidden: Tensor) -> Tensor:
-    """`hidden` in the dtype that matmuls use here: bf16 under autocast, else its own."""
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        return hidden.to(torch.get_autocast_dtype(kind))
-    return hidden
+def chunk_logits(device: str) -> int:
+    """Logits that are kept at once: 128 MiB of them in fp32 on CPUs, 1 GiB elsewhere."""
+    return 2**25 if device == "cpu" else 2**28
 
 
 def token_logprobs(
@@ -160,15 +157,15 @@ def token_logprobs(
 ) -> Tensor:
     """Log-probs of the tokens `targets` (N,), in nats, fp32 (fp64 for fp64 input), from the states (N, D) that predict them.
 
-    chunk: tokens whose logits exist at once; None picks `chunk_rows`.
+    chunk: logits that are kept at once, of which a part is made at a time; None picks `chunk_logits`.
     log_sum_p_squared: (N,) fp32, to be filled with log Σ_v p(v)², the log of a drawn token's expected probability.
     Gradients reach hidden, head.weight and head.bias.
     """
-    hidden = _as_computed(hidden)
     kind = hidden.device.type
-    rows = chunk or chunk_rows(len(head.weight), kind)
+    width = (chunk or chunk_logits(kind)) // KEPT // max(1, len(hidden))
+    width = max(1, width - width % 64 if width > 64 else width)  # in whole tiles of the products
     with torch.autocast(kind, enabled=False):
-        return _ChunkedLogProb.apply(hidden, head.weight, head.bias, targets, head.scale, head.softcap, rows, log_sum_p_squared)
+        return _ChunkedLogProb.apply(hidden, *head, targets, width, log_sum_p_squared)
 
 
 def _kl_rows(hidden: Tensor, ref_hidden: Tensor, head: Head, ref_head: Head) -> Tensor:
@@ -183,11 +180,10 @@ def token_kl(hidden: Tensor, ref_hidden: Tensor, head: Head, ref_head: Head, chu
     D = Σ_v π_ref(v) (log π_ref(v) − log π_θ(v)), from two log-softmaxes in fp32; ∂D/∂logits = π_θ − π_ref. (N,) nats from
     the policy's and the reference's states (N, D), chunk by chunk, again in backward. No gradient reaches the reference.
     """
-    hidden = _as_computed(hidden)
-    ref_hidden = _as_computed(ref_hidden.detach())
+    ref_hidden = ref_hidden.detach()
     ref_head = ref_head._replace(weight=ref_head.weight.detach())
     kind = hidden.device.type
-    rows = chunk or chunk_rows(2 * len(head.weight), kind)
+    rows = max(1, (chunk or chunk_logits(kind)) // len(head.weight) // 2)
     parts = []
     with torch.autocast(kind, enabled=False):
         for part, ref_part in zip(hidden.split(rows), ref_hidden.split(rows)):
@@ -197,54 +193,51 @@ def token_kl(hidden: Tensor, ref_hidden: Tensor, head: Head, ref_head: Head, chu
 
 # ---- attention over packed pairs that share their prompt ---------------------------------------------------------------
 
-
 Pairs = list[tuple[int, list[int]]]  # of a packed sequence: length of the prompt and of each response of every pair
 
-QUERY_BLOCK = 256  # queries attended at once in the matmul form; keys later than the block are skipped
+QUERY_BLOCK = 128  # tokens attended at once
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None) -> Tensor:
-    """Attention of the last q of k tokens of one sequence over all k: token i sees j with i − window < j ≤ i.
+class _BlockwiseAttention(torch.autograd.Function):
+    """softmax(s) · value, s = scaling · query · keyᵀ, soft-capped, + mask: one block of queries at a time, and only the keys
+    that it sees. Backward makes the weights again, so that what is kept grows with the tokens, not with their square.
 
-    (1, H, q, d), (1, G, k, d), (1, G, k, d) → (1, H, q, d), with H a multiple of G (grouped queries).
-    torch's fused kernel where it is the faster one; written out as matmuls for the soft-cap, and for bf16 on CPUs, where the
-    fused backward takes twice as long up to some 400 tokens.
+    (G, rows, d), (G, T, d), (G, T, d) → (G, rows, d) for G key heads; blocks: (rows of query, keys, mask) of each.
+    With p = softmax(s):  ∂L/∂s = p ∘ (∂L/∂p − Σ p ∘ ∂L/∂p). Through the soft-cap c · tanh comes 1 − tanh².
     """
-    queries, keys = query.shape[2], key.shape[2]
-    bf16_on_cpu = query.dtype == torch.bfloat16 and query.device.type == "cpu"
-    if softcap is None and not bf16_on_cpu:
-        causal = queries == keys and (window is None or window >= keys)
-        mask = None if causal else _seen_in_sequence(queries, keys, window, query.device)
-        grouped = query.shape[1] > key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scaling, enable_gqa=grouped)
-    out = []
-    end = keys - queries
-    for block in query.split(QUERY_BLOCK, dim=2):
-        end += block.shape[2]
-        out.append(_attend_by_matmuls(block, key[:, :, :end], value[:, :, :end], scaling, window, softcap))
-    return torch.cat(out, dim=2)
 
+    @staticmethod
+    def weights(query: Tensor, key: Tensor, mask: Tensor, scaling: float, softcap: float | None) -> tuple:
+        if softcap is None:
+            return torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scaling).softmax(-1), None
+        capped = torch.tanh(query.bmm(key.transpose(1, 2)) * (scaling / softcap))
+        return torch.add(mask, capped, alpha=softcap).softmax(-1), capped
 
-def _attend_by_matmuls(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None
-) -> Tensor:
-    _, heads, queries, width = query.shape
-    _, groups, keys, _ = key.shape
-    of_group = query.reshape(groups, -1, width)  # the queries of all heads that share a key head
-    logits = (of_group @ key[0].transpose(1, 2)).view(heads, queries, keys).float() * scaling
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    seen = _seen_in_sequence(queries, keys, window, query.device)
-    weights = logits.masked_fill(~seen, float("-inf")).softmax(-1).to(value.dtype)
-    out = weights.view(groups, -1, keys) @ value[0]
-    return out.view(1, heads, queries, -1)
+    @staticmethod
+    def forward(ctx, query, key, value, blocks, *how):
+        out = value.new_empty(*query.shape[:2], value.shape[-1])
+        for rows, keys, mask in blocks:
+            weights, _ = _BlockwiseAttention.weights(query[:, rows], key[:, keys], mask, *how)
+            out[:, rows] = weights.bmm(value[:, keys])
+        ctx.save_for_backward(query, key, value)
+        ctx.how = (blocks, *how)
+        return out
 
-
-def _seen_in_sequence(queries: int, keys: int, window: int | None, device) -> Tensor:
-    """(queries, keys) bool: what each of the last `queries` tokens sees of all `keys`."""
-    first = keys - queries
-    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(first)
-    return seen if window is None else seen.triu(first - window + 1)
+    @staticmethod
+    def backward(ctx, grad_out):
+        query, key, value = ctx.saved_tensors
+        blocks, scaling, softcap = ctx.how
+        grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
+        for rows, keys, mask in blocks:
+            weights, capped = _BlockwiseAttention.weights(query[:, rows], key[:, keys], mask, scaling, softcap)
+            grad_value[:, keys] += weights.transpose(1, 2).bmm(grad_out[:, rows])
+            grad = grad_out[:, rows].bmm(value[:, keys].transpose(1, 2))
+            grad = torch._softmax_backward_data(grad, weights, -1, weights.dtype)
+            if softcap is not None:
+                grad.addcmul_(grad, capped.square_(), value=-1)
+            grad_query[:, rows] = grad.bmm(key[:, keys])
+            grad_key[:, keys] += grad.transpose(1, 2).bmm(query[:, rows])
+        return grad_query.mul_(scaling), grad_key.mul_(scaling), grad_value, None, None, None
 
 
 class PrefixSharedPairs:
@@ -252,26 +245,32 @@ class PrefixSharedPairs:
 
     def __init__(self, pairs: Pairs):
         self.pairs = pairs
+        self.blocks = {}  # of each kind of layer, made in the first of that kind
 
     @torch._disable_dynamo  # torch.compiler.disable, which would import the compiler here: two seconds of every start
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None):
-        """Prompt + first response is an ordinary causal sequence; each further response attends to the prompt's keys followed
-        by its own. (1, H, T, d)."""
-        lengths = []
-        for prompt, (first, *others) in self.pairs:
-            lengths += [prompt + first, *others]
-        # split, as its backward is one concatenation
-        pieces = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2))
-        out = []
-        for prompt, (_, *others) in self.pairs:
-            first_query, first_key, first_value = next(pieces)
-            out.append(_attend(first_query, first_key, first_value, scaling, window, softcap))
-            for _ in others:
-                own_query, own_key, own_value = next(pieces)
-                seen_key = torch.cat([first_key[:, :, :prompt], own_key], dim=2)
-                seen_value = torch.cat([first_value[:, :, :prompt], own_value], dim=2)
-                out.append(_attend(own_query, seen_key, seen_value, scaling, window, softcap))
-        return torch.cat(out, dim=2)
+        """(1, H, T, d), (1, G, T, d), (1, G, T, d) → (1, H, T, d); the H/G heads that share a key head become rows of it."""
+        heads = query.shape[1] // key.shape[1]
+        kind = (heads, value.dtype, value.device, window)
+        if kind not in self.blocks:
+            self.blocks[kind] = list(self._blocks(*kind))
+        rows = query[0].unflatten(0, (-1, heads)).transpose(1, 2).flatten(1, 2)
+        out = _BlockwiseAttention.apply(rows, key[0], value[0], self.blocks[kind], scaling, softcap)
+        return out.unflatten(1, (-1, heads)).transpose(0, 1).flatten(1, 2).transpose(0, 1)[None]  # as the caller wants memory
+
+    def _blocks(self, heads: int, *how):
+        """Each pair is one sequence under one mask. Of each block: its rows, the keys that any of them sees, their mask."""
+        start = 0
+        for pair in self.pairs:
+            mask = pairs_mask([pair], *how)[0, 0]
+            own, low, high = seen_ranges([pair], how[-1])
+            for first in range(0, len(mask), QUERY_BLOCK):
+                end = min(first + QUERY_BLOCK, len(mask))
+                keys = np.union1d(np.arange(low[first:end].min(), high[first:end].max()), np.arange(own[first:end].min(), end))
+                rows = slice(heads * (start + first), heads * (start + end))
+                part = mask[first:end, to_device(torch.from_numpy(keys), mask.device)].repeat_interleave(heads, dim=0)
+                yield rows, slice(start, start + end) if len(keys) == end else torch.from_numpy(start + keys), part
+            start += len(mask)
 
 
 BLOCK = 128  # queries, and keys, that FlexAttention takes at once
@@ -330,9 +329,9 @@ def _sent(array: np.ndarray, device) -> Tensor:
     return tensor
 
 
-def pairs_mask(pairs: Pairs, dtype: torch.dtype, device) -> Tensor:
-    """The same as an additive mask (1, 1, T, T), for models whose attention cannot be exchanged. O(T²) memory."""
-    own, low, high = to_device(torch.from_numpy(seen_ranges(pairs)), device)[:, :, None]
+def pairs_mask(pairs: Pairs, dtype: torch.dtype, device, window: int | None = None) -> Tensor:
+    """The same as an additive mask (1, 1, T, T), for one pair or models whose attention cannot be exchanged. O(T²) memory."""
+    own, low, high = to_device(torch.from_numpy(seen_ranges(pairs, window)), device)[:, :, None]
     key = torch.arange(len(own), device=device)
     query = key[:, None]
     seen = ((own <= key) & (key <= query)) | ((low <= key) & (key < high))
@@ -463,7 +462,7 @@ class ResponseLogProbs(nn.Module):
     """A causal language model that answers a batch with one summed log-prob per response instead of logits.
 
     reference: a second one, frozen, only for token KLs and for a reference that moves.
-    chunk: see `token_logprobs`; the token KL, which has the logits of two models, takes half.
+    chunk: see `token_logprobs`; the token KL, which has the logits of two models, takes half as many of each.
     """
 
     def __init__(self, model: nn.Module, reference: nn.Module | None = None, chunk: int | None = None):
@@ -492,25 +491,27 @@ class ResponseLogProbs(nn.Module):
 
     @staticmethod
     def states(model: nn.Module, batch) -> Tensor:
-        """Hidden states at the scored positions, (N, D). `batch.pairs` is None for the padded layout."""
+        """Hidden states at the scored positions, (N, D), in the dtype of matmuls: bf16 under autocast, else their own.
+
+        `batch.pairs` is None for the padded layout: ids alone, as padding is on the right, where a causal position never looks.
+        """
         ids = batch.input_ids
-        attention = {}  # padded: ids alone, as padding is on the right, where a causal position never looks
-        if batch.pairs is not None:
-            attention["position_ids"] = batch.position_ids
+        kind = ids.device.type
+        attention = {} if batch.pairs is None else {"position_ids": batch.position_ids}
         if batch.pairs is not None and not model._can_set_attn_implementation():
             attention["attention_mask"] = pairs_mask(batch.pairs, model.dtype, ids.device)
-        elif batch.pairs is not None and ids.device.type in FUSED:
+        elif batch.pairs is not None and kind in FUSED:
             windows = {None, getattr(model.config.get_text_config(), "sliding_window", None)}
             blocks = {window: Blocks.of(batch.pairs, window, ids.device) for window in windows}
             missing = len(blocks[None].ranges[0]) - ids.shape[1]
             ids = F.pad(ids, (0, missing))
-            attention["position_ids"] = F.pad(batch.position_ids, (0, missing))
-            attention["blocks"] = blocks
+            attention = {"position_ids": F.pad(batch.position_ids, (0, missing)), "blocks": blocks}
         elif batch.pairs is not None:
             attention["pairs"] = PrefixSharedPairs(batch.pairs)
         body = getattr(model, model.base_model_prefix, None) or model.model  # Llama-4's prefix names nothing that it has
         out = body(input_ids=ids, use_cache=False, **attention)
-        return out.last_hidden_state.flatten(0, 1)[batch.index]
+        hidden = out.last_hidden_state.flatten(0, 1)[batch.index]
+        return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
 
     def forward(self, batch, outputs: tuple[str, ...] = ()) -> dict[str, Tensor]:
         """Sums over each response, (R,), nats, fp32: "logp", the log-probs of its tokens; and what `outputs` names of
@@ -530,8 +531,7 @@ class ResponseLogProbs(nn.Module):
         hidden = self.states(self.model, batch)
         head = head_of(self.model)
         if "kl" in outputs:
-            chunk = max(1, self.chunk // 2) if self.chunk else None
-            per_token["kl"] = token_kl(hidden, ref_hidden, head, ref_head, chunk)
+            per_token["kl"] = token_kl(hidden, ref_hidden, head, ref_head, self.chunk)
         log_sum_p_squared = None
         if "log_sum_p_squared" in outputs:
             log_sum_p_squared = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))

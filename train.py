@@ -15,6 +15,7 @@ Shape letters: n examples of an optimizer step · k responses of each, 2 for pai
 
 import contextlib
 import copy
+import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -319,11 +320,9 @@ def train_step(run: Run, rows: list[int]) -> dict:
             mean_grads = [x / (n * losses_per_example) for x in grads.values()]
             torch.autograd.backward([outputs[name] for name in grads], mean_grads)
     loss = whole[0] if whole is not None else gathered(scored, losses, n)["loss"].flatten()
-    grad_norm = dist.clip_gradients(run.policy, s.max_grad_norm)
-    # the one place where the host waits for a GPU
+    grad_norm = float(dist.clip_gradients(run.policy, s.max_grad_norm))  # the one place where the host waits for a GPU
     values = {name: x.cpu() for name, x in (inputs | gathered(scored, passes, n)).items()}
     loss = loss.cpu()
-    grad_norm = float(grad_norm)
     stop_if_not_finite(run, examples, values["logp"], loss, grad_norm)
     if run.step == 0:
         check_first_step(run, examples, values)
@@ -334,8 +333,7 @@ def train_step(run: Run, rows: list[int]) -> dict:
     run.optimizer.zero_grad()
     run.step += 1
     line = {"step": run.step, **measures(objective, values, loss), "grad_norm": grad_norm, "lr": lr}
-    tokens = sum(map(data.tokens_of, examples))
-    return line | {"pairs": len(loss), "tokens": tokens, "seconds": time.perf_counter() - tick}
+    return line | {"pairs": len(loss), "tokens": sum(map(data.tokens_of, examples)), "seconds": time.perf_counter() - tick}
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -1293,6 +1291,9 @@ def main(argv: list[str] | None = None, work: Callable = lambda argv: train(pars
     """The command line as a function; returns the summary. A user error ends with a message and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors: far fewer page faults
+    with contextlib.suppress(AttributeError):  # glibc then keeps what a step frees for the next one: hardly any page faults
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+        ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: from 1 GiB on
     stopped = "stopped at once: --resume goes on from the last checkpoint, if there is one"
     return data.command_line(work, argv, dist.fail, stopped, logs=("stdout", "stderr"))
 

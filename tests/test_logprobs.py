@@ -61,7 +61,7 @@ from logprobs import (  # fmt: skip
     Head,
     PrefixSharedPairs,
     ResponseLogProbs,
-    chunk_rows,
+    chunk_logits,
     completions,
     continuations,
     head_of,
@@ -204,7 +204,7 @@ def test_order_split_chunk_and_checkpointing_change_nothing(model):
     assert_same((shuffled[0][torch.tensor(columns).argsort()], shuffled[1]), whole)
 
     assert_same(gradients(policy, [packed_batch([e]) for e in pairs], weights), whole)
-    for chunk in (1, 7, 1000):
+    for chunk in (1, 10_000, 100_000):
         policy.chunk = chunk
         assert_same(gradients(policy, [packed_batch(pairs)], weights), whole)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -282,17 +282,26 @@ def test_packed_attention_in_bf16_stays_near_fp32(model):
     assert ((rough - exact).abs() / lengths).max() < 0.25
 
 
-def test_more_than_one_query_block(monkeypatch):
-    """With blocks of 4 queries the matmul form must still equal torch's kernel: causal, windowed, continued, soft-capped."""
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 3, 6])
+def test_more_than_one_query_block(monkeypatch, window, softcap):
+    """With blocks of 4 queries, of one prompt, of a prompt and a response, of two responses: values and gradients are those of
+    all scores under what each token sees by definition, in fp64. Values are narrower than keys, as in DeepSeek's attention."""
     monkeypatch.setattr(logprobs, "QUERY_BLOCK", 4)
     g = torch.Generator().manual_seed(0)
-    for q, k, window in ((13, 13, None), (6, 11, None), (13, 13, 3), (5, 17, 6)):
-        query, key, value = (torch.randn(1, h, n, 8, generator=g) for h, n in ((4, q), (2, k), (2, k)))
-        ours = logprobs._attend(query, key, value, 0.3, window, 1e6)  # a cap so high that it does nothing, by hand
-        i, j = torch.arange(k - q, k)[:, None], torch.arange(k)[None]
-        mask = (j <= i) & (j > i - (window or 1000))
-        scores = (query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.3).masked_fill(~mask, float("-inf"))
-        torch.testing.assert_close(ours, scores.softmax(-1) @ value.repeat_interleave(2, 1), rtol=1e-4, atol=1e-5)
+    for pairs in ([(13, [])], [(5, [6, 3]), (1, [1, 1])], [(9, [2, 2, 7]), (0, [1]), (2, [12])]):
+        size = sum(p + sum(rs) for p, rs in pairs)
+        shapes = ((4, 8), (2, 8), (2, 5), (4, 5))
+        query, key, value, pull = (torch.randn(1, h, size, d, generator=g, dtype=torch.float64) for h, d in shapes)
+        leaves = [x.requires_grad_() for x in (query, key, value)]
+        ours = PrefixSharedPairs(pairs).attend(query, key, value, 0.3, window, softcap)
+        scores = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.3
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~seen_by_definition(pairs, window, size), float("-inf"))
+        expected = scores.softmax(-1) @ value.repeat_interleave(2, 1)
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+        for a, b in zip(*(torch.autograd.grad(out, leaves, pull) for out in (ours, expected))):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_what_pairs_see_by_hand():
@@ -645,20 +654,20 @@ def test_batches_for_cuda_are_pinned_first(monkeypatch):
 
 
 def test_chunks_are_larger_on_gpus():
-    """2²⁵ elements of logits on CPUs; 2²⁸ elsewhere, in multiples of 128 rows, one at least."""
-    assert [chunk_rows(v, "cpu") for v in (256_000, 1, 2**26)] == [131, 2**25, 1]
-    assert [chunk_rows(v, "cuda") for v in (256_000, 128_256, 32_000, 2**25)] == [1024, 2048, 8320, 128]
+    """128 MiB of fp32 logits on CPUs, 1 GiB elsewhere."""
+    assert 4 * chunk_logits("cpu") == 2**27 and 4 * chunk_logits("cuda") == 2**30
 
 
-def test_a_plan_counts_one_full_chunk_of_a_gpu(monkeypatch):
-    """The first pair pays for a whole chunk of logits, fp32 at least; after it every further pair costs the same."""
-    config, peaks = LlamaConfig(**{**SIZE, "vocab_size": 8000, "num_hidden_layers": 1}), {}
+def test_a_plan_counts_the_kept_logits_of_a_gpu(monkeypatch):
+    """The first pair pays for all logits that are kept, fp32 at least; after it every further pair costs the same, within the
+    tile of 64 columns to which the parts of the vocabulary are rounded."""
+    config, peaks = LlamaConfig(**{**SIZE, "vocab_size": 80_000, "num_hidden_layers": 1}), {}
     for rows in (256, 512):
-        monkeypatch.setattr(will_it_fit, "chunk_rows", lambda vocabulary, device, rows=rows: rows)
+        monkeypatch.setattr(will_it_fit, "chunk_logits", lambda device, rows=rows: 80_000 * rows)
         peaks[rows] = [will_it_fit.one_microbatch(config, n, (20, 9, 9), torch.bfloat16, True)["peak"] for n in (1, 2, 3)]
-    for one, two, three in peaks.values():
-        assert abs(three - two - (two - one)) < 2**13 and two - one < 4 * 18 * 8000  # block masks differ by some KB
-    assert peaks[512][0] - peaks[256][0] >= 4 * 256 * 8000
+    for rows, each in peaks.items():
+        assert max(each) - min(each) < 4 * 18 * 64 * (rows + 72)
+    assert peaks[512][0] - peaks[256][0] >= 4 * 256 * 80_000
 
 
 def test_a_plan_counts_no_scores_of_a_gpu():
@@ -714,7 +723,7 @@ def naive(hidden, head, targets):
 
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-@pytest.mark.parametrize("chunk", [1, 7, None])
+@pytest.mark.parametrize("chunk", [1, 16 * 11 * 5, None])  # one column of the vocabulary at a time, five, all
 def test_chunked_head_equals_the_naive_one(name, dtype, bound, chunk):
     hidden, head, targets = a_head(dtype, **HEADS[name])
     inputs = [x for x in (hidden, head.weight, head.bias) if x is not None]
@@ -734,7 +743,7 @@ def test_chunked_head_by_finite_differences():
     )
 
 
-@pytest.mark.parametrize("chunk", [1, 4, None])
+@pytest.mark.parametrize("chunk", [1, 4 * 2 * 19, None])  # one row at a time, four, all
 def test_token_kl_and_its_gradient(chunk):
     """Against the naive sum over the vocabulary in fp64; and ∂D/∂logits = π_θ − π_ref through the chain rule by hand."""
     hidden, head, _ = a_head(torch.float64)

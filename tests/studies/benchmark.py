@@ -3,6 +3,7 @@
     python tests/studies/benchmark.py --model MODEL --dataset PAIRS.jsonl --out runs/benchmark.json
     python tests/studies/benchmark.py --model MODEL --dataset PAIRS.jsonl --peer trl      # and trl's trainers on the same pairs
     python tests/studies/benchmark.py --model MODEL --dataset PAIRS.jsonl --profile       # and where the time of a step goes
+    python tests/studies/benchmark.py --model MODEL --dataset PAIRS.jsonl --levers --base REVISION   # what each change gave
     python tests/studies/benchmark.py --growth                                            # how cost grows, on models built here
     python tests/studies/benchmark.py --gpu                                               # what only a GPU can show: see gpu.py
 
@@ -14,19 +15,27 @@ and two moments). The matmul rate is measured in each process (`matmul_rate`).
 
 There are two yardsticks: the textbook (a padded batch, all its logits, a log-softmax; the loop around it and the
 reference's pass are ours) and trl.
+
+`--levers` measures small gains, for which processes of their own scatter too much: see `levers`.
 """
 
 import argparse
 import contextlib
+import ctypes
 import json
+import math
 import os
+import random
 import re
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py does
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -35,10 +44,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import gpu  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM  # noqa: E402
 from will_it_fit import model_flops  # noqa: E402
 
 import data  # noqa: E402
+import logprobs  # noqa: E402
 import train  # noqa: E402
 
 VARIANTS = {  # name → (layout, objective)
@@ -53,12 +63,14 @@ VARIANTS = {  # name → (layout, objective)
 WARM = 2  # steps before the measured ones: --compile makes its graphs in the first, and in the second those for any size
 PEERS = {"trl simpo": "simpo", "trl dpo": "dpo"}
 KINDS = {  # what --profile sorts a step's operators into, by name; the rest is elementwise operators and sums
-    "products": r"aten::(|add|b|badd)mm|mkldnn",
-    "attention": r"scaled_dot_product|flash",
+    "products": r"aten::(|add)mm|mkldnn",
+    "attention": r"aten::(b|badd)mm|aten::_softmax|scaled_dot_product|flash",
     "copies and casts": r"aten::(copy_|cat|fill_)",
     "compiled": r"Compiled|graph_\d",
     "update": r"fused_adam|_foreach",
 }
+GIVEN_BACK = (2**26, 2**25)  # what glibc's malloc comes to by itself: the highest trim and mmap thresholds, in bytes
+KEPT = (-1, 2**30)  # as train.py sets them
 TEXTBOOK = {"simpo": "padded, full logits", "dpo": "padded, full logits, dpo + reference"}
 
 
@@ -70,7 +82,7 @@ def peak_bytes() -> float:
 
 def settings_of(args, folder: str) -> train.Settings:
     """A run of the warm-up steps and the measured ones, on the first pairs of the file that fit."""
-    layout, objective = VARIANTS[args.variant]
+    layout, objective = VARIANTS.get(args.variant, ("packed", "simpo"))
     need = args.batch_size * (args.steps + WARM)
     return train.Settings(
         model=args.model or "built", dataset=f"{args.dataset}[:{need + need // 4 + 8}]", eval_size=0, max_drop_fraction=1.0,
@@ -136,9 +148,8 @@ def update(run: train.Run) -> None:
     run.step += 1
 
 
-def ours(args) -> dict:
-    """One round of one of our variants: the trainer's own step, or one whose gradient is computed in another way."""
-    layout, _ = VARIANTS[args.variant]
+def prepared(args) -> train.Run:
+    """A run whose plan takes the first pairs that fit in their order."""
     with tempfile.TemporaryDirectory() as folder:
         s = settings_of(args, folder)
         run = train.prepare(s) if args.dataset else built(args, s)
@@ -146,6 +157,22 @@ def ours(args) -> dict:
     if len(run.train) < need:
         sys.exit(f"{args.dataset}: {need} pairs are needed, {len(run.train)} fit")
     run.plan = [list(range(i, i + size)) for i in range(0, need, size)]
+    return run
+
+
+def allocator(trim: int, mmap: int) -> None:
+    """Set the thresholds of glibc's malloc, where it is this process's."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(-1, trim)
+        ctypes.CDLL(None).mallopt(-3, mmap)
+
+
+def ours(args) -> dict:
+    """One round of one of our variants: the trainer's own step, or one whose gradient is computed in another way."""
+    layout, _ = VARIANTS[args.variant]
+    allocator(*KEPT)
+    run = prepared(args)
+    need, size = args.batch_size * (args.steps + WARM), args.batch_size
     if run.objective.needs("ref"):  # in the microbatches of these steps
         run.ref["ref"] = train.log_probs(run, run.train[:need], at_once=[size] * len(run.plan))["logp"]
     measured = [run.train[i] for i in range(WARM * size, need)]
@@ -224,6 +251,110 @@ def finish(args, model, examples: list, seconds: float) -> dict:
     }  # fmt: skip
 
 
+def todays_head(hidden, *rest):
+    """Today's `token_logprobs` for a file that leaves it to the head to cast the states."""
+    kind = hidden.device.type
+    hidden = hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
+    return logprobs.token_logprobs(hidden, *rest)
+
+
+class Lever(NamedTuple):
+    over: str | None = None  # the variant that a step's time is compared with
+    taken: dict | None = {}  # what is today's, by its name in logprobs.py; all else is that of --base. None: all is today's
+    memory: tuple[int, int] = KEPT
+
+
+LEVERS = {
+    "as it was": Lever(memory=GIVEN_BACK),
+    "memory kept": Lever("as it was"),
+    "and attention by pair under one mask": Lever("memory kept", {"PrefixSharedPairs": logprobs.PrefixSharedPairs}),
+    "and head by parts of the vocabulary": Lever("memory kept", {"token_logprobs": todays_head}),
+    "all together": Lever("as it was", None),
+}
+
+
+class Spent(NamedTuple):
+    wall: float  # seconds
+    user: float  # of all threads, less than wall seconds disturbed by what else the machine does
+    system: float
+    faults: int  # pages that the kernel had to hand out
+
+
+def spent() -> Spent:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return Spent(synchronized(), usage.ru_utime, usage.ru_stime, usage.ru_minflt)
+
+
+def with_names(base: str, taken: dict | None) -> types.ModuleType:
+    """logprobs.py of a git revision (or the file at a path) with some of today's names; None: today's."""
+    if taken is None:
+        return logprobs
+    text = Path(base).read_text() if Path(base).is_file() else None
+    if text is None:
+        command = ["git", "show", f"{base}:logprobs.py"]
+        text = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(logprobs.__file__).parent).stdout
+    module = types.ModuleType("logprobs_then")
+    exec(compile(text, f"{base}:logprobs.py", "exec"), vars(module))
+    vars(module).update(taken)
+    return module
+
+
+def levers(args) -> dict[str, list[Spent]]:
+    """Steps by turns in one process: as the code was, with one part of today's at a time, and as it is.
+
+    In a round each has its turn on the same pairs, in an order that is drawn; the next round takes the next pairs.
+    """
+    run = prepared(args)
+    run.step = 1  # what only the first one checks takes time
+    modules = {name: with_names(args.base, lever.taken) for name, lever in LEVERS.items()}
+    policies = {name: module.ResponseLogProbs(run.policy.model) for name, module in modules.items()}
+    order, drawn, rounds = list(LEVERS), random.Random(0), {name: [] for name in LEVERS}
+    for number in range(args.rounds):
+        rows = run.plan[number % len(run.plan)]
+        drawn.shuffle(order)
+        for name in order:
+            run.policy = policies[name]
+            run.policy.use_layout("packed")
+            AttentionInterface.register("prefix_shared", modules[name].prefix_shared_attention)
+            allocator(*LEVERS[name].memory)
+            train.train_step(run, rows)  # finds the memory as the variant before has left it, and is not counted
+            before = spent()
+            train.train_step(run, rows)
+            rounds[name].append(Spent(*(b - a for a, b in zip(before, spent()))))
+        print(f"round {number + 1}", file=sys.stderr, flush=True)
+    return rounds
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """(median, low, high): order statistics between which the true median lies in 95 % of cases or more, whatever the scatter.
+
+    The k-th lowest is above it only where less than k of n values are below, k the highest for which Binomial(n, 1/2) has that
+    in at most 2.5 % of cases; so for the highest. Five values or less have no such k: their ends are given.
+    """
+    n, ordered = len(values), sorted(values)
+    k = 0
+    while sum(math.comb(n, i) for i in range(k + 1)) <= 0.025 * 2**n:
+        k += 1
+    k = max(k, 1)
+    return statistics.median(ordered), ordered[k - 1], ordered[n - k]
+
+
+def levers_table(rounds: dict[str, list[Spent]]) -> str:
+    """Markdown: gains within each round."""
+    lines = [["lever", "seconds per step", "over", "gain", "in user + system seconds", "page faults per step"], ["---"] * 6]
+    for name, own in rounds.items():
+        over = LEVERS[name].over
+        gains = ["–", "–"]
+        if over:
+            wall = [a.wall / b.wall for a, b in zip(rounds[over], own)]
+            cpu = [(a.user + a.system) / (b.user + b.system) for a, b in zip(rounds[over], own)]
+            gains = ["{:.3f} ({:.3f}–{:.3f})".format(*interval(x)) for x in (wall, cpu)]
+        seconds = statistics.median(x.wall for x in own)
+        faults = statistics.median(x.faults for x in own)
+        lines.append([name, f"{seconds:.2f}", over or "–", *gains, f"{faults:,.0f}"])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def peer(args) -> dict:
     """One round of trl's trainer on the same pairs, in its own padded layout; SimPO is its CPO trainer without the NLL term."""
     import trl
@@ -280,10 +411,11 @@ def peer(args) -> dict:
 
 
 def child(args, variant: str, dtype: str, **more) -> dict:
-    """Run one round in a fresh process and read its result from the last line."""
+    """Run one round in a fresh process and read its result from the last line. Its threads are bound to cores: two of them may
+    else sit on one for seconds."""
     options = {**vars(args), **more, "variant": variant, "dtype": dtype}
     command = [sys.executable, __file__, "--child", json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={"OMP_PROC_BIND": "true", **os.environ})
     if done.returncode:
         sys.exit(f"{variant}, {dtype}: failed\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -392,6 +524,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset")
     parser.add_argument("--peer", choices=["trl"])
     parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--levers", action="store_true")
+    parser.add_argument("--base", help="with --levers: a git revision, or a file, whose logprobs.py is changed in part")
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--sizes", nargs="+", default=list(gpu.SIZES), choices=list(gpu.SIZES), help="with --gpu")
     parser.add_argument("--tokens", type=int, default=16_000, help="of a step, with --gpu")
@@ -415,7 +549,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.child:
         args = argparse.Namespace(**json.loads(args.child))
-        print("\n" + json.dumps((peer if args.variant in PEERS else ours)(args)))
+        work = levers if args.variant == "levers" else peer if args.variant in PEERS else ours
+        print("\n" + json.dumps(work(args)))
         return
     if args.profile and torch.cuda.is_available():
         parser.error("--profile adds up the CPU's time, which says nothing of a GPU")
@@ -430,6 +565,14 @@ def main(argv: list[str] | None = None) -> None:
         return write(args, growth(args))
     if not (args.model and args.dataset):
         parser.error("--model and --dataset are needed")
+    if args.levers and not args.base:
+        parser.error("--levers needs --base")
+    if args.levers:
+        results = {dtype: child(args, "levers", dtype) for dtype in args.dtypes}
+        for dtype, rounds in results.items():
+            rounds = {name: [Spent(*x) for x in own] for name, own in rounds.items()}
+            print(f"{dtype}, {args.rounds} rounds of a step of {args.batch_size} pairs\n\n{levers_table(rounds)}")
+        return write(args, results)
     variants, rounds = [*args.variants, *(PEERS if args.peer else ())], {}
     for r in range(args.rounds):
         for dtype in args.dtypes:

@@ -46,9 +46,12 @@ def test_an_encoder_is_refused_where_all_rows_have_one_length(tmp_path, monkeypa
         train.choose_layout(model, rows, "auto")
 
 
+attend = logprobs.PrefixSharedPairs.attend
+
+
 def everything_before(pairs, query, key, value, scaling, window, softcap):
     """Attention that takes a pack for one long sequence."""
-    return logprobs._attend(query, key, value, scaling, window, softcap)
+    return attend(logprobs.PrefixSharedPairs([(query.shape[2], [])]), query, key, value, scaling, window, softcap)
 
 
 def test_attention_that_ignores_the_pairs_is_wrong_where_the_start_does_not_see_it(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import benchmark
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import data
+import logprobs
 import train
 
 BUILT = dict(
@@ -165,3 +167,50 @@ def test_growth_changes_one_thing_at_a_time(tmp_path, monkeypatch, capsys):
     assert results[0]["case"] == {} and results[5]["case"] == {"batch_size": 8} and len(lines) == 2 + 6
     # 8 or 16 pairs in 4 s; 1 FLOP in 4 s at 2 a second: 12 %
     assert lines[2].endswith("4 pairs | 0.50 | 0.00 | 12% |") and lines[7] == "| batch_size 8 | 0.25 | 0.00 | 12% |"
+
+
+def test_the_interval_of_a_median_by_hand():
+    """Of ten values the second and the ninth: P(none or one below the median) = (1 + 10) / 1024 is 1.1 %, with two 5.5 %. Of
+    six the ends: 1 / 64 is 1.6 %. Two have no such interval, and get their ends."""
+    values = [5.0, 1.0, 9.0, 3.0, 7.0, 2.0, 8.0, 4.0, 6.0, 10.0]
+    assert benchmark.interval(values) == (5.5, 2.0, 9.0)
+    assert benchmark.interval(values[:6]) == (4.0, 1.0, 9.0) and benchmark.interval([2.0, 1.0]) == (1.5, 1.0, 2.0)
+
+
+def test_levers_table_by_hand():
+    """A gain is taken within its round: 4 / 2 and 6 / 2 seconds; 8 / 5 and 8 / 4 user and system seconds."""
+    slow = [benchmark.Spent(4.0, 7.0, 1.0, 2000), benchmark.Spent(6.0, 6.0, 2.0, 4000)]
+    fast = [benchmark.Spent(2.0, 4.0, 1.0, 0), benchmark.Spent(2.0, 4.0, 0.0, 10)]
+    assert benchmark.levers_table({"as it was": slow, "all together": fast}).splitlines()[2:] == [
+        "| as it was | 5.00 | – | – | – | 3,000 |",
+        "| all together | 2.00 | as it was | 2.500 (2.000–3.000) | 1.800 (1.600–2.000) | 5 |",
+    ]
+
+
+def test_a_module_of_two_times(tmp_path):
+    """What is taken is today's, also as the old code calls it; all else is the old file's."""
+    then = Path(logprobs.__file__).read_text().replace("QUERY_BLOCK = 128", "QUERY_BLOCK = 7")
+    (tmp_path / "then.py").write_text(then)
+    module = benchmark.with_names(str(tmp_path / "then.py"), {"PrefixSharedPairs": logprobs.PrefixSharedPairs})
+    assert module.QUERY_BLOCK == 7 and module.ResponseLogProbs is not logprobs.ResponseLogProbs
+    assert module.ResponseLogProbs.states.__globals__["PrefixSharedPairs"] is logprobs.PrefixSharedPairs
+    assert benchmark.with_names("unread", None) is logprobs
+
+
+def test_levers_take_turns(small, tmp_path, monkeypatch, capsys):
+    """Each has one turn a round, whose first step is not counted, with the memory that it asks for."""
+    monkeypatch.setattr(benchmark, "child", lambda args, variant, dtype: benchmark.levers(
+        argparse.Namespace(**{**vars(args), "variant": variant, "dtype": dtype})))  # fmt: skip
+    asked = []
+    monkeypatch.setattr(benchmark, "allocator", lambda *thresholds: asked.append(thresholds))  # which would be this process's
+    folders = ["--model", str(small / "model"), "--dataset", str(small / "pairs.jsonl"), "--out", str(tmp_path / "out.json")]
+    with pytest.raises(SystemExit):
+        benchmark.main([*folders, "--levers"])
+    assert "--levers needs --base" in capsys.readouterr().err
+    how = ["--levers", "--base", logprobs.__file__, "--dtypes", "fp32", "--steps", "1", "--batch-size", "3", "--rounds", "2"]
+    benchmark.main([*folders, *how])
+    rounds = json.loads((tmp_path / "out.json").read_text())["fp32"]
+    assert list(rounds) == list(benchmark.LEVERS) and all(len(own) == 2 for own in rounds.values())
+    assert sorted(asked) == sorted(2 * [lever.memory for lever in benchmark.LEVERS.values()])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[4:-1]] == [f"| {name}" for name in benchmark.LEVERS]

@@ -16,7 +16,9 @@ def test_the_kernels_row(window, cap):
 
 def test_a_wrong_mask_is_seen(monkeypatch):
     seen = gpu.logprobs.seen_ranges
-    monkeypatch.setattr(gpu.logprobs, "seen_ranges", lambda pairs, window, block=None: seen(pairs, 3, block))
+    monkeypatch.setattr(
+        gpu.logprobs, "seen_ranges", lambda pairs, window, block=None: seen(pairs, 3 if block else window, block)
+    )
     assert float(gpu.kernel(16, 4, None)["output"]) > 1e-2
 
 

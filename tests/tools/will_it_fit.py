@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 import data  # noqa: E402
 from data import UserError  # noqa: E402
 from distributed import decoder_blocks, shard  # noqa: E402
-from logprobs import Blocks, ResponseLogProbs, chunk_rows  # noqa: E402
+from logprobs import KEPT, Blocks, ResponseLogProbs, chunk_logits  # noqa: E402
 
 USABLE = 0.92  # share of a GPU's memory; the rest is left to the allocator
 BATCH_SIZE = 128  # pairs of an optimizer step, unless given
@@ -144,8 +144,7 @@ def one_microbatch(
     Args:
         reference: also the token KL to a second model.
         gpu: as on one: attention in the fused kernel, its block masks, the head in larger chunks, of which the first pair fills
-            two, as backward makes the logits of all but one again; each gradient is freed at once. Else as on this CPU,
-            gradients kept.
+            those that are kept and two more; each gradient is freed at once. Else as on this CPU, gradients kept.
     Returns:
         peak: bytes at most alive besides the weights.
         flops: those of `model_flops`: nothing that is done twice.
@@ -160,7 +159,7 @@ def one_microbatch(
     if gpu:
         transformers.AttentionInterface.register("fused_trace", _fused_trace)
         text = config.get_text_config()
-        chunk = chunk_rows(text.vocab_size, "cuda")
+        chunk = chunk_logits("cuda")
         for window in {*windows_of(text), None}:
             masks += sum(x.nbytes for x in tree_leaves(Blocks.of(batch.pairs, window, "cpu")))
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -175,7 +174,8 @@ def one_microbatch(
                 part.set_attn_implementation("fused_trace")
         policy = shard(policy, checkpointing=checkpointing)
         tensors = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in batch._asdict().items() if isinstance(v, Tensor)}
-        missing = max(0, 2 * (chunk or 0) - sum(responses))
+        full = (chunk or 0) * (KEPT + 2) // KEPT // config.get_text_config().vocab_size  # two more are alive at once
+        missing = max(0, full - sum(responses))
         for name in ("index", "targets", "response", "in_prefix"):
             tensors[name] = nn.functional.pad(tensors[name], (0, missing))
 
