@@ -1259,7 +1259,7 @@ def main(argv: list[str] | None = None, work: Callable = lambda argv: train(pars
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors: far fewer page faults
     with contextlib.suppress(AttributeError):  # glibc then keeps what a step frees for the next one: hardly any page faults
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-        ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: from 1 GiB on
+        ctypes.CDLL(None).mallopt(-3, 2**28)  # M_MMAP_THRESHOLD: from 256 MiB on, larger ones would leave holes
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # a table of weights that do not fit, where one message follows
     stopped = "stopped at once: --resume goes on from the last checkpoint, if there is one"
