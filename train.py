@@ -832,11 +832,9 @@ def reference_logps(run: Run, examples: Sequence[Example], what: str, at_once: S
 
 def make_optimizer(run: Run) -> torch.optim.Optimizer:
     """AdamW; weight decay acts on matrices, not on gains and biases."""
-    parameters = list(run.policy.model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": run.s.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    matrices = [p for p in run.policy.model.parameters() if p.ndim >= 2]
+    others = [p for p in run.policy.model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": run.s.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
