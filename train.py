@@ -830,11 +830,9 @@ def reference_logps(run: Run, examples: Sequence[Example], what: str, at_once: S
 
 def make_optimizer(run: Run) -> torch.optim.Optimizer:
     """AdamW; weight decay acts on matrices, not on gains and biases."""
-    parameters = list(run.policy.model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": run.s.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    matrices = [p for p in run.policy.model.parameters() if p.ndim >= 2]
+    others = [p for p in run.policy.model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": run.s.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
@@ -1293,7 +1291,7 @@ def main(argv: list[str] | None = None, work: Callable = lambda argv: train(pars
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors: far fewer page faults
     with contextlib.suppress(AttributeError):  # glibc then keeps what a step frees for the next one: hardly any page faults
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-        ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: from 1 GiB on
+        ctypes.CDLL(None).mallopt(-3, 2**28)  # M_MMAP_THRESHOLD: from 256 MiB on, larger ones would leave holes
     stopped = "stopped at once: --resume goes on from the last checkpoint, if there is one"
     return data.command_line(work, argv, dist.fail, stopped, logs=("stdout", "stderr"))
 

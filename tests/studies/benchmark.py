@@ -70,7 +70,7 @@ KINDS = {  # what --profile sorts a step's operators into, by name; the rest is 
     "update": r"fused_adam|_foreach",
 }
 GIVEN_BACK = (2**26, 2**25)  # what glibc's malloc comes to by itself: the highest trim and mmap thresholds, in bytes
-KEPT = (-1, 2**30)  # as train.py sets them
+KEPT = (-1, 2**28)  # as train.py sets them
 TEXTBOOK = {"simpo": "padded, full logits", "dpo": "padded, full logits, dpo + reference"}
 
 
