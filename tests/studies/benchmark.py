@@ -322,6 +322,7 @@ def levers(args) -> dict[str, list[Spent]]:
             train.train_step(run, rows)
             rounds[name].append(Spent(*(b - a for a, b in zip(before, spent()))))
         print(f"round {number + 1}", file=sys.stderr, flush=True)
+    AttentionInterface.register("prefix_shared", logprobs.prefix_shared_attention)  # for who comes after, in this process
     return rounds
 
 
