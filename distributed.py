@@ -463,14 +463,19 @@ class StopOnSignal:
 
     Without torchrun a second one means now: the process ends as it would without this. SIGTERM or SIGHUP within a second of
     the first is no second one, since a batch system signals the group and the process; Ctrl-C twice is always meant.
+    `at_once` is for where nothing can be lost: the first one ends the process, with a word.
     """
 
     number = 0  # of the signal that came first
     since = 0.0  # when it came, by time.monotonic
 
+    def __init__(self, at_once: bool = False):
+        self.at_once = at_once
+
     def __enter__(self) -> "StopOnSignal":
         self.before = {}
-        if threading.current_thread() is threading.main_thread():
+        left_alone = self.at_once and c10d.is_initialized()  # torchrun sees to that
+        if threading.current_thread() is threading.main_thread() and not left_alone:
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                     self.before[number] = signal.signal(number, self._raise_hand)
@@ -481,6 +486,9 @@ class StopOnSignal:
             signal.signal(number, handler)
 
     def _raise_hand(self, number, frame) -> None:
+        if self.at_once:
+            data.say("stopped before a step was made; --resume starts there again")
+            raise SystemExit(128 + number)
         twice = number == self.number == signal.SIGINT or time.monotonic() > self.since + 1
         if self.number == 0:
             self.number, self.since = number, time.monotonic()

@@ -241,7 +241,7 @@ class _BlockwiseAttention(torch.autograd.Function):
 
 
 class PrefixSharedPairs:
-    """Attention pair by pair, so that no (T × T) mask exists. A class, as torch.compile makes constants of a list's numbers."""
+    """Attention pair by pair: no mask of all pairs is kept. A class, as torch.compile makes constants of a list's numbers."""
 
     def __init__(self, pairs: Pairs):
         self.pairs = pairs
@@ -258,17 +258,17 @@ class PrefixSharedPairs:
         out = _BlockwiseAttention.apply(rows, key[0], value[0], self.blocks[kind], scaling, softcap)
         return out.unflatten(1, (-1, heads)).transpose(0, 1).flatten(1, 2).transpose(0, 1)[None]  # as the caller wants memory
 
-    def _blocks(self, heads: int, *how):
+    def _blocks(self, heads: int, dtype: torch.dtype, device: torch.device, window: int | None):
         """Each pair is one sequence under one mask. Of each block: its rows, the keys that any of them sees, their mask."""
         start = 0
         for pair in self.pairs:
-            mask = pairs_mask([pair], *how)[0, 0]
-            own, low, high = seen_ranges([pair], how[-1])
+            mask = pairs_mask([pair], dtype, device, window)[0, 0]
+            own, low, high = seen_ranges([pair], window)
             for first in range(0, len(mask), QUERY_BLOCK):
                 end = min(first + QUERY_BLOCK, len(mask))
                 keys = np.union1d(np.arange(low[first:end].min(), high[first:end].max()), np.arange(own[first:end].min(), end))
                 rows = slice(heads * (start + first), heads * (start + end))
-                part = mask[first:end, to_device(torch.from_numpy(keys), mask.device)].repeat_interleave(heads, dim=0)
+                part = mask[first:end, to_device(torch.from_numpy(keys), device)].repeat_interleave(heads, dim=0)
                 yield rows, slice(start, start + end) if len(keys) == end else torch.from_numpy(start + keys), part
             start += len(mask)
 

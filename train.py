@@ -261,7 +261,8 @@ def prepare(s: Settings) -> Run:
     rows = {name: report._asdict() for name, report in reports.items()}
     dist.on_rank_0(write_whole, out / MARKER, json.dumps({"plainpo": run.same, "rows": rows}, indent=2) + "\n")
     stop_at_terminator(run.policy.model, tokenizer, data.template_arguments(s), say)
-    score_initial_model(run)  # a signal ends the process here: nothing is lost, and --resume starts again
+    with dist.StopOnSignal(at_once=True):
+        score_initial_model(run)
     run.optimizer = make_optimizer(run)
     if s.resume:
         resume(run)

@@ -1712,14 +1712,12 @@ def test_a_signal_after_the_last_step_changes_nothing(arguments, tmp_path, monke
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
 
 
-def test_a_signal_while_the_reference_is_scored(arguments, tmp_path, monkeypatch):
-    """The process ends at once, and the folder is in nobody's way: with and without --resume."""
-    with monkeypatch.context() as patch:
+def test_a_signal_while_the_reference_is_scored(arguments, tmp_path, monkeypatch, capsys):
+    """Code 143 at once, and the folder is in nobody's way: with and without --resume."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(train, "log_probs", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
-        process = multiprocessing.get_context("fork").Process(target=train.main, args=[arguments(objective="dpo")])
-        process.start()
-        process.join(60)
-    assert process.exitcode == -signal.SIGTERM and (tmp_path / "out/run.json").exists()
+        train.main(arguments(objective="dpo"))
+    assert stop.value.code == 143 and "--resume starts there again" in capsys.readouterr().err
     shutil.copytree(tmp_path / "out", tmp_path / "other")
     train.main(arguments(objective="dpo", max_steps=1))
     train.main(arguments(objective="dpo", out=tmp_path / "other") + ["--resume"])

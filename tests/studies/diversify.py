@@ -842,7 +842,7 @@ def main(argv: list[str] | None = None):
         return train.main(argv[1:], lambda argv: train_on_steps(train.parse_settings(argv)))
     if argv and argv[0] in COMMANDS:
         work = functools.partial(data.commands, prog=PROG, text=__doc__, table=COMMANDS)
-        return on_policy.command_line(work, argv, on_policy.RESUMED if argv[0] == "sample" else "stopped")
+        return data.command_line(work, argv, stopped=on_policy.RESUMED if argv[0] == "sample" else "stopped")
     return train.main(argv, lambda argv: study(train.parse_settings(argv, Study, PROG, __doc__)))
 
 

@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> dict:
     def work(argv: list[str]) -> dict:
         return generate(data.parse(Generation, argv, "tests/tools/answers.py", __doc__))
 
-    return on_policy.command_line(work, sys.argv[1:] if argv is None else argv)
+    return data.command_line(work, argv, stopped=on_policy.RESUMED)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     def work(argv: list[str]) -> None:
         chat(data.parse(Chat, argv, "tests/tools/chat.py", __doc__))
 
-    on_policy.command_line(work, sys.argv[1:] if argv is None else argv, stopped="")
+    data.command_line(work, argv, stopped="")
 
 
 if __name__ == "__main__":

@@ -681,16 +681,11 @@ COMMANDS = {
 RESUMED = "stopped; nothing is lost, the same command goes on from here"
 
 
-def command_line(work: Callable[[list[str]], object], argv: list[str], stopped: str = RESUMED):
-    """`data.command_line` of a command that goes on where it was stopped."""
-    return data.command_line(work, argv, stopped=stopped)
-
-
 def main(argv: list[str] | None = None):
     """The command line as a function. A user error ends with a message and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
     work = functools.partial(data.commands, prog="tests/tools/on_policy.py", text=__doc__, table=COMMANDS)
-    return command_line(work, argv, "stopped" if argv[:1] == ["pairs"] else RESUMED)
+    return data.command_line(work, argv, stopped="stopped" if argv[:1] == ["pairs"] else RESUMED)
 
 
 if __name__ == "__main__":
