@@ -254,6 +254,8 @@ def shard(
         for block in blocks:
             block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
     if not c10d.is_initialized():
+        embedding, head = policy.model.get_input_embeddings(), policy.model.get_output_embeddings()
+        embedding.sparse = embedding.weight is head.weight and head.weight.is_cpu  # so its gradient is added to the head's
         return policy
     # late here and below: these libraries take a second, for which `--help` need not wait
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -733,8 +735,7 @@ def _write_model(folder: Path, model: nn.Module, weights: dict, tokenizer, dtype
             os.rename(part, folder)
     except (OSError, SafetensorError) as error:  # most often a disk that is full
         shutil.rmtree(part, ignore_errors=True)
-        advice = "make room, or choose another place"
-        raise UserError(f"{folder} could not be written ({error}); {advice}") from error
+        raise UserError(f"{folder} could not be written ({error}); make room, or choose another place") from error
 
 
 @dataclass
@@ -798,8 +799,7 @@ def _on_hub(source: str) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line as a function. A user error ends with a message and exit code 2."""
-    commands = {"export": (Export, export_checkpoint)}
-    data.command_line(lambda argv: data.commands(argv, "distributed.py", __doc__, commands), argv)
+    data.command_line(lambda a: data.commands(a, "distributed.py", __doc__, {"export": (Export, export_checkpoint)}), argv)
 
 
 if __name__ == "__main__":

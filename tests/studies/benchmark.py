@@ -5,13 +5,14 @@
     python tests/studies/benchmark.py --model MODEL --dataset PAIRS.jsonl --profile       # and where the time of a step goes
     python tests/studies/benchmark.py --model MODEL --dataset PAIRS.jsonl --levers --base REVISION   # what each change gave
     python tests/studies/benchmark.py --growth                                            # how cost grows, on models built here
+    python tests/studies/benchmark.py --model MODEL --dataset PAIRS.jsonl --reading       # rows/s of data.load and datasets.map
     python tests/studies/benchmark.py --gpu                                               # what only a GPU can show: see gpu.py
 
 Every variant runs in a process of its own, so that its peak memory is its own, and the variants take turns for several
 rounds, so that a machine that drifts drifts for all. A round is two optimizer steps to warm up and then the measured steps,
 each of `--batch-size` pairs, the first ones of the file that fit. A figure is the mean over rounds, then the lowest and the
-highest; a ratio is taken within a round. Peak memory is that of the process, less 16 bytes per weight (fp32 weights, gradients
-and two moments). The matmul rate is measured in each process (`matmul_rate`).
+highest; a ratio is taken within a round. Peak memory is that of the process, less what it was before any model and less 16
+bytes per weight (fp32 weights, gradients and two moments). The matmul rate is measured in each process (`matmul_rate`).
 
 There are two yardsticks: the textbook (a padded batch, all its logits, a log-softmax; the loop around it and the
 reference's pass are ours) and trl.
@@ -42,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import gpu  # noqa: E402
+import miniature  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM  # noqa: E402
@@ -71,6 +73,10 @@ KINDS = {  # what --profile sorts a step's operators into, by name; the rest is 
 }
 GIVEN_BACK = (2**26, 2**25)  # what glibc's malloc comes to by itself: the highest trim and mmap thresholds, in bytes
 KEPT = (-1, 2**28)  # as train.py sets them
+BASE = dict(
+    model=None, dataset=None, steps=2, batch_size=4, prompt_tokens=128, response_tokens=64, vocabulary=49152,
+)  # fmt: skip
+SWEEPS = {"response_tokens": [128, 256], "vocabulary": [131072, 262144], "batch_size": [8, 16, 32, 64]}  # from BASE's on
 TEXTBOOK = {"simpo": "padded, full logits", "dpo": "padded, full logits, dpo + reference"}
 
 
@@ -170,6 +176,7 @@ def allocator(trim: int, mmap: int) -> None:
 def ours(args) -> dict:
     """One round of one of our variants: the trainer's own step, or one whose gradient is computed in another way."""
     layout, _ = VARIANTS[args.variant]
+    before = peak_bytes()
     allocator(*KEPT)
     run = prepared(args)
     need, size = args.batch_size * (args.steps + WARM), args.batch_size
@@ -187,7 +194,7 @@ def ours(args) -> dict:
             step(run, rows)
         seconds = synchronized() - tick
     shares = {"shares": shares_of(profiler.key_averages())} if args.profile else {}
-    return finish(args, run.policy.model, measured, seconds) | shares | balance(run, measured[:size])
+    return finish(args, run.policy.model, measured, seconds, before) | shares | balance(run, measured[:size])
 
 
 def shares_of(operators) -> dict[str, float]:
@@ -241,13 +248,14 @@ def textbook_flops(model, examples: list, batch_size: int) -> float:
     return model_flops(model, rows)
 
 
-def finish(args, model, examples: list, seconds: float) -> dict:
+def finish(args, model, examples: list, seconds: float, before: float) -> dict:
     peak, dtype = peak_bytes(), torch.bfloat16 if args.dtype == "bf16" else torch.float32
     return {
         "variant": args.variant, "dtype": args.dtype, "pairs": len(examples), "seconds": seconds,
         "tokens": sum(map(data.tokens_of, examples)), "flops": model_flops(model, examples),
         "textbook_flops": textbook_flops(model, examples, args.batch_size),
-        "rate": matmul_rate(model, dtype), "peak_above_state": peak - 16 * sum(p.numel() for p in model.parameters()),
+        "rate": matmul_rate(model, dtype), "before": before,
+        "peak_above_state": peak - before - 16 * sum(p.numel() for p in model.parameters()),
     }  # fmt: skip
 
 
@@ -362,6 +370,7 @@ def peer(args) -> dict:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
 
+    before = peak_bytes()
     objective = PEERS[args.variant]
     tokenizer = data.load_tokenizer(args.model)
     need = args.batch_size * (args.steps + WARM)
@@ -408,7 +417,7 @@ def peer(args) -> dict:
     trainer.train()
     seconds = synchronized() - Clock.tick
     # trl shuffles: over equal steps its pairs differ from ours only by those of the warm-up batches
-    return finish(args, model, examples[WARM * args.batch_size :], seconds) | {"trl": trl.__version__}
+    return finish(args, model, examples[WARM * args.batch_size :], seconds, before) | {"trl": trl.__version__}
 
 
 def child(args, variant: str, dtype: str, **more) -> dict:
@@ -433,11 +442,13 @@ def summary_of(results: list[dict]) -> dict:
     }  # fmt: skip
 
 
-def header(args, more: float) -> str:
-    """What the figures were measured with and against; `more`: by how much the textbook computes more than it must."""
+def header(args, more: float, before: float) -> str:
+    """What the figures were measured with and against; `more`: by how much the textbook computes more than it must; `before`:
+    the bytes a process takes without a model."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     said = f"{where}, torch {torch.__version__}; {args.rounds} rounds of {args.steps} steps of {args.batch_size} pairs: "
     said += "mean (lowest–highest); ratios within a round"
+    said += f"\npeak memory is less 16 bytes a weight and what a process takes without a model, {before / 2**30:.2f} GiB"
     said += f"\npadding and unused logits alone make a step {more:.2f} times the arithmetic of the packed tree"
     if args.peer and not torch.cuda.is_available():
         said += (
@@ -493,30 +504,99 @@ def profile_table(rounds: dict[tuple[str, str], list[dict]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def growth(args) -> list[dict]:
-    """Cost of the packed tree on built models: response length ×2 and ×4, vocabulary 49k → 256k, pairs per step."""
-    base = dict(model=None, dataset=None, steps=2, batch_size=4, prompt_tokens=128, response_tokens=64, vocabulary=49152)
-    cases = [
-        {},
-        {"response_tokens": 128},
-        {"response_tokens": 256},
-        {"vocabulary": 131072},
-        {"vocabulary": 262144},
-        {"batch_size": 8},
-    ]
+def growth(args) -> dict[str, list[dict]]:
+    """Cost of the packed tree on built models, for each of SWEEPS the values of one setting; all others are those of BASE."""
+    sweeps = {}
     lines = ["| case | seconds per pair | peak above state, GiB | of matmul rate |", "|---|---|---|---|"]
-    results = []
-    for case in cases:
-        r = summary_of([child(args, "packed tree", args.dtypes[0], **{**base, **case})])
-        results.append({"case": case, **r})
-        title = ", ".join(f"{k} {v}" for k, v in case.items()) or "prompt 128, responses 64, vocabulary 49,152, 4 pairs"
-        lines.append(
-            f"| {title} | {1 / r['pairs_per_second']:.2f} | {r['peak_above_state_gib']:.2f} "
-            f"| {r['fraction_of_matmul_rate']:.0%} |"
-        )
-        print(lines[-1], file=sys.stderr, flush=True)
+    same = summary_of([child(args, "packed tree", args.dtypes[0], **BASE)])
+    for setting, values in SWEEPS.items():
+        sweeps[setting] = [{"value": BASE[setting], **same}]
+        for value in values:
+            result = summary_of([child(args, "packed tree", args.dtypes[0], **{**BASE, setting: value})])
+            sweeps[setting].append({"value": value, **result})
+        for r in sweeps[setting]:
+            title = f"{setting} {r['value']:,}"
+            gib, share = r["peak_above_state_gib"], r["fraction_of_matmul_rate"]
+            lines.append(f"| {title} | {1 / r['pairs_per_second']:.2f} | {gib:.2f} | {share:.0%} |")
+            print(lines[-1], file=sys.stderr, flush=True)
     print("\n".join(lines))
-    return results
+    draw_growth(sweeps, Path(args.out).with_suffix(".png"))
+    return sweeps
+
+
+def draw_growth(sweeps: dict[str, list[dict]], path: Path) -> None:
+    """A panel for each sweep: time and arithmetic of a pair, and peak memory, all relative to the smallest value."""
+    plt = miniature.pyplot()
+    if plt is None:
+        return
+    figure, axes = plt.subplots(1, len(sweeps), figsize=(4 * len(sweeps), 3.6), constrained_layout=True, sharey=True)
+    drawn = {
+        "seconds per pair": lambda r: 1 / r["pairs_per_second"],
+        "peak memory above the training state": lambda r: r["peak_above_state_gib"],
+        "arithmetic per pair": lambda r: r["flops"] / r["pairs"],
+    }
+    for axis, (setting, own) in zip(axes, sweeps.items()):
+        values = [r["value"] for r in own]
+        for (label, measure), style in zip(drawn.items(), ("o-", "s-", ":")):
+            axis.plot(values, [measure(r) / measure(own[0]) for r in own], style, label=label)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(values, [f"{value:,}" for value in values])
+        axis.minorticks_off()
+        axis.set_xlabel(setting.replace("_", " "))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("times the leftmost value")
+    axes[0].set_ylim(bottom=0)
+    axes[-1].legend(loc="upper left", fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def reading(args) -> dict:
+    """One way of making token ids of --rows rows: those of the dataset over and over, numbered."""
+    tokenizer = data.load_tokenizer(args.model)
+    before = peak_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/rows.jsonl"
+        write_rows(args, file)
+        tick = time.perf_counter()
+        READERS[args.variant](file, tokenizer, folder)
+        seconds = time.perf_counter() - tick
+    workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"variant": args.variant, "seconds": seconds, "peak": peak_bytes() - before, "peak_of_a_worker": workers}
+
+
+def write_rows(args, file: str) -> None:
+    known = []
+    for _, raw in data.read(f"{args.dataset}[:1000]"):
+        with contextlib.suppress(data.UserError):
+            known.append(data.format_of(raw, "row")[0](raw))
+    with open(file, "w") as f:
+        for i in range(args.rows):
+            row = known[i % len(known)]
+            first, *more = row.prompt
+            chosen, rejected = row.responses
+            prompt = [{**first, "content": f"{i} {first['content']}"}, *more]
+            f.write(json.dumps({"prompt": prompt, "chosen": [chosen], "rejected": [rejected]}) + "\n")
+
+
+def read_by_load(file: str, tokenizer, folder: str) -> None:
+    data.load(file, tokenizer, data.Reading(cache=folder))
+
+
+def read_by_map(file: str, tokenizer, folder: str) -> None:
+    """The plain template call, which checks nothing."""
+    from datasets import Dataset
+
+    def ids(row: dict) -> dict:
+        return {
+            name: tokenizer.apply_chat_template(row["prompt"] + row[name], return_dict=False) for name in ("chosen", "rejected")
+        }
+
+    Dataset.from_json(file, cache_dir=folder).map(ids, num_proc=os.cpu_count())
+
+
+READERS = {"data.load": read_by_load, "datasets.map": read_by_map}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -525,6 +605,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset")
     parser.add_argument("--peer", choices=["trl"])
     parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--reading", action="store_true", help="rows a second of data.load and of datasets.map")
+    parser.add_argument("--rows", type=int, default=200_000, help="with --reading")
     parser.add_argument("--levers", action="store_true")
     parser.add_argument("--base", help="with --levers: a git revision, or a file, whose logprobs.py is changed in part")
     parser.add_argument("--gpu", action="store_true")
@@ -550,7 +632,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.child:
         args = argparse.Namespace(**json.loads(args.child))
-        work = levers if args.variant == "levers" else peer if args.variant in PEERS else ours
+        work = {"levers": levers, **dict.fromkeys(PEERS, peer), **dict.fromkeys(READERS, reading)}.get(args.variant, ours)
         print("\n" + json.dumps(work(args)))
         return
     if args.profile and torch.cuda.is_available():
@@ -566,6 +648,14 @@ def main(argv: list[str] | None = None) -> None:
         return write(args, growth(args))
     if not (args.model and args.dataset):
         parser.error("--model and --dataset are needed")
+    if args.reading:
+        results = [child(args, reader, "fp32") for reader in READERS]
+        lines = [["", "rows/s", "peak of the process, GiB", "of a worker, GiB"], ["---"] * 4]
+        for r in results:
+            memory = (f"{r[key] / 2**30:.2f}" for key in ("peak", "peak_of_a_worker"))
+            lines.append([r["variant"], f"{args.rows / r['seconds']:.0f}", *memory])
+        print(miniature.markdown(lines))
+        return write(args, results)
     if args.levers and not args.base:
         parser.error("--levers needs --base")
     if args.levers:
@@ -583,7 +673,8 @@ def main(argv: list[str] | None = None) -> None:
                 speed = result["pairs"] / result["seconds"]
                 print(f"round {r + 1}: {variant}, {dtype}: {speed:.2f} pairs/s", file=sys.stderr, flush=True)
         write(args, [{"variant": v, "dtype": d, **summary_of(own), "rounds": own} for (v, d), own in rounds.items()])
-    print(f"{header(args, result['textbook_flops'] / result['flops'])}\n\n{table(rounds)}\n{balance_lines(rounds)}")
+    more = result["textbook_flops"] / result["flops"]
+    print(f"{header(args, more, result['before'])}\n\n{table(rounds)}\n{balance_lines(rounds)}")
     if args.profile:
         print(profile_table(rounds))
 

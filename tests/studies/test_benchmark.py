@@ -55,7 +55,7 @@ def test_every_variant_counts_the_same_work(monkeypatch):
     ]
     assert [r["variant"] for r in results] == list(benchmark.VARIANTS) and {r["pairs"] for r in results} == {2}
     assert {r["tokens"] for r in results} == {2 * (12 + 4 + 4)} and len({r["flops"] for r in results}) == 1
-    assert all(r["seconds"] > 0 and r["peak_above_state"] > 0 for r in results)
+    assert all(r["seconds"] > 0 and r["before"] > 0 for r in results)
 
 
 @pytest.mark.parametrize("layout, padding", [("packed", 0.0), ("padded", 1 - 45 / (2 * 15 + 4 * 10))])
@@ -103,9 +103,14 @@ def test_rounds_on_a_model_folder(small, tmp_path, monkeypatch, capsys):
     assert [r["variant"] for r in results] == variants and all(len(r["rounds"]) == 2 for r in results)
     examples, _ = data.load(str(small / "pairs.jsonl"), data.load_tokenizer(str(small / "model")))
     assert all(r["pairs"] == 12 and r["tokens"] == 2 * sum(map(data.tokens_of, examples[6:12])) for r in results)
-    head, more, _, _, _, packed, padded, _, *balance = said.out.rstrip("\n").splitlines()
+    head, less, more, _, _, _, packed, padded, _, *balance = said.out.rstrip("\n").splitlines()
     assert [line.partition(":")[0] for line in balance] == ["packed tree, fp32", "padded, full logits, fp32"]
-    assert "alone make a step" in more and "2 rounds of 2 steps of 3 pairs" in head and "trl" not in head
+    assert (
+        "without a model" in less
+        and "alone make a step" in more
+        and "2 rounds of 2 steps of 3 pairs" in head
+        and "trl" not in head
+    )
     assert packed.startswith("| packed tree | fp32 |") and packed.count("–") >= 2 and padded.endswith("| – | – | – |")
     ratio = float(packed.split(" | ")[6].split()[0])  # of the two rounds' ratios
     speeds = [[a["pairs"] / a["seconds"] for a in r["rounds"]] for r in results]
@@ -114,7 +119,7 @@ def test_rounds_on_a_model_folder(small, tmp_path, monkeypatch, capsys):
 
 def test_the_header_says_what_trl_is_on_a_cpu():
     args = argparse.Namespace(rounds=2, steps=1, batch_size=4, peer="trl")
-    assert ("falls back to on a CPU" in benchmark.header(args, 1.0)) == (not torch.cuda.is_available())
+    assert ("falls back to on a CPU" in benchmark.header(args, 1.0, 0.0)) == (not torch.cuda.is_available())
 
 
 def test_a_round_in_a_process_of_its_own(warm):
@@ -158,15 +163,16 @@ def test_growth_changes_one_thing_at_a_time(tmp_path, monkeypatch, capsys):
 
     def made_up(args, variant, dtype, **case):
         asked.append(case)
-        return dict(pairs=2 * case["batch_size"], seconds=4.0, tokens=1, flops=1.0, rate=2.0, peak_above_state=0)
+        return dict(pairs=2 * case["batch_size"], seconds=4.0, tokens=1, flops=1.0, rate=2.0, peak_above_state=2**30)
 
     monkeypatch.setattr(benchmark, "child", made_up)
     benchmark.main(["--growth", "--dtypes", "bf16", "--out", str(tmp_path / "out.json")])
-    assert all(len(case.items() - asked[0].items()) == 1 for case in asked[1:]) and len(asked) == 6
-    results, lines = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out.splitlines()
-    assert results[0]["case"] == {} and results[5]["case"] == {"batch_size": 8} and len(lines) == 2 + 6
+    assert all(len(case.items() - asked[0].items()) == 1 for case in asked[1:]) and len(asked) == 1 + 2 + 2 + 4
+    sweeps, lines = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out.splitlines()
+    assert [r["value"] for r in sweeps["batch_size"]] == [4, 8, 16, 32, 64] and len(lines) == 2 + 3 + 3 + 5
     # 8 or 16 pairs in 4 s; 1 FLOP in 4 s at 2 a second: 12 %
-    assert lines[2].endswith("4 pairs | 0.50 | 0.00 | 12% |") and lines[7] == "| batch_size 8 | 0.25 | 0.00 | 12% |"
+    assert lines[8:10] == ["| batch_size 4 | 0.50 | 1.00 | 12% |", "| batch_size 8 | 0.25 | 1.00 | 12% |"]
+    assert (tmp_path / "out.png").stat().st_size > 10_000
 
 
 def test_the_interval_of_a_median_by_hand():
@@ -214,3 +220,22 @@ def test_levers_take_turns(small, tmp_path, monkeypatch, capsys):
     assert sorted(asked) == sorted(2 * [lever.memory for lever in benchmark.LEVERS.values()])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines[4:-1]] == [f"| {name}" for name in benchmark.LEVERS]
+
+
+def test_reading_is_measured_side_by_side(small, tmp_path, monkeypatch, capsys):
+    """Both read the same rows, each of them another one."""
+    seen = {}
+
+    def read(file, tokenizer, folder):
+        seen["rows"] = [json.loads(line) for line in open(file)]
+
+    monkeypatch.setattr(benchmark, "READERS", {"data.load": read, "datasets.map": benchmark.read_by_load})
+    monkeypatch.setattr(benchmark, "child", lambda args, variant, dtype: benchmark.reading(
+        argparse.Namespace(**{**vars(args), "variant": variant, "dtype": dtype})))  # fmt: skip
+    folders = ["--model", str(small / "model"), "--dataset", str(small / "pairs.jsonl"), "--out", str(tmp_path / "out.json")]
+    benchmark.main([*folders, "--reading", "--rows", "1200"])
+    texts = {row["prompt"][0]["content"] for row in seen["rows"]}
+    assert len(texts) == 1200 and all(row["chosen"][0]["role"] == "assistant" for row in seen["rows"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| data.load", "| datasets.map"]
+    assert all(r["seconds"] > 0 and r["peak"] >= 0 for r in json.loads((tmp_path / "out.json").read_text()))
