@@ -254,8 +254,6 @@ def shard(
         for block in blocks:
             block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
     if not c10d.is_initialized():
-        embedding, head = policy.model.get_input_embeddings(), policy.model.get_output_embeddings()
-        embedding.sparse = embedding.weight is head.weight and head.weight.is_cpu  # so its gradient is added to the head's
         return policy
     # late here and below: these libraries take a second, for which `--help` need not wait
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method

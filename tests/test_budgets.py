@@ -12,7 +12,7 @@ HERE = Path(__file__).resolve().parents[1]
 # records and settings files, checkpoints with checksums, runs that survive full disks and signals. So these numbers are what is
 # reached; what comes later has to remove as much as it adds.
 LINES = {
-    "losses.py": 1832, "logprobs.py": 610, "data.py": 1738, "train.py": 1301, "distributed.py": 806, "README.md": 400,
+    "losses.py": 1832, "logprobs.py": 610, "data.py": 1738, "train.py": 1301, "distributed.py": 804, "README.md": 400,
 }  # fmt: skip
 FILES = [name for name in LINES if name.endswith(".py")]
 

@@ -454,24 +454,6 @@ def scored(policy, packs) -> list:
 PACKS = [[], *([e] for e in examples()), examples(), examples(1, [(20, 9, 9)] * 9)]  # of 1 to 342 tokens: two and three blocks
 
 
-@pytest.mark.parametrize("name", ["llama, tied", "mistral, window of 5"])
-def test_a_tied_embedding_makes_no_dense_gradient_of_its_own(name):
-    """On a CPU the rows that it gets are added to the gradient of the head: over two passes the same as two dense ones."""
-    torch.manual_seed(0)
-    policy = ResponseLogProbs(MODELS[name]().train())
-    policy.use_layout("packed")
-    tied = policy.model.get_input_embeddings().weight is policy.model.get_output_embeddings().weight
-    batches = [packed_batch(examples()), packed_batch(examples(1))]
-    weights = torch.linspace(-1, 2, sum(batch.responses for batch in batches))
-    expected = gradients(policy, batches, weights)[1]
-    dist.shard(policy)
-    ours = gradients(policy, batches, weights)[1]
-    assert policy.model.get_input_embeddings().sparse == tied == (name == "llama, tied")
-    for parameter, gradient in ours.items():
-        assert gradient.layout == torch.strided
-        torch.testing.assert_close(gradient, expected[parameter], atol=2e-6, rtol=2e-6)
-
-
 @pytest.mark.parametrize("name, compiling, kinds", [
     ("llama, tied", False, 1), ("mistral, window of 5", False, 1), ("gemma2, soft-caps and alternating windows", False, 1),
     ("gemma2, soft-caps and alternating windows", True, 2),

@@ -173,7 +173,6 @@ def one_microbatch(
             for part in filter(None, (model, frozen)):
                 part.set_attn_implementation("fused_trace")
         policy = shard(policy, checkpointing=checkpointing)
-        policy.model.get_input_embeddings().sparse = False  # as on a GPU
         tensors = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in batch._asdict().items() if isinstance(v, Tensor)}
         full = (chunk or 0) * (KEPT + 2) // KEPT // config.get_text_config().vocab_size  # two more are alive at once
         missing = max(0, full - sum(responses))
