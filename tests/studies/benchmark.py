@@ -546,7 +546,7 @@ def draw_growth(sweeps: dict[str, list[dict]], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("times the leftmost value")
     axes[0].set_ylim(bottom=0)
-    axes[-1].legend(loc="upper left", fontsize="small")
+    axes[0].legend(loc="upper left", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
