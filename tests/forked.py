@@ -13,6 +13,9 @@ import torch
 import distributed as dist
 
 
+WITHIN = 90  # seconds, for an answer from each
+
+
 def port() -> int:
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -45,7 +48,7 @@ def ranks(count: int, function: Callable, *args) -> list:
         child.start()
     results = []
     while len(results) < len(children):
-        assert queue._reader.poll(90), "no answer from a rank for 90 s"
+        assert queue._reader.poll(WITHIN), f"no answer from a rank for {WITHIN} s"
         results.append(queue.get())
         assert results[-1][2] is None, results[-1][2]
     for child in children:
