@@ -38,6 +38,7 @@ TOKENS = {"all that the template writes for a conversation that begins with the 
 @functools.cache
 def today() -> tuple[type, type]:
     """The authors' trainer with what transformers asks of one today, and its settings."""
+
     def collator(label_pad_token_id, **more):
         return utils.DPODataCollatorWithPadding(**more)
 
@@ -80,7 +81,7 @@ def train(case) -> list[dict]:
     (term,) = parse_objective(case.objective).terms
     given = dict(term.given)
     ratio = given.pop("gamma") / given["beta"]
-    how = adapter_trl.common(case) | given | dict(gamma_beta_ratio=ratio, max_prompt_length=case.max_length - 1)
+    how = adapter_trl.common(case) | given | dict(gamma_beta_ratio=ratio, max_prompt_length=case.max_length * 7 // 8)
     tokenizer = AutoTokenizer.from_pretrained(case.model)
     rows = [dict(zip(("prompt", "chosen", "rejected"), texts(tokenizer, row))) for row in case.rows]
     model = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32)

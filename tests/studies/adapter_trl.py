@@ -23,8 +23,8 @@ NAMES = {"gamma": "simpo_gamma", "lam": "cpo_alpha", "lambda_d": "desirable_weig
 NAMES |= {"tau": "discopop_tau", "ipo.tau": "beta", "orpo.lam": "beta"}
 DPO = ["dpo(beta=0.1, label_smoothing=0.1)", "dpo_norm(beta=5.0)", "ipo(tau=0.1)", "rso_hinge(beta=0.05)", "nca(beta=0.01)"]
 DPO += ["robust_dpo(beta=0.1, label_smoothing=0.1)", "exo(beta=0.1, label_smoothing=0.001)", "bco_pair(beta=0.1)"]
-DPO += ["sppo(beta=0.1)", "apo_zero(beta=0.1)", "apo_down(beta=0.1)", "discopop(beta=0.05, tau=0.05)", "aot(beta=0.01)"]
-DPO += ["aot_unpaired(beta=0.01)", "sft"]
+DPO += ["sppo(beta=0.1)", "apo_zero(beta=0.1)", "apo_down(beta=0.1)", "discopop(beta=0.05, tau=0.05)", "aot(beta=1.0)"]
+DPO += ["aot_unpaired(beta=1.0)", "sft"]
 TRAINERS = {
     "DPOTrainer": ["dpo(beta=0.1)", *DPO],
     "DPOTrainer, padding_free": ["dpo(beta=0.1)"],
