@@ -12,6 +12,7 @@ import transformers
 import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers_arguments import logged
 from trl.experimental import cpo, utils
 
 from losses import parse_objective
@@ -86,4 +87,5 @@ def train(case) -> list[dict]:
     rows = [dict(zip(("prompt", "chosen", "rejected"), texts(tokenizer, row))) for row in case.rows]
     model = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32)
     trainer = kind(model, config(**how), train_dataset=Dataset.from_list(rows), tokenizer=tokenizer)
-    return adapter_trl.run(trainer, case)
+    trainer.train(resume_from_checkpoint=case.resume)
+    return logged(trainer.state.log_history)

@@ -1,11 +1,10 @@
 """trl's trainers, for conformance.py."""
 
-import os
-
 import torch
 import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers_arguments import arguments, logged
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -48,23 +47,8 @@ def settings(case) -> dict:
 
 
 def common(case) -> dict:
-    """What all trainers of transformers are told."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    return dict(
-        output_dir=case.out, per_device_train_batch_size=case.batch_size // case.accumulation // processes,
-        gradient_accumulation_steps=case.accumulation, learning_rate=case.lr, lr_scheduler_type="constant", max_grad_norm=0.0,
-        weight_decay=0.0, num_train_epochs=1, bf16=case.bf16, use_cpu=True, train_sampling_strategy="sequential",
-        gradient_checkpointing=False, logging_steps=1, report_to=[], disable_tqdm=True, max_length=case.max_length,
-        save_strategy="steps" if case.save_every else "no", save_steps=case.save_every or 500,
-    )  # fmt: skip
-
-
-def run(trainer, case) -> list[dict]:
-    trainer.train(resume_from_checkpoint=case.resume)
-    names = {"loss": "loss", "rewards/chosen": "reward_chosen", "rewards/rejected": "reward_rejected",
-             "rewards/margins": "reward_margin", "rewards/accuracies": "reward_accuracy"}  # fmt: skip
-    lines = [line for line in trainer.state.log_history if "loss" in line]
-    return [{names[key]: value for key, value in line.items() if key in names} for line in lines]
+    more = dict(train_sampling_strategy="sequential", gradient_checkpointing=False, max_length=case.max_length)
+    return arguments(case) | more
 
 
 def train(case) -> list[dict]:
@@ -74,4 +58,6 @@ def train(case) -> list[dict]:
     rows = [{key: [{"role": "assistant", "content": x}] if isinstance(x, str) else x for key, x in row.items()}
             for row in case.rows]  # fmt: skip
     how = dict(args=config(**common(case), **settings(case), **switches), train_dataset=Dataset.from_list(rows))
-    return run(kind(model, processing_class=AutoTokenizer.from_pretrained(case.model), **how), case)
+    trainer = kind(model, processing_class=AutoTokenizer.from_pretrained(case.model), **how)
+    trainer.train(resume_from_checkpoint=case.resume)
+    return logged(trainer.state.log_history)
