@@ -15,8 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from transformers_arguments import logged
 from trl.experimental import cpo, utils
 
+from data import UserError
 from losses import parse_objective
 
+if "SIMPO" not in os.environ:
+    raise UserError("the environment variable SIMPO is not set; it names a clone of github.com/princeton-nlp/SimPO")
 VERSION = f"with transformers {transformers.__version__} and trl {trl.__version__}"
 TRAINERS = {"SimPOTrainer": ["simpo(beta=2.0, gamma=1.0, label_smoothing=0.0)"]}
 

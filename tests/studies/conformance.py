@@ -34,7 +34,6 @@ import forked  # noqa: E402
 import templates  # noqa: E402
 import textbook  # noqa: E402
 import torch  # noqa: E402
-import transformers  # noqa: E402
 from miniature import markdown  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook  # noqa: E402
@@ -431,7 +430,10 @@ def load_adapter(name: str) -> ModuleType:
         raise data.UserError(f"trainer is {name!r}; known are {', '.join(known)}, or a file of your own")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise data.UserError(f"{file}: {error}; install it, or name another --trainer") from error
     return module
 
 
@@ -459,6 +461,8 @@ def run_all(adapter: ModuleType, wanted: str = "") -> tuple[list[Finding], list[
             some = [text for text in objectives if wanted in f"{trainer}: {text}"]
             todo += [(of_trainers, checks, check, text) for text in some[:1] for check in ONCE]
             todo += [(of_objectives, checks, check, text) for text in some for check in EACH]
+        if not todo:
+            raise data.UserError(f"only is {wanted!r}; there are {', '.join(adapter.TRAINERS)}, with the objectives of each")
         for findings, checks, check, text in data.progress(todo, "conformance", "checks", len(todo)):
             (found,) = forked.ranks(0, run_check, checks, check, text)
             findings += found
@@ -479,9 +483,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trainer", default="plainpo", help="an adapter of this folder, or a file")
     parser.add_argument("--only", default="", help="only trainers and objectives whose name holds this")
-    args = parser.parse_args(argv)
+    return data.command_line(lambda argv: report(parser.parse_args(argv)), argv)
+
+
+def report(args: argparse.Namespace) -> int:
+    """Exit code 1 if anything is not equal."""
     adapter = load_adapter(args.trainer)
-    transformers.utils.logging.disable_progress_bar()
     of_trainers, of_objectives = run_all(adapter, args.only)
     print(table(of_objectives, lambda f: f"{f.trainer}, `{f.objective}`", lambda f: f.check))
     print(table(of_trainers, lambda f: f.check, lambda f: f.trainer))

@@ -13,7 +13,6 @@ from conformance import Checks, ids_of, run_check
 from torch import distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data import UserError
 from losses import parse_objective
 
 SIMPO = "simpo(beta=2.0, gamma=1.0)"
@@ -190,9 +189,21 @@ def test_this_trainer_is_equal_everywhere():
     assert conformance.main([]) == 0
 
 
-def test_an_unknown_trainer():
-    with pytest.raises(UserError, match="trainer is 'trll'; known are plainpo, simpo, trl"):
-        conformance.load_adapter("trll")
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--trainer", "trll"], "trainer is 'trll'; known are llamafactory, plainpo, simpo, trl, or a file of your own"),
+        (["--trainer", "needs.py"], "needs.py: No module named 'nowhere'; install it, or name another --trainer"),
+        (["--only", "simpoo"], "only is 'simpoo'; there are packed, padded, with the objectives of each"),
+    ],
+)
+def test_user_errors(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    Path("needs.py").write_text("import nowhere")
+    with pytest.raises(SystemExit) as stopped:
+        conformance.main(words)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_rows_of_unpaired_objectives(folder):
