@@ -63,4 +63,5 @@ def train(case) -> list[dict]:
         dataset_dir=str(folder), template="smollm2", cutoff_len=case.max_length, disable_shuffling=True,
         disable_gradient_checkpointing=True, resume_from_checkpoint=checkpoint, overwrite_cache=True, report_to="none",
     ))  # fmt: skip
-    return logged(json.loads(Path(case.out, "trainer_state.json").read_text())["log_history"])
+    state = Path(case.out, "trainer_state.json")  # of the first process alone
+    return logged(json.loads(state.read_text())["log_history"]) if state.exists() else []
