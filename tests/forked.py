@@ -13,9 +13,6 @@ import torch
 import distributed as dist
 
 
-WITHIN = 90  # seconds, for an answer from each
-
-
 def port() -> int:
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -39,8 +36,11 @@ def rank_of(number: int, count: int, at: int, queue, function, args) -> None:
     os._exit(0)
 
 
-def ranks(count: int, function: Callable, *args) -> list:
-    """function(*args) on `count` forked ranks, or in one process without a process group for 0; results in order of ranks."""
+def ranks(count: int, function: Callable, *args, within: float = 90) -> list:
+    """function(*args) on `count` forked ranks, or in one process without a process group for 0; results in order of ranks.
+
+    within: seconds, for an answer from each.
+    """
     context = multiprocessing.get_context("fork")
     queue, at = context.SimpleQueue(), port()
     children = [context.Process(target=rank_of, args=(i, count, at, queue, function, args)) for i in range(max(1, count))]
@@ -48,7 +48,7 @@ def ranks(count: int, function: Callable, *args) -> list:
         child.start()
     results = []
     while len(results) < len(children):
-        assert queue._reader.poll(WITHIN), f"no answer from a rank for {WITHIN} s"
+        assert queue._reader.poll(within), f"no answer from a rank for {within} s"
         results.append(queue.get())
         assert results[-1][2] is None, results[-1][2]
     for child in children:

@@ -10,7 +10,8 @@ from losses import OBJECTIVES, parse_objective
 VERSION = "of this clone"
 LOGPS = {"logp_w", "logp_l", "old_w", "old_l", "ref_w", "ref_l", "len_w", "len_l"}
 SINGLE = {"logp", "ref", "desirable", "logp_kl", "ref_kl"}
-ALL = [str(parse_objective(name)) for name, loss in OBJECTIVES.items() if set(loss.tensors) <= LOGPS | SINGLE]
+KNOWN = {name: loss for name, loss in OBJECTIVES.items() if set(loss.tensors) <= LOGPS | SINGLE and not loss.random}
+ALL = [str(parse_objective(name)) for name in KNOWN]
 TRAINERS = {"packed": ALL, "padded": ["simpo(beta=2.0, gamma=1.0)", "kto(beta=0.1)"]}
 
 

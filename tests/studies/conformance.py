@@ -43,6 +43,7 @@ import data  # noqa: E402
 from losses import parse_objective  # noqa: E402
 
 BATCH, STEPS, LR = 4, 8, 1e-3
+WITHIN = 3600  # seconds, for a check, which is several trainings
 BOUND = 1e-5  # relative, of losses and gradients in fp32
 LEARNT = 1e-3  # the same after steps of Adam, which divides by the size of a gradient, however small
 BF16 = 0.1  # relative, of a gradient
@@ -304,8 +305,10 @@ class Checks:
         yield "loss, step 1", abs(found.logs[0]["loss"] / right.logs[0]["loss"] - 1)
         yield "gradient, step 1", apart(found.gradients[0], right.gradients[0])
         yield "its worst tensor", worst(found.gradients[0], right.gradients[0]), 10 * BOUND
-        said = "" if len(found.rates) == STEPS else f"{len(found.rates)} steps"
-        yield f"weights, step {STEPS}", learnt_apart(found, right, initial_weights(case.model)), LEARNT, said
+        if len(found.rates) == STEPS:
+            yield f"weights, step {STEPS}", learnt_apart(found, right, initial_weights(case.model)), LEARNT
+        else:
+            yield f"weights, step {STEPS}", 1.0, LEARNT, f"{len(found.rates)} steps"
 
     def accumulated(self, objective: str) -> Iterator:
         """The gradient of step 2, as rows weigh differently only where policy and reference do."""
@@ -366,13 +369,16 @@ class Checks:
 
     def processes(self, objective: str) -> Iterator:
         for name, rows in (("two processes", BATCH), ("two processes, last batch, a row short", 2 * BATCH - 1)):
-            yield name, max(forked.ranks(2, self.gap, self.case(objective, rows, lr=1e-12), -1))
+            yield name, max(forked.ranks(2, self.gap, self.case(objective, rows, lr=1e-12), -1, within=WITHIN))
 
     def logged(self, objective: str) -> Iterator:
         found, right = self.both(self.case(objective, BATCH * STEPS, accumulation=2))
         names = [name for name in right.logs[0] if name in found.logs[0]]
         for check, steps, bound in (("logged, before a step", 1, 10 * BOUND), ("logged, all steps", STEPS, LEARNT)):
-            gaps = {name: max(abs(a[name] - b[name]) for a, b in zip(found.logs[:steps], right.logs)) for name in names}
+            gaps = {
+                name: max(abs(a[name] - b[name]) for a, b in zip(found.logs[:steps], right.logs[:steps], strict=True))
+                for name in names
+            }
             said = [name for name in names if gaps[name] > bound]
             yield check, max(gaps.values()), bound, ", ".join(said or names)
 
@@ -383,7 +389,9 @@ class Checks:
         observed(self.adapter, other, kill_at=STEPS // 2 + 2)
         resumed = observed(self.adapter, replace(other, resume=True))
         difference = apart(resumed.weights, dict(zip(resumed.weights, through.values())))
-        yield "killed and resumed", difference, 1e-7, f"{len(resumed.rates)} steps from step {STEPS // 2}"
+        steps = len(resumed.rates)
+        began_anew = steps != STEPS // 2
+        yield "killed and resumed", 1.0 if began_anew else difference, 1e-7, f"{steps} steps from step {STEPS // 2}"
 
     def bf16(self, objective: str) -> Iterator:
         difference = self.gap(self.case(objective, BATCH, bf16=True))
@@ -452,7 +460,6 @@ def run_check(checks: Checks, check: Callable, objective: str) -> list[Finding]:
 def run_all(adapter: ModuleType, wanted: str = "") -> tuple[list[Finding], list[Finding]]:
     """The checks of each trainer and of each objective, every one in a process of its own; only of those whose name holds
     `wanted`."""
-    forked.WITHIN = 3600  # a check is several trainings
     todo, of_trainers, of_objectives = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
@@ -464,7 +471,7 @@ def run_all(adapter: ModuleType, wanted: str = "") -> tuple[list[Finding], list[
         if not todo:
             raise data.UserError(f"only is {wanted!r}; there are {', '.join(adapter.TRAINERS)}, with the objectives of each")
         for findings, checks, check, text in data.progress(todo, "conformance", "checks", len(todo)):
-            (found,) = forked.ranks(0, run_check, checks, check, text)
+            (found,) = forked.ranks(0, run_check, checks, check, text, within=WITHIN)
             findings += found
             if check is Checks.tokens:
                 checks.ids = checks.ways.get(found[0].said, ids_of)  # that difference is found once, not in every check

@@ -53,14 +53,14 @@ def train(case, broken: str = "") -> list[dict]:
     saved = Path(case.out, "state.pt")
     saved.parent.mkdir(exist_ok=True)
     start, logs = 0, []
-    if case.resume:
+    if case.resume and broken != "begins anew":
         state = torch.load(saved)
         start = state["step"]
         model.load_state_dict(state["model"])
         if broken != "optimizer state":
             optimizer.load_state_dict(state["optimizer"])
     for step, batch in enumerate(case.batches()):
-        if step < start or (broken == "last batch" and len(batch) < case.batch_size):
+        if step < start or (broken == "ends early" and step == 3) or (broken == "last batch" and len(batch) < case.batch_size):
             continue
         mine = batch[rank::world]
         size = -(-case.batch_size // case.accumulation // world)
@@ -133,6 +133,8 @@ def test_a_plain_trainer_is_equal_everywhere(folder, check):
         (Checks.logged, "logged loss", ["logged, before a step", "logged, all steps"]),
         (Checks.logged, "rewards without beta", ["logged, before a step", "logged, all steps"]),
         (Checks.killed, "optimizer state", ["killed and resumed"]),
+        (Checks.killed, "begins anew", ["killed and resumed"]),
+        (Checks.steps, "ends early", ["weights, step 4"]),
         (Checks.bf16, "bf16", ["gradient in bf16"]),
     ],
     ids=lambda x: x if isinstance(x, str) else None,
