@@ -422,10 +422,11 @@ def peer(args) -> dict:
 
 def child(args, variant: str, dtype: str, **more) -> dict:
     """Run one round in a fresh process and read its result from the last line. Its threads are bound to cores: two of them may
-    else sit on one for seconds."""
+    else sit on one for seconds. Not a reader's: its workers would all inherit the first core."""
     options = {**vars(args), **more, "variant": variant, "dtype": dtype}
     command = [sys.executable, __file__, "--child", json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, env={"OMP_PROC_BIND": "true", **os.environ})
+    bound = str(variant not in READERS).lower()
+    done = subprocess.run(command, capture_output=True, text=True, env={"OMP_PROC_BIND": bound, **os.environ})
     if done.returncode:
         sys.exit(f"{variant}, {dtype}: failed\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -8,9 +8,9 @@ The rows are 1,100 instructions with two answers each, from the preference chapt
 Scratch): instruction-data-with-preference.json of https://github.com/rasbt/LLMs-from-scratch, Apache-2.0, in its author's split
 (the first 85 % are for training). `--dataset` and `--eval-dataset` say where they are.
 
-Each of ARMS is trained for an epoch at each of RATES. While the best rate, by held-out loss, is an end of those tried so far,
-one beyond is tried too. The best one is then trained with the other seeds. Beside them runs dpo_norm with the settings of the
-book's public log, and with `--hh` DPO on harmlessness pairs. A result is a line of runs.jsonl as soon as it is there.
+Each of ARMS is trained for SEARCHED steps at each of RATES. While the best rate, by held-out loss, is an end of those tried so
+far, one beyond is tried too. At the best one an epoch is trained with each seed. Beside them runs dpo_norm with the settings of
+the book's public log, and with `--hh` DPO on harmlessness pairs. A result is a line of runs.jsonl as soon as it is there.
 """
 
 import functools
@@ -33,7 +33,7 @@ from trails import written  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
 from data import Example, UserError, setting  # noqa: E402
-from logprobs import continuations  # noqa: E402
+from logprobs import completions, continuations  # noqa: E402
 
 ARMS = {
     "dpo": "dpo(beta=0.1)", "dpo_norm": "dpo_norm(beta=2.0)", "ipo": "ipo(tau=0.1)", "kto": "kto(beta=0.1)",
@@ -41,6 +41,7 @@ ARMS = {
     "alpha_dpo": "alpha_dpo(beta=2.0, gamma=1.0, alpha=0.1)",
 }  # fmt: skip
 RATES = (1e-5, 3e-5, 1e-4)
+SEARCHED = 20  # optimizer steps of a run that looks for the rate
 MORE = 3  # rates beyond an end of RATES, at most
 PUBLIC = "dpo_norm(beta=0.1)"  # the book's code averages log-probs; β 0.1, lr 5e-6, 8 pairs a step
 FILE = "instruction-data-with-preference.json"
@@ -89,46 +90,51 @@ def job_of(s: Study, objective: str, lr: float, **more) -> dict:
 def experiment(out: Path, job: dict) -> dict:
     """Train with these settings and measure; or why it ended early.
 
-    curve: the lines of metrics.jsonl that are evaluations. answers: [prompt, before, after]. kl: for each of DRAWN held-out
-    prompts, nats of a sampled answer. minutes: of the process's cores together, training and evaluating.
+    curve: the lines of metrics.jsonl that are evaluations. minutes: of the process's cores together, training and evaluating.
+    After a whole epoch on rows with held-out ones also answers, see `greedy`, and kl, see `distance`.
     """
     started = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        s = train.Settings(
-            **job, out=f"{folder}/run", samples=ANSWERS, sample_tokens=TOKENS, export_dtype="fp32", cache=str(out / "cache")
-        )
+        s = train.Settings(**job, out=f"{folder}/run", samples=0, export_dtype="fp32", cache=str(out / "cache"))
         try:
             train.train(s)
         except UserError as error:
             return {"job": job, "error": str(error)}
         minutes = (time.process_time() - started) / 60
-        run = Path(s.out)
-        metrics = train.read_lines(run / "metrics.jsonl", "step", int)
-        samples = train.read_lines(run / "samples.jsonl", "step", int)
+        metrics = train.read_lines(Path(s.out) / "metrics.jsonl", "step", int)
         curve = [line for line in metrics if "eval_loss" in line]
-        last = curve[-1]["step"]
-        answers = [[x["prompt"], x["answer"], y["answer"]] for x, y in zip(at(samples, 0), at(samples, last))]
-        kl = distance(f"{run}/model", job)
-    gib = max(line["peak_memory_gib"] for line in metrics if "peak_memory_gib" in line)
-    return {"job": job, "curve": curve, "answers": answers, "kl": kl, "minutes": minutes, "gib": gib}
+        gib = max(line["peak_memory_gib"] for line in metrics if "peak_memory_gib" in line)
+        result = {"job": job, "curve": curve, "minutes": minutes, "gib": gib}
+        if s.eval_dataset and not s.max_steps:
+            model = f"{s.out}/model"
+            result["answers"] = greedy(model, s.eval_dataset)
+            result["kl"] = distance(model, s.model, s.eval_dataset)
+    return result
 
 
-def at(lines: list[dict], step: int) -> list[dict]:
-    return [line for line in lines if line["step"] == step]
+def asked(dataset: str, tokenizer, n: int) -> list[Example]:
+    rows = [data.format_of(raw, "row")[0](raw) for _, raw in data.read(f"{dataset}")]
+    return [data.encode(row, tokenizer, 2**31, 2**31)[0] for row in rows[:n]]
 
 
-def distance(model: str, job: dict) -> list[float]:
-    """KL(policy ‖ start) of the policy's own answers at temperature 1, see frontier.py; none without held-out prompts."""
-    if job["eval_dataset"] is None:
-        return []
-    tokenizer, policy, start = data.load_tokenizer(model), frontier.network(model), frontier.network(job["model"])
-    rows = [data.format_of(raw, "row")[0](raw) for _, raw in data.read(f"{job['eval_dataset']}")][:DRAWN]
-    prompts = [data.encode(row, tokenizer, 2**31, 2**31)[0].prompt for row in rows]
+@torch.no_grad()
+def greedy(model: str, dataset: str) -> list[list[str]]:
+    """[prompt, greedy answer] of the first ANSWERS rows."""
+    tokenizer = data.load_tokenizer(model)
+    examples = asked(dataset, tokenizer, ANSWERS)
+    answers, _ = completions(frontier.network(model), tokenizer, [e.prompt for e in examples], TOKENS)
+    return [[e.asked, answer] for e, answer in zip(examples, answers)]
+
+
+@torch.no_grad()
+def distance(model: str, start: str, dataset: str) -> list[float]:
+    """KL(model ‖ start) of the model's own answers to the first DRAWN rows' prompts at temperature 1, nats; see frontier.py."""
+    tokenizer, policy = data.load_tokenizer(model), frontier.network(model)
+    prompts = [e.prompt for e in asked(dataset, tokenizer, DRAWN)]
     torch.manual_seed(0)
-    with torch.no_grad():
-        answers, _ = continuations(policy, tokenizer, prompts, TOKENS, 1.0)
-    kl = frontier.kl_of(policy, start, [Example(p, [answer]) for p, answer in zip(prompts, answers)])
-    return kl.tolist()
+    answers, _ = continuations(policy, tokenizer, prompts, TOKENS, 1.0)
+    examples = [Example(prompt, [answer]) for prompt, answer in zip(prompts, answers)]
+    return frontier.kl_of(policy, frontier.network(start), examples).tolist()
 
 
 # ---- the study -------------------------------------------------------------------------------------------------------
@@ -158,11 +164,12 @@ def beyond(runs: list[dict]) -> float | None:
 
 
 def search(s: Study, run_all) -> dict[str, list[dict]]:
-    """arm → a run of seed 0 at each rate."""
-    results = run_all({name: [job_of(s, ARMS[name], lr) for lr in s.rates or RATES] for name in s.arms or ARMS})
+    """arm → a short run of seed 0 at each rate."""
+    short = dict(max_steps=SEARCHED, eval_every=0)
+    results = run_all({name: [job_of(s, ARMS[name], lr, **short) for lr in s.rates or RATES] for name in s.arms or ARMS})
     for _ in range(MORE):
         wanted = {name: beyond(runs) for name, runs in results.items()}
-        jobs = {name: [job_of(s, ARMS[name], lr)] for name, lr in wanted.items() if lr is not None}
+        jobs = {name: [job_of(s, ARMS[name], lr, **short)] for name, lr in wanted.items() if lr is not None}
         for name, runs in run_all(jobs).items():
             results[name] += runs
     return results
@@ -177,16 +184,19 @@ def study(s: Study) -> dict:
     train.write_whole(out / "settings.json", json.dumps(asdict(s), indent=2) + "\n")
     run_all = functools.partial(miniature.run_groups, file=out / "runs.jsonl", work=functools.partial(experiment, out))
     searched = search(s, run_all)
-    best = {name: run["job"] for name, runs in searched.items() if (run := best_of(runs))}
-    repeated = run_all({name: [job | {"seed": seed} for seed in range(s.seeds)] for name, job in best.items()})
-    seeds = {name: [run for run in runs if "error" not in run] for name, runs in repeated.items()}
+    best = {name: run["job"]["lr"] for name, runs in searched.items() if (run := best_of(runs))}
     jobs = {"public": [job_of(s, PUBLIC, 5e-6, batch_size=8, eval_every=10)]}
     if s.hh:
         how = dict(dataset=s.hh, eval_dataset=None, epochs=3, eval_every=27)
-        jobs["hh"] = [job_of(s, ARMS["dpo"], best["dpo"]["lr"] if "dpo" in best else RATES[0], **how)]
-    beside = run_all(jobs)
-    parts = [rates_table(searched), table(seeds), answers_table(seeds), *(curve_table(runs) for runs in beside.values())]
-    text = "\n".join(parts)
+        jobs["hh"] = [job_of(s, ARMS["dpo"], best.get("dpo", RATES[0]), **how)]
+    for name, lr in best.items():
+        jobs[name] = [job_of(s, ARMS[name], lr, seed=seed) for seed in range(s.seeds)]
+    results = run_all(jobs)
+    finished = {name: [run for run in results[name] if "error" not in run] for name in best}
+    seeds = {name: runs for name, runs in finished.items() if runs}
+    tables = [rates_table(searched), table(seeds), answers_table(greedy(s.model, s.eval_dataset), seeds)]
+    beside = {name: results[name] for name in ("public", "hh") if name in results}
+    text = "\n".join(tables + [curve_table(runs) for runs in beside.values()])
     train.write_whole(out / "table.md", text)
     print(text)
     draw(seeds, out / "polite.png")
@@ -198,7 +208,7 @@ def study(s: Study) -> dict:
 
 
 def rates_table(searched: dict[str, list[dict]]) -> str:
-    """Held-out loss after an epoch at each rate, seed 0; the lowest is bold."""
+    """Held-out loss after SEARCHED steps at each rate, seed 0; the lowest is bold."""
     rates = sorted({run["job"]["lr"] for runs in searched.values() for run in runs})
     lines = [["held-out loss at lr", *(f"{lr:g}" for lr in rates)], ["---"] * (1 + len(rates))]
     for name, runs in searched.items():
@@ -238,17 +248,16 @@ def table(seeds: dict[str, list[dict]]) -> str:
     return miniature.markdown(lines)
 
 
-def answers_table(seeds: dict[str, list[dict]]) -> str:
-    """Greedy answers of seed 0 to held-out prompts."""
+def answers_table(before: list[list[str]], seeds: dict[str, list[dict]]) -> str:
+    """Greedy answers to held-out prompts, before training and after that of seed 0."""
 
     def clean(text: str) -> str:
         return " ".join(text.split()).replace("|", "\\|")
 
     lines = [["prompt", "who", "answer"], ["---"] * 3]
-    firsts = {name: runs[0]["answers"] for name, runs in seeds.items()}
-    for i, (prompt, before, _) in enumerate(next(iter(firsts.values()), [])):
-        lines.append([clean(prompt), "before", clean(before)])
-        lines += [["", name, clean(answers[i][2])] for name, answers in firsts.items()]
+    for i, (prompt, answer) in enumerate(before):
+        lines.append([clean(prompt), "before", clean(answer)])
+        lines += [["", name, clean(runs[0]["answers"][i][1])] for name, runs in seeds.items()]
     return miniature.markdown(lines)
 
 

@@ -18,7 +18,7 @@ def run_of(lr: float, loss: float, **job) -> dict:
     return {
         "job": job,
         "curve": [before, after],
-        "answers": [["p", "a|b", "c\nd"]],
+        "answers": [["p", "c\nd"]],
         "kl": [1.0, 3.0],
         "minutes": 2.0,
         "gib": 3.5,
@@ -65,7 +65,7 @@ def test_tables_by_hand():
     assert cells[:4] == ["| `dpo(beta=0.1)`", "1e-05", "0.500", "0.750 ± 0.040 (0.750–0.750)"]
     assert cells[4:7] == ["0.300 ± 0.010 (0.300–0.300)", "0.7000", "0.5500"]
     assert cells[7:] == ["-2.00 → -2.00", "-2.50 → -3.00", "2.00 ± 1.00", "2.0", "3.5 |"]
-    assert polite.answers_table(runs).splitlines()[2:] == ["| p | before | a\\|b |", "|  | dpo | c d |"]
+    assert polite.answers_table([["p", "a|b"]], runs).splitlines()[2:] == ["| p | before | a\\|b |", "|  | dpo | c d |"]
     searched = polite.rates_table({"dpo": [run_of(1e-5, 0.5), run_of(3e-5, 0.4), FAILED]}).splitlines()
     assert searched[0] == "| held-out loss at lr | 1e-05 | 3e-05 | 0.001 |"
     assert searched[2] == "| `dpo(beta=0.1)` | 0.5000 | **0.4000** | ended early |"
@@ -99,7 +99,7 @@ def test_the_whole_study_and_its_resumption(made_small, small, tmp_path, monkeyp
     table = (out / "table.md").read_text()
     assert table in capsys.readouterr().out and table.count("\n| `dpo(beta=0.1)` |") == 2
     kept = (out / "runs.jsonl").read_bytes()
-    assert len(kept.splitlines()) == 2 * (3 + 1) + 2 and "error" not in json.loads(kept.splitlines()[0])
+    assert len(kept.splitlines()) == 2 * (3 + 2) + 2 and "error" not in json.loads(kept.splitlines()[0])
     with monkeypatch.context() as patch:
         patch.setattr(polite, "experiment", lambda out, job: pytest.fail(f"run again: {job}"))
         polite.main([*line, "--resume"])
