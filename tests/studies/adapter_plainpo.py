@@ -11,7 +11,7 @@ VERSION = "of this clone"
 LOGPS = {"logp_w", "logp_l", "old_w", "old_l", "ref_w", "ref_l", "len_w", "len_l"}
 SINGLE = {"logp", "ref", "desirable", "logp_kl", "ref_kl"}
 KNOWN = {name: loss for name, loss in OBJECTIVES.items() if set(loss.tensors) <= LOGPS | SINGLE and not loss.random}
-ALL = [str(parse_objective(name)) for name in KNOWN]
+ALL = [str(parse_objective(name)) for name in {"dpo": None, **KNOWN}]  # the checks of the trainer are made with the first
 TRAINERS = {"packed": ALL, "padded": ["simpo(beta=2.0, gamma=1.0)", "kto(beta=0.1)"]}
 
 

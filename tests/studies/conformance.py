@@ -44,7 +44,7 @@ from losses import parse_objective  # noqa: E402
 
 BATCH, STEPS, LR = 4, 8, 1e-3
 WITHIN = 3600  # seconds, for a check, which is several trainings
-BOUND = 1e-5  # relative, of losses and gradients in fp32
+BOUND = 1e-5  # of losses, relative to the size of a row's, and of gradients in fp32
 LEARNT = 1e-3  # the same after steps of Adam, which divides by the size of a gradient, however small
 BF16 = 0.1  # relative, of a gradient
 
@@ -176,10 +176,11 @@ def expected(case: Case, rates: list[float], mismatch: int, ids: Callable) -> Ou
             if objective.needs("logp_kl"):
                 inputs |= {"logp_kl": scores(policy, others).flatten(), "ref_kl": scores(reference, others).flatten()}
         optimizer.zero_grad()
-        loss = objective.row_losses({"logp": logp}, inputs, [0]).mean()
-        loss.backward()
+        losses = objective.row_losses({"logp": logp}, inputs, [0])
+        losses.mean().backward()
         reward = objective.reward(logp.detach(), inputs["ref"], inputs["len"])
-        out.logs.append({"loss": loss.item()} | means_of(reward, inputs["label"]))
+        size = losses.abs().mean()  # of a row's loss: SimPER's have both signs, and their mean is near zero
+        out.logs.append({"loss": losses.mean().item(), "size": size.item()} | means_of(reward, inputs["label"]))
         out.gradients.append({name: whole(p.grad) for name, p in parameters.items()})
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
@@ -262,10 +263,12 @@ def learnt_apart(found: Outcome, right: Outcome, initial: dict[str, Tensor]) -> 
     return apart(*moved)
 
 
-def nearest(gradient: dict[str, Tensor], ways: dict[str, dict[str, Tensor]]) -> str:
-    """The name of the way that has this gradient."""
-    name = min(ways, key=lambda name: apart(gradient, ways[name]))
-    return name if apart(gradient, ways[name]) < BOUND else f"none of {len(ways)} known ways"
+def way_of(gradient: dict[str, Tensor], ways: dict[str, dict[str, Tensor]]) -> str:
+    """The name of the first way that has this gradient."""
+    for name, way in ways.items():
+        if apart(gradient, way) < BOUND:
+            return name
+    return f"none of {len(ways)} known ways"
 
 
 class Checks:
@@ -302,7 +305,7 @@ class Checks:
     def steps(self, objective: str) -> Iterator:
         case = self.case(objective, BATCH * STEPS)
         found, right = self.both(case)
-        yield "loss, step 1", abs(found.logs[0]["loss"] / right.logs[0]["loss"] - 1)
+        yield "loss, step 1", abs(found.logs[0]["loss"] - right.logs[0]["loss"]) / right.logs[0]["size"]
         yield "gradient, step 1", apart(found.gradients[0], right.gradients[0])
         yield "its worst tensor", worst(found.gradients[0], right.gradients[0]), 10 * BOUND
         if len(found.rates) == STEPS:
@@ -334,7 +337,7 @@ class Checks:
     def tokens(self, objective: str) -> Iterator:
         gradient, ways = self.explained(self.case(objective, 1, batch_size=1), self.ways)
         first = next(iter(ways.values()))
-        yield "tokens scored", apart(gradient, first), BOUND, nearest(gradient, ways)
+        yield "tokens scored", apart(gradient, first), BOUND, way_of(gradient, ways)
 
     def truncation(self, objective: str) -> Iterator:
         """A row that is five tokens too long, beside one that is not: which way to cut explains the gradient?"""
@@ -351,7 +354,7 @@ class Checks:
                 for name, cut in CUTS.items()}  # fmt: skip
         gradient, ways = self.explained(case, cuts)
         ways["the row is left out"] = self.right(replace(case, rows=case.rows[:1]), [0.0]).gradients[0]
-        yield "a row too long", None, BOUND, nearest(gradient, ways)
+        yield "a row too long", None, BOUND, way_of(gradient, ways)
 
     def explained(self, case: Case, ways: dict[str, Callable]) -> tuple[dict, dict[str, dict]]:
         """The trainer's gradient of step 1, and what it is where tokens are scored in each of these ways."""
