@@ -11,6 +11,7 @@ Scratch): instruction-data-with-preference.json of https://github.com/rasbt/LLMs
 Each of ARMS is trained for SEARCHED steps at each of RATES. While the best rate, by held-out loss, is an end of those tried so
 far, one beyond is tried too. At the best one an epoch is trained with each seed. Beside them runs dpo_norm with the settings of
 the book's public log, and with `--hh` DPO on harmlessness pairs. A result is a line of runs.jsonl as soon as it is there.
+polite_runs.jsonl holds the runs so far, those that look for a rate; as runs.jsonl of an output folder they are not made again.
 """
 
 import functools
