@@ -194,7 +194,10 @@ def test_this_trainer_is_equal_everywhere():
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--trainer", "trll"], "trainer is 'trll'; known are axolotl, llamafactory, plainpo, simpo, swift, trl, or a file of your own"),
+        (
+            ["--trainer", "trll"],
+            "trainer is 'trll'; known are axolotl, llamafactory, plainpo, simpo, swift, trl, or a file of your own",
+        ),
         (["--trainer", "needs.py"], "needs.py: No module named 'nowhere'; install it, or name another --trainer"),
         (["--only", "simpoo"], "only is 'simpoo'; there are packed, padded, with the objectives of each"),
     ],
