@@ -15,6 +15,7 @@ polite_runs.jsonl holds the runs so far, those that look for a rate; as runs.jso
 """
 
 import functools
+import itertools
 import json
 import statistics
 import sys
@@ -114,8 +115,9 @@ def experiment(out: Path, job: dict) -> dict:
 
 
 def asked(dataset: str, tokenizer, n: int) -> list[Example]:
-    rows = [data.format_of(raw, "row")[0](raw) for _, raw in data.read(f"{dataset}")]
-    return [data.encode(row, tokenizer, 2**31, 2**31)[0] for row in rows[:n]]
+    """The first n rows."""
+    rows = [data.format_of(raw, "row")[0](raw) for _, raw in itertools.islice(data.read(dataset), n)]
+    return [data.encode(row, tokenizer, 2**31, 2**31)[0] for row in rows]
 
 
 @torch.no_grad()

@@ -219,6 +219,21 @@ def test_levers_take_turns(small, tmp_path, monkeypatch, capsys):
     assert [line.split(" | ")[0] for line in lines[4:-1]] == [f"| {name}" for name in benchmark.LEVERS]
 
 
+def test_threads_are_bound_but_not_the_workers_of_a_reader(monkeypatch):
+    """Workers would inherit the core that the first thread is bound to."""
+    bound = []
+
+    def run(command, env, **_):
+        bound.append(env["OMP_PROC_BIND"])
+        return SimpleNamespace(returncode=0, stdout="{}")
+
+    monkeypatch.delenv("OMP_PROC_BIND", raising=False)
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    for variant in ("packed tree", *benchmark.READERS):
+        benchmark.child(argparse.Namespace(), variant, "fp32")
+    assert bound == ["true", "false", "false"]
+
+
 def test_reading_is_measured_side_by_side(small, tmp_path, monkeypatch, capsys):
     """Both read the same rows, each of them another one."""
     seen = {}

@@ -152,6 +152,14 @@ def test_a_finding_says_what_explains_it(folder):
     assert found(folder, Checks.logged, "logged loss")["logged, all steps"].said == "loss"
 
 
+def test_of_ways_with_the_same_gradient_the_first_is_named():
+    """A header that both responses share cancels out of DPO's first gradient; rounding does not choose the name."""
+    gradient = {"w": torch.ones(3)}
+    ways = {"other": {"w": torch.zeros(3)}, "right": {"w": torch.ones(3) * (1 + 1e-6)}, "header too": {"w": torch.ones(3)}}
+    assert conformance.way_of(gradient, ways) == "right"
+    assert conformance.way_of({"w": 2 * torch.ones(3)}, ways) == "none of 3 known ways"
+
+
 def test_a_trainer_that_cannot_says_why(folder):
     def train(case):
         raise RuntimeError("no such loss")
