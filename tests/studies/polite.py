@@ -192,11 +192,14 @@ def study(s: Study) -> dict:
     if s.hh:
         how = dict(dataset=s.hh, eval_dataset=None, epochs=3, eval_every=27)
         jobs["hh"] = [job_of(s, ARMS["dpo"], best.get("dpo", RATES[0]), **how)]
-    for name, lr in best.items():
-        jobs[name] = [job_of(s, ARMS[name], lr, seed=seed) for seed in range(s.seeds)]
+    for seed in range(s.seeds):  # all objectives with the first seed before any with the second
+        jobs |= {(name, seed): [job_of(s, ARMS[name], lr, seed=seed)] for name, lr in best.items()}
     results = run_all(jobs)
-    finished = {name: [run for run in results[name] if "error" not in run] for name in best}
-    seeds = {name: runs for name, runs in finished.items() if runs}
+    seeds = {}
+    for name, seed in itertools.product(best, range(s.seeds)):
+        (run,) = results[name, seed]
+        if "error" not in run:
+            seeds.setdefault(name, []).append(run)
     tables = [rates_table(searched), table(seeds), answers_table(greedy(s.model, s.eval_dataset), seeds)]
     beside = {name: results[name] for name in ("public", "hh") if name in results}
     text = "\n".join(tables + [curve_table(runs) for runs in beside.values()])
