@@ -6,8 +6,9 @@
 
 The reward is VADER's compound score of an answer, from -1 to 1: a fixed list of words with a tone, and some rules (pip install
 vaderSentiment). The model answers each prompt five times; best against worst is a pair. Every run of ARMS trains on these
-pairs with train.train() as it stands, and then answers held-out prompts, which are about other things. Each piece is kept as
-soon as it is there: samples.jsonl, scored.jsonl, pairs.jsonl, and each run's result as a line of runs.jsonl.
+pairs with train.train() as it stands, and then answers held-out prompts, which are about other things. Another seed has other
+pairs and other held-out prompts. Each piece is kept as soon as it is there: samples.jsonl, scored.jsonl, pairs.jsonl of each
+seed, and each run's result as a line of runs.jsonl.
 
 KL is KL(policy ‖ start) in nats per answer: exact over the vocabulary at each position of the policy's own answers, summed
 over an answer (its end, if it came), mean over answers. That is unbiased for the KL of whole answers, cut at --tokens, and
@@ -18,6 +19,7 @@ import functools
 import json
 import math
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -90,7 +92,7 @@ class Study:
     steps: int = setting(24, "optimizer steps of a run")
     batch_size: int = setting(16, "pairs of a step")
     dtype: str = setting("auto", "arithmetic of training, see train.py")
-    seed: int = setting(0, "for everything random")
+    seeds: int = setting(2, "how often all of it is done, each time with other pairs and other held-out prompts")
 
 
 def check(s: Study) -> None:
@@ -100,11 +102,11 @@ def check(s: Study) -> None:
     data.refuse_unless_known("dtype", s.dtype, train.DTYPES)
     if not all(0 < lr < 1 for lr in s.rates or ()):
         raise UserError(f"rates are {s.rates}; each is above 0 and below 1")
-    most = {"prompts": len(prompts(0)[0]), "held_out": len(prompts(0)[1]), "seed": 2**31}
-    for name in ("prompts", "held_out", "draws", "tokens", "steps", "batch_size", "seed"):
-        least, value = int(name != "seed"), getattr(s, name)
-        if not least <= value <= most.get(name, 10**4):
-            raise UserError(f"{name} is {value}; it is from {least} to {most.get(name, 10**4)}")
+    most = {"prompts": len(prompts(0)[0]), "held_out": len(prompts(0)[1]), "seeds": 100}
+    for name in ("prompts", "held_out", "draws", "tokens", "steps", "batch_size", "seeds"):
+        value = getattr(s, name)
+        if not 1 <= value <= most.get(name, 10**4):
+            raise UserError(f"{name} is {value}; it is from 1 to {most.get(name, 10**4)}")
     analyzer()
     miniature.workers()
 
@@ -138,16 +140,21 @@ def compound(row: dict, response: str) -> float:
     return analyzer().polarity_scores(response)["compound"]
 
 
-def make_pairs(s: Study, out: Path) -> None:
+def folder_of(out: Path, seed: int) -> Path:
+    return out / f"seed-{seed}"
+
+
+def make_pairs(s: Study, out: Path, seed: int) -> None:
     """pairs.jsonl: the initial model's answers to the training prompts (temperature 1, those that end), best against worst."""
-    asked = sorted(prompts(s.seed)[0][: s.prompts], key=len)  # a batch's prompts are padded to the longest
+    out.mkdir(exist_ok=True)
+    asked = sorted(prompts(seed)[0][: s.prompts], key=len)  # a batch's prompts are padded to the longest
     lines = [json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in asked]
     train.write_whole(out / "prompts.jsonl", "".join(lines))
     sampled, scored = str(out / "samples.jsonl"), str(out / "scored.jsonl")
-    how = dict(n=SAMPLES, temperature=1.0, top_p=1.0, max_tokens=s.tokens, batch_size=AT_ONCE, seed=s.seed)
+    how = dict(n=SAMPLES, temperature=1.0, top_p=1.0, max_tokens=s.tokens, batch_size=AT_ONCE, seed=seed)
     on_policy.sample(on_policy.Sampling(s.model, str(out / "prompts.jsonl"), sampled, **how), say=train.say)
     on_policy.score(on_policy.Scoring(sampled, scored, rule=compound))
-    on_policy.pairs(on_policy.Pairing(scored, str(out / "pairs.jsonl"), seed=s.seed), say=train.say)
+    on_policy.pairs(on_policy.Pairing(scored, str(out / "pairs.jsonl"), seed=seed), say=train.say)
 
 
 # ---- one run ---------------------------------------------------------------------------------------------------------
@@ -155,27 +162,29 @@ def make_pairs(s: Study, out: Path) -> None:
 
 def jobs_of(s: Study) -> dict[str, list[dict]]:
     """arm → its jobs; and the start, a job without an objective."""
-    own = ("model", "prompts", "held_out", "draws", "tokens", "steps", "batch_size", "dtype", "seed")
+    own = ("model", "prompts", "held_out", "draws", "tokens", "steps", "batch_size", "dtype")
     common = {name: getattr(s, name) for name in own}
-    arms = {
-        name: [common | {"objective": text, "lr": lr} for text, rates in calls.items() for lr in s.rates or rates]
-        for name, calls in ARMS.items()
-        if name in (s.arms or ARMS)
+    settings = {"the start": [{"objective": "", "lr": 0.0}]}
+    for name in s.arms or ARMS:
+        settings[name] = [{"objective": text, "lr": lr} for text, rates in ARMS[name].items() for lr in s.rates or rates]
+    return {
+        name: [common | how | {"seed": seed} for seed in range(s.seeds) for how in several]
+        for name, several in settings.items()
     }
-    return {"the start": [common | {"objective": "", "lr": 0.0}], **arms}
 
 
 def experiment(out: Path, job: dict) -> dict:
-    """Train with these settings on out/pairs.jsonl and measure; or why it ended early. Weights stay fp32, so that small steps
-    are not rounded away. An unpaired objective takes both completions of a pair."""
+    """Train with these settings on the seed's pairs.jsonl and measure; or why it ended early. Weights stay fp32, so that small
+    steps are not rounded away. An unpaired objective takes both completions of a pair."""
+    pairs = str(folder_of(out, job["seed"]) / "pairs.jsonl")
     with tempfile.TemporaryDirectory() as folder:
         model, started = job["model"], time.process_time()
         if job["objective"]:
             own = {name: job[name] for name in ("model", "objective", "lr", "dtype", "seed")}
             try:
-                rows = sum(1 for _ in data.read(str(out / "pairs.jsonl")))
+                rows = sum(1 for _ in data.read(pairs))
                 s = train.Settings(
-                    **own, dataset=str(out / "pairs.jsonl"), out=f"{folder}/run", eval_size=0, samples=0,
+                    **own, dataset=pairs, out=f"{folder}/run", eval_size=0, samples=0,
                     batch_size=job["batch_size"], epochs=math.ceil(job["steps"] * job["batch_size"] / rows),
                     max_steps=job["steps"], export_dtype="fp32", cache=str(out / "cache"),
                 )  # fmt: skip
@@ -243,14 +252,34 @@ def study(s: Study) -> dict:
     out = train.prepare_out(train.Settings(model=s.model, out=s.out, resume=s.resume))
     train.write_whole(out / train.MARKER, json.dumps({"plainpo": {"study": "frontier"}}))
     train.write_whole(out / "settings.json", json.dumps(asdict(s), indent=2) + "\n")
-    make_pairs(s, out)
-    results = miniature.run_groups(jobs_of(s), out / "runs.jsonl", functools.partial(experiment, out))
-    text = f"{table(results)}\n{shown(results, prompts(s.seed)[1])}"
+    for seed in range(s.seeds):
+        make_pairs(s, folder_of(out, seed), seed)
+    runs = miniature.run_groups(jobs_of(s), out / "runs.jsonl", functools.partial(experiment, out))
+    results = {name: together(several) for name, several in runs.items()}
+    text = f"{table(results)}\n{shown(results, prompts(0)[1])}"
     train.write_whole(out / "table.md", text)
     print(text)
     draw(results, out / "frontier.png")
     train.say(f"{time.perf_counter() - started:.0f} s; everything is in {out}")
     return {"out": str(out), "results": results}
+
+
+def together(runs: list[dict]) -> list[dict]:
+    """Runs that differ in nothing but their seed as one: held-out prompts of all seeds, answers of the first."""
+    groups = {}
+    for run in runs:
+        groups.setdefault((run["job"]["objective"], run["job"]["lr"]), []).append(run)
+    return [one_of(group) for group in groups.values()]
+
+
+def one_of(group: list[dict]) -> dict:
+    for run in group:
+        if "error" in run:
+            return run
+    all_prompts = {name: [x for run in group for x in run[name]] for name in ("reward", "kl")}
+    names = ("words", "unfinished", "distinct", "repetition")
+    means = {name: statistics.fmean(run[name] for run in group) for name in names}
+    return group[0] | all_prompts | means
 
 
 def mean(run: dict, name: str) -> float:
@@ -271,20 +300,33 @@ def everything(results: dict[str, list[dict]]) -> list[dict]:
 
 
 def table(results: dict[str, list[dict]]) -> str:
-    """A run a line, by KL within an arm; ± is the standard error over held-out prompts; bold: on the frontier of all."""
-    titles = ["objective", "lr", "KL, nats", "reward", "words", "unfinished, %", "different words, %", "repeated 3-grams, %"]
+    """A run a line, by KL within an arm; ± is the standard error over held-out prompts, of differences over the same prompts;
+    bold: on the frontier of all. "over DPO": of the first setting of the arm dpo that has this rate."""
+    titles = ["objective", "lr", "KL, nats", "reward", "over the start", "over DPO at this rate", "words", "unfinished, %"]
+    titles += ["different words, %", "repeated 3-grams, %"]
     lines, best = [titles, ["---"] * len(titles)], frontier(everything(results))
     for name, runs in results.items():
         for run in sorted(runs, key=lambda run: mean(run, "kl") if "kl" in run else math.inf):
             job, bold = run["job"], "**" * (run in best)
             head = [f"`{job['objective']}`", f"{job['lr']:g}"] if job["objective"] else [name, "–"]
             if "error" in run:
-                lines.append([*head, f"ended early: {data.brief(run['error'])}", *[""] * 5])
+                lines.append([*head, f"ended early: {data.brief(run['error'])}", *[""] * 7])
                 continue
+            dpo = [other for other in results.get("dpo", []) if other["job"]["lr"] == job["lr"]]
             cells = [written(torch.tensor(run["kl"], dtype=torch.float64), 2)]
-            cells += [f"{bold}{written(torch.tensor(run['reward'], dtype=torch.float64))}{bold}", f"{run['words']:.1f}"]
-            lines.append([*head, *cells, *(f"{100 * run[m]:.1f}" for m in ("unfinished", "distinct", "repetition"))])
+            cells += [f"{bold}{written(torch.tensor(run['reward'], dtype=torch.float64))}{bold}"]
+            cells += [over(run, other) for other in (results["the start"][0], *(dpo[:1] or [run]))]
+            percent = [f"{100 * run[m]:.1f}" for m in ("unfinished", "distinct", "repetition")]
+            lines.append([*head, *cells, f"{run['words']:.1f}", *percent])
     return miniature.markdown(lines)
+
+
+def over(run: dict, other: dict) -> str:
+    """How much more reward than the other's, prompt by prompt."""
+    if run is other or "error" in other:
+        return ""
+    own, others = (torch.tensor(of["reward"], dtype=torch.float64) for of in (run, other))
+    return written(own - others, sign="+")
 
 
 def shown(results: dict[str, list[dict]], asked: list[str]) -> str:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import frontier
@@ -57,11 +58,12 @@ def test_held_out_prompts_are_about_other_things():
 
 
 def test_every_arm_is_understood():
-    asked = frontier.jobs_of(frontier.Study("x", arms=["simper", "dpo"], rates=[1e-5, 2e-5]))
+    asked = frontier.jobs_of(frontier.Study("x", arms=["simper", "dpo"], rates=[1e-5, 2e-5], seeds=1))
     assert [(j["objective"], j["lr"]) for j in asked["dpo"]] == [
         (text, lr) for text in ("dpo(beta=0.1)", "dpo(beta=0.5)") for lr in (1e-5, 2e-5)
     ]
-    assert len(frontier.everything(frontier.jobs_of(frontier.Study("x")))) == 1 + sum(map(len, [*rates(ARMS)]))
+    jobs = frontier.everything(frontier.jobs_of(frontier.Study("x", seeds=2)))
+    assert len(jobs) == 2 * (1 + sum(map(len, [*rates(ARMS)]))) and {job["seed"] for job in jobs} == {0, 1}
     for text in itertools.chain.from_iterable(ARMS.values()):
         train.try_objective(train.parse_objective(text))
 
@@ -117,26 +119,28 @@ def made_up(no_analyzer, monkeypatch):
 
 
 def test_the_whole_study_and_its_resumption(made_up, small, tmp_path, monkeypatch, capsys):
-    """An untrained model of the toy task's words. What is finished stays, byte for byte; a line that was cut is run again."""
+    """An untrained model of the toy task's words, two seeds. What is finished stays, byte for byte; a line that was cut is run
+    again."""
     out = tmp_path / "out"
     line = ["--model", str(small / "model"), "--out", str(out), "--prompts", "24", "--held-out", "3", "--steps", "2"]
     done = frontier.main([*line, "--batch-size", "4"])["results"]
     (start,), (dpo,), (kto,) = done["the start"], done["dpo"], done["kto"]
-    assert start["kl"] == [0.0] * 3 and min(dpo["kl"] + kto["kl"]) > 0
-    assert all(len(run[name]) == 3 for run in (start, dpo, kto) for name in ("reward", "kl", "answers"))
+    assert start["kl"] == [0.0] * 6 and min(dpo["kl"] + kto["kl"]) > 0
+    assert all(len(run["reward"]) == len(run["kl"]) == 6 and len(run["answers"]) == 3 for run in (start, dpo, kto))
     table = (out / "table.md").read_text()
     assert table.count("\n| `") == 2 and table in capsys.readouterr().out
-    pairs = [json.loads(text) for text in (out / "pairs.jsonl").read_text().splitlines()]
-    assert pairs and all(len(p["chosen"].split()) < len(p["rejected"].split()) for p in pairs)
+    files = [(out / f"seed-{seed}/pairs.jsonl").read_text() for seed in range(2)]
+    pairs = [json.loads(text) for file in files for text in file.splitlines()]
+    assert files[0] != files[1] and all(len(p["chosen"].split()) < len(p["rejected"].split()) for p in pairs)
 
-    kept = {path.name: path.read_bytes() for path in out.glob("*.jsonl")}
+    kept = {path.relative_to(out): path.read_bytes() for path in out.rglob("*.jsonl")}
     with monkeypatch.context() as patch:
         patch.setattr(frontier, "experiment", lambda out, job: pytest.fail(f"run again: {job}"))
         frontier.main([*line, "--batch-size", "4", "--resume"])
-    assert {path.name: path.read_bytes() for path in out.glob("*.jsonl")} == kept
+    assert {path.relative_to(out): path.read_bytes() for path in out.rglob("*.jsonl")} == kept
 
-    last = json.loads(kept["runs.jsonl"].splitlines()[-1])["job"]["objective"]  # whichever was finished last
-    (out / "runs.jsonl").write_bytes(kept["runs.jsonl"][:-100])
+    last = json.loads(kept[Path("runs.jsonl")].splitlines()[-1])["job"]["objective"]  # whichever was finished last
+    (out / "runs.jsonl").write_bytes(kept[Path("runs.jsonl")][:-100])
     (out / "table.md").unlink()
     again = frontier.main([*line, "--batch-size", "4", "--resume"])["results"]
     assert all(again[name][0]["kl"] == done[name][0]["kl"] for name in done) and (out / "table.md").read_text() == table
@@ -151,7 +155,7 @@ def test_refuses_what_cannot_be_meant(made_up, small, tmp_path, capsys):
         (["--rates", "1e-5", "0"], "rates are [1e-05, 0.0]"),
         (["--model", str(tmp_path / "none")], "none: no such file or folder"), (["--lr", "1"], "unknown setting --lr"),
         (["--out", str(tmp_path / "file")], "Not a directory"), (["--out", str(small)], "already holds"),
-        (["--resume"], "holds no run to resume"), (["--dtype", "fp16"], "dtype is 'fp16'"), (["--seed", "-1"], "seed is -1"),
+        (["--resume"], "holds no run to resume"), (["--dtype", "fp16"], "dtype is 'fp16'"), (["--seeds", "0"], "seeds is 0"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             frontier.main(["--model", str(small / "model"), "--out", str(tmp_path / "out"), *changes])
@@ -163,7 +167,8 @@ def test_refuses_what_cannot_be_meant(made_up, small, tmp_path, capsys):
 @pytest.mark.parametrize("objective", ["dpo(beta=0.1)", "kto(beta=0.1)"])
 def test_a_step_is_of_as_many_pairs_for_every_objective(tmp_path, monkeypatch, objective):
     """A row is a pair for KTO too, with two completions. 4 steps of 3 of 5 pairs are 12 rows: 3 epochs."""
-    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a"}\n' * 5)
+    (tmp_path / "seed-0").mkdir()
+    (tmp_path / "seed-0/pairs.jsonl").write_text('{"prompt": "a"}\n' * 5)
     asked = []
 
     def stopped(s):
@@ -195,20 +200,35 @@ def results_by_hand() -> dict[str, list[dict]]:
         "the start": [of([0.0, 0.0], [-0.1, 0.1])],
         "dpo": [of([1.0, 3.0], [0.1, 0.3], objective="dpo(beta=0.1)", lr=2e-5),
                 of([4.0, 4.0], [0.5, 0.5], objective="dpo(beta=0.05)", lr=5e-5)],
-        "sft": [of([1.0, 1.0], [0.3, 0.3], objective="sft", lr=5e-6),
+        "sft": [of([1.0, 1.0], [0.3, 0.3], objective="sft", lr=2e-5),
                 {"job": {"objective": "sft", "lr": 1.0}, "error": "not finite"}],
     }  # fmt: skip
 
 
 def test_table_by_hand():
-    """Two prompts: 1 and 3 have mean 2 and standard error √2/√2 = 1."""
+    """Two prompts: 1 and 3 have mean 2 and standard error √2/√2 = 1. Each has 0.2 more than at the start."""
     lines = frontier.table(results_by_hand()).splitlines()
-    assert lines[2] == "| the start | – | 0.00 ± 0.00 | **0.000 ± 0.100** | 9.5 | 25.0 | 50.0 | 12.5 |"
-    assert lines[3] == "| `dpo(beta=0.1)` | 2e-05 | 2.00 ± 1.00 | 0.200 ± 0.100 | 9.5 | 25.0 | 50.0 | 12.5 |"
-    assert lines[4].startswith("| `dpo(beta=0.05)` | 5e-05 | 4.00 ± 0.00 | **0.500 ± 0.000** |")
-    assert lines[5].startswith("| `sft` | 5e-06 | 1.00 ± 0.00 | **0.300 ± 0.000** |")
-    assert lines[6] == "| `sft` | 1 | ended early: not finite |  |  |  |  |  |" and len(lines) == 7
+    assert lines[2] == "| the start | – | 0.00 ± 0.00 | **0.000 ± 0.100** |  |  | 9.5 | 25.0 | 50.0 | 12.5 |"
+    assert (
+        lines[3] == "| `dpo(beta=0.1)` | 2e-05 | 2.00 ± 1.00 | 0.200 ± 0.100 | +0.200 ± 0.000 |  | 9.5 | 25.0 | 50.0 | 12.5 |"
+    )
+    assert lines[4].startswith("| `dpo(beta=0.05)` | 5e-05 | 4.00 ± 0.00 | **0.500 ± 0.000** | +0.500 ± 0.100 |  |")
+    assert lines[5].startswith("| `sft` | 2e-05 | 1.00 ± 0.00 | **0.300 ± 0.000** | +0.300 ± 0.100 | +0.100 ± 0.100 |")
+    assert lines[6] == "| `sft` | 1 | ended early: not finite |  |  |  |  |  |  |  |" and len(lines) == 7
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_seeds_are_joined_prompt_by_prompt():
+    """And one that ended early makes an early end of all."""
+
+    def of(seed, **more):
+        return {**RUN, "job": {"objective": "sft", "lr": 1e-5, "seed": seed}, "reward": [seed, 0.5], **more}
+
+    (both,) = frontier.together([of(0), of(1, words=10.5, answers=["z"])])
+    assert (both["reward"], both["kl"], both["words"]) == ([0, 0.5, 1, 0.5], [1.0, 3.0, 1.0, 3.0], 10.0)
+    assert both["answers"] == RUN["answers"]
+    ended = {"job": of(1)["job"], "error": "not finite"}
+    assert frontier.together([of(0), ended]) == [ended]
 
 
 def test_the_frontier_begins_at_the_start():
@@ -218,7 +238,7 @@ def test_the_frontier_begins_at_the_start():
 
 def test_answers_of_the_start_and_three_points_side_by_side():
     lines = frontier.shown(results_by_hand(), ["p", "q", "r"]).splitlines()[2:]
-    assert lines[0] == "| p | 0.00 | the start | so so |" and lines[1].endswith("| `sft`, lr 5e-06 | so so |")
+    assert lines[0] == "| p | 0.00 | the start | so so |" and lines[1].endswith("| `sft`, lr 2e-05 | so so |")
     assert len(lines) == 2 * 3 and lines[3].endswith("a\\|b |")  # two prompts have answers; start and two points
 
 
