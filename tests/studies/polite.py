@@ -10,7 +10,8 @@ Scratch): instruction-data-with-preference.json of https://github.com/rasbt/LLMs
 
 Each of ARMS is trained for SEARCHED steps at each of RATES. While the best rate, by held-out loss, is an end of those tried so
 far, one beyond is tried too. At the best one an epoch is trained with each seed. Beside them runs dpo_norm with the settings of
-the book's public log, and with `--hh` DPO on harmlessness pairs. A result is a line of runs.jsonl as soon as it is there.
+the book's public log, at its rate and at another one, and with `--hh` DPO on harmlessness pairs. A result is a line of
+runs.jsonl as soon as it is there.
 polite_runs.jsonl holds the runs so far, those that look for a rate; as runs.jsonl of an output folder they are not made again.
 """
 
@@ -45,7 +46,8 @@ ARMS = {
 RATES = (1e-5, 3e-5, 1e-4)
 SEARCHED = 20  # optimizer steps of a run that looks for the rate
 MORE = 3  # rates beyond an end of RATES, at most
-PUBLIC = "dpo_norm(beta=0.1)"  # the book's code averages log-probs; β 0.1, lr 5e-6, 8 pairs a step
+PUBLIC = "dpo_norm(beta=0.1)"  # the book's code averages log-probs; β 0.1, 8 pairs a step
+PUBLIC_RATES = (5e-6, 1e-4)  # the book's, and one that brings this model as far
 FILE = "instruction-data-with-preference.json"
 ANSWERS = 10  # held-out prompts that are answered greedily, before and after
 DRAWN = 40  # held-out prompts whose sampled answers the KL is measured on
@@ -188,7 +190,7 @@ def study(s: Study) -> dict:
     run_all = functools.partial(miniature.run_groups, file=out / "runs.jsonl", work=functools.partial(experiment, out))
     searched = search(s, run_all)
     best = {name: run["job"]["lr"] for name, runs in searched.items() if (run := best_of(runs))}
-    jobs = {"public": [job_of(s, PUBLIC, 5e-6, batch_size=8, eval_every=10)]}
+    jobs = {"public": [job_of(s, PUBLIC, lr, batch_size=8, eval_every=10) for lr in PUBLIC_RATES]}
     if s.hh:
         how = dict(dataset=s.hh, eval_dataset=None, epochs=3, eval_every=27)
         jobs["hh"] = [job_of(s, ARMS["dpo"], best.get("dpo", RATES[0]), **how)]
@@ -202,7 +204,8 @@ def study(s: Study) -> dict:
             seeds.setdefault(name, []).append(run)
     tables = [rates_table(searched), table(seeds), answers_table(greedy(s.model, s.eval_dataset), seeds)]
     beside = {name: results[name] for name in ("public", "hh") if name in results}
-    text = "\n".join(tables + [curve_table(runs) for runs in beside.values()])
+    curves = [curve_table(run) for runs in beside.values() for run in runs]
+    text = "\n".join(tables + curves)
     train.write_whole(out / "table.md", text)
     print(text)
     draw(seeds, out / "polite.png")
@@ -267,9 +270,8 @@ def answers_table(before: list[list[str]], seeds: dict[str, list[dict]]) -> str:
     return miniature.markdown(lines)
 
 
-def curve_table(runs: list[dict]) -> str:
+def curve_table(run: dict) -> str:
     """Every evaluation of a run; the margin is without β, as in the public log."""
-    (run,) = runs
     if "error" in run:
         return f"ended early: {run['error']}\n"
     beta = 0.1

@@ -69,10 +69,10 @@ def test_tables_by_hand():
     searched = polite.rates_table({"dpo": [run_of(1e-5, 0.5), run_of(3e-5, 0.4), FAILED]}).splitlines()
     assert searched[0] == "| held-out loss at lr | 1e-05 | 3e-05 | 0.001 |"
     assert searched[2] == "| `dpo(beta=0.1)` | 0.5000 | **0.4000** | ended early |"
-    curve = polite.curve_table(runs["dpo"][:1]).splitlines()
+    curve = polite.curve_table(runs["dpo"][0]).splitlines()
     assert curve[4] == "| 0 | 0 | 0.7000 | 0.500 | 0.000 | -2.000 | -2.500 |"
     assert curve[5] == "| 20 | 320 | 0.5000 | 0.750 ± 0.040 | 3.000 | -2.000 | -3.000 |"
-    assert "not finite" in polite.curve_table([FAILED])
+    assert "not finite" in polite.curve_table(FAILED)
 
 
 @pytest.fixture
@@ -95,11 +95,12 @@ def test_the_whole_study_and_its_resumption(made_small, small, tmp_path, monkeyp
         [line["step"] for line in run["curve"]] == [0, 2] and len(run["answers"]) == len(run["kl"]) == 8 and min(run["kl"]) > 0
     )
     assert done["seeds"]["dpo"][0]["curve"] != done["seeds"]["dpo"][1]["curve"]  # another seed is another order
+    assert [run["job"]["lr"] for run in done["public"]] == [5e-6, 1e-4]
     assert done["public"][0]["job"]["objective"] == polite.PUBLIC and done["hh"][0]["job"]["epochs"] == 3
     table = (out / "table.md").read_text()
     assert table in capsys.readouterr().out and table.count("\n| `dpo(beta=0.1)` |") == 2
     kept = (out / "runs.jsonl").read_bytes()
-    assert len(kept.splitlines()) == 2 * (3 + 2) + 2 and "error" not in json.loads(kept.splitlines()[0])
+    assert len(kept.splitlines()) == 2 * (3 + 2) + 2 + 1 and "error" not in json.loads(kept.splitlines()[0])
     with monkeypatch.context() as patch:
         patch.setattr(polite, "experiment", lambda out, job: pytest.fail(f"run again: {job}"))
         polite.main([*line, "--resume"])
