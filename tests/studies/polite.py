@@ -116,26 +116,27 @@ def experiment(out: Path, job: dict) -> dict:
     return result
 
 
-def asked(dataset: str, tokenizer, n: int) -> list[Example]:
-    """The first n rows."""
-    rows = [data.format_of(raw, "row")[0](raw) for _, raw in itertools.islice(data.read(dataset), n)]
-    return [data.encode(row, tokenizer, 2**31, 2**31)[0] for row in rows]
+def first_rows(dataset: str, n: int) -> list[data.Row]:
+    return [data.format_of(raw, "row")[0](raw) for _, raw in itertools.islice(data.read(dataset), n)]
+
+
+def prompt_ids(rows: list[data.Row], tokenizer) -> list[list[int]]:
+    return [data.encode(row, tokenizer, 2**31, 2**31)[0].prompt for row in rows]
 
 
 @torch.no_grad()
 def greedy(model: str, dataset: str) -> list[list[str]]:
     """[prompt, greedy answer] of the first ANSWERS rows."""
-    tokenizer = data.load_tokenizer(model)
-    examples = asked(dataset, tokenizer, ANSWERS)
-    answers, _ = completions(frontier.network(model), tokenizer, [e.prompt for e in examples], TOKENS)
-    return [[e.asked, answer] for e, answer in zip(examples, answers)]
+    tokenizer, rows = data.load_tokenizer(model), first_rows(dataset, ANSWERS)
+    answers, _ = completions(frontier.network(model), tokenizer, prompt_ids(rows, tokenizer), TOKENS)
+    return [[row.prompt[-1]["content"], answer] for row, answer in zip(rows, answers)]
 
 
 @torch.no_grad()
 def distance(model: str, start: str, dataset: str) -> list[float]:
     """KL(model ‖ start) of the model's own answers to the first DRAWN rows' prompts at temperature 1, nats; see frontier.py."""
     tokenizer, policy = data.load_tokenizer(model), frontier.network(model)
-    prompts = [e.prompt for e in asked(dataset, tokenizer, DRAWN)]
+    prompts = prompt_ids(first_rows(dataset, DRAWN), tokenizer)
     torch.manual_seed(0)
     answers, _ = continuations(policy, tokenizer, prompts, TOKENS, 1.0)
     examples = [Example(prompt, [answer]) for prompt, answer in zip(prompts, answers)]
@@ -202,7 +203,9 @@ def study(s: Study) -> dict:
         (run,) = results[name, seed]
         if "error" not in run:
             seeds.setdefault(name, []).append(run)
-    tables = [rates_table(searched), table(seeds), answers_table(greedy(s.model, s.eval_dataset), seeds)]
+    answering = {f"`{ARMS[name]}`": runs[0] for name, runs in seeds.items()}
+    answering |= {f"`{PUBLIC}`, lr {run['job']['lr']:g}": run for run in results["public"] if "error" not in run}
+    tables = [rates_table(searched), table(seeds), answers_table(greedy(s.model, s.eval_dataset), answering)]
     beside = {name: results[name] for name in ("public", "hh") if name in results}
     curves = [curve_table(run) for runs in beside.values() for run in runs]
     text = "\n".join(tables + curves)
@@ -257,8 +260,8 @@ def table(seeds: dict[str, list[dict]]) -> str:
     return miniature.markdown(lines)
 
 
-def answers_table(before: list[list[str]], seeds: dict[str, list[dict]]) -> str:
-    """Greedy answers to held-out prompts, before training and after that of seed 0."""
+def answers_table(before: list[list[str]], runs: dict[str, dict]) -> str:
+    """Greedy answers to held-out prompts, before training and after each of these runs."""
 
     def clean(text: str) -> str:
         return " ".join(text.split()).replace("|", "\\|")
@@ -266,7 +269,7 @@ def answers_table(before: list[list[str]], seeds: dict[str, list[dict]]) -> str:
     lines = [["prompt", "who", "answer"], ["---"] * 3]
     for i, (prompt, answer) in enumerate(before):
         lines.append([clean(prompt), "before", clean(answer)])
-        lines += [["", name, clean(runs[0]["answers"][i][1])] for name, runs in seeds.items()]
+        lines += [["", name, clean(run["answers"][i][1])] for name, run in runs.items()]
     return miniature.markdown(lines)
 
 

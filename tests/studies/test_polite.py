@@ -65,7 +65,10 @@ def test_tables_by_hand():
     assert cells[:4] == ["| `dpo(beta=0.1)`", "1e-05", "0.500", "0.750 ± 0.040 (0.750–0.750)"]
     assert cells[4:7] == ["0.300 ± 0.010 (0.300–0.300)", "0.7000", "0.5500"]
     assert cells[7:] == ["-2.00 → -2.00", "-2.50 → -3.00", "2.00 ± 1.00", "2.0", "3.5 |"]
-    assert polite.answers_table([["p", "a|b"]], runs).splitlines()[2:] == ["| p | before | a\\|b |", "|  | dpo | c d |"]
+    assert polite.answers_table([["p", "a|b"]], {"dpo": runs["dpo"][0]}).splitlines()[2:] == [
+        "| p | before | a\\|b |",
+        "|  | dpo | c d |",
+    ]
     searched = polite.rates_table({"dpo": [run_of(1e-5, 0.5), run_of(3e-5, 0.4), FAILED]}).splitlines()
     assert searched[0] == "| held-out loss at lr | 1e-05 | 3e-05 | 0.001 |"
     assert searched[2] == "| `dpo(beta=0.1)` | 0.5000 | **0.4000** | ended early |"
@@ -94,6 +97,8 @@ def test_the_whole_study_and_its_resumption(made_small, small, tmp_path, monkeyp
     assert (
         [line["step"] for line in run["curve"]] == [0, 2] and len(run["answers"]) == len(run["kl"]) == 8 and min(run["kl"]) > 0
     )
+    held_out = [json.loads(text) for text in (small / "pairs.jsonl").read_text().splitlines()[32:40]]
+    assert [prompt for prompt, _ in run["answers"]] == [row["prompt"][0]["content"] for row in held_out]
     assert done["seeds"]["dpo"][0]["curve"] != done["seeds"]["dpo"][1]["curve"]  # another seed is another order
     assert [run["job"]["lr"] for run in done["public"]] == [5e-6, 1e-4]
     assert done["public"][0]["job"]["objective"] == polite.PUBLIC and done["hh"][0]["job"]["epochs"] == 3
