@@ -329,20 +329,21 @@ def over(run: dict, other: dict) -> str:
     return written(own - others, sign="+")
 
 
+def one_line(text: str) -> str:
+    """An answer for a cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def shown(results: dict[str, list[dict]], asked: list[str]) -> str:
     """What the start and three points of the frontier (its first, middle and last) answer to the first held-out prompts."""
     best = frontier(everything(results))[1:]
-
-    def clean(text: str) -> str:
-        return " ".join(text.split()).replace("|", "\\|")
-
     points = [results["the start"][0], *(best[i] for i in sorted({0, len(best) // 2, len(best) - 1}) if best)]
     lines = [["prompt", "KL", "policy", "answer"], ["---"] * 4]
     for i, prompt in enumerate(asked[:SHOWN]):
         for run in points:
             if i < len(run["answers"]):
                 policy = f"`{run['job']['objective']}`, lr {run['job']['lr']:g}" if run["job"]["objective"] else "the start"
-                lines.append([prompt, f"{mean(run, 'kl'):.2f}", policy, clean(run["answers"][i])])
+                lines.append([prompt, f"{mean(run, 'kl'):.2f}", policy, one_line(run["answers"][i])])
                 prompt = ""
     return miniature.markdown(lines)
 

@@ -262,14 +262,10 @@ def table(seeds: dict[str, list[dict]]) -> str:
 
 def answers_table(before: list[list[str]], runs: dict[str, dict]) -> str:
     """Greedy answers to held-out prompts, before training and after each of these runs."""
-
-    def clean(text: str) -> str:
-        return " ".join(text.split()).replace("|", "\\|")
-
     lines = [["prompt", "who", "answer"], ["---"] * 3]
     for i, (prompt, answer) in enumerate(before):
-        lines.append([clean(prompt), "before", clean(answer)])
-        lines += [["", name, clean(run["answers"][i][1])] for name, run in runs.items()]
+        lines.append([frontier.one_line(prompt), "before", frontier.one_line(answer)])
+        lines += [["", name, frontier.one_line(run["answers"][i][1])] for name, run in runs.items()]
     return miniature.markdown(lines)
 
 
