@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -257,10 +258,17 @@ def experiment(job: dict) -> dict:
 
 
 def one_of_many() -> None:
-    """How a process of run_jobs begins: with one thread, silent, and without what a run does for a reader of its folder."""
+    """How a process of run_jobs begins: with one thread, silent, and without what a run does for a reader of its folder. It
+    ends with the one that began it, also when that is killed."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     train.draw_curves = lambda *_: None
     sys.stderr = open(os.devnull, "w")
+
+
+def end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def job_key(job: dict) -> str:

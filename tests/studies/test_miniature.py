@@ -6,7 +6,11 @@ Runs are made up where only their results matter; the real ones are of 2 steps o
 import json
 import math
 import multiprocessing
+import subprocess
+import sys
+import time
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import lorr
 import miniature
@@ -116,6 +120,40 @@ def test_jobs_are_run_once(small_task, tmp_path, monkeypatch):
     text = (tmp_path / "runs.jsonl").read_text()
     again = miniature.run_jobs(jobs[::-1], tmp_path / "runs.jsonl")
     assert json.dumps(again) == json.dumps(results[::-1]) and (tmp_path / "runs.jsonl").read_text() == text
+
+
+STUDY = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {folder!r})
+import miniature
+
+def work(job):
+    Path({pid!r}).write_text(str(os.getpid()))
+    time.sleep(600)
+
+if __name__ == "__main__":
+    miniature.run_jobs([{{"seed": 0}}], Path({pid!r} + ".jsonl"), work)
+"""
+
+
+def test_a_killed_study_leaves_no_process_behind(tmp_path):
+    pid = tmp_path / "pid"
+    (tmp_path / "study.py").write_text(STUDY.format(folder=str(Path(miniature.__file__).parent), pid=str(pid)))
+    study = subprocess.Popen([sys.executable, str(tmp_path / "study.py")], stderr=subprocess.DEVNULL)
+    wait_until(lambda: pid.exists() and pid.read_text())
+    worker = Path("/proc", pid.read_text())
+    assert worker.exists()
+    study.kill()
+    study.wait()
+    wait_until(lambda: not worker.exists())
+
+
+def wait_until(true, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_every_call_of_the_grid_and_the_sweeps_is_understood():
