@@ -8,10 +8,11 @@ The rows are 1,100 instructions with two answers each, from the preference chapt
 Scratch): instruction-data-with-preference.json of https://github.com/rasbt/LLMs-from-scratch, Apache-2.0, in its author's split
 (the first 85 % are for training). `--dataset` and `--eval-dataset` say where they are.
 
-Each of ARMS is trained for SEARCHED steps at each of RATES. While the best rate, by held-out loss, is an end of those tried so
-far, one beyond is tried too. At the best one an epoch is trained with each seed. Beside them runs dpo_norm with the settings of
-the book's public log, at its rate and at another one, and with `--hh` DPO on harmlessness pairs. A result is a line of
-runs.jsonl as soon as it is there.
+Each of ARMS is trained for SEARCHED steps at each of RATES. While the lowest held-out loss is at an end of those tried so far,
+one beyond is tried too. An epoch is trained with each seed at the best rate: that of the lowest held-out loss among those at
+which the chosen responses stayed likely (LOST); and with one seed at that of the lowest loss of all. Beside them runs dpo_norm
+with the settings of the book's public log, at its rate and at another one, and with `--hh` DPO on harmlessness pairs. A result
+is a line of runs.jsonl as soon as it is there.
 polite_runs.jsonl holds the runs so far, those that look for a rate; as runs.jsonl of an output folder they are not made again.
 """
 
@@ -22,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 
@@ -45,6 +47,7 @@ ARMS = {
 }  # fmt: skip
 RATES = (1e-5, 3e-5, 1e-4)
 SEARCHED = 20  # optimizer steps of a run that looks for the rate
+LOST = 0.5  # nats per token: so much less likely may held-out chosen responses become at the best rate
 MORE = 3  # rates beyond an end of RATES, at most
 PUBLIC = "dpo_norm(beta=0.1)"  # the book's code averages log-probs; β 0.1, 8 pairs a step
 PUBLIC_RATES = (5e-6, 1e-4)  # the book's, and one that brings this model as far
@@ -150,21 +153,27 @@ def final(run: dict) -> dict:
     return run["curve"][-1]
 
 
-def best_of(runs: list[dict]) -> dict | None:
+def lowest(runs: list[dict]) -> dict | None:
     """The run with the lowest held-out loss."""
     finished = [run for run in runs if "error" not in run]
     return min(finished, key=lambda run: final(run)["eval_loss"], default=None)
 
 
+def best_of(runs: list[dict]) -> dict | None:
+    """The run with the lowest held-out loss among those that kept the chosen responses likely: see LOST."""
+    key = "eval_logp_w_per_token"
+    return lowest([run for run in runs if "error" not in run and final(run)[key] > run["curve"][0][key] - LOST])
+
+
 def beyond(runs: list[dict]) -> float | None:
-    """The next rate where the best one is an end of those that were tried; a run that ended early is the worst of all."""
+    """The next rate where the lowest loss is at an end of those that were tried; a run that ended early is the worst of all."""
     rates = sorted(run["job"]["lr"] for run in runs)
-    best = best_of(runs)
-    if best is None or len(rates) == 1:
+    found = lowest(runs)
+    if found is None or len(rates) == 1:
         return None
-    if best["job"]["lr"] == rates[-1]:
+    if found["job"]["lr"] == rates[-1]:
         return float(f"{rates[-1] ** 2 / rates[-2]:.0e}")
-    if best["job"]["lr"] == rates[0]:
+    if found["job"]["lr"] == rates[0]:
         return float(f"{rates[0] ** 2 / rates[1]:.0e}")
     return None
 
@@ -191,42 +200,55 @@ def study(s: Study) -> dict:
     run_all = functools.partial(miniature.run_groups, file=out / "runs.jsonl", work=functools.partial(experiment, out))
     searched = search(s, run_all)
     best = {name: run["job"]["lr"] for name, runs in searched.items() if (run := best_of(runs))}
-    jobs = {"public": [job_of(s, PUBLIC, lr, batch_size=8, eval_every=10) for lr in PUBLIC_RATES]}
+    least = {name: run["job"]["lr"] for name, runs in searched.items() if (run := lowest(runs))}
+    beside = {"public": [job_of(s, PUBLIC, lr, batch_size=8, eval_every=10) for lr in PUBLIC_RATES]}
     if s.hh:
         how = dict(dataset=s.hh, eval_dataset=None, epochs=3, eval_every=27)
-        jobs["hh"] = [job_of(s, ARMS["dpo"], best.get("dpo", RATES[0]), **how)]
+        beside["hh"] = [job_of(s, ARMS["dpo"], least.get("dpo", RATES[0]), **how)]
+    at_best = {}
     for seed in range(s.seeds):  # all objectives with the first seed before any with the second
-        jobs |= {(name, seed): [job_of(s, ARMS[name], lr, seed=seed)] for name, lr in best.items()}
-    results = run_all(jobs)
-    seeds = {}
-    for name, seed in itertools.product(best, range(s.seeds)):
-        (run,) = results[name, seed]
-        if "error" not in run:
-            seeds.setdefault(name, []).append(run)
-    answering = {f"`{ARMS[name]}`": runs[0] for name, runs in seeds.items()}
-    answering |= {f"`{PUBLIC}`, lr {run['job']['lr']:g}": run for run in results["public"] if "error" not in run}
-    tables = [rates_table(searched), table(seeds), answers_table(greedy(s.model, s.eval_dataset), answering)]
-    beside = {name: results[name] for name in ("public", "hh") if name in results}
-    curves = [curve_table(run) for runs in beside.values() for run in runs]
+        at_best |= {(name, seed): [job_of(s, ARMS[name], lr, seed=seed)] for name, lr in best.items()}
+    at_lowest = {(name, "lowest"): [job_of(s, ARMS[name], lr)] for name, lr in least.items() if lr != best.get(name)}
+    results = run_all(beside | at_best | at_lowest)
+    seeds, spoilt = finished(results, at_best), finished(results, at_lowest)
+    answering = [runs[0] for of in (seeds, spoilt) for runs in of.values()]
+    answering += [run for run in results["public"] if "error" not in run]
+    tables = [rates_table(searched), table(seeds), table(spoilt), answers_table(greedy(s.model, s.eval_dataset), answering)]
+    curves = [curve_table(run) for name in beside for run in results[name]]
     text = "\n".join(tables + curves)
     train.write_whole(out / "table.md", text)
     print(text)
     draw(seeds, out / "polite.png")
     train.say(f"{time.perf_counter() - started:.0f} s; everything is in {out}")
-    return {"out": str(out), "searched": searched, "seeds": seeds, **beside}
+    return {"out": str(out), "searched": searched, "seeds": seeds, "spoilt": spoilt, **{name: results[name] for name in beside}}
+
+
+def finished(results: dict, keys: Iterable[tuple]) -> dict[str, list[dict]]:
+    """objective → its runs with these keys, (objective, which), that did not end early."""
+    found = {}
+    for name, which in keys:
+        (run,) = results[name, which]
+        if "error" not in run:
+            found.setdefault(name, []).append(run)
+    return found
 
 
 # ---- tables and the picture ------------------------------------------------------------------------------------------
 
 
 def rates_table(searched: dict[str, list[dict]]) -> str:
-    """Held-out loss after SEARCHED steps at each rate, seed 0; the lowest is bold."""
+    """Held-out loss and, in brackets, the change of the chosen log-prob in nats per token after SEARCHED steps at each rate,
+    seed 0; the best one is bold."""
     rates = sorted({run["job"]["lr"] for runs in searched.values() for run in runs})
     lines = [["held-out loss at lr", *(f"{lr:g}" for lr in rates)], ["---"] * (1 + len(rates))]
     for name, runs in searched.items():
         cells = dict.fromkeys(rates, "")
         for run in runs:
-            text = "ended early" if "error" in run else f"{final(run)['eval_loss']:.4f}"
+            text = "ended early"
+            if "error" not in run:
+                first, last = run["curve"][0], final(run)
+                change = last["eval_logp_w_per_token"] - first["eval_logp_w_per_token"]
+                text = f"{last['eval_loss']:.4f} ({change:+.2f})"
             cells[run["job"]["lr"]] = f"**{text}**" if run is best_of(runs) else text
         lines.append([f"`{ARMS[name]}`", *cells.values()])
     return miniature.markdown(lines)
@@ -260,12 +282,14 @@ def table(seeds: dict[str, list[dict]]) -> str:
     return miniature.markdown(lines)
 
 
-def answers_table(before: list[list[str]], runs: dict[str, dict]) -> str:
+def answers_table(before: list[list[str]], runs: list[dict]) -> str:
     """Greedy answers to held-out prompts, before training and after each of these runs."""
     lines = [["prompt", "who", "answer"], ["---"] * 3]
     for i, (prompt, answer) in enumerate(before):
         lines.append([frontier.one_line(prompt), "before", frontier.one_line(answer)])
-        lines += [["", name, frontier.one_line(run["answers"][i][1])] for name, run in runs.items()]
+        for run in runs:
+            who = f"`{run['job']['objective']}`, lr {run['job']['lr']:g}"
+            lines.append(["", who, frontier.one_line(run["answers"][i][1])])
     return miniature.markdown(lines)
 
 

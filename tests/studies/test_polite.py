@@ -41,6 +41,14 @@ def test_a_rate_beyond_an_end(runs, rate):
     assert polite.beyond([run_of(*run) for run in runs]) == rate
 
 
+def test_the_best_rate_keeps_the_chosen_responses_likely():
+    """Half a nat per token less is too much, however low the loss."""
+    runs = [run_of(1e-5, 0.6), run_of(3e-5, 0.5), run_of(1e-4, 0.4), FAILED]
+    runs[2]["curve"][1]["eval_logp_w_per_token"] = -2.5
+    assert polite.lowest(runs) is runs[2] and polite.best_of(runs) is runs[1]
+    assert polite.best_of(runs[2:]) is None
+
+
 def test_a_run_that_ended_early_is_an_end_too():
     assert polite.beyond([run_of(1e-4, 0.6), run_of(3e-4, 0.5), FAILED]) is None and polite.beyond([FAILED]) is None
 
@@ -65,13 +73,11 @@ def test_tables_by_hand():
     assert cells[:4] == ["| `dpo(beta=0.1)`", "1e-05", "0.500", "0.750 ± 0.040 (0.750–0.750)"]
     assert cells[4:7] == ["0.300 ± 0.010 (0.300–0.300)", "0.7000", "0.5500"]
     assert cells[7:] == ["-2.00 → -2.00", "-2.50 → -3.00", "2.00 ± 1.00", "2.0", "3.5 |"]
-    assert polite.answers_table([["p", "a|b"]], {"dpo": runs["dpo"][0]}).splitlines()[2:] == [
-        "| p | before | a\\|b |",
-        "|  | dpo | c d |",
-    ]
+    answers = polite.answers_table([["p", "a|b"]], runs["dpo"][:1]).splitlines()[2:]
+    assert answers == ["| p | before | a\\|b |", "|  | `dpo(beta=0.1)`, lr 1e-05 | c d |"]
     searched = polite.rates_table({"dpo": [run_of(1e-5, 0.5), run_of(3e-5, 0.4), FAILED]}).splitlines()
     assert searched[0] == "| held-out loss at lr | 1e-05 | 3e-05 | 0.001 |"
-    assert searched[2] == "| `dpo(beta=0.1)` | 0.5000 | **0.4000** | ended early |"
+    assert searched[2] == "| `dpo(beta=0.1)` | 0.5000 (+0.00) | **0.4000 (+0.00)** | ended early |"
     curve = polite.curve_table(runs["dpo"][0]).splitlines()
     assert curve[4] == "| 0 | 0 | 0.7000 | 0.500 | 0.000 | -2.000 | -2.500 |"
     assert curve[5] == "| 20 | 320 | 0.5000 | 0.750 ± 0.040 | 3.000 | -2.000 | -3.000 |"
