@@ -55,6 +55,7 @@ FILE = "instruction-data-with-preference.json"
 ANSWERS = 10  # held-out prompts that are answered greedily, before and after
 DRAWN = 40  # held-out prompts whose sampled answers the KL is measured on
 TOKENS = 64  # longest answer
+SHOWN = 160  # characters of an answer in the table
 
 
 @dataclass
@@ -240,7 +241,7 @@ def rates_table(searched: dict[str, list[dict]]) -> str:
     """Held-out loss and, in brackets, the change of the chosen log-prob in nats per token after SEARCHED steps at each rate,
     seed 0; the best one is bold."""
     rates = sorted({run["job"]["lr"] for runs in searched.values() for run in runs})
-    lines = [["held-out loss at lr", *(f"{lr:g}" for lr in rates)], ["---"] * (1 + len(rates))]
+    lines = [["held-out loss at lr", *(f"{lr:.0e}" for lr in rates)], ["---"] * (1 + len(rates))]
     for name, runs in searched.items():
         cells = dict.fromkeys(rates, "")
         for run in runs:
@@ -260,7 +261,8 @@ def mean(lines: list[dict], key: str, digits: int = 3) -> str:
 
 def with_errors(lines: list[dict], key: str) -> str:
     values = [line[key] for line in lines]
-    return f"{mean(lines, key)} ± {mean(lines, f'{key}_se')} ({min(values):.3f}–{max(values):.3f})"
+    spread = f" ({min(values):.3f}–{max(values):.3f})" if len(values) > 1 else ""
+    return f"{mean(lines, key)} ± {mean(lines, f'{key}_se')}{spread}"
 
 
 def table(seeds: dict[str, list[dict]]) -> str:
@@ -273,7 +275,7 @@ def table(seeds: dict[str, list[dict]]) -> str:
         first, last = [run["curve"][0] for run in runs], [final(run) for run in runs]
         kl = torch.tensor([run["kl"] for run in runs], dtype=torch.float64).mean(0)
         lines.append([
-            f"`{ARMS[name]}`", f"{runs[0]['job']['lr']:g}", mean(first, "eval_reward_accuracy"),
+            f"`{ARMS[name]}`", f"{runs[0]['job']['lr']:.0e}", mean(first, "eval_reward_accuracy"),
             with_errors(last, "eval_reward_accuracy"), with_errors(last, "eval_reward_margin"),
             mean(first, "eval_loss", 4), mean(last, "eval_loss", 4),
             *(f"{mean(first, key, 2)} → {mean(last, key, 2)}" for key in ("eval_logp_w_per_token", "eval_logp_l_per_token")),
@@ -288,8 +290,9 @@ def answers_table(before: list[list[str]], runs: list[dict]) -> str:
     for i, (prompt, answer) in enumerate(before):
         lines.append([frontier.one_line(prompt), "before", frontier.one_line(answer)])
         for run in runs:
-            who = f"`{run['job']['objective']}`, lr {run['job']['lr']:g}"
-            lines.append(["", who, frontier.one_line(run["answers"][i][1])])
+            who = f"`{run['job']['objective']}`, lr {run['job']['lr']:.0e}"
+            text = frontier.one_line(run["answers"][i][1])
+            lines.append(["", who, text if len(text) <= SHOWN else f"{text[:SHOWN]} …"])
     return miniature.markdown(lines)
 
 
@@ -310,7 +313,7 @@ def curve_table(run: dict) -> str:
             f"{line['eval_logp_l_per_token']:.3f}",
         ])  # fmt: skip
     job = run["job"]
-    return f"`{job['objective']}`, lr {job['lr']:g}, {job['batch_size']} pairs a step\n\n{miniature.markdown(lines)}"
+    return f"`{job['objective']}`, lr {job['lr']:.0e}, {job['batch_size']} pairs a step\n\n{miniature.markdown(lines)}"
 
 
 def draw(seeds: dict[str, list[dict]], file: Path) -> None:

@@ -76,7 +76,7 @@ def test_tables_by_hand():
     answers = polite.answers_table([["p", "a|b"]], runs["dpo"][:1]).splitlines()[2:]
     assert answers == ["| p | before | a\\|b |", "|  | `dpo(beta=0.1)`, lr 1e-05 | c d |"]
     searched = polite.rates_table({"dpo": [run_of(1e-5, 0.5), run_of(3e-5, 0.4), FAILED]}).splitlines()
-    assert searched[0] == "| held-out loss at lr | 1e-05 | 3e-05 | 0.001 |"
+    assert searched[0] == "| held-out loss at lr | 1e-05 | 3e-05 | 1e-03 |"
     assert searched[2] == "| `dpo(beta=0.1)` | 0.5000 (+0.00) | **0.4000 (+0.00)** | ended early |"
     curve = polite.curve_table(runs["dpo"][0]).splitlines()
     assert curve[4] == "| 0 | 0 | 0.7000 | 0.500 | 0.000 | -2.000 | -2.500 |"
