@@ -13,7 +13,7 @@ one beyond is tried too. An epoch is trained with each seed at the best rate: th
 which the chosen responses stayed likely (LOST); and with one seed at that of the lowest loss of all. Beside them runs dpo_norm
 with the settings of the book's public log, at its rate and at another one, and with `--hh` DPO on harmlessness pairs. A result
 is a line of runs.jsonl as soon as it is there.
-polite_runs.jsonl holds the runs so far, those that look for a rate; as runs.jsonl of an output folder they are not made again.
+polite_runs.jsonl holds the runs so far; as runs.jsonl of an output folder they are not made again.
 """
 
 import functools
@@ -50,7 +50,7 @@ SEARCHED = 20  # optimizer steps of a run that looks for the rate
 LOST = 0.5  # nats per token: so much less likely may held-out chosen responses become at the best rate
 MORE = 3  # rates beyond an end of RATES, at most
 PUBLIC = "dpo_norm(beta=0.1)"  # the book's code averages log-probs; β 0.1, 8 pairs a step
-PUBLIC_RATES = (5e-6, 1e-4)  # the book's, and one that brings this model as far
+PUBLIC_RATES = (5e-6, 1e-4)  # the book's, and a higher one
 FILE = "instruction-data-with-preference.json"
 ANSWERS = 10  # held-out prompts that are answered greedily, before and after
 DRAWN = 40  # held-out prompts whose sampled answers the KL is measured on
@@ -99,6 +99,7 @@ def experiment(out: Path, job: dict) -> dict:
     """Train with these settings and measure; or why it ended early.
 
     curve: the lines of metrics.jsonl that are evaluations. minutes: of the process's cores together, training and evaluating.
+    gib: the peak of the process, which has made earlier runs.
     After a whole epoch on rows with held-out ones also answers, see `greedy`, and kl, see `distance`.
     """
     started = time.process_time()
@@ -269,7 +270,7 @@ def table(seeds: dict[str, list[dict]]) -> str:
     """Means over seeds. ±: the standard error of the change over held-out pairs, a mean over seeds; in brackets the lowest and
     the highest seed."""
     titles = ["objective", "lr", "accuracy before", "accuracy", "margin", "loss before", "loss", "chosen, nats/token"]
-    titles += ["rejected, nats/token", "KL, nats", "core minutes", "GiB"]
+    titles += ["rejected, nats/token", "KL, nats", "core minutes"]
     lines = [titles, ["---"] * len(titles)]
     for name, runs in seeds.items():
         first, last = [run["curve"][0] for run in runs], [final(run) for run in runs]
@@ -279,7 +280,7 @@ def table(seeds: dict[str, list[dict]]) -> str:
             with_errors(last, "eval_reward_accuracy"), with_errors(last, "eval_reward_margin"),
             mean(first, "eval_loss", 4), mean(last, "eval_loss", 4),
             *(f"{mean(first, key, 2)} → {mean(last, key, 2)}" for key in ("eval_logp_w_per_token", "eval_logp_l_per_token")),
-            written(kl, 2), mean(runs, "minutes", 1), mean(runs, "gib", 1),
+            written(kl, 2), mean(runs, "minutes", 1),
         ])  # fmt: skip
     return miniature.markdown(lines)
 

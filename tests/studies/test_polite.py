@@ -72,7 +72,7 @@ def test_tables_by_hand():
     cells = polite.table(runs).splitlines()[2].split(" | ")
     assert cells[:4] == ["| `dpo(beta=0.1)`", "1e-05", "0.500", "0.750 ± 0.040 (0.750–0.750)"]
     assert cells[4:7] == ["0.300 ± 0.010 (0.300–0.300)", "0.7000", "0.5500"]
-    assert cells[7:] == ["-2.00 → -2.00", "-2.50 → -3.00", "2.00 ± 1.00", "2.0", "3.5 |"]
+    assert cells[7:] == ["-2.00 → -2.00", "-2.50 → -3.00", "2.00 ± 1.00", "2.0 |"]
     answers = polite.answers_table([["p", "a|b"]], runs["dpo"][:1]).splitlines()[2:]
     assert answers == ["| p | before | a\\|b |", "|  | `dpo(beta=0.1)`, lr 1e-05 | c d |"]
     searched = polite.rates_table({"dpo": [run_of(1e-5, 0.5), run_of(3e-5, 0.4), FAILED]}).splitlines()
