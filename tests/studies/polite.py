@@ -9,10 +9,11 @@ Scratch): instruction-data-with-preference.json of https://github.com/rasbt/LLMs
 (the first 85 % are for training). `--dataset` and `--eval-dataset` say where they are.
 
 Each of ARMS is trained for SEARCHED steps at each of RATES. While the lowest held-out loss is at an end of those tried so far,
-one beyond is tried too. An epoch is trained with each seed at the best rate: that of the lowest held-out loss among those at
-which the chosen responses stayed likely (LOST); and with one seed at that of the lowest loss of all. Beside them runs dpo_norm
-with the settings of the book's public log, at its rate and at another one, and with `--hh` DPO on harmlessness pairs. A result
-is a line of runs.jsonl as soon as it is there.
+one beyond is tried too. Of the rates at which the chosen responses stayed likely (LOST) that with the lowest loss trains an
+epoch; while an epoch makes them less likely, the next lower rate does. The last is the best rate, for which there is an epoch
+with each seed. One seed also trains at the rate of the lowest loss of all. Beside them runs dpo_norm with the settings of the
+book's public log, at its rate and at another one, and with `--hh` DPO on harmlessness pairs. A result is a line of runs.jsonl
+as soon as it is there.
 polite_runs.jsonl holds the runs so far; as runs.jsonl of an output folder they are not made again.
 """
 
@@ -50,7 +51,7 @@ SEARCHED = 20  # optimizer steps of a run that looks for the rate
 LOST = 0.5  # nats per token: so much less likely may held-out chosen responses become at the best rate
 MORE = 3  # rates beyond an end of RATES, at most
 PUBLIC = "dpo_norm(beta=0.1)"  # the book's code averages log-probs; β 0.1, 8 pairs a step
-PUBLIC_RATES = (5e-6, 1e-4)  # the book's, and a higher one
+PUBLIC_RATES = (5e-6, 3e-5)  # the book's, and a higher one
 FILE = "instruction-data-with-preference.json"
 ANSWERS = 10  # held-out prompts that are answered greedily, before and after
 DRAWN = 40  # held-out prompts whose sampled answers the KL is measured on
@@ -161,10 +162,15 @@ def lowest(runs: list[dict]) -> dict | None:
     return min(finished, key=lambda run: final(run)["eval_loss"], default=None)
 
 
-def best_of(runs: list[dict]) -> dict | None:
-    """The run with the lowest held-out loss among those that kept the chosen responses likely: see LOST."""
+def kept(run: dict) -> bool:
+    """Whether it ended, with chosen responses that are still likely: see LOST."""
     key = "eval_logp_w_per_token"
-    return lowest([run for run in runs if "error" not in run and final(run)[key] > run["curve"][0][key] - LOST])
+    return "error" not in run and final(run)[key] > run["curve"][0][key] - LOST
+
+
+def best_of(runs: list[dict]) -> dict | None:
+    """The run with the lowest held-out loss among those that kept the chosen responses likely."""
+    return lowest([run for run in runs if kept(run)])
 
 
 def beyond(runs: list[dict]) -> float | None:
@@ -192,6 +198,22 @@ def search(s: Study, run_all) -> dict[str, list[dict]]:
     return results
 
 
+def settle(s: Study, searched: dict[str, list[dict]], run_all) -> dict[str, list[float]]:
+    """arm → the rates at which an epoch was trained, downwards from the search's best one; the last is the best rate: the first
+    whose epoch kept the chosen responses likely, or the lowest there is."""
+    tried = {name: [run["job"]["lr"]] for name, runs in searched.items() if (run := best_of(runs))}
+    while True:
+        results = run_all({name: [job_of(s, ARMS[name], rates[-1])] for name, rates in tried.items()})
+        ended = True
+        for name, rates in tried.items():
+            lower = [run["job"]["lr"] for run in searched[name] if run["job"]["lr"] < rates[-1]]
+            if lower and not kept(results[name][0]):
+                rates.append(max(lower))
+                ended = False
+        if ended:
+            return tried
+
+
 def study(s: Study) -> dict:
     """Run all, tabulate and draw; everything is in the output folder."""
     check(s)
@@ -201,7 +223,7 @@ def study(s: Study) -> dict:
     train.write_whole(out / "settings.json", json.dumps(asdict(s), indent=2) + "\n")
     run_all = functools.partial(miniature.run_groups, file=out / "runs.jsonl", work=functools.partial(experiment, out))
     searched = search(s, run_all)
-    best = {name: run["job"]["lr"] for name, runs in searched.items() if (run := best_of(runs))}
+    tried = settle(s, searched, run_all)
     least = {name: run["job"]["lr"] for name, runs in searched.items() if (run := lowest(runs))}
     beside = {"public": [job_of(s, PUBLIC, lr, batch_size=8, eval_every=10) for lr in PUBLIC_RATES]}
     if s.hh:
@@ -209,10 +231,13 @@ def study(s: Study) -> dict:
         beside["hh"] = [job_of(s, ARMS["dpo"], least.get("dpo", RATES[0]), **how)]
     at_best = {}
     for seed in range(s.seeds):  # all objectives with the first seed before any with the second
-        at_best |= {(name, seed): [job_of(s, ARMS[name], lr, seed=seed)] for name, lr in best.items()}
-    at_lowest = {(name, "lowest"): [job_of(s, ARMS[name], lr)] for name, lr in least.items() if lr != best.get(name)}
-    results = run_all(beside | at_best | at_lowest)
-    seeds, spoilt = finished(results, at_best), finished(results, at_lowest)
+        at_best |= {(name, seed): [job_of(s, ARMS[name], rates[-1], seed=seed)] for name, rates in tried.items()}
+    elsewhere = {}
+    for name, lr in least.items():
+        *refused, best = tried.get(name, [None])
+        elsewhere |= {((name, rate), 0): [job_of(s, ARMS[name], rate)] for rate in sorted({lr, *refused} - {best})}
+    results = run_all(beside | at_best | elsewhere)
+    seeds, spoilt = finished(results, at_best), finished(results, elsewhere)
     answering = [runs[0] for of in (seeds, spoilt) for runs in of.values()]
     answering += [run for run in results["public"] if "error" not in run]
     tables = [rates_table(searched), table(seeds), table(spoilt), answers_table(greedy(s.model, s.eval_dataset), answering)]
@@ -225,13 +250,13 @@ def study(s: Study) -> dict:
     return {"out": str(out), "searched": searched, "seeds": seeds, "spoilt": spoilt, **{name: results[name] for name in beside}}
 
 
-def finished(results: dict, keys: Iterable[tuple]) -> dict[str, list[dict]]:
-    """objective → its runs with these keys, (objective, which), that did not end early."""
+def finished(results: dict, keys: Iterable[tuple]) -> dict:
+    """what → its runs with these keys, (what, seed), that did not end early."""
     found = {}
-    for name, which in keys:
-        (run,) = results[name, which]
+    for what, seed in keys:
+        (run,) = results[what, seed]
         if "error" not in run:
-            found.setdefault(name, []).append(run)
+            found.setdefault(what, []).append(run)
     return found
 
 
@@ -266,17 +291,17 @@ def with_errors(lines: list[dict], key: str) -> str:
     return f"{mean(lines, key)} ± {mean(lines, f'{key}_se')}{spread}"
 
 
-def table(seeds: dict[str, list[dict]]) -> str:
+def table(seeds: dict) -> str:
     """Means over seeds. ±: the standard error of the change over held-out pairs, a mean over seeds; in brackets the lowest and
     the highest seed."""
     titles = ["objective", "lr", "accuracy before", "accuracy", "margin", "loss before", "loss", "chosen, nats/token"]
     titles += ["rejected, nats/token", "KL, nats", "core minutes"]
     lines = [titles, ["---"] * len(titles)]
-    for name, runs in seeds.items():
+    for runs in seeds.values():
         first, last = [run["curve"][0] for run in runs], [final(run) for run in runs]
         kl = torch.tensor([run["kl"] for run in runs], dtype=torch.float64).mean(0)
         lines.append([
-            f"`{ARMS[name]}`", f"{runs[0]['job']['lr']:.0e}", mean(first, "eval_reward_accuracy"),
+            f"`{runs[0]['job']['objective']}`", f"{runs[0]['job']['lr']:.0e}", mean(first, "eval_reward_accuracy"),
             with_errors(last, "eval_reward_accuracy"), with_errors(last, "eval_reward_margin"),
             mean(first, "eval_loss", 4), mean(last, "eval_loss", 4),
             *(f"{mean(first, key, 2)} → {mean(last, key, 2)}" for key in ("eval_logp_w_per_token", "eval_logp_l_per_token")),

@@ -49,6 +49,24 @@ def test_the_best_rate_keeps_the_chosen_responses_likely():
     assert polite.best_of(runs[2:]) is None
 
 
+def test_an_epoch_that_spoils_takes_the_next_lower_rate(monkeypatch):
+    """dpo's epochs lose too much above 1e-5, kto's nowhere, orpo's everywhere; ipo has no rate that a search could take."""
+    monkeypatch.setattr(polite, "ARMS", {name: name for name in ("dpo", "kto", "orpo", "ipo")})
+    allowed = {"dpo": 1e-5, "kto": 1.0, "orpo": 0.0}
+
+    def run_all(groups):
+        found = {}
+        for name, (job,) in groups.items():
+            run = run_of(job["lr"], 0.5)
+            run["curve"][1]["eval_logp_w_per_token"] -= 0.6 * (job["lr"] > allowed[name])
+            found[name] = [run]
+        return found
+
+    rates = [run_of(1e-5, 0.6), run_of(3e-5, 0.5), run_of(1e-4, 0.4)]
+    tried = polite.settle(polite.Study("x"), {"dpo": rates, "kto": rates, "orpo": rates, "ipo": [FAILED]}, run_all)
+    assert tried == {"dpo": [1e-4, 3e-5, 1e-5], "kto": [1e-4], "orpo": [1e-4, 3e-5, 1e-5]}
+
+
 def test_a_run_that_ended_early_is_an_end_too():
     assert polite.beyond([run_of(1e-4, 0.6), run_of(3e-4, 0.5), FAILED]) is None and polite.beyond([FAILED]) is None
 
@@ -106,7 +124,7 @@ def test_the_whole_study_and_its_resumption(made_small, small, tmp_path, monkeyp
     held_out = [json.loads(text) for text in (small / "pairs.jsonl").read_text().splitlines()[32:40]]
     assert [prompt for prompt, _ in run["answers"]] == [row["prompt"][0]["content"] for row in held_out]
     assert done["seeds"]["dpo"][0]["curve"] != done["seeds"]["dpo"][1]["curve"]  # another seed is another order
-    assert [run["job"]["lr"] for run in done["public"]] == [5e-6, 1e-4]
+    assert [run["job"]["lr"] for run in done["public"]] == [5e-6, 3e-5]
     assert done["public"][0]["job"]["objective"] == polite.PUBLIC and done["hh"][0]["job"]["epochs"] == 3
     table = (out / "table.md").read_text()
     assert table in capsys.readouterr().out and table.count("\n| `dpo(beta=0.1)` |") == 2
