@@ -14,7 +14,6 @@ epoch; while an epoch makes them less likely, the next lower rate does. The last
 with each seed. One seed also trains at the rate of the lowest loss of all. Beside them runs dpo_norm with the settings of the
 book's public log, at its rate and at another one, and with `--hh` DPO on harmlessness pairs. A result is a line of runs.jsonl
 as soon as it is there.
-polite_runs.jsonl holds the runs so far; as runs.jsonl of an output folder they are not made again.
 """
 
 import functools
