@@ -9,6 +9,7 @@ vaderSentiment). The model answers each prompt five times; best against worst is
 pairs with train.train() as it stands, and then answers held-out prompts, which are about other things. Another seed has other
 pairs and other held-out prompts. Each piece is kept as soon as it is there: samples.jsonl, scored.jsonl, pairs.jsonl of each
 seed, and each run's result as a line of runs.jsonl.
+frontier_runs holds the answers and the runs so far; in an output folder they are not made again.
 
 KL is KL(policy ‖ start) in nats per answer: exact over the vocabulary at each position of the policy's own answers, summed
 over an answer (its end, if it came), mean over answers. That is unbiased for the KL of whole answers, cut at --tokens, and

@@ -1,6 +1,6 @@
 """A real model visibly learns: SmolLM2-135M on short answers of which one is polite and one is rude.
 
-    python tests/studies/polite.py --model smollm2 --out runs/polite                 # some three hours on 2 cores
+    python tests/studies/polite.py --model smollm2 --out runs/polite                 # some four hours on 2 cores
     python tests/studies/polite.py --model smollm2 --out runs/polite --resume        # goes on where a killed one stopped
     python tests/studies/polite.py --model smollm2 --arms dpo simpo --seeds 1        # some of it
 
