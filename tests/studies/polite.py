@@ -200,17 +200,15 @@ def search(s: Study, run_all) -> dict[str, list[dict]]:
 def settle(s: Study, searched: dict[str, list[dict]], run_all) -> dict[str, list[float]]:
     """arm → the rates at which an epoch was trained, downwards from the search's best one; the last is the best rate: the first
     whose epoch kept the chosen responses likely, or the lowest there is."""
+    rates = {name: [run["job"]["lr"] for run in runs] for name, runs in searched.items()}
     tried = {name: [run["job"]["lr"]] for name, runs in searched.items() if (run := best_of(runs))}
     while True:
-        results = run_all({name: [job_of(s, ARMS[name], rates[-1])] for name, rates in tried.items()})
-        ended = True
-        for name, rates in tried.items():
-            lower = [run["job"]["lr"] for run in searched[name] if run["job"]["lr"] < rates[-1]]
-            if lower and not kept(results[name][0]):
-                rates.append(max(lower))
-                ended = False
-        if ended:
+        results = run_all({name: [job_of(s, ARMS[name], lrs[-1])] for name, lrs in tried.items()})
+        spoilt = [name for name, (run,) in results.items() if not kept(run) and tried[name][-1] > min(rates[name])]
+        if not spoilt:
             return tried
+        for name in spoilt:
+            tried[name].append(max(lr for lr in rates[name] if lr < tried[name][-1]))
 
 
 def study(s: Study) -> dict:

@@ -136,6 +136,23 @@ def test_the_whole_study_and_its_resumption(made_small, small, tmp_path, monkeyp
     assert (out / "runs.jsonl").read_bytes() == kept and (out / "table.md").read_text() == table
 
 
+def test_refused_epochs_stand_in_a_table_of_their_own(made_small, small, tmp_path, monkeypatch):
+    """An epoch above 1e-3 is refused by decree: the best rate is 1e-3, and every refused one is trained once."""
+    monkeypatch.setattr(polite, "kept", lambda run: "max_steps" in run["job"] or run["job"]["lr"] <= 1e-3)
+    rows = str(small / "pairs.jsonl")
+    line = ["--model", str(small / "model"), "--out", str(tmp_path / "out"), "--dataset", f"{rows}[:32]"]
+    line += ["--eval-dataset", f"{rows}[32:40]", "--arms", "dpo", "--rates", "1e-3", "3e-3", "--seeds", "2"]
+    done = polite.main(line)
+    searched = done["searched"]["dpo"]
+    least = polite.lowest(searched)["job"]["lr"]
+    assert least > 1e-3  # else there is nothing to refuse
+    assert [run["job"]["lr"] for run in done["seeds"]["dpo"]] == [1e-3, 1e-3]
+    refused = [run["job"]["lr"] for run in searched if 1e-3 < run["job"]["lr"] <= least]
+    assert list(done["spoilt"]) == [("dpo", lr) for lr in sorted(refused)]
+    jobs = (tmp_path / "out" / "runs.jsonl").read_text().splitlines()
+    assert len(jobs) == len(searched) + 2 + len(refused) + 2  # of the seeds, and beside the public log
+
+
 def test_a_run_that_ends_early_says_why(small, tmp_path):
     job = polite.job_of(polite.Study(str(small / "model"), dataset="none.jsonl"), "dpo(beta=0.1)", 1e-3)
     result = polite.experiment(tmp_path, job)
