@@ -2,7 +2,7 @@
 
     python tests/studies/frontier.py --model smollm2 --out runs/frontier            # a folder with SmolLM2-135M-Instruct
     python tests/studies/frontier.py --model smollm2 --out runs/frontier --resume   # goes on where a killed one stopped
-    python tests/studies/frontier.py --model smollm2 --arms dpo simpo --steps 8     # some of it
+    python tests/studies/frontier.py --model smollm2 --arms dpo simpo --rates 3e-5  # some of it
 
 The reward is VADER's compound score of an answer, from -1 to 1: a fixed list of words with a tone, and some rules (pip install
 vaderSentiment). The model answers each prompt five times; best against worst is a pair. Every run of ARMS trains on these
@@ -83,9 +83,7 @@ class Study:
     out: str = setting("runs/frontier", "output folder")
     resume: bool = setting(False, "go on with the study that is in out")
     arms: list[str] | None = setting(None, f"only these of {', '.join(ARMS)}")
-    rates: list[float] | None = setting(
-        None, "learning rates of every setting, in place of those of ARMS, which are for 24 steps"
-    )
+    rates: list[float] | None = setting(None, "only the first setting of each arm, at these learning rates")
     prompts: int = setting(400, "training prompts")
     held_out: int = setting(100, "held-out prompts")
     draws: int = setting(2, "answers to each held-out prompt")
@@ -167,7 +165,10 @@ def jobs_of(s: Study) -> dict[str, list[dict]]:
     common = {name: getattr(s, name) for name in own}
     settings = {"the start": [{"objective": "", "lr": 0.0}]}
     for name in s.arms or ARMS:
-        settings[name] = [{"objective": text, "lr": lr} for text, rates in ARMS[name].items() for lr in s.rates or rates]
+        calls = list(ARMS[name].items())
+        if s.rates:
+            calls = [(calls[0][0], s.rates)]
+        settings[name] = [{"objective": text, "lr": lr} for text, rates in calls for lr in rates]
     return {
         name: [common | how | {"seed": seed} for seed in range(s.seeds) for how in several]
         for name, several in settings.items()

@@ -237,7 +237,8 @@ def study(s: Study) -> dict:
     seeds, spoilt = finished(results, at_best), finished(results, elsewhere)
     answering = [runs[0] for of in (seeds, spoilt) for runs in of.values()]
     answering += [run for run in results["public"] if "error" not in run]
-    tables = [rates_table(searched), table(seeds), table(spoilt), answers_table(greedy(s.model, s.eval_dataset), answering)]
+    tables = [rates_table(searched), *(table(of) for of in (seeds, spoilt) if of)]
+    tables += [answers_table(greedy(s.model, s.eval_dataset), answering)]
     curves = [curve_table(run) for name in beside for run in results[name]]
     text = "\n".join(tables + curves)
     train.write_whole(out / "table.md", text)
