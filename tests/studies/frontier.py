@@ -9,7 +9,6 @@ vaderSentiment). The model answers each prompt five times; best against worst is
 pairs with train.train() as it stands, and then answers held-out prompts, which are about other things. Another seed has other
 pairs and other held-out prompts. Each piece is kept as soon as it is there: samples.jsonl, scored.jsonl, pairs.jsonl of each
 seed, and each run's result as a line of runs.jsonl.
-frontier_runs holds the answers and the runs so far; in an output folder they are not made again.
 
 KL is KL(policy ‖ start) in nats per answer: exact over the vocabulary at each position of the policy's own answers, summed
 over an answer (its end, if it came), mean over answers. That is unbiased for the KL of whole answers, cut at --tokens, and
@@ -33,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import miniature  # noqa: E402
 import on_policy  # noqa: E402
 import torch  # noqa: E402
-from trails import mean_and_error, written  # noqa: E402
+from trails import at_kl, mean_and_error, written  # noqa: E402
 
 import data  # noqa: E402
 import train  # noqa: E402
@@ -74,6 +73,7 @@ ARMS = {  # name → its calls, each at its learning rates
 SAMPLES = 5  # answers to each prompt, of which the best and the worst are a pair
 AT_ONCE = 32  # prompts that are answered as one batch
 SHOWN = 4  # held-out prompts whose answers are shown
+LEVELS = (1, 2, 5)  # nats of KL at which the arms are compared
 COUNTED = 1000  # words of all answers among which different ones are counted: a fixed number, as longer texts repeat more
 
 
@@ -258,7 +258,7 @@ def study(s: Study) -> dict:
         make_pairs(s, folder_of(out, seed), seed)
     runs = miniature.run_groups(jobs_of(s), out / "runs.jsonl", functools.partial(experiment, out))
     results = {name: together(several) for name, several in runs.items()}
-    text = f"{table(results)}\n{shown(results, prompts(0)[1])}"
+    text = f"{table(results)}\n{at_equal_kl(results)}\n{shown(results, prompts(0)[1])}"
     train.write_whole(out / "table.md", text)
     print(text)
     draw(results, out / "frontier.png")
@@ -303,32 +303,55 @@ def everything(results: dict[str, list[dict]]) -> list[dict]:
 
 def table(results: dict[str, list[dict]]) -> str:
     """A run a line, by KL within an arm; ± is the standard error over held-out prompts, of differences over the same prompts;
-    bold: on the frontier of all. "over DPO": of the first setting of the arm dpo that has this rate."""
-    titles = ["objective", "lr", "KL, nats", "reward", "over the start", "over DPO at this rate", "words", "unfinished, %"]
-    titles += ["different words, %", "repeated 3-grams, %"]
+    bold: on the frontier of all."""
+    titles = ["objective", "lr", "KL, nats", "reward", "over the start", "words", "unfinished, %", "different words, %"]
+    titles += ["repeated 3-grams, %"]
     lines, best = [titles, ["---"] * len(titles)], frontier(everything(results))
+    (start,) = results["the start"]
     for name, runs in results.items():
         for run in sorted(runs, key=lambda run: mean(run, "kl") if "kl" in run else math.inf):
             job, bold = run["job"], "**" * (run in best)
             head = [f"`{job['objective']}`", f"{job['lr']:g}"] if job["objective"] else [name, "–"]
             if "error" in run:
-                lines.append([*head, f"ended early: {data.brief(run['error'])}", *[""] * 7])
+                lines.append([*head, f"ended early: {data.brief(run['error'])}", *[""] * 6])
                 continue
-            dpo = [other for other in results.get("dpo", []) if other["job"]["lr"] == job["lr"]]
-            cells = [written(torch.tensor(run["kl"], dtype=torch.float64), 2)]
-            cells += [f"{bold}{written(torch.tensor(run['reward'], dtype=torch.float64))}{bold}"]
-            cells += [over(run, other) for other in (results["the start"][0], *(dpo[:1] or [run]))]
+            cells = [written(of_prompts(run, "kl"), 2), f"{bold}{written(of_prompts(run, 'reward'))}{bold}"]
+            cells += ["" if run is start else written(of_prompts(run, "reward") - of_prompts(start, "reward"), sign="+")]
             percent = [f"{100 * run[m]:.1f}" for m in ("unfinished", "distinct", "repetition")]
             lines.append([*head, *cells, f"{run['words']:.1f}", *percent])
     return miniature.markdown(lines)
 
 
-def over(run: dict, other: dict) -> str:
-    """How much more reward than the other's, prompt by prompt."""
-    if run is other or "error" in other:
-        return ""
-    own, others = (torch.tensor(of["reward"], dtype=torch.float64) for of in (run, other))
-    return written(own - others, sign="+")
+def of_prompts(run: dict, name: str) -> torch.Tensor:
+    return torch.tensor(run[name], dtype=torch.float64)
+
+
+def at_level(start: dict, runs: list[dict], level: float) -> torch.Tensor:
+    """Reward of each held-out prompt at this KL, see trails.at_kl; between the runs of the arm's first setting."""
+    own, at_start = [], {"reward": of_prompts(start, "reward")}
+    for run in runs:
+        if "kl" in run and run["job"]["objective"] == runs[0]["job"]["objective"]:
+            own.append({"kl": mean(run, "kl"), "reward": of_prompts(run, "reward"), "start": at_start})
+    return torch.atleast_1d(torch.as_tensor(at_kl(own, level, "reward")))
+
+
+def at_equal_kl(results: dict[str, list[dict]]) -> str:
+    """Each arm's reward at each of LEVELS, and how much more that is than DPO's, prompt by prompt."""
+    (start,) = results["the start"]
+    titles = ["objective"]
+    for level in LEVELS:
+        titles += [f"reward at KL {level}", "over DPO"]
+    lines = [titles, ["---"] * len(titles)]
+    for name, runs in results.items():
+        if runs[0] is start:
+            continue
+        cells = [f"`{runs[0]['job']['objective']}`"]
+        for level in LEVELS:
+            reward = at_level(start, runs, level)
+            more = reward - at_level(start, results.get("dpo", []), level)
+            cells += [written(reward), "" if name == "dpo" else written(more, sign="+")]
+        lines.append(cells)
+    return miniature.markdown(lines)
 
 
 def one_line(text: str) -> str:
@@ -363,7 +386,7 @@ def draw(results: dict[str, list[dict]], file: Path) -> None:
     for i, (name, runs) in enumerate(results.items()):
         color, first = f"C{i - 1}" if i else "black", runs[0]["job"]["objective"]
         for run in (run for run in runs if "kl" in run):
-            (x, dx), (y, dy) = (mean_and_error(torch.tensor(run[m], dtype=torch.float64)) for m in ("kl", "reward"))
+            (x, dx), (y, dy) = (mean_and_error(of_prompts(run, m)) for m in ("kl", "reward"))
             how = dict(color=color, mfc=color if run["job"]["objective"] == first else "white", ms=6, lw=0.7, zorder=3)
             axis.errorbar(x, y, dy, dx, fmt=shapes.get(run["job"]["lr"], "o"), **how)
 

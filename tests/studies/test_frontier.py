@@ -126,7 +126,7 @@ def test_the_whole_study_and_its_resumption(made_up, small, tmp_path, monkeypatc
     assert start["kl"] == [0.0] * 6 and min(dpo["kl"] + kto["kl"]) > 0
     assert all(len(run["reward"]) == len(run["kl"]) == 6 and len(run["answers"]) == 3 for run in (start, dpo, kto))
     table = (out / "table.md").read_text()
-    assert table.count("\n| `") == 2 and table in capsys.readouterr().out
+    assert table.count("\n| `") == 2 * 2 and table in capsys.readouterr().out
     files = [(out / f"seed-{seed}/pairs.jsonl").read_text() for seed in range(2)]
     pairs = [json.loads(text) for file in files for text in file.splitlines()]
     assert files[0] != files[1] and all(len(p["chosen"].split()) < len(p["rejected"].split()) for p in pairs)
@@ -206,14 +206,26 @@ def results_by_hand() -> dict[str, list[dict]]:
 def test_table_by_hand():
     """Two prompts: 1 and 3 have mean 2 and standard error √2/√2 = 1. Each has 0.2 more than at the start."""
     lines = frontier.table(results_by_hand()).splitlines()
-    assert lines[2] == "| the start | – | 0.00 ± 0.00 | **0.000 ± 0.100** |  |  | 9.5 | 25.0 | 50.0 | 12.5 |"
-    assert (
-        lines[3] == "| `dpo(beta=0.1)` | 2e-05 | 2.00 ± 1.00 | 0.200 ± 0.100 | +0.200 ± 0.000 |  | 9.5 | 25.0 | 50.0 | 12.5 |"
-    )
-    assert lines[4].startswith("| `dpo(beta=0.05)` | 5e-05 | 4.00 ± 0.00 | **0.500 ± 0.000** | +0.500 ± 0.100 |  |")
-    assert lines[5].startswith("| `sft` | 2e-05 | 1.00 ± 0.00 | **0.300 ± 0.000** | +0.300 ± 0.100 | +0.100 ± 0.100 |")
-    assert lines[6] == "| `sft` | 1 | ended early: not finite |  |  |  |  |  |  |  |" and len(lines) == 7
+    assert lines[2] == "| the start | – | 0.00 ± 0.00 | **0.000 ± 0.100** |  | 9.5 | 25.0 | 50.0 | 12.5 |"
+    assert lines[3] == "| `dpo(beta=0.1)` | 2e-05 | 2.00 ± 1.00 | 0.200 ± 0.100 | +0.200 ± 0.000 | 9.5 | 25.0 | 50.0 | 12.5 |"
+    assert lines[4].startswith("| `dpo(beta=0.05)` | 5e-05 | 4.00 ± 0.00 | **0.500 ± 0.000** | +0.500 ± 0.100 |")
+    assert lines[5].startswith("| `sft` | 2e-05 | 1.00 ± 0.00 | **0.300 ± 0.000** | +0.300 ± 0.100 |")
+    assert lines[6] == "| `sft` | 1 | ended early: not finite |  |  |  |  |  |  |" and len(lines) == 7
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_rewards_at_equal_kl_by_hand():
+    """In √KL 0.5 lies halfway between the start and a KL of 1, and a KL of 2 at √2 of the way. DPO's first setting has KL 2."""
+    results = results_by_hand()
+    start = results["the start"][0]
+    assert frontier.at_level(start, results["sft"], 0.25).tolist() == pytest.approx([0.1, 0.2])
+    assert frontier.at_level(start, results["dpo"], 1).tolist() == pytest.approx([-0.1 + 0.2 / 2**0.5, 0.1 + 0.2 / 2**0.5])
+    lines = frontier.at_equal_kl(results).splitlines()
+    assert lines[0] == "| objective | reward at KL 1 | over DPO | reward at KL 2 | over DPO | reward at KL 5 | over DPO |"
+    assert lines[2] == "| `dpo(beta=0.1)` | 0.141 ± 0.100 |  | 0.200 ± 0.100 |  | – |  |"
+    assert lines[3] == "| `sft` | 0.300 ± 0.000 | +0.159 ± 0.100 | – | – | – | – |" and len(lines) == 4
+    del results["dpo"]
+    assert frontier.at_equal_kl(results).splitlines()[2] == "| `sft` | 0.300 ± 0.000 | – | – | – | – | – |"
 
 
 def test_seeds_are_joined_prompt_by_prompt():
